@@ -1,0 +1,1 @@
+"""Distributed pre-training of pseudo-masked language models (UniLMv2)."""

@@ -1,0 +1,1 @@
+"""Process groups and the sharded layers: parallelism has one address."""

@@ -1,0 +1,45 @@
+"""Named starting points for a run: the paper's base model, the large one, and a tiny one for the demo.
+
+Shapes and training settings are those of UniLMv2 (Bao et al., 2020); `large`'s training settings are ours, the paper
+reports none. Batch sizes stand in `ds_configs/<preset>.json`. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pmlm_dist.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+
+
+def base() -> RunConfig:
+    """12 layers, hidden 768: the paper's model, 7,680 sequences a step for 500,000 steps."""
+    return RunConfig(run_dir=Path("runs/base"), ds_config=Path("ds_configs/base.json"))
+
+
+def large() -> RunConfig:
+    """24 layers, hidden 1024."""
+    return RunConfig(
+        run_dir=Path("runs/large"),
+        ds_config=Path("ds_configs/large.json"),
+        model=ModelConfig(hidden_size=1024, num_layers=24, num_heads=16, ffn_size=4096),
+        optim=OptimConfig(peak_lr=4e-4, warmup_steps=30_000),
+    )
+
+
+def tiny() -> RunConfig:
+    """4 layers, hidden 256: learns the demo corpus on two CPU cores in minutes."""
+    return RunConfig(
+        corpus=Path("data/demo"),
+        run_dir=Path("runs/demo"),
+        ds_config=Path("ds_configs/tiny.json"),
+        model=ModelConfig(hidden_size=256, num_layers=4, num_heads=4, ffn_size=1024, hidden_dropout=0.0, attention_dropout=0.0),
+        data=DataConfig(workers=1),
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=100),
+        train=TrainConfig(
+            steps=800, validate_every=100, validation_samples=512, checkpoint_every=100, keep_checkpoints=2
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {"base": base, "large": large, "tiny": tiny}
