@@ -135,6 +135,8 @@ class TrainConfig:
 
     steps: int = 500_000
     """Optimizer steps of the whole run."""
+    stop_at: int | None = None
+    """Stop, with a checkpoint, after this step; the schedule stays that of `steps`, and a later call goes on."""
     seed: int = 0
     """Seed of initialisation, masks, sample order and dropout."""
     log_every: int = 10
@@ -219,7 +221,9 @@ def _parallel_problems(model: ModelConfig, *, tp: int) -> list[str]:
             usable = [d for d in divisors(size) if d <= 128]
             found.append(f"parallel.tp ({tp}) must divide model.{name} ({size}): use one of {usable}")
     if tp > 0 and 128 % tp:
-        found.append(f"parallel.tp ({tp}) must divide 128, the multiple that the vocabulary is padded to: use a power of two")
+        found.append(
+            f"parallel.tp ({tp}) must divide 128, the multiple that the vocabulary is padded to: use a power of two"
+        )
     return found
 
 
@@ -243,7 +247,7 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = "data.workers optim.warmup_steps optim.weight_decay train.seed train.fill_ins".split()
 _PROBABILITIES = "model.hidden_dropout model.attention_dropout optim.beta1 optim.beta2".split()
-_POSITIVE_OR_NONE = "model.vocab_size data.lanes train.peak_tflops".split()
+_POSITIVE_OR_NONE = "model.vocab_size data.lanes train.peak_tflops train.stop_at".split()
 
 
 def _number_problems(config: RunConfig) -> list[str]:

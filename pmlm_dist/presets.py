@@ -33,7 +33,9 @@ def tiny() -> RunConfig:
         corpus=Path("data/demo"),
         run_dir=Path("runs/demo"),
         ds_config=Path("ds_configs/tiny.json"),
-        model=ModelConfig(hidden_size=256, num_layers=4, num_heads=4, ffn_size=1024, hidden_dropout=0.0, attention_dropout=0.0),
+        model=ModelConfig(
+            hidden_size=256, num_layers=4, num_heads=4, ffn_size=1024, hidden_dropout=0.0, attention_dropout=0.0
+        ),
         data=DataConfig(workers=1),
         optim=OptimConfig(peak_lr=1e-3, warmup_steps=100),
         train=TrainConfig(

@@ -1,0 +1,78 @@
+"""The `pmlm` command: one word for what to do, then that command's settings.
+
+A command is a function of the remaining arguments, listed in `COMMANDS`; the first line of its docstring is its help.
+What it needs is imported inside it, so that `pmlm --help` and a mistyped command answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from pmlm_dist.config import ConfigError
+
+USER_ERROR = 2
+
+
+def prepare_corpus(arguments: Sequence[str]) -> None:
+    """Cut raw text into shuffled WebDataset shards of packed samples (with mpirun: on many cores and nodes)."""
+    import tyro
+
+    from pmlm_dist.corpus import prepare
+
+    config = tyro.cli(
+        prepare.PrepareConfig,
+        prog="pmlm prepare-corpus",
+        description=prepare_corpus.__doc__,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    prepare.prepare_corpus(config)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "prepare-corpus": prepare_corpus,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0, or 2 for settings or data that a user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else USER_ERROR
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        return _failed(f"no command {arguments[0]!r}{_closest(arguments[0])}; `pmlm --help` lists them")
+    try:
+        command(arguments[1:])
+    except ConfigError as error:
+        return _failed(str(error))
+    except ValueError as error:
+        from pmlm_dist.corpus.shards import ShardError
+
+        if not isinstance(error, ShardError):
+            raise
+        return _failed(str(error))
+    return 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: pmlm COMMAND [settings]   (pmlm COMMAND --help shows the settings)", "", *lines])
+
+
+def _closest(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _failed(message: str) -> int:
+    print(f"pmlm: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

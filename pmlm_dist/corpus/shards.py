@@ -1,0 +1,296 @@
+"""The corpus on disk: WebDataset shards and the manifest that vouches for them.
+
+    corpus/
+      manifest.json  tokenizer.json  vocab.txt
+      train/shard-000000.tar  ...                a tar member a sample: 000000000.u16, 000000001.u16, ...
+      validation/shard-000000.tar  ...
+
+A member holds a sample's token ids, little-endian, special tokens included and padding not: `[CLS] S1 [SEP] S2 [SEP]`,
+so the second segment begins after the first [SEP]. Its name is the sample's number in its split. Any WebDataset reader
+can read the shards; ours trusts nothing: size, sha256, names, types and bounds are checked before a sample is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from pmlm_dist.config import ConfigError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+TRAIN, VALIDATION = SPLITS = ("train", "validation")
+
+TokenDtype = Literal["uint16", "uint32"]
+EXTENSIONS: dict[TokenDtype, str] = {"uint16": "u16", "uint32": "u32"}
+
+_BLOCK = 512
+_READ_BYTES = 1 << 20
+_REGULAR = (ord("0"), 0)
+_WAY_OUT = "copy the shard anew, or remove the folder and run `pmlm prepare-corpus` again"
+
+
+class ShardError(ValueError):
+    """A shard is missing or is not what the manifest says."""
+
+
+def token_dtype(vocabulary_size: int) -> TokenDtype:
+    """The narrower type that holds every id."""
+    return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
+
+
+# ----------------------------------------------------------------------------------------------------------- manifest
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file."""
+
+    name: str
+    """Path relative to the corpus folder."""
+    samples: int
+    """Number of samples."""
+    bytes: int
+    """Size of the file."""
+    sha256: str
+    """Checksum of the file, hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split, in order."""
+
+    shards: tuple[Shard, ...]
+    samples: int
+    tokens: int
+    """Stored ids: the content and three special tokens a sample."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a corpus folder holds."""
+
+    sequence_length: int
+    """Tokens of a full sample, special tokens included; no sample is longer."""
+    token_dtype: TokenDtype
+    vocabulary: Mapping[str, Any]
+    """`size` and `fingerprint` of the vocabulary."""
+    seed: int
+    splits: Mapping[str, Split]
+    """`train` and `validation`."""
+    unigram_entropy: float
+    """Nats: entropy of the training split's content tokens, the loss of the best guess that reads nothing."""
+    counts: Mapping[str, Any]
+    """Documents, characters, content tokens, and what was skipped by reason."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The settings it was prepared with."""
+    version: int = VERSION
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read `folder`/manifest.json. Raises ConfigError if it is missing, not JSON, or of another version."""
+        path = Path(folder) / MANIFEST
+        again = f"run `pmlm prepare-corpus --source 'texts/*.jsonl' --output {folder} --vocabulary-size 30522`"
+        try:
+            plain = json.loads(path.read_bytes())
+            version = plain.get("version")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ConfigError([f"no corpus in {folder} ({path} is missing): {again}"]) from error
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+            raise ConfigError([f"{path} is not a manifest ({error}): remove {folder} and {again}"]) from error
+        if version != VERSION:
+            raise ConfigError(
+                [f"{path} has version {version}, this program reads {VERSION}: remove {folder} and {again}"]
+            )
+        try:
+            splits = {name: _split(split) for name, split in plain.pop("splits").items()}
+            return cls(splits=splits, **plain)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError([f"{path} is not a whole manifest ({error}): remove {folder} and {again}"]) from error
+
+    def save(self, folder: Path) -> None:
+        """Write `folder`/manifest.json: under a temporary name, to the disk, then renamed."""
+        path = Path(folder) / MANIFEST
+        temporary = path.with_name(f".{MANIFEST}.{os.getpid()}")
+        with temporary.open("w", encoding="utf-8") as out:
+            json.dump(dataclasses.asdict(self), out, indent=1, sort_keys=True)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hexadecimal) of the canonical JSON without `settings`: equal corpora from other paths are equal."""
+        plain = dataclasses.asdict(self)
+        del plain["settings"]
+        return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _split(plain: dict[str, Any]) -> Split:
+    shards = tuple(Shard(**shard) for shard in plain["shards"])
+    return Split(shards=shards, samples=plain["samples"], tokens=plain["tokens"])
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+class _HashingFile(FileIO):
+    """A file that takes the sha256 of what is written to it."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "wb")
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        written = 0
+        while written < len(view):
+            written += super().write(view[written:]) or 0
+        self.sha256.update(view)
+        self.size += written
+        return written
+
+
+def shard_name(split: str, number: int) -> str:
+    """Name of a shard relative to the corpus folder."""
+    return f"{split}/shard-{number:06d}.tar"
+
+
+def write_shard(folder: Path, name: str, samples: Iterable[np.ndarray], *, first: int, dtype: TokenDtype) -> Shard:
+    """Write the tar `folder`/`name`; `first` is the number of its first sample. Equal samples give equal bytes."""
+    os.environ["WDS_SECURE"] = "1"  # read when webdataset is imported: no shell commands as addresses
+    import webdataset
+
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with _HashingFile(path) as file:
+        with webdataset.TarWriter(file, user="pmlm", group="pmlm", mtime=0, encoder=False) as tar:
+            for ids in samples:
+                data = ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+                tar.write({"__key__": f"{first + count:09d}", EXTENSIONS[dtype]: data})
+                count += 1
+        os.fsync(file.fileno())
+    return Shard(name=name, samples=count, bytes=file.size, sha256=file.sha256.hexdigest())
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+class ShardReader:
+    """Random access to the samples of one verified shard: `len(reader)`, `reader[i]` -> ids, shape [tokens].
+
+    The whole file is read once to check its sha256, then mapped into memory. `folder` is the corpus folder.
+    Raises ShardError, naming file, expected and found, if anything differs from the manifest.
+    """
+
+    def __init__(self, folder: Path, shard: Shard, token_dtype: TokenDtype):
+        self.path = Path(folder) / shard.name
+        self._dtype = np.dtype(token_dtype).newbyteorder("<")
+        self._native = np.dtype(token_dtype)
+        with _opened(self.path) as file:
+            _verify(self.path, file, shard)
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        extension = EXTENSIONS[token_dtype]
+        self._offsets, self._lengths = _index(self.path, self._bytes, extension=extension, samples=shard.samples)
+        _check_sizes(self.path, self._lengths, item=self._dtype.itemsize)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path} has samples 0 to {len(self) - 1}, not {index}")
+        length = int(self._lengths[index]) // self._dtype.itemsize
+        ids = np.frombuffer(self._bytes, self._dtype, count=length, offset=int(self._offsets[index]))
+        return ids.astype(self._native)  # a copy: the mapping can be closed
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._bytes.close()
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _opened(path: Path) -> FileIO:
+    try:
+        return FileIO(path, "rb")
+    except OSError as error:
+        raise ShardError(f"shard {path} cannot be opened: {error.strerror}; {_WAY_OUT}") from error
+
+
+def _verify(path: Path, file: FileIO, shard: Shard) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size != shard.bytes:
+        raise ShardError(f"shard {path}: expected {shard.bytes} bytes, found {size}; {_WAY_OUT}")
+    digest = hashlib.sha256()
+    while chunk := file.read(_READ_BYTES):
+        digest.update(chunk)
+    if digest.hexdigest() != shard.sha256:
+        raise ShardError(f"shard {path}: expected sha256 {shard.sha256}, found {digest.hexdigest()}; {_WAY_OUT}")
+
+
+def _index(path: Path, data: mmap.mmap, *, extension: str, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Offset and size in bytes of every member of a plain tar."""
+    pattern = re.compile(rb"(\d{9})\." + extension.encode())
+    offsets, sizes = [], []
+    first, at, end = None, 0, len(data)
+    while at + _BLOCK <= end and data[at]:
+        header = data[at : at + _BLOCK]
+        name, size = header[:100].rstrip(b"\0"), _octal(header[124:136])
+        match = pattern.fullmatch(name)
+        if not match or header[156] not in _REGULAR or size is None:
+            raise ShardError(f"shard {path}: expected a sample NNNNNNNNN.{extension}, found {name!r}; {_WAY_OUT}")
+        first = int(match[1]) if first is None else first
+        if int(match[1]) != first + len(offsets):
+            raise ShardError(f"shard {path}: expected sample {first + len(offsets)}, found {name!r}; {_WAY_OUT}")
+        if at + _BLOCK + size > end:
+            raise ShardError(f"shard {path}: sample {name!r} of {size} bytes reaches past the end; {_WAY_OUT}")
+        offsets.append(at + _BLOCK)
+        sizes.append(size)
+        at += _BLOCK + -(-size // _BLOCK) * _BLOCK
+    if len(offsets) != samples:
+        raise ShardError(f"shard {path}: expected {samples} samples, found {len(offsets)}; {_WAY_OUT}")
+    return np.array(offsets, np.int64), np.array(sizes, np.int64)
+
+
+def _octal(digits: bytes) -> int | None:
+    text = digits.strip(b" \0")
+    return int(text, 8) if re.fullmatch(rb"[0-7]+", text) else None
+
+
+def _check_sizes(path: Path, lengths: np.ndarray, *, item: int) -> None:
+    wrong = np.flatnonzero((lengths % item != 0) | (lengths == 0))
+    if len(wrong):
+        raise ShardError(
+            f"shard {path}: expected a multiple of {item} bytes in every sample, found {lengths[wrong[0]]} bytes in "
+            f"the sample at position {wrong[0]}; {_WAY_OUT}"
+        )

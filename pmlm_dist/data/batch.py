@@ -1,0 +1,126 @@
+"""Batch: what one forward pass reads, as named tensors of static shape.
+
+    samples (token ids) --masking/--> Layout (arrays) --> Batch (tensors)
+
+Shapes: B samples, S context slots, M predictions, T = S + 2M slots (context | originals | pseudo masks).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pmlm_dist.config import MaskingConfig
+from pmlm_dist.masking.blockwise import SpecialIds, mask_rule, max_predictions
+from pmlm_dist.masking.layout import empty_layout, lay_out
+from pmlm_dist.vocab import Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples after masking and layout; see `masking/layout.py` for what stands in which slot."""
+
+    tokens_BT: torch.Tensor
+    """Input ids, int64; the pad id in slots that are not valid."""
+    positions_BT: torch.Tensor
+    """Position ids, int64: 0..S-1 in the context, those of the base slot in the appended slots, 0 in unused slots."""
+    segments_BT: torch.Tensor
+    """Segment ids, int64: 0 or 1."""
+    order_BT: torch.Tensor
+    """Signed factorization step, int32: 0 context, +k originals, -k pseudo masks; 0 in slots that are not valid."""
+    valid_BT: torch.Tensor
+    """Whether a slot may be seen as a key, bool: neither padding nor unused."""
+    predicted_BM: torch.Tensor
+    """Index of each predicted position in the context, int64, in factorization order; 0 in unused slots."""
+    targets_BM: torch.Tensor
+    """Original ids at the predicted positions, int64; the pad id in unused slots."""
+    weights_BM: torch.Tensor
+    """1.0 for a prediction that counts, 0.0 for one that does not, float32."""
+    masked_BM: torch.Tensor
+    """Whether the base slot holds [MASK] (rather than a random or the original token), bool."""
+    sample_ids_B: torch.Tensor
+    """Number of each sample in its split, int64."""
+    epochs_B: torch.Tensor
+    """Epoch in which each sample was read, int64."""
+
+    @property
+    def num_context(self) -> int:
+        """S: slots of the context."""
+        return self.tokens_BT.shape[1] - 2 * self.num_predictions
+
+    @property
+    def num_predictions(self) -> int:
+        """M: prediction slots of a sample."""
+        return self.predicted_BM.shape[1]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`; copies from pinned memory do not block."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def fingerprint(self) -> int:
+        """A signed 64-bit hash of shapes, types and contents, for comparing ranks and runs; copies to the CPU."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, tensor in self._tensors().items():
+            array = np.ascontiguousarray(tensor.cpu().numpy())
+            digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+            digest.update(array.tobytes())
+        return int.from_bytes(digest.digest(), "little", signed=True)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(**{name: change(tensor) for name, tensor in self._tensors().items()})
+
+
+def special_ids(vocabulary: Vocabulary) -> SpecialIds:
+    """What masking needs to know of a vocabulary."""
+    return SpecialIds(
+        pad=vocabulary.pad_id,
+        cls=vocabulary.cls_id,
+        sep=vocabulary.sep_id,
+        mask=vocabulary.mask_id,
+        vocab_size=vocabulary.size,
+        special=tuple(vocabulary.special_ids),
+    )
+
+
+def build_batch(
+    samples: Sequence[np.ndarray],
+    sample_ids: Sequence[int],
+    epochs: Sequence[int],
+    *,
+    sequence_length: int,
+    masking: MaskingConfig,
+    special: SpecialIds,
+    seed: int,
+) -> Batch:
+    """Mask and lay out `samples` (token ids [n], n <= `sequence_length`, with [CLS] and [SEP]) on the CPU.
+
+    The masks of a sample depend on (`seed`, its epoch, its id) alone, not on the batch around it. Raises ValueError for
+    a sample that is too long.
+    """
+    if not len(samples) == len(sample_ids) == len(epochs) > 0:
+        raise ValueError(
+            f"{len(samples)} samples, {len(sample_ids)} sample ids and {len(epochs)} epochs: give one of each"
+        )
+    ids_B, epochs_B = np.array(sample_ids, dtype=np.int64), np.array(epochs, dtype=np.int64)
+    layout = empty_layout(
+        len(samples),
+        sequence_length=sequence_length,
+        num_predictions=max_predictions(sequence_length, masking),
+        pad_id=special.pad,
+    )
+    rule = mask_rule(masking, special)
+    lay_out(samples, sample_ids=ids_B, epochs=epochs_B, seed=seed, rule=rule, layout=layout)
+    tensors = {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
+    return Batch(**tensors, sample_ids_B=torch.from_numpy(ids_B), epochs_B=torch.from_numpy(epochs_B))

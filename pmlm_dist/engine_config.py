@@ -1,0 +1,163 @@
+"""DeepSpeed's JSON, read and checked before any engine is built.
+
+It is the home of batch sizes, precision, ZeRO stage, clipping and offload, in DeepSpeed's own schema. What DeepSpeed
+would swallow silently or compute wrongly is refused here. Standard library only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pmlm_dist.config import ConfigError, divisors, refuse
+
+_ALLOWED = {
+    "train_batch_size": "sequences of one optimizer step over all ranks",
+    "train_micro_batch_size_per_gpu": "sequences of one forward pass on one rank",
+    "gradient_accumulation_steps": "derived from the two batch sizes when absent",
+    "gradient_clipping": "largest gradient norm; absent: no clipping, as in the paper",
+    "zero_optimization": "ZeRO",
+    "bf16": "bfloat16 weights with fp32 master copies",
+    "fp16": "half precision with loss scaling",
+    "data_types": "dtype of accumulated gradients",
+    "communication_data_type": "dtype of gradient reduction",
+    "prescale_gradients": "divide before reducing",
+    "gradient_predivide_factor": "with prescale_gradients",
+    "steps_per_print": "DeepSpeed's own console lines",
+    "wall_clock_breakdown": "DeepSpeed's own timers",
+    "dump_state": "print DeepSpeed's state",
+    "comms_logger": "log of collectives",
+    "flops_profiler": "DeepSpeed's profiler",
+    "aio": "asynchronous I/O for NVMe offload",
+    "zero_allow_untested_optimizer": "ZeRO with other optimizers",
+    "zero_force_ds_cpu_optimizer": "offload with other optimizers",
+}
+_REFUSED = {
+    "optimizer": "the optimizer is AdamW with the settings `--optim.*`: remove the section",
+    "scheduler": "the schedule is set by `--optim.warmup-steps` and `--train.steps`: remove the section",
+    "tensor_parallel": "tensor parallelism is set by `--parallel.tp`; AutoTP would replace it: remove the section",
+    "activation_checkpointing": "activation checkpointing is set by `--model.activation-checkpointing`: remove the section",
+    "checkpoint": "checkpoints are written and reshaped by the training itself: remove the section",
+    "tensorboard": "TensorBoard files are written to RUN_DIR/tensorboard: remove the section",
+    "amp": "use bf16 or fp16: remove the section",
+}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the training must know of DeepSpeed's JSON; `raw` is what DeepSpeed gets."""
+
+    raw: dict[str, Any]
+    global_batch: int
+    micro_batch: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    zero_stage: int
+    offload_optimizer: bool
+
+    def accumulation(self, dp: int) -> int:
+        """Gradient accumulation steps on `dp` data-parallel ranks."""
+        return self.global_batch // (self.micro_batch * dp)
+
+
+def load_engine_config(path: Path, *, has_accelerator: bool) -> EngineConfig:
+    """Read and check DeepSpeed's JSON at `path`; raises `ConfigError` with everything that is wrong with it."""
+    raw = _read(path)
+    refuse([f"{path}: {problem}" for problem in _problems(raw, has_accelerator=has_accelerator)])
+    zero = raw.get("zero_optimization", {})
+    return EngineConfig(
+        raw=raw,
+        global_batch=raw["train_batch_size"],
+        micro_batch=raw["train_micro_batch_size_per_gpu"],
+        precision=_precision(raw),
+        zero_stage=zero.get("stage", 0),
+        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+    )
+
+
+def batch_problems(engine: EngineConfig, *, dp: int) -> list[str]:
+    """Why the global batch cannot be cut over `dp` data-parallel ranks, if it cannot."""
+    if engine.global_batch % (engine.micro_batch * dp):
+        usable = [
+            d
+            for d in divisors(engine.global_batch)
+            if d * dp <= engine.global_batch and engine.global_batch % (d * dp) == 0
+        ]
+        way_out = (
+            f"train_micro_batch_size_per_gpu one of {usable}" if usable else f"a train_batch_size divisible by {dp}"
+        )
+        return [
+            f"train_batch_size ({engine.global_batch}) must be a multiple of train_micro_batch_size_per_gpu "
+            f"({engine.micro_batch}) x data-parallel ranks ({dp}): use {way_out}"
+        ]
+    stated = engine.raw.get("gradient_accumulation_steps")
+    derived = engine.accumulation(dp)
+    if stated is not None and stated != derived:
+        return [
+            f"gradient_accumulation_steps ({stated}) contradicts train_batch_size / (micro-batch x data-parallel ranks) "
+            f"= {derived}: remove it, it is derived"
+        ]
+    return []
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(
+            [f"{path} does not exist: pass DeepSpeed's JSON with --ds-config, ds_configs/base.json for example"]
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError([f"{path} is not JSON: {error}"]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{path} must hold one JSON object"])
+    return raw
+
+
+def _problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
+    return [*_key_problems(raw), *_batch_size_problems(raw), *_precision_problems(raw, has_accelerator=has_accelerator)]
+
+
+def _key_problems(raw: dict[str, Any]) -> list[str]:
+    found = []
+    for key in raw:
+        if key in _REFUSED:
+            found.append(f"section `{key}` is not taken from here: {_REFUSED[key]}")
+        elif key not in _ALLOWED:
+            close = difflib.get_close_matches(key, _ALLOWED, n=1)
+            found.append(f"unknown setting `{key}`" + (f": did you mean `{close[0]}`?" if close else ": remove it"))
+    return found
+
+
+def _batch_size_problems(raw: dict[str, Any]) -> list[str]:
+    found = []
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        if not isinstance(raw.get(key), int) or raw[key] < 1:
+            found.append(f"`{key}` ({raw.get(key)}) must be a positive integer: {_ALLOWED[key]}")
+    return found
+
+
+def _precision_problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
+    enabled = [name for name in ("bf16", "fp16") if raw.get(name, {}).get("enabled", False)]
+    stage = raw.get("zero_optimization", {}).get("stage", 0)
+    found = []
+    if stage not in (0, 1, 2, 3):
+        found.append(f"zero_optimization.stage ({stage}) must be 0, 1, 2 or 3")
+    if len(enabled) == 2:
+        found.append("bf16 and fp16 are both enabled: choose one")
+    elif enabled and stage == 0:
+        found.append(
+            f"ZeRO stage 0 with {enabled[0]} trains wrongly in DeepSpeed: use zero_optimization.stage 1 "
+            "(with one data-parallel rank it costs nothing)"
+        )
+    if "fp16" in enabled and not has_accelerator:
+        found.append("fp16 needs a GPU; there is none here: use bf16 or fp32")
+    return found
+
+
+def _precision(raw: dict[str, Any]) -> Literal["fp32", "bf16", "fp16"]:
+    if raw.get("bf16", {}).get("enabled", False):
+        return "bf16"
+    return "fp16" if raw.get("fp16", {}).get("enabled", False) else "fp32"

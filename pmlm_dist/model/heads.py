@@ -1,0 +1,38 @@
+"""Reading words off hidden states.
+
+Legend: R read slots, B batch, E hidden size, V vocabulary rows of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pmlm_dist.config import ModelConfig
+from pmlm_dist.parallel.cross_entropy import tied_logits
+from pmlm_dist.parallel.layers import sharded
+
+
+class TiedHead(nn.Module):
+    """Dense, GELU, LayerNorm, the token embedding's matrix, bias: one head for both objectives.
+
+    Rows that pad the vocabulary get a logit of minus infinity: they never win and never train.
+    """
+
+    def __init__(self, config: ModelConfig, *, padded_vocab_size: int):
+        super().__init__()
+        assert config.vocab_size is not None
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        nn.init.normal_(self.dense.weight, 0.0, config.initializer_range)
+        nn.init.zeros_(self.dense.bias)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = sharded(torch.zeros(padded_vocab_size))  # [V]
+        padding = torch.zeros(padded_vocab_size)
+        padding[config.vocab_size :] = float("-inf")
+        self.register_buffer("padding", sharded(padding).data, persistent=False)
+
+    def forward(self, x_RBE: Tensor, embedding_VE: Tensor) -> Tensor:
+        """[R, B, E] -> logits [R, B, V]."""
+        h_RBE = self.norm(F.gelu(self.dense(x_RBE)))
+        return tied_logits(h_RBE, embedding_VE, self.bias + self.padding.to(self.bias.dtype))

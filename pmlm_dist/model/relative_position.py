@@ -1,0 +1,55 @@
+"""Relative position bias: one learned scalar per head and bucket of distance, shared by all layers.
+
+Distances are taken between *position ids*, so the three slots of one masked position are at distance 0. Legend:
+H heads of this rank, N buckets, Q and K query and key slots.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pmlm_dist.parallel.layers import sharded
+
+
+def relative_bucket(distance: Tensor, *, buckets: int = 32, max_distance: int = 128) -> Tensor:
+    """Bucket of each `distance` (key position - query position), any shape, int64.
+
+    T5's bidirectional rule (Raffel et al., 2020): half of the buckets for keys after the query. With h = buckets / 2,
+    e = h / 2 and a = |distance|: a itself if a < e, else min(h - 1, e + floor(e ln(a / e) / ln(max_distance / e))).
+    """
+    half = buckets // 2
+    exact = half // 2
+    table = _bucket_of_magnitude(half, exact, max_distance).to(distance.device)
+    magnitude = distance.abs().clamp(max=max_distance)
+    return table[magnitude] + half * (distance > 0)
+
+
+def _bucket_of_magnitude(half: int, exact: int, max_distance: int) -> Tensor:
+    """Bucket of 0..max_distance, in exact integer comparison where the logarithm lies on a boundary."""
+
+    def bucket(a: int) -> int:
+        if a < exact:
+            return a
+        growth = exact * math.log(a / exact) / math.log(max_distance / exact)
+        return min(half - 1, exact + math.floor(growth + 1e-9))
+
+    return torch.tensor([bucket(a) for a in range(max_distance + 1)])
+
+
+class RelativeBias(nn.Module):
+    """The table [H, N], split over tensor-parallel ranks by head."""
+
+    def __init__(self, num_heads: int, *, buckets: int, max_distance: int, std: float):
+        super().__init__()
+        self.buckets, self.max_distance = buckets, max_distance
+        self.weight = sharded(torch.empty(num_heads, buckets).normal_(0.0, std))  # [H, N]
+
+    def forward(self, q_positions_BQ: Tensor, k_positions_BK: Tensor) -> Tensor:
+        """Bias [H, B, Q, K] of every query and key; unscaled, to be added to the scaled scores."""
+        distance_BQK = k_positions_BK[:, None, :] - q_positions_BQ[:, :, None]
+        bucket_BQK = relative_bucket(distance_BQK, buckets=self.buckets, max_distance=self.max_distance)
+        picked = self.weight.index_select(1, bucket_BQK.flatten())
+        return picked.view(-1, *bucket_BQK.shape)

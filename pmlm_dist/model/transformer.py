@@ -1,0 +1,173 @@
+"""The pseudo-masked language model: BERT's post-LN Transformer over context, originals and pseudo masks.
+
+    tokens, positions, segments [B, T] --Embeddings--> x [T, B, E] --layers--> x --last layer--> read slots [R, B, E]
+                                                                                   --head--> logits [R, B, V]
+
+Activations are sequence first: context, originals and pseudo masks are then contiguous slices, and merging batch and
+heads for the attention products copies nothing. The last layer computes keys and values for all slots, but queries,
+output and feed-forward network for the read slots only.
+
+Legend: B batch, T slots (S context + 2M appended), R read slots, Q queries, E hidden size, H heads of this rank, D head
+size, Z = B * H, V vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pmlm_dist.config import ModelConfig
+from pmlm_dist.model.attention import PLANS, QueryGroup, Slots, attend
+from pmlm_dist.model.heads import TiedHead
+from pmlm_dist.model.relative_position import RelativeBias
+from pmlm_dist.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding, tp_size
+
+
+class Embeddings(nn.Module):
+    """Sum of token, position and segment embeddings, LayerNorm, dropout."""
+
+    def __init__(self, config: ModelConfig, *, padded_vocab_size: int):
+        super().__init__()
+        std = config.initializer_range
+        self.token = VocabularyEmbedding(padded_vocab_size, config.hidden_size, std=std)
+        self.position = nn.Embedding(config.max_positions, config.hidden_size)
+        self.segment = nn.Embedding(config.segment_types, config.hidden_size)
+        for table in (self.position, self.segment):
+            nn.init.normal_(table.weight, 0.0, std)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, tokens_TB: Tensor, positions_TB: Tensor, segments_TB: Tensor) -> Tensor:
+        """[T, B] three times -> [T, B, E]."""
+        x_TBE = self.token(tokens_TB) + self.position(positions_TB) + self.segment(segments_TB)
+        return self.dropout(self.norm(x_TBE))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention by query groups; heads are split over the tensor-parallel ranks."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        size, std = config.hidden_size, config.initializer_range
+        self.head_dim = config.head_dim
+        self.attention_dropout = config.attention_dropout
+        self.query = ColumnLinear(size, size, std=std)
+        self.key_value = ColumnLinear(size, 2 * size, std=std)  # rows: [heads, key | value, head size]
+        self.output = RowLinear(size, size, std=std)
+
+    def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: tuple[QueryGroup, ...]) -> Tensor:
+        """Keys and values from `x` [T, B, E], queries from [Q, B, E] -> [Q, B, E]."""
+        num_queries, batch, _ = queries_QBE.shape
+        q_ZQD = self.query(queries_QBE).view(num_queries, -1, self.head_dim).transpose(0, 1)
+        kv_ZT2D = self.key_value(x_TBE).view(len(x_TBE), -1, 2, self.head_dim).transpose(0, 1)
+        k_ZTD, v_ZTD = kv_ZT2D.unbind(dim=2)
+        dropout = self.attention_dropout if self.training else 0.0
+        parts = [
+            attend(q_ZQD[:, group.rows], k_ZTD[:, group.keys], v_ZTD[:, group.keys], group.bias_BHQK, dropout=dropout)
+            for group in groups
+        ]
+        mixed_QZD = torch.cat([part.transpose(0, 1) for part in parts]) if len(parts) > 1 else parts[0].transpose(0, 1)
+        return self.output(mixed_QZD.reshape(num_queries, batch, -1))
+
+
+class Layer(nn.Module):
+    """Post-LN Transformer layer: attention, then feed-forward network, each with residual and LayerNorm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        std = config.initializer_range
+        self.attention = SelfAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ffn_in = ColumnLinear(config.hidden_size, config.ffn_size, std=std)
+        self.ffn_out = RowLinear(config.ffn_size, config.hidden_size, std=std)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: tuple[QueryGroup, ...]) -> Tensor:
+        """New states [Q, B, E] of the slots `queries`, which look at `x` [T, B, E]."""
+        y_QBE = self.attention_norm(queries_QBE + self.dropout(self.attention(x_TBE, queries_QBE, groups)))
+        return self.ffn_norm(y_QBE + self.dropout(self.ffn_out(F.gelu(self.ffn_in(y_QBE)))))
+
+
+class PseudoMaskedLM(nn.Module):
+    """One network for autoencoding and partially autoregressive prediction."""
+
+    def __init__(self, config: ModelConfig, *, padded_vocab_size: int):
+        super().__init__()
+        assert config.vocab_size is not None, "resolve the vocabulary size before building the model"
+        self.config = config
+        self.embeddings = Embeddings(config, padded_vocab_size=padded_vocab_size)
+        self.relative_bias = None
+        if config.relative_bias:
+            self.relative_bias = RelativeBias(
+                config.num_heads,
+                buckets=config.relative_buckets,
+                max_distance=config.relative_max_distance,
+                std=config.initializer_range,
+            )
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.head = TiedHead(config, padded_vocab_size=padded_vocab_size)
+
+    def encode(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        segments_BT: Tensor,
+        order_BT: Tensor,
+        valid_BT: Tensor,
+        predicted_BM: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of the read slots [R, B, E]: AE slots then PAR slots, or all slots when `predicted_BM` is None.
+
+        With `predicted_BM` the slots are context | originals | pseudo masks, T = S + 2M; without it all T are context.
+        """
+        num_appended = 0 if predicted_BM is None else 2 * predicted_BM.shape[1]
+        slots = Slots(order_BT, valid_BT, positions_BT, tokens_BT.shape[1] - num_appended, predicted_BM)
+        x_TBE = self.embeddings(tokens_BT.t(), positions_BT.t(), segments_BT.t())
+        plan = PLANS[self.config.attention](slots, self.relative_bias, x_TBE.dtype)
+        *inner, last = self.layers
+        for layer in inner:
+            x_TBE = self._run(layer, x_TBE, x_TBE, plan.inner)
+        return self._run(last, x_TBE, _take_slots(x_TBE, slots.read_BR()), plan.last)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        segments_BT: Tensor,
+        order_BT: Tensor,
+        valid_BT: Tensor,
+        predicted_BM: Tensor,
+    ) -> Tensor:
+        """Logits of the predicted slots [2, M, B, V]: AE, then PAR."""
+        x_RBE = self.encode(tokens_BT, positions_BT, segments_BT, order_BT, valid_BT, predicted_BM)
+        logits_RBV = self.head(x_RBE, self.embeddings.token.weight)
+        return logits_RBV.unflatten(0, (2, -1))
+
+    def _run(self, layer: nn.Module, x_TBE: Tensor, queries_QBE: Tensor, groups: tuple[QueryGroup, ...]) -> Tensor:
+        if not (self.config.activation_checkpointing and self.training and torch.is_grad_enabled()):
+            return layer(x_TBE, queries_QBE, groups)
+
+        def recomputed(x_TBE: Tensor, queries_QBE: Tensor, *biases: Tensor) -> Tensor:
+            again = (QueryGroup(g.rows, g.keys, bias) for g, bias in zip(groups, biases, strict=True))
+            return layer(x_TBE, queries_QBE, tuple(again))
+
+        # Reentrant: ZeRO-3 gathers parameters in hooks that the non-reentrant form would see change shape.
+        biases = (group.bias_BHQK for group in groups)
+        return checkpoint(recomputed, x_TBE, queries_QBE, *biases, use_reentrant=True)  # pyright: ignore[reportReturnType]
+
+
+def _take_slots(x_TBE: Tensor, slots_BR: Tensor | None) -> Tensor:
+    if slots_BR is None:
+        return x_TBE
+    num_slots, batch, _ = x_TBE.shape
+    flat_RB = slots_BR.t() * batch + torch.arange(batch, device=slots_BR.device)
+    return x_TBE.view(num_slots * batch, -1).index_select(0, flat_RB.flatten()).view(*flat_RB.shape, -1)
+
+
+def build_model(config: ModelConfig, *, padded_vocab_size: int) -> PseudoMaskedLM:
+    """The model of `config` with its vocabulary rows padded to `padded_vocab_size` (a multiple of the TP size)."""
+    assert padded_vocab_size % tp_size() == 0
+    return PseudoMaskedLM(config, padded_vocab_size=padded_vocab_size)

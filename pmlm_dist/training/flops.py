@@ -1,0 +1,49 @@
+"""FLOPs of the model: what the method needs, whatever an implementation spends.
+
+Counted are the matrix products (2 m n k each) of the split layout; a training step costs three forward passes' worth
+(one forward, two in the backward). Recomputation by activation checkpointing does not count.
+
+Legend: S context slots, M predictions, T = S + 2M, R = 2M read slots, E hidden size, F inner size, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pmlm_dist.config import ModelConfig
+
+# Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets (without sparsity).
+_PEAK_TFLOPS = {
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "V100": 125.0,
+}
+
+
+def forward_flops(model: ModelConfig, *, context: int, predictions: int, vocab_rows: int) -> float:
+    """FLOPs of one sample's forward pass through all layers and the head on the predicted slots."""
+    total, read = context + 2 * predictions, 2 * predictions
+    size, inner = model.hidden_size, model.ffn_size
+    pairs_inner = context * context + 2 * predictions * total
+    pairs_last = predictions * context + predictions * total
+    inner_layer = total * (8 * size * size + 4 * size * inner) + 4 * size * pairs_inner
+    last_layer = total * 4 * size * size + read * (4 * size * size + 4 * size * inner) + 4 * size * pairs_last
+    head = read * (2 * size * size + 2 * size * vocab_rows)
+    return float((model.num_layers - 1) * inner_layer + last_layer + head)
+
+
+def training_flops(model: ModelConfig, *, context: int, predictions: int, vocab_rows: int) -> float:
+    """FLOPs of one sample's share of a training step: forward and backward."""
+    return 3.0 * forward_flops(model, context=context, predictions=predictions, vocab_rows=vocab_rows)
+
+
+def peak_tflops(stated: float | None, device: torch.device) -> float | None:
+    """Peak TFLOP/s of one device: as stated, else from the device's name, else None (unknown)."""
+    if stated is not None or device.type != "cuda":
+        return stated
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)

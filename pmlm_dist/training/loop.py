@@ -1,0 +1,211 @@
+"""The pre-training run: `pretrain` is the table of contents, `train_step` one optimizer step.
+
+    training_batches -> [micro-batches of a step] -> engine(...) -> losses -> engine.backward -> engine.step
+                                                        every N steps: log, validate, checkpoint
+
+DeepSpeed divides gradients by the accumulation count g and averages over D data-parallel ranks; the gradient wanted is
+that of sum(nll) / N with N the predicted tokens of the whole step, so the loss handed over is sum(nll) * g * D / N.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from pmlm_dist.config import RunConfig
+from pmlm_dist.data.batch import Batch
+from pmlm_dist.data.loader import training_batches, validation_batches
+from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
+from pmlm_dist.parallel import groups, seeding
+from pmlm_dist.parallel.groups import ModelParallelUnit
+from pmlm_dist.parallel.layers import count_parameters
+from pmlm_dist.training.checkpoint import (
+    CheckpointFolder,
+    RunState,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from pmlm_dist.training.meter import Meter, StepResult, Stopwatch
+from pmlm_dist.training.metrics import RunLog
+from pmlm_dist.training.optimizer import gradient_norm, learning_rate, parameter_groups, set_learning_rate
+from pmlm_dist.training.run import Run, check, resolve
+from pmlm_dist.training.validation import losses_of, validate
+
+_COMPLETE = "COMPLETE"
+
+
+def pretrain(config: RunConfig) -> None:
+    """Run, or go on with, the pre-training that `config` describes, to its last step; every rank calls this.
+
+    Raises `ConfigError` before anything is computed when the settings, the corpus or a checkpoint do not fit.
+    """
+    check(config)
+    topology = groups.start(tp=config.parallel.tp, timeout_s=config.train.collective_timeout_s)
+    folder = CheckpointFolder(config.run_dir / "checkpoints", keep=config.train.keep_checkpoints)
+    newest = find_checkpoint(folder, topology)
+    saved = read_state(newest) if newest else None
+    run = resolve(config, topology, saved=saved)
+    log = RunLog(config.run_dir, enabled=topology.is_first, first_step=saved["step"] if saved else 0)
+    try:
+        if saved and saved["step"] >= config.train.steps:
+            log.say(f"this run is complete: {newest} holds step {saved['step']} of {config.train.steps}; nothing to do")
+            return
+        engine = build_engine(run)
+        state = load_checkpoint(engine, newest) if newest else RunState()
+        _announce(run, engine, state, log)
+        _train(run, engine, folder, state, log)
+    finally:
+        log.close()
+
+
+def build_engine(run: Run) -> DeepSpeedEngine:
+    """Model, optimizer and DeepSpeed engine of `run`, weights drawn from its seed."""
+    # Training does not use this op; compiling it takes a lock that a killed rank leaves behind for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
+    seeding.seed_initialisation(run.config.train.seed)
+    model = build_model(run.config.model, padded_vocab_size=run.vocabulary.padded_size())
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=_optimizer(model, run),
+        config={"steps_per_print": 2**31, **run.engine.raw},
+        mpu=ModelParallelUnit(),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def _optimizer(model: PseudoMaskedLM, run: Run) -> torch.optim.Optimizer:
+    optim = run.config.optim
+    parameters = parameter_groups(model, weight_decay=optim.weight_decay)
+    betas = (optim.beta1, optim.beta2)
+    if run.engine.offload_optimizer:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps)
+    return torch.optim.AdamW(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps, fused=True)
+
+
+def train_step(
+    run: Run, engine: DeepSpeedEngine, batches: Iterator[Batch], state: RunState, watch: Stopwatch
+) -> StepResult:
+    """One optimizer step: the update number `state.step + 1` on the samples after `state.samples_consumed`."""
+    topology, accumulation = run.topology, run.engine.accumulation(run.topology.dp)
+    with watch.phase("data"):
+        micro_batches = [next(batches).to(topology.device) for _ in range(accumulation)]
+        predictions = torch.stack([batch.weights_BM.sum() for batch in micro_batches]).sum()
+        scale = accumulation * topology.dp / topology.sum_over_dp(predictions)
+    set_learning_rate(
+        engine.optimizer, learning_rate(state.step + 1, steps=run.config.train.steps, optim=run.config.optim)
+    )
+    counts = torch.zeros(8, dtype=torch.float64, device=topology.device)
+    norm = None
+    for number, batch in enumerate(micro_batches):
+        micro_step = state.step * accumulation + number
+        seeding.seed_dropout(run.config.train.seed, micro_step=micro_step, dp_rank=topology.dp_rank)
+        with watch.phase("forward"):
+            sums = losses_of(engine, batch)
+            counts += sums.counts()
+        with watch.phase("backward"):
+            engine.backward(sums.loss * scale)
+        if run.engine.zero_stage == 0 and number == accumulation - 1:  # only then DeepSpeed knows no norm
+            norm = gradient_norm(engine.module, topology)
+        with watch.phase("step"):
+            engine.step()
+    return StepResult(counts, norm if norm is not None else engine.get_global_grad_norm())
+
+
+def _train(run: Run, engine: DeepSpeedEngine, folder: CheckpointFolder, state: RunState, log: RunLog) -> None:
+    train = run.config.train
+    last = min(train.steps, train.stop_at or train.steps)
+    meter = Meter(run, log)
+    batches = training_batches(
+        run.source,
+        lanes=run.lanes,
+        share=run.share,
+        samples_consumed=state.samples_consumed,
+        loading=run.config.data,
+        pin_memory=run.topology.device.type == "cuda",
+    )
+    try:
+        while state.step < last:
+            meter.start_step(state.step + 1)
+            result = train_step(run, engine, batches, state, meter.watch)
+            state = advance(state, run)
+            is_last = state.step == last
+            meter.end_step(state.step, result, loss_scale=_loss_scale(run, engine), is_last=is_last)
+            if is_last or state.step % train.validate_every == 0:
+                _validate(run, engine, state, log)
+            if is_last or state.step % train.checkpoint_every == 0:
+                saved = save_checkpoint(
+                    engine, state, folder, run.topology, identity=run.identity(), configuration=run.configuration()
+                )
+                log.say(f"checkpoint: {saved}")
+    finally:
+        batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    if state.step == train.steps:
+        _record_completion(run, state, log)
+
+
+def _loss_scale(run: Run, engine: DeepSpeedEngine) -> float | None:
+    return float(getattr(engine.optimizer, "cur_scale")) if run.engine.precision == "fp16" else None  # noqa: B009
+
+
+def advance(state: RunState, run: Run) -> RunState:
+    """`state` after one more step of `run`."""
+    batch = run.engine.global_batch
+    return RunState(
+        step=state.step + 1,
+        samples_consumed=state.samples_consumed + batch,
+        tokens_seen=state.tokens_seen + batch * run.manifest.sequence_length,
+    )
+
+
+def _validate(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog) -> None:
+    batches = validation_batches(
+        run.source,
+        samples=run.config.train.validation_samples,
+        micro_batch=run.engine.micro_batch,
+        dp_rank=run.topology.dp_rank,
+        dp_size=run.topology.dp,
+        loading=dataclasses.replace(run.config.data, workers=0),
+    )
+    validation = validate(engine, batches, run.vocabulary, run.topology, fill_ins=run.config.train.fill_ins)
+    log.validation(validation, step=state.step, unigram_entropy=run.manifest.unigram_entropy)
+
+
+def _announce(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog) -> None:
+    config, topology, engine_config = run.config, run.topology, run.engine
+    parameters = count_parameters(engine.module, topology)
+    log.write_configuration(run.configuration())
+    log.say(
+        f"model: {parameters / 1e6:.1f}M parameters, {config.model.num_layers} layers, hidden {config.model.hidden_size}, "
+        f"{engine_config.precision}, ZeRO {engine_config.zero_stage}\n"
+        f"ranks: {topology.world_size} ({topology.dp} data-parallel x {topology.tp} tensor-parallel) on {topology.device.type}\n"
+        f"corpus: {config.corpus}, {run.manifest.splits['train'].samples:,} samples of {run.manifest.sequence_length} tokens, "
+        f"{run.num_predictions} of them predicted, {run.lanes} lanes\n"
+        f"batch: {engine_config.global_batch} = {engine_config.micro_batch} x {engine_config.accumulation(topology.dp)} "
+        f"accumulation x {topology.dp} ranks\n"
+        f"TensorBoard: tensorboard --logdir {config.run_dir / 'tensorboard'}"
+    )
+    start = f"going on after step {state.step}" if state.step else "starting"
+    log.say(f"{start}; {config.train.steps} steps in all")
+
+
+def _record_completion(run: Run, state: RunState, log: RunLog) -> None:
+    """Say in a file that the run is done: an exit code can be lost, and a finished rank can still abort at exit."""
+    if run.topology.is_first:
+        temporary = run.config.run_dir / f"{_COMPLETE}.tmp"
+        temporary.write_text(json.dumps({"step": state.step, "time": time.time()}) + "\n", encoding="utf-8")
+        os.replace(temporary, run.config.run_dir / _COMPLETE)
+    log.say(
+        f"complete: step {state.step} of {run.config.train.steps}; TensorBoard files in {run.config.run_dir / 'tensorboard'}"
+    )

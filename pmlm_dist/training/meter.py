@@ -1,0 +1,118 @@
+"""Adding up a run between two log lines: losses, rates, time by phase."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from pmlm_dist.objectives import LossMeans
+from pmlm_dist.training.flops import peak_tflops, training_flops
+from pmlm_dist.training.metrics import Progress, RunLog
+from pmlm_dist.training.optimizer import learning_rate
+from pmlm_dist.training.run import Run
+
+PHASES = ("data", "forward", "backward", "step")
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent in each phase of the steps since the last reading.
+
+    On an accelerator work is queued and a phase's time is that of queueing it, unless `exact` waits for the device.
+    """
+
+    device: torch.device
+    exact: bool = False
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what runs inside as `name`."""
+        start = time.perf_counter()
+        yield
+        if self.exact and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] += time.perf_counter() - start
+
+    def reset(self) -> None:
+        """Start anew."""
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """This rank's sums of one step (see `LossSums.counts`) and the norm of the whole gradient (None: not known)."""
+
+    counts: torch.Tensor
+    gradient_norm: float | None
+
+
+class Meter:
+    """Turns steps into log lines, every `train.log_every` of them. Validation and checkpoints do not count as time."""
+
+    def __init__(self, run: Run, log: RunLog):
+        self.watch = Stopwatch(run.topology.device)
+        self._run, self._log = run, log
+        self._peak = peak_tflops(run.config.train.peak_tflops, run.topology.device)
+        self._flops = training_flops(
+            run.config.model,
+            context=run.manifest.sequence_length,
+            predictions=run.num_predictions,
+            vocab_rows=run.vocabulary.padded_size(),
+        )
+        self._reset()
+
+    def start_step(self, step: int) -> None:
+        """Begin to time `step`; phases are timed exactly in the step that is logged, the others run unhindered."""
+        if self._is_logged(step):
+            self.watch.reset()
+            self.watch.exact = True
+        self._step_start = time.perf_counter()
+
+    def end_step(self, step: int, result: StepResult, *, loss_scale: float | None, is_last: bool) -> None:
+        """Count `step`; write a line when it is due. Raises `FloatingPointError` when the losses are not finite."""
+        self._seconds += time.perf_counter() - self._step_start
+        self._counts += result.counts
+        self._steps += 1
+        if not (is_last or self._is_logged(step)):
+            return
+        progress = self._progress(step, result, loss_scale=loss_scale)
+        self._log.progress(progress, self._run.topology.device)
+        self._reset()
+        if not math.isfinite(progress.losses.total) and loss_scale is None:
+            raise FloatingPointError(
+                f"the losses of the steps up to {step} are not finite: lower --optim.peak-lr or set gradient_clipping; "
+                f"the last checkpoint is in {self._run.checkpoints}"
+            )
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self._run.config.train.log_every == 0
+
+    def _progress(self, step: int, result: StepResult, *, loss_scale: float | None) -> Progress:
+        run, train = self._run, self._run.config.train
+        samples_per_s = self._steps * run.engine.global_batch / self._seconds
+        flops_per_s = samples_per_s * self._flops / run.topology.world_size
+        return Progress(
+            step=step,
+            steps=train.steps,
+            losses=LossMeans.from_counts(run.topology.sum_over_dp(self._counts)),
+            learning_rate=learning_rate(step, steps=train.steps, optim=run.config.optim),
+            gradient_norm=None if result.gradient_norm is None else float(result.gradient_norm),
+            loss_scale=loss_scale,
+            tokens_per_s=samples_per_s * run.manifest.sequence_length,
+            slots_per_s=samples_per_s * run.slots,
+            mfu=flops_per_s / (self._peak * 1e12) if self._peak else None,
+            seconds=dict(self.watch.seconds),
+            eta_s=(train.steps - step) * self._seconds / self._steps,
+        )
+
+    def _reset(self) -> None:
+        self.watch.reset()
+        self.watch.exact = False
+        self._counts = torch.zeros(8, dtype=torch.float64, device=self._run.topology.device)
+        self._seconds, self._steps = 0.0, 0

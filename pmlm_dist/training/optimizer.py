@@ -1,0 +1,50 @@
+"""What is updated how fast: parameter groups, the learning rate of a step, the gradient's norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pmlm_dist.config import OptimConfig
+from pmlm_dist.parallel.groups import Topology
+from pmlm_dist.parallel.layers import is_sharded
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices with weight decay; biases (the relative position table among them) and LayerNorm without."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if parameter.ndim >= 2 and "bias" not in name else plain).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
+        {"params": plain, "weight_decay": 0.0, "name": "plain"},
+    ]
+
+
+def learning_rate(step: int, *, steps: int, optim: OptimConfig) -> float:
+    """Learning rate of the update `step` (1 is the first): linear warm-up to the peak, then linear decay towards zero."""
+    warm_up = step / max(1, optim.warmup_steps)
+    decay = (steps - step + 1) / (steps - optim.warmup_steps)
+    return optim.peak_lr * max(0.0, min(1.0, warm_up, decay))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group of a torch or DeepSpeed optimizer the learning rate `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def gradient_norm(model: nn.Module, topology: Topology) -> float:
+    """2-norm of the gradient of the whole model, from gradients that are reduced over data-parallel ranks already.
+
+    Tensor-parallel ranks add the squares of their own shards; what they hold in common is counted once.
+    """
+    shared = torch.zeros((), dtype=torch.float64, device=topology.device)
+    own = torch.zeros((), dtype=torch.float64, device=topology.device)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            (own if is_sharded(parameter) else shared).add_(parameter.grad.double().square().sum())
+    return float((topology.sum_over_tp(own) + shared).sqrt())

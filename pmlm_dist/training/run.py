@@ -1,0 +1,206 @@
+"""What is fixed for a run before its first step: settings, corpus, vocabulary, batch sizes, sample order.
+
+RunConfig + DeepSpeed's JSON + corpus manifest + topology  ->  Run      (every problem is listed at once)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pmlm_dist.config import ConfigError, RunConfig, as_dict, problems
+from pmlm_dist.corpus.shards import Manifest
+from pmlm_dist.data.batch import special_ids
+from pmlm_dist.data.loader import BatchSource
+from pmlm_dist.data.order import BatchShare, choose_lanes
+from pmlm_dist.engine_config import EngineConfig, batch_problems, load_engine_config
+from pmlm_dist.masking.blockwise import max_predictions
+from pmlm_dist.parallel.groups import Topology
+from pmlm_dist.training.checkpoint import differences
+from pmlm_dist.vocab import Vocabulary
+
+# Settings that may differ when a run goes on: they change how it is computed, read or logged, not what is learned.
+_FREE_MODEL_SETTINGS = ("attention", "activation_checkpointing")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose settings have been checked and completed from its corpus."""
+
+    config: RunConfig
+    engine: EngineConfig
+    manifest: Manifest
+    vocabulary: Vocabulary
+    topology: Topology
+
+    @property
+    def share(self) -> BatchShare:
+        """This rank's part of every global batch."""
+        return BatchShare(
+            global_batch=self.engine.global_batch,
+            micro_batch=self.engine.micro_batch,
+            dp_rank=self.topology.dp_rank,
+            dp_size=self.topology.dp,
+        )
+
+    @property
+    def source(self) -> BatchSource:
+        """Where batches come from."""
+        return BatchSource(
+            corpus=self.config.corpus,
+            special=special_ids(self.vocabulary),
+            masking=self.config.masking,
+            seed=self.config.train.seed,
+        )
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of the sample order."""
+        assert self.config.data.lanes is not None
+        return self.config.data.lanes
+
+    @property
+    def num_predictions(self) -> int:
+        """M: prediction slots of a sequence."""
+        return max_predictions(self.manifest.sequence_length, self.config.masking)
+
+    @property
+    def slots(self) -> int:
+        """T: slots of a sequence, S + 2M."""
+        return self.manifest.sequence_length + 2 * self.num_predictions
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.config.run_dir / "checkpoints"
+
+    def configuration(self) -> dict[str, Any]:
+        """The resolved whole, as JSON values: settings, DeepSpeed's JSON, corpus, topology."""
+        return {
+            **as_dict(self.config),
+            "engine": self.engine.raw,
+            "corpus_fingerprint": self.manifest.fingerprint,
+            "sequence_length": self.manifest.sequence_length,
+            "topology": {"world_size": self.topology.world_size, "tp": self.topology.tp, "dp": self.topology.dp},
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be gone on from: model, masks, data, order, precision, sharding."""
+        model = {
+            f"model.{k}": v for k, v in dataclasses.asdict(self.config.model).items() if k not in _FREE_MODEL_SETTINGS
+        }
+        masking = {f"masking.{k}": v for k, v in dataclasses.asdict(self.config.masking).items()}
+        return {
+            **model,
+            **masking,
+            "train.seed": self.config.train.seed,
+            "data.lanes": self.lanes,
+            "corpus": self.manifest.fingerprint,
+            "vocabulary": self.vocabulary.fingerprint,
+            "train_batch_size": self.engine.global_batch,
+            "precision": self.engine.precision,
+            "zero_optimization.stage": self.engine.zero_stage,
+            "parallel.tp": self.topology.tp,
+            "data-parallel ranks": self.topology.dp,
+        }
+
+
+def check(config: RunConfig) -> None:
+    """Refuse settings that are wrong by themselves; needs no other rank and no file."""
+    found = problems(config)
+    if found:
+        raise ConfigError(found)
+
+
+def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | None = None) -> Run:
+    """Check `config` against its files, `topology` and the run it goes on with, and complete it from the corpus.
+
+    `saved`: the `state.json` of the checkpoint to go on from, if any; its lanes hold unless the settings name others.
+    Raises `ConfigError` with all problems on every rank, also on those that saw none: nobody waits for a rank that left.
+    """
+    found: list[str] = []
+    saved_lanes = saved["identity"]["data.lanes"] if saved else None
+    engine = _collect(
+        found, lambda: load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
+    )
+    manifest = _collect(found, lambda: Manifest.load(config.corpus))
+    vocabulary = _collect(found, lambda: Vocabulary.load(config.corpus))
+    if engine is not None:
+        found += batch_problems(engine, dp=topology.dp)
+    if manifest is not None and vocabulary is not None:
+        found += _corpus_problems(config, manifest, vocabulary)
+    lanes = None
+    if engine is not None and manifest is not None and not found:
+        lanes = _collect(
+            found,
+            lambda: choose_lanes(
+                config.data.lanes or saved_lanes,
+                global_batch=engine.global_batch,
+                shards=len(manifest.splits["train"].shards),
+                dp=topology.dp,
+            ),
+        )
+    refuse_together(found, topology)
+    assert engine is not None
+    assert manifest is not None
+    assert vocabulary is not None
+    completed = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=vocabulary.size),
+        data=dataclasses.replace(config.data, lanes=lanes),
+    )
+    run = Run(completed, engine, manifest, vocabulary, topology)
+    if saved:
+        found += _other_run(saved, run)
+        refuse_together(found, topology)
+    return run
+
+
+def _other_run(saved: dict[str, Any], run: Run) -> list[str]:
+    found = differences(saved["identity"], run.identity())
+    if found:
+        found.append(
+            f"the checkpoints in {run.checkpoints} are of another run (above): go on with the settings they were written "
+            "with, or choose another --run-dir"
+        )
+    return found
+
+
+def refuse_together(found: list[str], topology: Topology) -> None:
+    """Raise `ConfigError` on every rank when any rank has found problems; every rank must call."""
+    if topology.agree(bool(found)):
+        raise ConfigError(found or ["another rank refused this run; its message says why"])
+
+
+def _collect(found: list[str], read: Any) -> Any:
+    try:
+        return read()
+    except ConfigError as error:
+        found += error.problems
+        return None
+
+
+def _corpus_problems(config: RunConfig, manifest: Manifest, vocabulary: Vocabulary) -> list[str]:
+    found = []
+    if manifest.sequence_length > config.model.max_positions:
+        found.append(
+            f"the sequence length of corpus {config.corpus} ({manifest.sequence_length}) exceeds model.max_positions "
+            f"({config.model.max_positions}): raise it, or prepare the corpus with a shorter --sequence-length"
+        )
+    if vocabulary.fingerprint != manifest.vocabulary["fingerprint"]:
+        found.append(
+            f"the vocabulary in {config.corpus} is not the one its shards were written with: restore its tokenizer.json, "
+            "or prepare the corpus anew"
+        )
+    if config.model.vocab_size not in (None, vocabulary.size):
+        found.append(
+            f"model.vocab_size ({config.model.vocab_size}) is not that of corpus {config.corpus} ({vocabulary.size}): "
+            "leave it out, it is taken from the corpus"
+        )
+    if config.model.segment_types < 2:
+        found.append(
+            f"model.segment_types ({config.model.segment_types}) must be at least 2: samples have two segments"
+        )
+    return found

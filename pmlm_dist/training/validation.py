@@ -1,0 +1,72 @@
+"""Held-out losses over all ranks, and what the model writes into masked text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from pmlm_dist.data.batch import Batch
+from pmlm_dist.objectives import LossMeans, LossSums, loss_sums
+from pmlm_dist.parallel.cross_entropy import most_likely, token_nll
+from pmlm_dist.parallel.groups import Topology
+from pmlm_dist.vocab import Vocabulary
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Means over the held-out samples, and some of them filled in (Markdown, one text a sample)."""
+
+    means: LossMeans
+    fill_ins: list[str]
+
+
+@torch.no_grad()
+def validate(
+    engine: DeepSpeedEngine, batches: Iterator[Batch], vocabulary: Vocabulary, topology: Topology, *, fill_ins: int
+) -> Validation:
+    """Evaluate `batches` (as many on every rank) without dropout; `fill_ins` samples of the first one are filled in."""
+    engine.eval()
+    counts = torch.zeros(8, dtype=torch.float64, device=topology.device)
+    texts: list[str] = []
+    for batch in batches:
+        sums = losses_of(engine, batch.to(topology.device))
+        counts += sums.counts()
+        if not texts and fill_ins:
+            texts = [
+                fill_in(batch, sums.likely_2MB.cpu(), vocabulary, sample=i)
+                for i in range(min(fill_ins, len(batch.tokens_BT)))
+            ]
+    engine.train()
+    return Validation(LossMeans.from_counts(topology.sum_over_dp(counts)), texts)
+
+
+def losses_of(engine: torch.nn.Module, batch: Batch) -> LossSums:
+    """Both objectives' sums for `batch`, which lies on the engine's device."""
+    logits_2MBV = engine(
+        batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.order_BT, batch.valid_BT, batch.predicted_BM
+    )
+    return loss_sums(
+        logits_2MBV,
+        batch.targets_BM,
+        batch.weights_BM,
+        batch.masked_BM,
+        token_nll=token_nll,
+        most_likely=most_likely,
+    )
+
+
+def fill_in(batch: Batch, likely_2MB: torch.Tensor, vocabulary: Vocabulary, *, sample: int) -> str:
+    """Markdown: the text of `sample` with each predicted token as `truth -> AE / PAR`, bold where wrong."""
+    words = [vocabulary.token(int(id)) for id in batch.tokens_BT[sample, : batch.num_context]]
+    for m in range(batch.num_predictions):
+        if batch.weights_BM[sample, m] == 0:
+            continue
+        truth = vocabulary.token(int(batch.targets_BM[sample, m]))
+        guesses = [vocabulary.token(int(id)) for id in likely_2MB[:, m, sample]]
+        shown = " / ".join(guess if guess == truth else f"**{guess}**" for guess in guesses)
+        words[int(batch.predicted_BM[sample, m])] = f"[{truth} → {shown}]"
+    length = int(batch.valid_BT[sample, : batch.num_context].sum())
+    return " ".join(words[:length]).replace(" ##", "")

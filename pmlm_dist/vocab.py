@@ -1,0 +1,238 @@
+"""The vocabulary: uncased WordPiece, its special tokens and its padded size.
+
+    vocab.txt | tokenizer.json | texts  ->  Vocabulary  ->  token ids
+
+The only module that knows the `tokenizers` library. The whole state is the text of a `tokenizer.json`, so a vocabulary
+travels between processes as a string. Raw text never yields a special token: a literal "[SEP]" in a document is read
+as bracket, word, bracket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pmlm_dist.config import ConfigError, refuse
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CONTINUATION = "##"
+_UNUSED = re.compile(r"\[unused\d+\]")
+_ALPHABET_LIMIT = 1000
+
+
+class Vocabulary:
+    """WordPiece tokens 0 .. size-1 and the way from text to their ids and back.
+
+    Build one with `load` or `train`. Equal vocabularies have equal `fingerprint`s, whichever file they came from.
+    """
+
+    def __init__(self, tokenizer_json: str, *, origin: str = "vocabulary"):
+        specification = json.loads(tokenizer_json)
+        self._json = tokenizer_json
+        self._tokens = _ordered_tokens(specification, origin=origin)
+        self._ids = {token: number for number, token in enumerate(self._tokens)}
+        missing = [token for token in SPECIAL_TOKENS if token not in self._ids]
+        if missing:
+            raise ConfigError(
+                [
+                    f"{origin} lacks the special tokens {' '.join(missing)}: "
+                    f"add them, or train a vocabulary with `pmlm prepare-corpus --vocabulary-size N`"
+                ]
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        """Read a folder with `tokenizer.json`, a `tokenizer.json`, or a BERT `vocab.txt` (a token a line).
+
+        Raises ConfigError if there is no such file, if it is not WordPiece, or if a special token is missing.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            refuse([f"vocabulary ({path}): no such file; give a tokenizer.json, its folder, or a BERT vocab.txt"])
+        try:
+            text = file.read_text(encoding="utf-8")
+            if file.suffix != ".json":
+                return cls.from_tokens(text.splitlines(), origin=str(file))
+            return cls(text, origin=str(file))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError([f"vocabulary ({file}) cannot be read: {error}; give another file"]) from error
+
+    @classmethod
+    def from_tokens(cls, tokens: Sequence[str], *, origin: str = "vocabulary") -> Vocabulary:
+        """The uncased BERT tokenizer over `tokens`, whose ids are their positions."""
+        repeated = [token for token, count in Counter(tokens).items() if count > 1]
+        if repeated:
+            refuse([f"{origin} holds tokens more than once, for example {repeated[0]!r}: every line must be distinct"])
+        return cls(_tokenizer_json(tokens), origin=origin)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], size: int) -> Vocabulary:
+        """Train at most `size` tokens on `texts`; the same texts in any order give the same vocabulary.
+
+        The special tokens take the ids 0 to 4. `texts` are kept in memory. At most `size` / 16 characters (and never
+        more than 1000) are in the alphabet; words with others become [UNK].
+        """
+        texts = list(texts)
+        alphabet = _alphabet(texts, limit=min(_ALPHABET_LIMIT, max(64, size // 16)))
+        # The library numbers the "##c" tokens in the order of a randomly seeded hash table, and breaks ties between
+        # equally frequent pairs by these numbers. Handing them over in sorted order makes the outcome reproducible.
+        pieces = _train(texts, size=0, alphabet=alphabet, first=SPECIAL_TOKENS)
+        continuations = sorted(token for token in pieces if token.startswith(CONTINUATION) and len(token) == 3)
+        tokens = _train(texts, size=size, alphabet=alphabet, first=(*SPECIAL_TOKENS, *continuations))
+        if len(tokens) > size:
+            refuse([f"vocabulary_size ({size}) is below the {len(tokens)} characters and special tokens: use more"])
+        return cls.from_tokens(tokens, origin="trained vocabulary")
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `vocab.txt` into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
+        (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in self._tokens), encoding="utf-8")
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return len(self._tokens)
+
+    def padded_size(self, multiple: int = 128) -> int:
+        """`size` rounded up to a multiple, as the embedding rows are for tensor parallelism."""
+        return -(-self.size // multiple) * multiple
+
+    @property
+    def pad_id(self) -> int:
+        """Id of [PAD]."""
+        return self._ids[PAD]
+
+    @property
+    def unk_id(self) -> int:
+        """Id of [UNK]."""
+        return self._ids[UNK]
+
+    @property
+    def cls_id(self) -> int:
+        """Id of [CLS]."""
+        return self._ids[CLS]
+
+    @property
+    def sep_id(self) -> int:
+        """Id of [SEP]."""
+        return self._ids[SEP]
+
+    @property
+    def mask_id(self) -> int:
+        """Id of [MASK]."""
+        return self._ids[MASK]
+
+    @cached_property
+    def special_ids(self) -> tuple[int, ...]:
+        """Sorted ids of the five special tokens and of every `[unusedN]`: what is no text."""
+        special = {self._ids[token] for token in SPECIAL_TOKENS}
+        return tuple(sorted(special | {i for token, i in self._ids.items() if _UNUSED.fullmatch(token)}))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hexadecimal) over the ordered tokens."""
+        return hashlib.sha256("\n".join(self._tokens).encode()).hexdigest()
+
+    def token(self, id: int) -> str:
+        """The token with this id."""
+        return self._tokens[id]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens around or in them."""
+        return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Readable text of `ids`; special tokens are written out."""
+        return self._encoder.decode([int(id) for id in ids], skip_special_tokens=False)
+
+    @cached_property
+    def _encoder(self) -> Tokenizer:
+        from tokenizers import Tokenizer
+
+        specification = json.loads(self._json)
+        # Without added tokens, a literal "[MASK]" in the text is ordinary text.
+        specification.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
+        return Tokenizer.from_str(json.dumps(specification))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_encoder"}
+
+
+def _ordered_tokens(specification: dict[str, Any], *, origin: str) -> list[str]:
+    model = specification.get("model", {}) if isinstance(specification, dict) else {}
+    if model.get("type") != "WordPiece":
+        refuse([f"{origin} holds a {model.get('type') or 'nameless'} model, not WordPiece: give a WordPiece tokenizer"])
+    ids: dict[str, int] = dict(model["vocab"])
+    for added in specification.get("added_tokens") or []:
+        ids.setdefault(added["content"], added["id"])
+    tokens = sorted(ids, key=ids.__getitem__)
+    if [ids[token] for token in tokens] != list(range(len(tokens))):
+        refuse([f"{origin}: the token ids are not 0 .. {len(tokens) - 1}: give a vocabulary without gaps"])
+    return tokens
+
+
+def _tokenizer_json(tokens: Sequence[str]) -> str:
+    """A `tokenizer.json` of the uncased BERT tokenizer over `tokens`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+
+    ids = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token=UNK, max_input_chars_per_word=100))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _normalizer(), _pre_tokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION)
+    present = [token for token in SPECIAL_TOKENS if token in ids]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in present])
+    if CLS in ids and SEP in ids:
+        tokenizer.post_processor = processors.BertProcessing((SEP, ids[SEP]), (CLS, ids[CLS]))
+    return tokenizer.to_str(pretty=False)
+
+
+def _normalizer() -> Any:
+    from tokenizers import normalizers
+
+    return normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=True)
+
+
+def _pre_tokenizer() -> Any:
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.BertPreTokenizer()
+
+
+def _alphabet(texts: Sequence[str], *, limit: int) -> list[str]:
+    """The `limit` most frequent characters of the normalised texts; ties go to the lower code point."""
+    normalizer, counts = _normalizer(), Counter()
+    for text in texts:
+        counts.update(normalizer.normalize_str(text))
+    visible = [character for character in counts if not character.isspace()]
+    return sorted(visible, key=lambda character: (-counts[character], character))[:limit]
+
+
+def _train(texts: Sequence[str], *, size: int, alphabet: list[str], first: Sequence[str]) -> list[str]:
+    """The library's trainer; `first` take the lowest ids."""
+    from tokenizers import Tokenizer, models, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _normalizer(), _pre_tokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=list(first),
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        continuing_subword_prefix=CONTINUATION,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(iter(texts), trainer)
+    ids = tokenizer.get_vocab()
+    return sorted(ids, key=ids.__getitem__)

@@ -1,0 +1,69 @@
+"""Streams against the samples that were written, and the shards they hold open."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from numbered_corpus import SHARD_SIZES, tokens_of, write_corpus
+
+from pmlm_dist.corpus.shards import TRAIN, VALIDATION, ShardError
+from pmlm_dist.data.stream import SplitReader, TrainingStream, ValidationStream
+
+TRAIN_SAMPLES = sum(SHARD_SIZES[TRAIN])
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 8])
+def test_training_samples_are_those_written(corpus, lanes):
+    stream = TrainingStream(corpus, lanes=lanes, seed=0)
+    read = [stream[t] for t in range(20 * TRAIN_SAMPLES)]
+    for sample in read:
+        assert sample.tokens.tolist() == tokens_of(TRAIN, sample.sample_id).tolist()
+    for epoch in range(3):
+        of_epoch = Counter(sample.sample_id for sample in read if sample.epoch == epoch)
+        assert of_epoch == Counter(range(TRAIN_SAMPLES))
+
+
+def test_any_start_gives_the_same_samples(corpus):
+    expected = TrainingStream(corpus, lanes=4, seed=0)
+    for start in (0, 1, 37, 1000, 10**5):
+        stream = TrainingStream(corpus, lanes=4, seed=0)
+        for t in range(start, start + 10):
+            assert stream[t].sample_id == expected[t].sample_id
+            assert stream[t].epoch == expected[t].epoch
+
+
+def test_a_lane_holds_one_shard_open(corpus):
+    reader = SplitReader(corpus, split=TRAIN)
+    opened = []
+    for shard in (0, 2, 4, 2):
+        reader.tokens(shard, 0, lane=0)
+        opened.append(reader.open_shards)
+    reader.tokens(4, 0, lane=1)
+    assert (opened, reader.open_shards) == ([1, 1, 1, 1], 2)
+    reader.close()
+    assert reader.open_shards == 0
+    assert reader.tokens(0, 0).tolist() == tokens_of(TRAIN, 0).tolist()
+
+
+def test_validation_samples_lie_in_order(corpus):
+    stream = ValidationStream(corpus)
+    assert len(stream) == 7
+    for number in (0, 6, 3, 4):
+        assert stream[number].tokens.tolist() == tokens_of(VALIDATION, number).tolist()
+        assert (stream[number].sample_id, stream[number].epoch) == (number, 0)
+    for number in (-1, 7):
+        with pytest.raises(IndexError):
+            stream[number]
+
+
+def test_a_damaged_shard_is_refused_when_a_lane_opens_it(tmp_path: Path):
+    folder = write_corpus(tmp_path, {TRAIN: (3, 3), VALIDATION: (1,)})
+    shard = folder / "train" / "shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1
+    shard.write_bytes(content)
+    stream = TrainingStream(folder, lanes=1, seed=0)
+    with pytest.raises(ShardError, match=r"shard-000001\.tar: expected sha256"):
+        [stream[t] for t in range(6)]

@@ -1,0 +1,101 @@
+"""Small worlds for tests: run a function on several ranks of this machine and get every rank's answer.
+
+Ranks are forked from a server that has imported torch, DeepSpeed and megatron-core once, so a world starts in well under
+a second. Each has one thread. A world that does not end in time is killed, by the ids of its processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["pmlm_dist.training.loop", "transformers"])
+
+
+class RankFailed(AssertionError):
+    """A rank raised; the message holds every rank's traceback."""
+
+
+def run_world(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """`function(*args)` on `ranks` ranks, with the variables that a launcher sets; the answers in order of rank.
+
+    `function` and its answers must be picklable. Raises `RankFailed` when any rank raises, `TimeoutError` when the world
+    does not end in `timeout_s` seconds.
+    """
+    port = free_port()
+    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(ranks)]
+    processes = [
+        _CONTEXT.Process(target=_rank, args=(rank, ranks, port, pipes[rank][1], function, args)) for rank in range(ranks)
+    ]
+    for process, (_, sender) in zip(processes, pipes, strict=True):
+        process.start()
+        sender.close()
+    try:
+        answers = _collect([receiver for receiver, _ in pipes], deadline=time.monotonic() + timeout_s)
+    finally:
+        for process in processes:
+            process.join(timeout=1)
+            if process.is_alive():
+                process.kill()
+            process.join()
+    failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+    if failures:
+        raise RankFailed("\n".join(failures))
+    return [answer for _, answer in answers]
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _collect(receivers: list[Connection], *, deadline: float) -> list[tuple[bool, Any]]:
+    answers: dict[int, tuple[bool, Any]] = {}
+    while len(answers) < len(receivers):
+        pending = {receiver: rank for rank, receiver in enumerate(receivers) if rank not in answers}
+        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(pending.values())} of {len(receivers)} gave no answer in time")
+        for receiver in ready:
+            rank = pending[receiver]  # pyright: ignore[reportArgumentType]
+            try:
+                answers[rank] = pickle.loads(receiver.recv_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+            except EOFError:
+                answers[rank] = (False, "the process ended without an answer")
+        if any(not ok for ok, _ in answers.values()):
+            deadline = min(deadline, time.monotonic() + 5.0)
+            for rank in set(range(len(receivers))) - set(answers):
+                if not receivers[rank].poll(max(0.0, deadline - time.monotonic())):
+                    answers[rank] = (True, None)
+    return [answers[rank] for rank in range(len(receivers))]
+
+
+def _rank(rank: int, ranks: int, port: int, sender: Connection, function: Callable[..., Any], args: tuple) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        answer = (True, function(*args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    sender.send_bytes(pickle.dumps(answer))  # not send(): it would share tensors with a process that is about to end
+    sender.close()
+    os._exit(0)  # a finished ZeRO-3 run on gloo can abort in its destructors
