@@ -14,10 +14,18 @@ SEQUENCE_LENGTH = 32
 
 
 def write_corpus(
-    folder: Path, *, shards: int = 8, samples: int = 12, words: int = WORDS, seed: int = 0, sequence_length: int = SEQUENCE_LENGTH
+    folder: Path,
+    *,
+    shards: int = 8,
+    samples: int = 12,
+    words: int = WORDS,
+    seed: int = 0,
+    sequence_length: int = SEQUENCE_LENGTH,
 ) -> Path:
     """`shards` training shards and one validation shard of `samples` samples each; words follow one another by a rule."""
-    vocabulary = Vocabulary.from_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(words))])
+    vocabulary = Vocabulary.from_tokens(
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(words))]
+    )
     random = np.random.default_rng(seed)
     splits, number = {}, 0
     for split, count in (("train", shards), ("validation", 1)):

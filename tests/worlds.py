@@ -33,7 +33,8 @@ def run_world(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: f
     port = free_port()
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
-        _CONTEXT.Process(target=_rank, args=(rank, ranks, port, pipes[rank][1], function, args)) for rank in range(ranks)
+        _CONTEXT.Process(target=_rank, args=(rank, ranks, port, pipes[rank][1], function, args))
+        for rank in range(ranks)
     ]
     for process, (_, sender) in zip(processes, pipes, strict=True):
         process.start()

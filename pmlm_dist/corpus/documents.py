@@ -26,10 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+import zstandard
+
 from pmlm_dist.config import ConfigError, refuse
 
 UNIT_BYTES = 8 << 20
 _SKIP_CHUNK = 1 << 20
+_ZSTD_CHUNK = 1 << 16
+_ZSTD_WINDOW = 1 << 31
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Format = Literal["txt", "jsonl", "parquet"]
@@ -91,7 +95,8 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
     found: dict[Path, str] = {}
     problems = []
     for pattern in patterns:
-        matches = [name for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+        names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        matches = [name for name in names if Path(name).is_file()]
         if not matches:
             problems.append(f"source {pattern!r} matches no file: give files or a quoted glob such as 'texts/*.jsonl'")
         for name in matches:
@@ -170,8 +175,6 @@ def _records(unit: Unit, *, text_field: str) -> Iterator[tuple[str, bytes | None
 @contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
     """Turn the decompressors' errors into one that names the file."""
-    import zstandard
-
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
@@ -182,10 +185,45 @@ def _open(unit: Unit) -> BinaryIO:
     if unit.compression == "gz":
         return cast(BinaryIO, gzip.open(unit.path, "rb"))
     if unit.compression == "zst":
-        import zstandard
-
-        return cast(BinaryIO, io.BufferedReader(zstandard.open(unit.path, "rb"), _SKIP_CHUNK))
+        return cast(BinaryIO, io.BufferedReader(_ZstdFile(unit.path), _SKIP_CHUNK))
     return unit.path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """All frames of a .zst file. The library's own reader stops after the first, and takes a cut file for a whole one."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("rb")
+        self._library = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._compressed = self._text = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._text and self._advance():
+            pass
+        taken = min(len(buffer), len(self._text))
+        buffer[:taken], self._text = self._text[:taken], self._text[taken:]
+        return taken
+
+    def _advance(self) -> bool:
+        """Decompress a little more; False at the end of the file."""
+        self._compressed = self._compressed or self._file.read(_ZSTD_CHUNK)
+        if not self._compressed:
+            if self._frame is not None:
+                raise EOFError("it ends within a frame")
+            return False
+        self._frame = self._frame or self._library.decompressobj()
+        self._text, self._compressed = self._frame.decompress(self._compressed), b""
+        if self._frame.eof:
+            self._frame, self._compressed = None, self._frame.unused_data
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _lines(file: BinaryIO, unit: Unit) -> Iterator[tuple[int, bytes]]:

@@ -13,37 +13,32 @@ A run that fails or is killed leaves no manifest; the next one clears what it le
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import os
 import shutil
 import sys
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from pmlm_dist.config import ConfigError, refuse
-from pmlm_dist.corpus.documents import UNIT_BYTES, Document, Skips, Unit, find_files, list_units, read_unit
+from pmlm_dist.config import ConfigError
+from pmlm_dist.corpus.documents import Document, Skips, Unit, find_files, list_units, read_unit
+from pmlm_dist.corpus.outcome import Tally, build_manifest, entropy, refuse_nothing, refuse_too_little, summary
 from pmlm_dist.corpus.packing import (
     MIN_CONTENT,
-    MIN_SEQUENCE_LENGTH,
-    SPECIAL_TOKENS_PER_SAMPLE,
-    Joined,
     Packer,
     PackingConfig,
     draw,
 )
 from pmlm_dist.corpus.selection import SCANNED, TextSample, cutoff, repeated, scanned
+from pmlm_dist.corpus.settings import PYTHON_DOCS, SAMPLES_PER_SHARD, PrepareConfig, patterns, recorded, standing
 from pmlm_dist.corpus.shards import (
     MANIFEST,
     SPLITS,
@@ -52,12 +47,12 @@ from pmlm_dist.corpus.shards import (
     Manifest,
     Shard,
     ShardError,
-    Split,
     shard_name,
     token_dtype,
     write_shard,
 )
 from pmlm_dist.corpus.shuffle import Buckets, Spill, read_sorted, sort_bucket
+from pmlm_dist.corpus.tokenise import tokenised
 from pmlm_dist.vocab import Vocabulary
 
 if TYPE_CHECKING:
@@ -65,74 +60,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PYTHON_DOCS = "python-docs"
-SAMPLES_PER_SHARD = 8192
 TOO_SHORT = "fewer than two tokens"
 DUPLICATE = "duplicate"
 
 _SPILL = ".spill"
 _BUCKET_TEXT_BYTES = 512 << 20
-_BATCH_CHARACTERS = 1 << 20
-_PIECE_CHARACTERS = 1 << 16
 _USER_ERROR, _FAILURE = 2, 1
 
 # First numbers of a draw: what it is for.
 _FOR_SPLIT, _FOR_VOCABULARY, _FOR_PACKING, _FOR_ORDER = range(4)
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """Raw text to a corpus of packed samples."""
-
-    source: tuple[str, ...] = ()
-    """Files or quoted globs of .txt (blank line between documents), .jsonl, either also .gz or .zst, and .parquet; or
-    `python-docs`: the docstrings of this Python installation."""
-    output: Path = Path("data/corpus")
-    """Folder of the corpus."""
-    vocabulary: Path | None = None
-    """WordPiece vocabulary to use: a tokenizer.json, its folder, or a BERT vocab.txt."""
-    vocabulary_size: int | None = None
-    """Train a vocabulary of this size on a sample of the text instead."""
-    vocabulary_sample_bytes: int = 128 << 20
-    """Text that a vocabulary is trained on, at most."""
-    sequence_length: int = 512
-    """Tokens of a sample, the three special tokens included."""
-    joined: Joined = "join"
-    """`join`: documents follow one another within a sample; `pad`: every document begins its own sample."""
-    shards: int | None = None
-    """Exact number of training shards."""
-    samples_per_shard: int | None = None
-    """Samples wanted in a shard; 8192 if neither this nor `shards` is given."""
-    validation_fraction: float = 0.01
-    """Share of the documents that is held out; at least one is."""
-    deduplicate: bool = True
-    """Leave out documents whose text was there before."""
-    text_field: str = "text"
-    """Field of a JSON object, or column of a parquet file, that holds the text."""
-    unit_bytes: int = UNIT_BYTES
-    """Uncompressed files are cut into parts of this size, the grains of the distributed work."""
-    seed: int = 0
-    """Seed of the split into training and validation, of segments, and of the order of the samples."""
-
-
-def problems(config: PrepareConfig) -> list[str]:
-    """Everything that is wrong with `config` by itself, one sentence a problem."""
-    found = []
-    if not config.source:
-        found.append("source: nothing to read: give --source 'texts/*.jsonl', or --source python-docs for a demo")
-    if (config.vocabulary is None) == (config.vocabulary_size is None):
-        found.append("vocabulary: give either --vocabulary PATH or --vocabulary-size N, for example 30522")
-    if config.shards is not None and config.samples_per_shard is not None:
-        found.append("shards and samples_per_shard exclude each other: give one of them")
-    if config.sequence_length < MIN_SEQUENCE_LENGTH:
-        found.append(f"sequence_length ({config.sequence_length}) must be at least {MIN_SEQUENCE_LENGTH}: use 512")
-    if not 0.0 < config.validation_fraction < 1.0:
-        found.append(f"validation_fraction ({config.validation_fraction}) must lie between 0 and 1: use 0.01")
-    for name in ("shards", "samples_per_shard", "vocabulary_size", "vocabulary_sample_bytes", "unit_bytes"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            found.append(f"{name} ({value}) must be positive")
-    return found
 
 
 def prepare_corpus(config: PrepareConfig) -> Manifest:
@@ -143,10 +79,10 @@ def prepare_corpus(config: PrepareConfig) -> Manifest:
     """
     comm = _world()
     with _one_failure_ends_all(comm):
-        standing = comm.bcast(_standing(config) if comm.rank == 0 else None)
-        if standing is not None:
+        found = comm.bcast(standing(config) if comm.rank == 0 else None)
+        if found is not None:
             _say(comm, f"{config.output} stands already with these settings; nothing to do")
-            return standing
+            return found
         try:
             return _Preparation(config, comm).run()
         except BaseException:
@@ -203,45 +139,8 @@ def _track(comm: Intracomm, items: Sequence[T], *, label: str) -> Iterable[T]:
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, description=label.ljust(10), console=Console(stderr=True), transient=True)
-
-
-# ------------------------------------------------------------------------------------------------ the folder's history
-
-
-def _standing(config: PrepareConfig) -> Manifest | None:
-    """The corpus that is there, if it has these settings; None for none. Raises ConfigError for any other."""
-    refuse(problems(config))
-    wanted = _settings(config)
-    if not (config.output / MANIFEST).exists():
-        return None
-    manifest = Manifest.load(config.output)
-    found = manifest.settings
-    differing = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-    refuse(
-        [
-            f"{config.output} holds a corpus with {name} {found.get(name)!r}, not {wanted.get(name)!r}: "
-            "remove the folder or give another --output"
-            for name in differing
-        ]
-    )
-    return manifest
-
-
-def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """What the outcome depends on, as JSON values: settings, names and sizes of the files, the given vocabulary."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    del plain["output"]
-    files = find_files(_patterns(config))
-    listing = "".join(f"{path}\t{path.stat().st_size}\n" for path in files)
-    plain["input_files"] = hashlib.sha256(listing.encode()).hexdigest()
-    if config.vocabulary is not None:
-        plain["vocabulary_fingerprint"] = Vocabulary.load(config.vocabulary).fingerprint
-    return plain
-
-
-def _patterns(config: PrepareConfig) -> list[str]:
-    return [source for source in config.source if source != PYTHON_DOCS]
+    console = Console(stderr=True)
+    return track(items, description=label.ljust(10), console=console, transient=True, disable=not console.is_terminal)
 
 
 def _clear(output: Path) -> None:
@@ -253,27 +152,6 @@ def _clear(output: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the program
-
-
-@dataclass
-class _Tally:
-    """Counts of one rank, or of all."""
-
-    documents: Counter[str] = field(default_factory=Counter)
-    """By split."""
-    content_tokens: Counter[str] = field(default_factory=Counter)
-    """By split."""
-    samples: Counter[str] = field(default_factory=Counter)
-    """By split."""
-    characters: int = 0
-    skips: Skips = field(default_factory=Skips)
-
-    def merge(self, other: _Tally) -> None:
-        self.documents.update(other.documents)
-        self.content_tokens.update(other.content_tokens)
-        self.samples.update(other.samples)
-        self.characters += other.characters
-        self.skips.merge(other.skips)
 
 
 @dataclass(frozen=True)
@@ -296,7 +174,7 @@ class _Preparation:
     def __init__(self, config: PrepareConfig, comm: Intracomm):
         self.config = config
         self.comm = comm
-        self.tally = _Tally()
+        self.tally = Tally()
         self.seconds: dict[str, float] = {}
 
     def run(self) -> Manifest:
@@ -308,7 +186,7 @@ class _Preparation:
             selection = self._scan(own)
         found = self._totals()
         if self.comm.rank == 0:
-            _refuse_nothing(self.config, selection.documents, found.skips)
+            refuse_nothing(self.config, selection.documents, found.skips)
         with self._phase("vocabulary"):
             vocabulary = self._vocabulary(selection)
         buckets = _buckets(self.config, units, vocabulary)
@@ -317,18 +195,23 @@ class _Preparation:
         bucket_counts = {split: self.comm.allreduce(spills[split].counts) for split in SPLITS}
         totals = self._totals()
         if self.comm.rank == 0:
-            _refuse_too_little(self.config, totals)
+            refuse_too_little(self.config, totals)
         with self._phase("shuffle"):
             self._sort(buckets)
         with self._phase("write"):
             shards = self._write(buckets, bucket_counts)
-        token_counts = self.comm.allreduce(token_counts)
-        manifest = _manifest(self.config, settings, vocabulary, totals, shards, token_counts)
+        manifest = build_manifest(
+            settings,
+            vocabulary,
+            totals=totals,
+            shards=shards,
+            unigram_entropy=entropy(self.comm.allreduce(token_counts)),
+        )
         if self.comm.rank == 0:
             vocabulary.save(self.config.output)
             manifest.save(self.config.output)
             shutil.rmtree(self.config.output / _SPILL)
-            print(_summary(self.config, manifest, totals, self.seconds), flush=True)
+            print(summary(self.config, manifest, totals, self.seconds), flush=True)
         return manifest
 
     @contextmanager
@@ -345,7 +228,7 @@ class _Preparation:
         found = None
         if self.comm.rank == 0:
             _clear(self.config.output)
-            found = _source_files(self.config), _settings(self.config)
+            found = _source_files(self.config), recorded(self.config)
         _wait(self.comm)
         found = self.comm.bcast(found)
         assert found is not None
@@ -406,7 +289,7 @@ class _Preparation:
                 split: _Target(split, spills[split], packing, unit=unit.number, seed=self.config.seed)
                 for split in SPLITS
             }
-            for document, ids in _tokenised(self._selected(unit, selection), vocabulary):
+            for document, ids in tokenised(self._selected(unit, selection), vocabulary):
                 split = VALIDATION if self._draw(document) < selection.validation_below else TRAIN
                 if self._count(document, ids, split=split):
                     targets[split].add(ids)
@@ -442,8 +325,8 @@ class _Preparation:
     def _skip(self, document: Document, reason: str) -> None:
         self.tally.skips.add(reason, unit=document.unit, place=f"unit {document.unit}, record {document.number}")
 
-    def _totals(self) -> _Tally:
-        totals = _Tally()
+    def _totals(self) -> Tally:
+        totals = Tally()
         for tally in self.comm.allgather(self.tally):
             totals.merge(tally)
         return totals
@@ -533,7 +416,7 @@ def _gathered_sample(comm: Intracomm, sample: TextSample) -> list[str]:
 
 def _source_files(config: PrepareConfig) -> list[Path]:
     """The input files; the docstrings are collected first if they are asked for."""
-    files = find_files(_patterns(config))
+    files = find_files(patterns(config))
     if PYTHON_DOCS not in config.source:
         return files
     from pmlm_dist.corpus.python_docs import write_python_docs
@@ -551,47 +434,6 @@ def _buckets(config: PrepareConfig, units: Sequence[Unit], vocabulary: Vocabular
     return {split: Buckets(config.output / _SPILL, split, count, dtype) for split in SPLITS}
 
 
-def _tokenised(documents: Iterable[Document], vocabulary: Vocabulary) -> Iterator[tuple[Document, np.ndarray]]:
-    """Documents with their token ids; the tokenizer gets about a million characters at a time."""
-    for batch in _grouped(documents, length=lambda document: len(document.text)):
-        pieces = ((number, piece) for number, document in enumerate(batch) for piece in cut_text(document.text))
-        found: list[list[np.ndarray]] = [[] for _ in batch]
-        for call in _grouped(pieces, length=lambda numbered: len(numbered[1])):
-            encoded = vocabulary.encode_batch([piece for _, piece in call])
-            for (number, _), ids in zip(call, encoded, strict=True):
-                found[number].append(np.array(ids, np.uint32))
-        for document, ids in zip(batch, found, strict=True):
-            yield document, np.concatenate(ids)
-
-
-def _grouped(items: Iterable[T], *, length: Callable[[T], int]) -> Iterator[list[T]]:
-    """Lists of consecutive items that together reach a million characters."""
-    group: list[T] = []
-    characters = 0
-    for item in items:
-        group.append(item)
-        characters += length(item)
-        if characters >= _BATCH_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-
-
-def cut_text(text: str, *, most: int = _PIECE_CHARACTERS) -> Iterator[str]:
-    """Pieces of at most `most` characters that together are `text`, cut before a space or line end where there is one.
-
-    A tokenizer's working memory is a hundred times its text, so a document of any length must come to it in pieces.
-    """
-    start = 0
-    while len(text) - start > most:
-        stop = max(text.rfind(space, start + 1, start + most) for space in " \n")
-        stop = stop if stop > start else start + most
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
 def even_cuts(total: int, parts: int) -> list[tuple[int, int]]:
     """(start, stop) of `parts` consecutive ranges of 0 .. total - 1 whose sizes differ by at most one."""
     ends = [number * total // parts for number in range(parts + 1)]
@@ -607,79 +449,3 @@ def _shard_numbers(config: PrepareConfig, totals: Mapping[str, int]) -> dict[str
         TRAIN: config.shards or math.ceil(totals[TRAIN] / wanted),
         VALIDATION: math.ceil(totals[VALIDATION] / wanted),
     }
-
-
-# -------------------------------------------------------------------------------------------------------------- outcome
-
-
-def _refuse_nothing(config: PrepareConfig, documents: int, skips: Skips) -> None:
-    if documents == 0:
-        found = "; ".join(_skip_lines(skips)) or "the files are empty"
-        refuse([f"source {' '.join(config.source)} holds no usable document ({found}): check the files, --text-field"])
-
-
-def _refuse_too_little(config: PrepareConfig, totals: _Tally) -> None:
-    for split in SPLITS:
-        if totals.samples[split] == 0:
-            refuse(
-                [
-                    f"no sample is left for {split}: {totals.documents.total()} usable documents are too few for a "
-                    f"validation_fraction of {config.validation_fraction}: give more text or another fraction"
-                ]
-            )
-    if config.shards is not None and totals.samples[TRAIN] < config.shards:
-        refuse([f"shards ({config.shards}) exceeds the {totals.samples[TRAIN]} training samples: use fewer"])
-
-
-def entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the distribution that `counts` are drawn from, by their frequencies."""
-    seen = counts[counts > 0].astype(np.float64)
-    shares = seen / seen.sum()
-    return float(-(shares * np.log(shares)).sum())
-
-
-def _manifest(
-    config: PrepareConfig,
-    settings: dict[str, Any],
-    vocabulary: Vocabulary,
-    totals: _Tally,
-    shards: Mapping[str, list[Shard]],
-    token_counts: np.ndarray,
-) -> Manifest:
-    tokens = {
-        split: totals.content_tokens[split] + SPECIAL_TOKENS_PER_SAMPLE * totals.samples[split] for split in SPLITS
-    }
-    return Manifest(
-        sequence_length=config.sequence_length,
-        token_dtype=token_dtype(vocabulary.size),
-        vocabulary={"size": vocabulary.size, "fingerprint": vocabulary.fingerprint},
-        seed=config.seed,
-        splits={split: Split(tuple(shards[split]), totals.samples[split], tokens[split]) for split in SPLITS},
-        unigram_entropy=entropy(token_counts),
-        counts={
-            "documents": {split: totals.documents[split] for split in SPLITS},
-            "content_tokens": {split: totals.content_tokens[split] for split in SPLITS},
-            "characters": totals.characters,
-            "skipped": dict(sorted(totals.skips.counts.items())),
-        },
-        settings=settings,
-    )
-
-
-def _summary(config: PrepareConfig, manifest: Manifest, totals: _Tally, seconds: Mapping[str, float]) -> str:
-    lines = [
-        f"corpus {config.output}: vocabulary {manifest.vocabulary['size']}, sequence length {config.sequence_length}"
-    ]
-    for name, split in manifest.splits.items():
-        lines.append(
-            f"  {name:10} {totals.documents[name]:>12,} documents {split.samples:>12,} samples "
-            f"{split.tokens:>16,} tokens {len(split.shards):>7,} shards"
-        )
-    lines.append(f"  unigram entropy {manifest.unigram_entropy:.4f} nats")
-    lines += [f"  skipped {line}" for line in _skip_lines(totals.skips)]
-    phases = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
-    return "\n".join([*lines, f"  seconds {sum(seconds.values()):.1f} ({phases})"])
-
-
-def _skip_lines(skips: Skips) -> list[str]:
-    return [f"{count:,} x {reason} (first: {skips.first[reason][1]})" for reason, count in sorted(skips.counts.items())]

@@ -183,13 +183,13 @@ def shard_name(split: str, number: int) -> str:
 def write_shard(folder: Path, name: str, samples: Iterable[np.ndarray], *, first: int, dtype: TokenDtype) -> Shard:
     """Write the tar `folder`/`name`; `first` is the number of its first sample. Equal samples give equal bytes."""
     os.environ["WDS_SECURE"] = "1"  # read when webdataset is imported: no shell commands as addresses
-    import webdataset
+    import webdataset.writer
 
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with _HashingFile(path) as file:
-        with webdataset.TarWriter(file, user="pmlm", group="pmlm", mtime=0, encoder=False) as tar:
+        with webdataset.writer.TarWriter(file, user="pmlm", group="pmlm", mtime=0, encoder=False) as tar:
             for ids in samples:
                 data = ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
                 tar.write({"__key__": f"{first + count:09d}", EXTENSIONS[dtype]: data})

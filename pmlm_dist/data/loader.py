@@ -29,7 +29,7 @@ from pmlm_dist.config import DataConfig, MaskingConfig, refuse
 from pmlm_dist.corpus.shards import VALIDATION, Manifest, ShardError
 from pmlm_dist.data.batch import Batch, build_batch
 from pmlm_dist.data.order import BatchShare, micro_batch_samples
-from pmlm_dist.data.stream import Sample, TrainingStream, ValidationStream
+from pmlm_dist.data.stream import Sample, SplitReader, TrainingStream
 from pmlm_dist.masking.blockwise import SpecialIds
 
 VALIDATION_SEED = 0x5EED
@@ -146,12 +146,12 @@ class _ValidationBatches:
         self._share = share
 
     @cached_property
-    def _stream(self) -> ValidationStream:
-        return ValidationStream(self.source.corpus)
+    def _reader(self) -> SplitReader:
+        return SplitReader(self.source.corpus, split=VALIDATION)
 
     def __getitem__(self, micro_step: int) -> Batch:
         numbers = micro_batch_samples(0, micro_step, share=self._share)
-        samples = [self._stream[min(number, self._samples - 1)] for number in numbers]
+        samples = [self._reader.numbered(min(number, self._samples - 1)) for number in numbers]
         batch = self.source.batch(samples, seed=VALIDATION_SEED)
         real_B = torch.tensor([number < self._samples for number in numbers])
         return dataclasses.replace(batch, weights_BM=batch.weights_BM * real_B[:, None])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pmlm_dist.corpus.shards import TRAIN, VALIDATION, Manifest, ShardReader, TokenDtype
+from pmlm_dist.corpus.shards import TRAIN, Manifest, ShardReader, TokenDtype
 from pmlm_dist.data.order import SampleOrder
 
 
@@ -29,19 +29,23 @@ class Sample(NamedTuple):
 
 
 class SplitReader:
-    """Samples of one split by address. Raises ShardError for a shard that is missing or damaged."""
+    """Samples of one split by address or number; `sizes` are the samples of each shard.
+
+    Raises ShardError for a shard that is missing or damaged.
+    """
 
     def __init__(self, corpus: Path, *, split: str):
         manifest = Manifest.load(corpus)
         self._corpus = corpus
         self._shards = manifest.splits[split].shards
+        self.sizes = tuple(shard.samples for shard in self._shards)
+        self._ends = np.cumsum(self.sizes, dtype=np.int64)
         self._token_dtype: TokenDtype = manifest.token_dtype
         self._open: dict[int, tuple[int, ShardReader]] = {}
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Samples of each shard."""
-        return tuple(shard.samples for shard in self._shards)
+    def __len__(self) -> int:
+        """Number of samples."""
+        return int(self._ends[-1]) if self.sizes else 0
 
     def tokens(self, shard: int, index: int, *, lane: int = 0) -> np.ndarray:
         """Token ids of a sample; `lane` keeps the shard open until it asks for another one."""
@@ -51,6 +55,14 @@ class SplitReader:
             reader = ShardReader(self._corpus, self._shards[shard], self._token_dtype)
             self._open[lane] = (shard, reader)
         return reader[index]
+
+    def numbered(self, number: int) -> Sample:
+        """Sample `number` of the split, in epoch 0; IndexError past its end."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of a split with {len(self)} samples")
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        index = number - int(self._ends[shard]) + self.sizes[shard]
+        return Sample(self.tokens(shard, index), number, 0)
 
     @property
     def open_shards(self) -> int:
@@ -80,31 +92,3 @@ class TrainingStream:
         address = self._order.locate(t)
         tokens = self._reader.tokens(address.shard, address.index, lane=t % self._order.lanes)
         return Sample(tokens, self._order.sample_id(address), address.epoch)
-
-    def close(self) -> None:
-        """Close the shards."""
-        self._reader.close()
-
-
-class ValidationStream:
-    """The held-out samples as they lie, always in epoch 0."""
-
-    def __init__(self, corpus: Path):
-        self._reader = SplitReader(corpus, split=VALIDATION)
-        self._sizes = self._reader.sizes
-        self._ends = np.cumsum(self._sizes)
-
-    def __len__(self) -> int:
-        return sum(self._sizes)
-
-    def __getitem__(self, number: int) -> Sample:
-        """Sample `number` of the split; IndexError past its end."""
-        if not 0 <= number < len(self):
-            raise IndexError(f"validation sample {number} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        index = number - int(self._ends[shard]) + self._sizes[shard]
-        return Sample(self._reader.tokens(shard, index), number, 0)
-
-    def close(self) -> None:
-        """Close the shards."""
-        self._reader.close()

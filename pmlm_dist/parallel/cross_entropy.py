@@ -43,4 +43,5 @@ def most_likely(logits_NV: Tensor) -> Tensor:
 
 def tied_logits(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor) -> Tensor:
     """x W^T + b for this rank's vocabulary rows: [..., E], equal on every rank -> [..., V]."""
-    return F.linear(copy_to_tensor_model_parallel_region(x_NE), weight_VE, bias_V)
+    group = parallel_state.get_tensor_model_parallel_group()
+    return F.linear(copy_to_tensor_model_parallel_region(x_NE, group=group), weight_VE, bias_V)

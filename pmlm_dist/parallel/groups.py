@@ -104,7 +104,9 @@ def start(*, tp: int = 1, timeout_s: int = 600) -> Topology:
     rank, world_size, local_rank = (int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     refuse(_world_problems(world_size, tp=tp))
     os.environ.update(variables)
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core orders its all-reduce before a product by it
+    os.environ.setdefault(
+        "CUDA_DEVICE_MAX_CONNECTIONS", "1"
+    )  # megatron-core orders its all-reduce before a product by it
     device = _device(local_rank)
     if not dist.is_initialized():
         _join_world(rank, world_size, device=device, timeout_s=timeout_s)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -35,6 +36,10 @@ def tp_rank() -> int:
     return parallel_state.get_tensor_model_parallel_rank()
 
 
+def _tp_group() -> dist.ProcessGroup:
+    return parallel_state.get_tensor_model_parallel_group()
+
+
 def _shared_config() -> ModelParallelConfig:
     return ModelParallelConfig(tensor_model_parallel_size=tp_size(), use_cpu_initialization=True)
 
@@ -49,7 +54,14 @@ class ColumnLinear(_NoExtraState, ColumnParallelLinear):
     """y = x W^T + b with the rows of W [out, in] and b [out] split over the tensor-parallel ranks: [..., in] -> [..., out/tp]."""
 
     def __init__(self, size_in: int, size_out: int, *, std: float):
-        super().__init__(size_in, size_out, config=_shared_config(), init_method=_normal(std), gather_output=False)
+        super().__init__(
+            size_in,
+            size_out,
+            config=_shared_config(),
+            init_method=_normal(std),
+            gather_output=False,
+            tp_group=_tp_group(),
+        )
 
     def _forward_impl(
         self, input: Tensor, weight: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any
@@ -75,6 +87,7 @@ class RowLinear(_NoExtraState, RowParallelLinear):
             bias=True,
             input_is_parallel=True,
             skip_bias_add=False,
+            tp_group=_tp_group(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +101,9 @@ class VocabularyEmbedding(VocabParallelEmbedding):
     """Token embedding with its rows [V, E] split over the tensor-parallel ranks; also the matrix of the tied head."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, std: float):
-        super().__init__(vocab_size, hidden_size, config=_shared_config(), init_method=_normal(std))
+        super().__init__(
+            vocab_size, hidden_size, config=_shared_config(), init_method=_normal(std), tp_group=_tp_group()
+        )
 
 
 def sharded(whole: Tensor) -> nn.Parameter:

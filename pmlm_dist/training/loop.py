@@ -173,9 +173,7 @@ def _validate(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog) -
     batches = validation_batches(
         run.source,
         samples=run.config.train.validation_samples,
-        micro_batch=run.engine.micro_batch,
-        dp_rank=run.topology.dp_rank,
-        dp_size=run.topology.dp,
+        share=run.share,
         loading=dataclasses.replace(run.config.data, workers=0),
     )
     validation = validate(engine, batches, run.vocabulary, run.topology, fill_ins=run.config.train.fill_ins)

@@ -21,7 +21,7 @@ from pmlm_dist.corpus.shards import TRAIN, VALIDATION, ShardError
 from pmlm_dist.data.batch import Batch, build_batch
 from pmlm_dist.data.loader import VALIDATION_SEED, BatchSource, training_batches, validation_batches
 from pmlm_dist.data.order import BatchShare, micro_batch_samples
-from pmlm_dist.data.stream import TrainingStream, ValidationStream
+from pmlm_dist.data.stream import SplitReader, TrainingStream
 
 ALONE = BatchShare(global_batch=8, micro_batch=4)
 
@@ -103,11 +103,11 @@ def test_validation_covers_each_sample_once(source, corpus, samples, dp_size, wo
         validation(source, samples=samples, dp_rank=rank, dp_size=dp_size, workers=workers) for rank in range(dp_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
-    stream = ValidationStream(corpus)
+    reader = SplitReader(corpus, split=VALIDATION)
     seen = []
     for batch in (batch for batches in ranks for batch in batches):
         for row, number in enumerate(batch.sample_ids_B.tolist()):
-            sample = stream[number]
+            sample = reader.numbered(number)
             assert (batch.targets_BM[row] > 0).any()
             if batch.weights_BM[row].any():
                 seen.append(number)

@@ -9,7 +9,7 @@ import pytest
 from numbered_corpus import SHARD_SIZES, tokens_of, write_corpus
 
 from pmlm_dist.corpus.shards import TRAIN, VALIDATION, ShardError
-from pmlm_dist.data.stream import SplitReader, TrainingStream, ValidationStream
+from pmlm_dist.data.stream import SplitReader, TrainingStream
 
 TRAIN_SAMPLES = sum(SHARD_SIZES[TRAIN])
 
@@ -48,14 +48,15 @@ def test_a_lane_holds_one_shard_open(corpus):
 
 
 def test_validation_samples_lie_in_order(corpus):
-    stream = ValidationStream(corpus)
-    assert len(stream) == 7
+    reader = SplitReader(corpus, split=VALIDATION)
+    assert len(reader) == 7
     for number in (0, 6, 3, 4):
-        assert stream[number].tokens.tolist() == tokens_of(VALIDATION, number).tolist()
-        assert (stream[number].sample_id, stream[number].epoch) == (number, 0)
+        sample = reader.numbered(number)
+        assert sample.tokens.tolist() == tokens_of(VALIDATION, number).tolist()
+        assert (sample.sample_id, sample.epoch) == (number, 0)
     for number in (-1, 7):
         with pytest.raises(IndexError):
-            stream[number]
+            reader.numbered(number)
 
 
 def test_a_damaged_shard_is_refused_when_a_lane_opens_it(tmp_path: Path):

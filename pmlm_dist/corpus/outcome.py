@@ -1,0 +1,116 @@
+"""What a preparation counted, and what it says at the end: refusals, manifest, summary."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pmlm_dist.config import refuse
+from pmlm_dist.corpus.documents import Skips
+from pmlm_dist.corpus.packing import SPECIAL_TOKENS_PER_SAMPLE
+from pmlm_dist.corpus.settings import PrepareConfig
+from pmlm_dist.corpus.shards import SPLITS, TRAIN, Manifest, Shard, Split, token_dtype
+from pmlm_dist.vocab import Vocabulary
+
+
+@dataclass
+class Tally:
+    """Counts of one rank, or of all."""
+
+    documents: Counter[str] = field(default_factory=Counter)
+    """By split."""
+    content_tokens: Counter[str] = field(default_factory=Counter)
+    """By split."""
+    samples: Counter[str] = field(default_factory=Counter)
+    """By split."""
+    characters: int = 0
+    skips: Skips = field(default_factory=Skips)
+
+    def merge(self, other: Tally) -> None:
+        """Add another rank's counts."""
+        self.documents.update(other.documents)
+        self.content_tokens.update(other.content_tokens)
+        self.samples.update(other.samples)
+        self.characters += other.characters
+        self.skips.merge(other.skips)
+
+
+def refuse_nothing(config: PrepareConfig, documents: int, skips: Skips) -> None:
+    """Raise ConfigError if no document was found, saying why."""
+    if documents == 0:
+        found = "; ".join(_skip_lines(skips)) or "the files are empty"
+        refuse([f"source {' '.join(config.source)} holds no usable document ({found}): check the files, --text-field"])
+
+
+def refuse_too_little(config: PrepareConfig, totals: Tally) -> None:
+    """Raise ConfigError if a split has no sample, or fewer than shards are wanted."""
+    for split in SPLITS:
+        if totals.samples[split] == 0:
+            refuse(
+                [
+                    f"no sample is left for {split}: {totals.documents.total()} usable documents are too few for a "
+                    f"validation_fraction of {config.validation_fraction}: give more text or another fraction"
+                ]
+            )
+    if config.shards is not None and totals.samples[TRAIN] < config.shards:
+        refuse([f"shards ({config.shards}) exceeds the {totals.samples[TRAIN]} training samples: use fewer"])
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of the distribution that `counts` are drawn from, by their frequencies."""
+    seen = counts[counts > 0].astype(np.float64)
+    shares = seen / seen.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def build_manifest(
+    settings: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    *,
+    totals: Tally,
+    shards: Mapping[str, list[Shard]],
+    unigram_entropy: float,
+) -> Manifest:
+    """The manifest of a finished corpus; `settings` are the recorded ones."""
+    tokens = {
+        split: totals.content_tokens[split] + SPECIAL_TOKENS_PER_SAMPLE * totals.samples[split] for split in SPLITS
+    }
+    return Manifest(
+        sequence_length=settings["sequence_length"],
+        token_dtype=token_dtype(vocabulary.size),
+        vocabulary={"size": vocabulary.size, "fingerprint": vocabulary.fingerprint},
+        seed=settings["seed"],
+        splits={split: Split(tuple(shards[split]), totals.samples[split], tokens[split]) for split in SPLITS},
+        unigram_entropy=unigram_entropy,
+        counts={
+            "documents": {split: totals.documents[split] for split in SPLITS},
+            "content_tokens": {split: totals.content_tokens[split] for split in SPLITS},
+            "characters": totals.characters,
+            "skipped": dict(sorted(totals.skips.counts.items())),
+        },
+        settings=settings,
+    )
+
+
+def summary(config: PrepareConfig, manifest: Manifest, totals: Tally, seconds: Mapping[str, float]) -> str:
+    """What the user reads at the end; `seconds` by phase."""
+    lines = [
+        f"corpus {config.output}: vocabulary {manifest.vocabulary['size']}, sequence length {config.sequence_length}"
+    ]
+    for name, split in manifest.splits.items():
+        lines.append(
+            f"  {name:10} {totals.documents[name]:>12,} documents {split.samples:>12,} samples "
+            f"{split.tokens:>16,} tokens {len(split.shards):>7,} shards"
+        )
+    lines.append(f"  unigram entropy {manifest.unigram_entropy:.4f} nats")
+    lines += [f"  skipped {line}" for line in _skip_lines(totals.skips)]
+    phases = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
+    return "\n".join([*lines, f"  seconds {sum(seconds.values()):.1f} ({phases})"])
+
+
+def _skip_lines(skips: Skips) -> list[str]:
+    return [f"{count:,} x {reason} (first: {skips.first[reason][1]})" for reason, count in sorted(skips.counts.items())]

@@ -1,0 +1,314 @@
+"""Inspection: one sample as the model reads it, in the terminal and as a picture.
+
+    corpus --SplitReader--> token ids --BatchSource--> Batch of one --slots_of--> Slots --> text, table, matrix, PNG
+
+Nothing is recomputed here: spans, orders and visibility are read off the batch that training would get for the same
+(seed, epoch, sample).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from pmlm_dist.config import MaskingConfig, refuse
+from pmlm_dist.corpus.shards import TRAIN
+from pmlm_dist.data.batch import Batch, special_ids
+from pmlm_dist.data.loader import BatchSource
+from pmlm_dist.data.stream import SplitReader
+from pmlm_dist.masking.visibility import visibility_matrix
+from pmlm_dist.vocab import Vocabulary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Kind = Literal["context", "original", "pseudo"]
+
+COLOURS: dict[Kind, str] = {"context": "#5b7aa6", "original": "#2f9e78", "pseudo": "#e07a3f"}
+NAMES: dict[Kind, str] = {"context": "context", "original": "originals", "pseudo": "pseudo masks"}
+STEP_COLOURS = ("#e07a3f", "#2f9e78", "#b05fc4", "#d9a514", "#3f8fd2", "#d6527b")
+_ROWS: dict[Kind, int] = {"context": 0, "original": 1, "pseudo": 2}
+_INK, _FAINT = "#26303d", "#dfe4ea"
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Which sample to look at, and how."""
+
+    corpus: Path = Path("data/demo")
+    """Folder that `pmlm prepare-corpus` wrote."""
+    sample: int = 0
+    """Number of the sample in the training split."""
+    epoch: int = 0
+    """Epoch whose masks are shown."""
+    seed: int = 0
+    """Seed of the run whose masks are shown."""
+    window: int = 24
+    """Context tokens in table, matrix and picture; the text above them is whole."""
+    start: int | None = None
+    """First position of the window. None: so that the first factorization step is in it."""
+    png: Path | None = None
+    """Picture of layout and visibility to write."""
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One slot of the layout, ready to be shown."""
+
+    token: str
+    """What the model reads there; [P] for a pseudo mask, [M] for a masked context slot."""
+    position: int
+    segment: int
+    order: int
+    """0 context, +k original, -k pseudo mask of step k."""
+    step: int = 0
+    """Factorization step in which this slot's position is predicted; 0: it is not."""
+
+    @property
+    def kind(self) -> Kind:
+        """Group that the slot belongs to."""
+        return "context" if self.order == 0 else "original" if self.order > 0 else "pseudo"
+
+
+def inspect(config: InspectConfig, *, console: Console | None = None) -> None:
+    """Print one sample: its text with numbered spans, its slots and who sees whom; write the picture if one is wanted.
+
+    Raises ConfigError for a corpus or sample that is not there, and ShardError for a damaged shard.
+    """
+    vocabulary = Vocabulary.load(config.corpus)
+    slots = slots_of(_batch_of_one(config, vocabulary), vocabulary)
+    shown = _in_window(slots, start=config.start, window=config.window)
+    console = console or Console()
+    console.print(
+        Group(
+            _headline(slots, config),
+            Panel(_text_with_spans(slots), title="text with the spans of each factorization step", title_align="left"),
+            _prediction_table(shown),
+            _matrix_text(shown),
+        )
+    )
+    if config.png is not None:
+        draw_layout(shown, path=config.png)
+        console.print(f"picture: {config.png}")
+
+
+def slots_of(batch: Batch, vocabulary: Vocabulary, *, row: int = 0) -> list[Slot]:
+    """The valid slots of one row of a batch, in layout order."""
+    used = batch.weights_BM[row] > 0
+    orders = batch.order_BT[row, batch.num_context : batch.num_context + batch.num_predictions][used].tolist()
+    steps = dict(zip(batch.predicted_BM[row, used].tolist(), orders, strict=True))
+    columns = (batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.order_BT)
+    valid = batch.valid_BT[row]
+    slots = []
+    for token, position, segment, order in zip(*(column[row, valid].tolist() for column in columns), strict=True):
+        shown = "[P]" if order < 0 else "[M]" if token == vocabulary.mask_id else vocabulary.token(token)
+        slots.append(Slot(shown, position, segment, order, step=steps.get(position, 0)))
+    return slots
+
+
+def example_slots() -> list[Slot]:
+    """A sentence of eight tokens with a span of two as step 1 and a single token as step 2."""
+    tokens = ["[CLS]", "the", "cat", "sat", "on", "a", "mat", "[SEP]"]
+    steps = {4: 1, 5: 1, 2: 2}
+    context = [Slot("[M]" if at in steps else token, at, 0, 0, steps.get(at, 0)) for at, token in enumerate(tokens)]
+    originals = [Slot(tokens[at], at, 0, step, step) for at, step in steps.items()]
+    pseudo = [Slot("[P]", at, 0, -step, step) for at, step in steps.items()]
+    return [*context, *originals, *pseudo]
+
+
+def _batch_of_one(config: InspectConfig, vocabulary: Vocabulary) -> Batch:
+    reader = SplitReader(config.corpus, split=TRAIN)
+    if not 0 <= config.sample < len(reader):
+        refuse([f"sample ({config.sample}) must lie between 0 and {len(reader) - 1}, the last training sample"])
+    sample = reader.numbered(config.sample)._replace(epoch=config.epoch)
+    reader.close()
+    source = BatchSource(config.corpus, special=special_ids(vocabulary), masking=config.masking, seed=config.seed)
+    return source.batch([sample], seed=config.seed)
+
+
+def _in_window(slots: Sequence[Slot], *, start: int | None, window: int) -> list[Slot]:
+    length = sum(slot.kind == "context" for slot in slots)
+    first = min((slot.position for slot in slots if slot.order == 1), default=0)
+    start = max(0, min(first - window // 3, length - window)) if start is None else start
+    return [slot for slot in slots if start <= slot.position < start + window]
+
+
+# ----------------------------------------------------------------------------------------------------------- terminal
+
+
+def _headline(slots: Sequence[Slot], config: InspectConfig) -> Text:
+    context = [slot for slot in slots if slot.kind == "context"]
+    predicted = [slot for slot in context if slot.step]
+    steps = max((slot.step for slot in predicted), default=0)
+    numbers = f"{len(context)} tokens, {len(predicted)} predicted in {steps} steps, {len(slots)} slots"
+    return Text.assemble(
+        (f"sample {config.sample}", "bold"), f"  epoch {config.epoch}  seed {config.seed}   ", (numbers, "dim")
+    )
+
+
+def _colour(step: int) -> str:
+    return STEP_COLOURS[(step - 1) % len(STEP_COLOURS)]
+
+
+def _originals(slots: Sequence[Slot]) -> dict[int, str]:
+    return {slot.position: slot.token for slot in slots if slot.kind == "original"}
+
+
+def _text_with_spans(slots: Sequence[Slot]) -> Text:
+    """The original text; each span in the colour of its step, opened by the step's number."""
+    text, originals, last_step = Text(), _originals(slots), 0
+    for slot in slots:
+        if slot.kind != "context":
+            break
+        token = originals.get(slot.position, slot.token)
+        joined = token.startswith("##") and slot.step == last_step
+        text.append("" if joined or not text else " ")
+        if slot.step and slot.step != last_step:
+            text.append(f"{slot.step}:", style=f"dim {_colour(slot.step)}")
+        style = f"bold {_colour(slot.step)} underline" if slot.step else "dim" if token.startswith("[") else ""
+        text.append(token[2:] if joined else token, style=style)
+        last_step = slot.step
+    return text
+
+
+def _prediction_table(slots: Sequence[Slot]) -> Table:
+    """A row for each predicted position: its three slots share position and segment."""
+    table = Table(title="the three slots of each predicted position in the window", title_justify="left")
+    for name in ("step", "position", "segment"):
+        table.add_column(name, justify="right")
+    table.add_column("context slot (order 0)", style=COLOURS["context"])
+    table.add_column("original (order +k)", style=COLOURS["original"])
+    table.add_column("pseudo mask (order -k)", style=COLOURS["pseudo"])
+    context = {slot.position: slot for slot in slots if slot.kind == "context"}
+    for slot in slots:
+        if slot.kind == "original":
+            step = Text(str(slot.step), style=_colour(slot.step))
+            read = Text(context[slot.position].token)
+            original, pseudo = Text(f"{slot.token}  +{slot.step}"), Text(f"[P]  -{slot.step}")
+            table.add_row(step, str(slot.position), str(slot.segment), read, original, pseudo)
+    return table
+
+
+def _matrix_text(slots: Sequence[Slot]) -> Text:
+    """Rows are queries, columns are keys; a filled cell is seen, in the colour of the key's group."""
+    width = max((len(slot.token) for slot in slots), default=0)
+    text = Text("visibility: the row sees the filled columns\n", style="italic")
+    text.append(" " * (width + 5))
+    for slot in slots:
+        text.append(f"{slot.order:>2}"[-2:], style=f"not italic {COLOURS[slot.kind]}")
+    for slot, seen in zip(slots, _matrix(slots), strict=True):
+        text.append(f"\n{slot.token:>{width}} {slot.order:>+3} ", style=f"not italic {COLOURS[slot.kind]}")
+        for key, sees in zip(slots, seen, strict=True):
+            text.append("██" if sees else " ·", style=f"not italic {COLOURS[key.kind]}" if sees else "dim")
+    return text
+
+
+def _matrix(slots: Sequence[Slot]) -> np.ndarray:
+    return visibility_matrix(np.array([slot.order for slot in slots], dtype=np.int32))
+
+
+# ------------------------------------------------------------------------------------------------------------ picture
+
+
+def draw_layout(slots: Sequence[Slot], *, path: Path) -> None:
+    """Write a picture of the slots, each over its position, and of the visibility matrix; the suffix names the format.
+
+    Up to ten context slots the two stand side by side, else one above the other.
+    """
+    from matplotlib.figure import Figure
+
+    columns = 1 + max(slot.position for slot in slots) - min(slot.position for slot in slots)
+    width, side = 0.78 * columns + 1.0, 0.31 * len(slots) + 1.1
+    beside = columns <= 10
+    size = (width + side + 0.3, side + 0.4) if beside else (max(width, side), side + 3.4)
+    figure = Figure(figsize=size, dpi=160, facecolor="white", layout="constrained")
+    if beside:
+        left, right = figure.subplots(1, 2, width_ratios=[width, side])
+    else:
+        left, right = figure.subplots(2, 1, height_ratios=[2.6, side])
+    _draw_slots(left, slots)
+    _draw_matrix(right, slots)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _draw_slots(axes: Axes, slots: Sequence[Slot]) -> None:
+    """Three rows of boxes; the slots of one position stand in one column, the spans are shaded."""
+    positions = sorted({slot.position for slot in slots})
+    for slot in slots:
+        if slot.kind == "original":
+            axes.axvspan(slot.position - 0.5, slot.position + 0.5, color=_colour(slot.step), alpha=0.10, linewidth=0)
+            axes.text(slot.position, 2.62, f"step {slot.step}", color=_colour(slot.step), **_label(8))
+        _draw_slot(axes, slot)
+    axes.set(xlim=(positions[0] - 0.5, positions[-1] + 0.5), ylim=(2.85, -0.5))
+    axes.set_xticks(positions)
+    axes.set_yticks(list(_ROWS.values()), [NAMES[kind] for kind in _ROWS])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelsize=9, colors=_INK)
+    for kind, label in zip(_ROWS, axes.get_yticklabels(), strict=True):
+        label.set(color=COLOURS[kind], fontweight="bold")
+    axes.set_title("slots over their positions (small: order)", fontsize=10, color=_INK, loc="left", pad=10)
+    axes.spines[:].set_visible(False)
+
+
+def _draw_slot(axes: Axes, slot: Slot) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    x, y = slot.position, _ROWS[slot.kind]
+    hidden = slot.kind == "context" and slot.step > 0
+    box = FancyBboxPatch(
+        (x - 0.44, y - 0.3),
+        0.88,
+        0.6,
+        boxstyle="round,pad=0,rounding_size=0.09",
+        facecolor="white" if slot.kind == "pseudo" or hidden else f"{COLOURS[slot.kind]}38",
+        edgecolor=COLOURS[slot.kind],
+        linestyle="--" if hidden else "-",
+        linewidth=1.2,
+    )
+    axes.add_patch(box)
+    token = slot.token if len(slot.token) <= 8 else f"{slot.token[:7]}…"
+    axes.text(x, y - 0.07, token, color=_INK, **_label(9 if len(token) <= 6 else 7))
+    axes.text(x, y + 0.18, _signed(slot.order), color=COLOURS[slot.kind], **_label(7))
+
+
+def _draw_matrix(axes: Axes, slots: Sequence[Slot]) -> None:
+    """Cells that the row's slot sees, in the colour of the column's group; lines part the groups."""
+    from matplotlib.colors import to_rgb
+
+    seen = _matrix(slots)
+    key_colours = np.array([to_rgb(COLOURS[slot.kind]) for slot in slots])
+    pixels = np.where(seen[:, :, None], key_colours[None, :, :], 1.0)
+    axes.imshow(pixels, interpolation="nearest")
+    edges = np.arange(len(slots) + 1) - 0.5
+    axes.hlines(edges, -0.5, len(slots) - 0.5, colors=_FAINT, linewidth=0.6)
+    axes.vlines(edges, -0.5, len(slots) - 0.5, colors=_FAINT, linewidth=0.6)
+    changes = [at - 0.5 for at in range(1, len(slots)) if slots[at].kind != slots[at - 1].kind]
+    axes.hlines(changes, -0.5, len(slots) - 0.5, colors=_INK, linewidth=1.2)
+    axes.vlines(changes, -0.5, len(slots) - 0.5, colors=_INK, linewidth=1.2)
+    labels = [f"{slot.token} {_signed(slot.order)}" for slot in slots]
+    axes.set_xticks(range(len(slots)), labels, rotation=90)
+    axes.set_yticks(range(len(slots)), labels)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelsize=8)
+    for label, slot in zip([*axes.get_xticklabels(), *axes.get_yticklabels()], [*slots, *slots], strict=True):
+        label.set_color(COLOURS[slot.kind])
+    axes.set_title("visibility: the row sees the filled columns", fontsize=10, color=_INK, loc="left", pad=10)
+    axes.spines[:].set_visible(False)
+
+
+def _label(size: float) -> dict[str, Any]:
+    return {"ha": "center", "va": "center", "fontsize": size}
+
+
+def _signed(order: int) -> str:
+    return f"{order:+d}".replace("-", "−") if order else "0"

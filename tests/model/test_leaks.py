@@ -1,0 +1,88 @@
+"""No prediction can see what it must not: shown on the model, by gradients with respect to every slot's embedding.
+
+What may reach a read slot over L layers is the closure of the visibility rule. Outside of it every gradient must be exactly
+zero; inside, with random weights, it is not, so the test would notice a missing connection too.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import model_of, random_batch
+
+from pmlm_dist.config import MaskingConfig
+from pmlm_dist.data.batch import Batch
+from pmlm_dist.model.transformer import PseudoMaskedLM
+
+
+def sees(q_order: int, k_order: int) -> bool:
+    """The rule in three cases: context, original of step q, pseudo mask of step q."""
+    if q_order == 0:
+        return k_order == 0
+    if q_order > 0:
+        return 0 <= k_order <= q_order
+    return 0 <= k_order < -q_order or k_order == q_order
+
+
+def closure(batch: Batch, sample: int, layers: int) -> torch.Tensor:
+    """[T, T]: whether slot j can reach slot i over `layers` layers (residual connections included)."""
+    order, valid = batch.order_BT[sample].tolist(), batch.valid_BT[sample].tolist()
+    one = torch.tensor([[i == j or (valid[j] and sees(q, k)) for j, k in enumerate(order)] for i, q in enumerate(order)])
+    reach = one
+    for _ in range(layers - 1):
+        reach = (reach.double() @ one.double()) > 0
+    return reach
+
+
+def influence(model: PseudoMaskedLM, batch: Batch) -> torch.Tensor:
+    """[B, R, T]: largest gradient of each read slot's logits with respect to each slot's embedding."""
+    embeddings: list[torch.Tensor] = []
+
+    def keep(_module, _inputs, output):
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    handle = model.embeddings.register_forward_hook(keep)
+    hidden_RBE = model.encode(
+        batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.order_BT, batch.valid_BT, batch.predicted_BM
+    )
+    handle.remove()
+    probe = torch.randn(hidden_RBE.shape[-1], dtype=hidden_RBE.dtype, generator=torch.Generator().manual_seed(1))
+    read_RB = hidden_RBE @ probe
+    rows = []
+    for read_B in read_RB:
+        (gradient_TBE,) = torch.autograd.grad(read_B.sum(), embeddings[0], retain_graph=True)
+        rows.append(gradient_TBE.abs().amax(dim=-1).t())
+    return torch.stack(rows, dim=1)
+
+
+@pytest.mark.parametrize("attention", ["dense", "split"])
+@pytest.mark.parametrize("relative_bias", [True, False])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gradients_vanish_exactly_where_the_closure_of_visibility_says_so(attention, relative_bias, seed):
+    model = model_of(attention=attention, relative_bias=relative_bias, seed=seed)
+    batch = random_batch(seed=seed, masking=MaskingConfig(rate=0.3, stop="paper" if seed else "exact"))
+    found_BRT = influence(model, batch)
+    M, T = batch.num_predictions, batch.tokens_BT.shape[1]
+    for sample in range(len(found_BRT)):
+        reach = closure(batch, sample, layers=model.config.num_layers)
+        pseudo = torch.arange(T - M, T)
+        read = torch.cat([batch.predicted_BM[sample], pseudo])
+        allowed_RT = reach[read]
+        used = batch.weights_BM[sample].bool().repeat(2)
+        assert (found_BRT[sample][~allowed_RT] == 0).all()
+        assert (found_BRT[sample][used][allowed_RT[used]] > 0).all()
+
+
+def test_with_pure_masks_no_pseudo_mask_reaches_its_answer_or_a_later_one():
+    batch = random_batch(masking=MaskingConfig(rate=0.3, corruption="mask_only"))
+    found_BRT = influence(model_of(num_layers=4), batch)
+    S, M = batch.num_context, batch.num_predictions
+    for sample in range(len(found_BRT)):
+        steps = batch.order_BT[sample, S : S + M]
+        for m in range(M):
+            if batch.weights_BM[sample, m] == 0:
+                continue
+            later_or_own = steps >= steps[m]
+            assert (found_BRT[sample, M + m, S : S + M][later_or_own] == 0).all()
+            assert (found_BRT[sample, m, S:] == 0).all()  # AE sees no appended slot at all

@@ -1,0 +1,50 @@
+"""Relative position buckets against a table worked out by hand from the formula, and the bias against a loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+
+from pmlm_dist.model.relative_position import RelativeBias, relative_bucket
+from pmlm_dist.parallel import groups
+
+# 16 buckets a sign: 0..7 exact; then 8 + floor(8 ln(a/8) / ln 16), so bucket b starts at 8 * 16^((b-8)/8) = 8 * 2^((b-8)/2):
+# 8, 11.31, 16, 22.63, 32, 45.25, 64, 90.51 (and 128, which stays in bucket 15).
+FIRST_DISTANCE = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 7: 7, 8: 8, 9: 12, 10: 16, 11: 23, 12: 32, 13: 46, 14: 64, 15: 91}
+
+
+def by_hand(distance: int) -> int:
+    bucket = max(b for b, first in FIRST_DISTANCE.items() if abs(distance) >= first)
+    return bucket + (16 if distance > 0 else 0)
+
+
+def test_buckets_equal_the_table_worked_out_by_hand():
+    distances = range(-600, 601)
+    expected = [by_hand(d) for d in distances]
+    assert relative_bucket(torch.tensor(list(distances))).tolist() == expected
+
+
+def test_buckets_equal_those_of_mpnet():
+    distances = torch.arange(-600, 601)
+    assert torch.equal(relative_bucket(distances), MPNetEncoder.relative_position_bucket(distances, num_buckets=32))
+
+
+@pytest.mark.parametrize(("buckets", "max_distance"), [(8, 16), (16, 20), (32, 128), (64, 1000)])
+def test_buckets_of_a_sign_are_all_used_and_grow_with_distance(buckets, max_distance):
+    found = relative_bucket(-torch.arange(2 * max_distance), buckets=buckets, max_distance=max_distance)
+    assert (found.diff() >= 0).all()
+    assert found.unique().tolist() == list(range(buckets // 2))
+
+
+def test_bias_is_the_table_entry_of_every_pair():
+    groups.start()
+    bias = RelativeBias(3, buckets=32, max_distance=128, std=1.0)
+    queries, keys = torch.randint(0, 300, (2, 5)), torch.randint(0, 300, (2, 7))
+    found = bias(queries, keys)
+    assert found.shape == (3, 2, 5, 7)
+    for b in range(2):
+        for q in range(5):
+            for k in range(7):
+                bucket = by_hand(int(keys[b, k] - queries[b, q]))
+                assert torch.equal(found[:, b, q, k], bias.weight[:, bucket])
