@@ -21,7 +21,7 @@ train: $(DEMO)/manifest.json
 corpus: $(DEMO)/manifest.json
 
 $(DEMO)/manifest.json: | $(VENV)/.train
-	$(BIN)/mpirun --oversubscribe -n $(RANKS) $(BIN)/pmlm prepare-corpus --source python-docs --output $(DEMO) \
+	$(BIN)/mpirun --oversubscribe --bind-to none -n $(RANKS) $(BIN)/pmlm prepare-corpus --source python-docs --output $(DEMO) \
 	    --vocabulary-size 8192 --sequence-length 128 --shards 64
 
 test: $(VENV)/.dev

@@ -119,6 +119,9 @@ class OptimConfig:
     """Adam's epsilon."""
     weight_decay: float = 0.01
     """Decoupled weight decay; never on biases and LayerNorm."""
+    relative_bias_rate: float = 1.0
+    """Learning rate of the relative position table over that of all else. Adam moves a number by about the learning rate
+    a step, and to prefer neighbours the table must move by several units: a run of a few hundred steps needs more than 1."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ def _parallel_problems(model: ModelConfig, *, tp: int) -> list[str]:
     for name in ("num_heads", "ffn_size"):
         size = getattr(model, name)
         if tp > 0 and size > 0 and size % tp:
-            usable = [d for d in divisors(size) if d <= 128]
+            usable = [d for d in divisors(size) if 128 % d == 0]
             found.append(f"parallel.tp ({tp}) must divide model.{name} ({size}): use one of {usable}")
     if tp > 0 and 128 % tp:
         found.append(

@@ -35,6 +35,7 @@ _ALLOWED = {
     "zero_allow_untested_optimizer": "ZeRO with other optimizers",
     "zero_force_ds_cpu_optimizer": "offload with other optimizers",
 }
+_SECTIONS = ("zero_optimization", "bf16", "fp16")
 _REFUSED = {
     "optimizer": "the optimizer is AdamW with the settings `--optim.*`: remove the section",
     "scheduler": "the schedule is set by `--optim.warmup-steps` and `--train.steps`: remove the section",
@@ -66,14 +67,14 @@ def load_engine_config(path: Path, *, has_accelerator: bool) -> EngineConfig:
     """Read and check DeepSpeed's JSON at `path`; raises `ConfigError` with everything that is wrong with it."""
     raw = _read(path)
     refuse([f"{path}: {problem}" for problem in _problems(raw, has_accelerator=has_accelerator)])
-    zero = raw.get("zero_optimization", {})
+    zero = _section(raw, "zero_optimization")
     return EngineConfig(
         raw=raw,
         global_batch=raw["train_batch_size"],
         micro_batch=raw["train_micro_batch_size_per_gpu"],
         precision=_precision(raw),
         zero_stage=zero.get("stage", 0),
-        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
     )
 
 
@@ -107,17 +108,30 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(
             [f"{path} does not exist: pass DeepSpeed's JSON with --ds-config, ds_configs/base.json for example"]
         )
+    repeated: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        repeated.extend(sorted({name for name in names if names.count(name) > 1}))
+        return dict(pairs)
+
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except ValueError as error:
         raise ConfigError([f"{path} is not JSON: {error}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError([f"{path} must hold one JSON object"])
+    refuse([f"{path}: setting `{name}` is given twice: remove one" for name in repeated])
     return raw
 
 
 def _problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
-    return [*_key_problems(raw), *_batch_size_problems(raw), *_precision_problems(raw, has_accelerator=has_accelerator)]
+    return [
+        *_key_problems(raw),
+        *_batch_size_problems(raw),
+        *_section_problems(raw),
+        *_precision_problems(raw, has_accelerator=has_accelerator),
+    ]
 
 
 def _key_problems(raw: dict[str, Any]) -> list[str]:
@@ -134,16 +148,32 @@ def _key_problems(raw: dict[str, Any]) -> list[str]:
 def _batch_size_problems(raw: dict[str, Any]) -> list[str]:
     found = []
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
-        if not isinstance(raw.get(key), int) or raw[key] < 1:
+        if type(raw.get(key)) is not int or raw[key] < 1:  # `true` is an int to isinstance
             found.append(f"`{key}` ({raw.get(key)}) must be a positive integer: {_ALLOWED[key]}")
     return found
 
 
-def _precision_problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
-    enabled = [name for name in ("bf16", "fp16") if raw.get(name, {}).get("enabled", False)]
-    stage = raw.get("zero_optimization", {}).get("stage", 0)
+def _section_problems(raw: dict[str, Any]) -> list[str]:
     found = []
-    if stage not in (0, 1, 2, 3):
+    for name in _SECTIONS:
+        section = raw.get(name, {})
+        if not isinstance(section, dict):
+            found.append(f"`{name}` ({section}) must be an object: {_ALLOWED[name]}")
+        elif not isinstance(section.get("enabled", False), bool):
+            found.append(f"{name}.enabled ({section['enabled']!r}) must be true or false")
+    return found
+
+
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    section = raw.get(name, {})
+    return section if isinstance(section, dict) else {}
+
+
+def _precision_problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
+    enabled = [name for name in ("bf16", "fp16") if _section(raw, name).get("enabled", False)]
+    stage = _section(raw, "zero_optimization").get("stage", 0)
+    found = []
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         found.append(f"zero_optimization.stage ({stage}) must be 0, 1, 2 or 3")
     if len(enabled) == 2:
         found.append("bf16 and fp16 are both enabled: choose one")
@@ -158,6 +188,6 @@ def _precision_problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[s
 
 
 def _precision(raw: dict[str, Any]) -> Literal["fp32", "bf16", "fp16"]:
-    if raw.get("bf16", {}).get("enabled", False):
+    if _section(raw, "bf16").get("enabled", False):
         return "bf16"
-    return "fp16" if raw.get("fp16", {}).get("enabled", False) else "fp32"
+    return "fp16" if _section(raw, "fp16").get("enabled", False) else "fp32"

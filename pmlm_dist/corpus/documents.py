@@ -190,7 +190,7 @@ def _open(unit: Unit) -> BinaryIO:
 
 
 class _ZstdFile(io.RawIOBase):
-    """All frames of a .zst file. The library's own reader stops after the first, and takes a cut file for a whole one."""
+    """All frames of a .zst file. (The library's own reader stops after the first and takes a cut file for whole.)"""
 
     def __init__(self, path: Path):
         self._file = path.open("rb")

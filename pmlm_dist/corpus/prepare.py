@@ -79,7 +79,7 @@ def prepare_corpus(config: PrepareConfig) -> Manifest:
     """
     comm = _world()
     with _one_failure_ends_all(comm):
-        found = comm.bcast(standing(config) if comm.rank == 0 else None)
+        found = _from_first(comm, standing(config) if comm.rank == 0 else None)
         if found is not None:
             _say(comm, f"{config.output} stands already with these settings; nothing to do")
             return found
@@ -130,6 +130,12 @@ def _wait(comm: Intracomm) -> None:
     request = comm.Ibarrier()
     while not request.Test():
         time.sleep(0.01)
+
+
+def _from_first(comm: Intracomm, value: T) -> T:
+    """Rank 0's value on every rank; the others sleep until it is there."""
+    _wait(comm)
+    return comm.bcast(value)
 
 
 def _track(comm: Intracomm, items: Sequence[T], *, label: str) -> Iterable[T]:
@@ -212,6 +218,7 @@ class _Preparation:
             manifest.save(self.config.output)
             shutil.rmtree(self.config.output / _SPILL)
             print(summary(self.config, manifest, totals, self.seconds), flush=True)
+        _wait(self.comm)
         return manifest
 
     @contextmanager
@@ -229,8 +236,7 @@ class _Preparation:
         if self.comm.rank == 0:
             _clear(self.config.output)
             found = _source_files(self.config), recorded(self.config)
-        _wait(self.comm)
-        found = self.comm.bcast(found)
+        found = _from_first(self.comm, found)
         assert found is not None
         return found
 
@@ -254,10 +260,10 @@ class _Preparation:
         )
 
     def _validation_below(self, table: np.ndarray, duplicates: frozenset[tuple[int, int]]) -> int:
-        """The wanted share of all draws, or more if no document's draw is in it."""
+        """The wanted share of all draws, or as much more as holds out one document that surely can be packed."""
         candidates = table[table["wordy"]]
         draws = [int(row["draw"]) for row in candidates if (int(row["unit"]), int(row["number"])) not in duplicates]
-        lowest = min(self.comm.allgather(min(draws, default=1 << 64)))
+        lowest = min(self.comm.allgather(min(draws, default=-1)), key=lambda draw: (draw < 0, draw))
         return max(int(self.config.validation_fraction * (1 << 64)), lowest + 1)
 
     # 2
@@ -268,8 +274,7 @@ class _Preparation:
             vocabulary = Vocabulary.load(self.config.vocabulary)
         elif self.comm.rank == 0:
             vocabulary = Vocabulary.train(selection.vocabulary_texts, self.config.vocabulary_size or 0)
-        _wait(self.comm)
-        vocabulary = self.comm.bcast(vocabulary)
+        vocabulary = _from_first(self.comm, vocabulary)
         assert vocabulary is not None
         return vocabulary
 

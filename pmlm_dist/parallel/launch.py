@@ -19,18 +19,17 @@ _FIRST_PORT, _PORTS = 20_000, 20_000
 def rendezvous(environ: Mapping[str, str]) -> dict[str, str]:
     """The five variables that `torch.distributed` reads, from whatever launcher set `environ`.
 
-    Looked for in this order: the variables themselves, Slurm's step (`srun`), Open MPI, MPICH, nothing (one process).
+    Looked for in this order: the variables themselves, Open MPI, MPICH, Slurm's step (`srun`), nothing (one process).
+    MPI comes before Slurm: `mpirun` typed into the shell of an `srun --pty bash` sees that step's variables as well.
     MASTER_ADDR and MASTER_PORT in the environment always win. Raises `ConfigError` when a job spans several nodes and
     the first one's address cannot be told.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         found = {name: environ[name] for name in RENDEZVOUS if name in environ}
         return {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port("")), **found}
-    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-        return _slurm(environ)
     if "OMPI_COMM_WORLD_RANK" in environ:
         return _mpi(environ, prefix="OMPI_COMM_WORLD_", job=environ.get("PMIX_NAMESPACE", ""))
-    if "PMI_RANK" in environ:
+    if "PMI_RANK" in environ and "MPI_LOCALRANKID" in environ:  # srun can set PMI_RANK too, without a local rank
         names = {
             "RANK": "PMI_RANK",
             "SIZE": "PMI_SIZE",
@@ -38,7 +37,9 @@ def rendezvous(environ: Mapping[str, str]) -> dict[str, str]:
             "LOCAL_SIZE": "MPI_LOCALNRANKS",
         }
         renamed = {new: environ[old] for new, old in names.items() if old in environ}
-        return _mpi({**environ, **renamed}, prefix="", job=environ.get("PMI_ID", ""))
+        return _mpi({**environ, **renamed}, prefix="", job="")
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+        return _slurm(environ)
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
@@ -79,11 +80,10 @@ def first_node(nodelist: str) -> str:
     >>> first_node("gpu[003-010,012],login1")
     'gpu003'
     """
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodelist)
+    match = re.match(r"[^,\[](?:[^,\[]|\[[^\]]*\])*", nodelist)  # to the first comma outside brackets
     if not match:
         raise ConfigError([f"the Slurm node list ({nodelist!r}) names no host: set MASTER_ADDR to rank 0's host"])
-    name, number, suffix = match.groups()
-    return f"{name}{number or ''}{suffix or ''}"
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 def _port(job: str) -> int:

@@ -42,6 +42,14 @@ class RunState:
     tokens_seen: int = 0
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """A file as the manifest lists it."""
+
+    bytes: int
+    sha256: str
+
+
 class CheckpointFolder:
     """The checkpoints of one run on disk, seen from one process."""
 
@@ -54,7 +62,7 @@ class CheckpointFolder:
         Raises `ConfigError` when checkpoints are there but none verifies: starting from nothing would lose them.
         """
         complaints: list[str] = []
-        for folder in sorted(self._folders(), reverse=True):
+        for folder in reversed(self._folders()):
             faults = faults_of(folder)
             if not faults:
                 return folder, complaints
@@ -73,10 +81,13 @@ class CheckpointFolder:
         return temporary
 
     def commit(self, step: int) -> Path:
-        """Hash and flush what was written since `begin`, give it its name, drop the oldest beyond `keep`."""
+        """Hash and flush what was written since `begin`, give it its name, drop the oldest beyond `keep`.
+
+        Newer folders, which this run fell back behind, neither count nor go: the one just written must outlive them.
+        """
         temporary, final = self._temporary(step), self.folder(step)
         files = {
-            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            str(path.relative_to(temporary)): asdict(_Listed(bytes=path.stat().st_size, sha256=_sha256(path)))
             for path in _files(temporary)
         }
         _write_json(temporary / _MANIFEST, {"version": 1, "files": files})
@@ -88,7 +99,8 @@ class CheckpointFolder:
         _flush(self.root)
         _write_json(self.root / f"{_LATEST}.tmp", {"checkpoint": final.name})
         os.replace(self.root / f"{_LATEST}.tmp", self.root / _LATEST)
-        for old in sorted(self._folders())[: -self.keep]:
+        folders = self._folders()
+        for old in folders[: folders.index(final) + 1][: -self.keep]:
             shutil.rmtree(old)
         return final
 
@@ -100,7 +112,8 @@ class CheckpointFolder:
         return self.root / f"step-{step:08d}.tmp"
 
     def _folders(self) -> list[Path]:
-        return [path for path in self.root.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+        found = [path for path in self.root.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
+        return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def find_checkpoint(folder: CheckpointFolder, topology: Topology) -> Path | None:
@@ -156,22 +169,35 @@ def load_checkpoint(engine: DeepSpeedEngine, path: Path) -> RunState:
 def faults_of(folder: Path) -> list[str]:
     """What is wrong with the files of a checkpoint, one sentence each; empty when it is whole."""
     try:
-        listed = json.loads((folder / _MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{_MANIFEST} cannot be read ({error})"]
-    faults = []
-    for name, expected in listed.items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}")
-        elif _sha256(path) != expected["sha256"]:
-            faults.append(f"{name} has another checksum than when it was written")
+        listed = _read_manifest(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # any JSON may stand there
+        return [f"{_MANIFEST} cannot be read ({error!r})"]
+    if _STATE not in listed:
+        return [f"{_MANIFEST} lists no {_STATE}"]
+    faults = [fault for name, expected in listed.items() for fault in _faults_of_file(folder, name, expected)]
     return faults + [
         f"{name} is not in the manifest"
         for name in sorted({str(path.relative_to(folder)) for path in _files(folder)} - {_MANIFEST, *listed})
     ]
+
+
+def _read_manifest(folder: Path) -> dict[str, _Listed]:
+    files = json.loads((folder / _MANIFEST).read_text())["files"]
+    return {name: _Listed(**listed) for name, listed in files.items()}
+
+
+def _faults_of_file(folder: Path, name: str, expected: _Listed) -> list[str]:
+    path = folder / name
+    try:
+        if not path.is_file():
+            return [f"{name} is missing"]
+        if path.stat().st_size != expected.bytes:
+            return [f"{name} has {path.stat().st_size} bytes, expected {expected.bytes}"]
+        if _sha256(path) != expected.sha256:
+            return [f"{name} has another checksum than when it was written"]
+    except OSError as error:
+        return [f"{name} cannot be read ({error})"]
+    return []
 
 
 def read_state(folder: Path) -> dict[str, Any]:

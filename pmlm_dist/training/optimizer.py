@@ -12,15 +12,23 @@ from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.parallel.layers import is_sharded
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices with weight decay; biases (the relative position table among them) and LayerNorm without."""
-    decayed, plain = [], []
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices with weight decay; biases and LayerNorm without; the relative position table without and with its own rate.
+
+    `rate_scale` of a group multiplies the learning rate of the step.
+    """
+    decayed, plain, relative = [], [], []
     for name, parameter in model.named_parameters():
-        (decayed if parameter.ndim >= 2 and "bias" not in name else plain).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
-        {"params": plain, "weight_decay": 0.0, "name": "plain"},
+        if name.startswith("relative_bias."):
+            relative.append(parameter)
+        else:
+            (decayed if parameter.ndim >= 2 and not name.endswith("bias") else plain).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": optim.weight_decay, "rate_scale": 1.0, "name": "decayed"},
+        {"params": plain, "weight_decay": 0.0, "rate_scale": 1.0, "name": "plain"},
+        {"params": relative, "weight_decay": 0.0, "rate_scale": optim.relative_bias_rate, "name": "relative_bias"},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate(step: int, *, steps: int, optim: OptimConfig) -> float:
@@ -31,9 +39,9 @@ def learning_rate(step: int, *, steps: int, optim: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group of a torch or DeepSpeed optimizer the learning rate `rate`."""
+    """Give every parameter group of a torch or DeepSpeed optimizer the learning rate `rate`, times the group's scale."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_scale"]
 
 
 @torch.no_grad()

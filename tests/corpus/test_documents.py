@@ -21,7 +21,6 @@ def jsonl(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-
 @given(st.text("ab \n\r", max_size=80), st.integers(1, 30))
 @settings(deadline=None)
 def test_units_of_any_size_give_the_same_text_documents(tmp_path_factory, content, unit_bytes):

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +14,7 @@ FIRST = 10
 def documents_of(lengths: list[int]) -> list[np.ndarray]:
     """Documents whose tokens are all different: FIRST, FIRST + 1, ..."""
     ends = np.cumsum([0, *lengths])
-    return [np.arange(FIRST + a, FIRST + b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [np.arange(FIRST + a, FIRST + b) for a, b in itertools.pairwise(ends)]
 
 
 def packed(lengths: list[int], *, sequence_length: int = 16, joined: Joined = "join", seed: int = 0):

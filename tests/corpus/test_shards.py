@@ -1,0 +1,194 @@
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pmlm_dist.config import ConfigError
+from pmlm_dist.corpus.shards import (
+    Manifest,
+    Shard,
+    ShardError,
+    ShardReader,
+    Split,
+    TokenDtype,
+    shard_name,
+    token_dtype,
+    write_shard,
+)
+
+SAMPLES = [np.array([2, 10 + number, 3, *range(20, 20 + number), 3], np.uint32) for number in range(1, 40)]
+
+
+def written(folder: Path, *, first: int = 7, dtype: TokenDtype = "uint16") -> Shard:
+    return write_shard(folder, shard_name("train", 0), SAMPLES, first=first, dtype=dtype)
+
+
+def vouched(folder: Path, name: str, *, samples: int) -> Shard:
+    """A shard record that fits whatever the file holds."""
+    data = (folder / name).read_bytes()
+    return Shard(name=name, samples=samples, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def tar_with(folder: Path, *members: tuple[str, bytes], kind: bytes = tarfile.REGTYPE) -> Shard:
+    with tarfile.open(folder / "odd.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(data), kind
+            tar.addfile(info, io.BytesIO(data))
+    return vouched(folder, "odd.tar", samples=len(members))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_reader_gives_back_what_was_written_in_any_order(tmp_path: Path, dtype: TokenDtype):
+    with ShardReader(tmp_path, written(tmp_path, dtype=dtype), dtype) as reader:
+        assert len(reader) == len(SAMPLES)
+        for number in reversed(range(len(SAMPLES))):
+            assert reader[number].tolist() == SAMPLES[number].tolist()
+            assert reader[number].dtype == np.dtype(dtype)
+        for outside in (-1, len(SAMPLES)):
+            with pytest.raises(IndexError):
+                reader[outside]
+    assert (tmp_path / "train/shard-000000.tar").stat().st_size % 512 == 0
+
+
+def test_webdataset_and_tarfile_read_the_same_ids(tmp_path: Path):
+    shard = written(tmp_path)
+    path = tmp_path / shard.name
+    program = (
+        "import sys, webdataset, numpy\n"
+        "for sample in webdataset.WebDataset(sys.argv[1], shardshuffle=False):\n"
+        "    print(sample['__key__'], *numpy.frombuffer(sample['u16'], '<u2'))\n"
+    )
+    environment = {**os.environ, "WDS_SECURE": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True, env=environment
+    )
+    expected = [" ".join(map(str, [f"{7 + n:09d}", *ids.tolist()])) for n, ids in enumerate(SAMPLES)]
+    assert found.stdout.splitlines() == expected
+    with tarfile.open(path) as tar, ShardReader(tmp_path, shard, "uint16") as reader:
+        for number, member in enumerate(tar):
+            data = tar.extractfile(member)
+            assert data is not None
+            assert data.read() == reader[number].astype("<u2").tobytes()
+            assert (member.mtime, member.uname, member.gname, member.uid) == (0, "pmlm", "pmlm", 0)
+
+
+def test_equal_samples_give_equal_bytes(tmp_path: Path):
+    assert written(tmp_path / "a").sha256 == written(tmp_path / "b").sha256 != written(tmp_path, first=8).sha256
+    shard = written(tmp_path / "a")
+    assert shard == vouched(tmp_path / "a", shard.name, samples=len(SAMPLES))
+
+
+def test_any_flipped_bit_is_noticed(tmp_path: Path):
+    shard = written(tmp_path)
+    path = tmp_path / shard.name
+    data = path.read_bytes()
+    for position in (0, 130, 600, len(data) - 1):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with pytest.raises(ShardError, match=rf"{path}: expected sha256 {shard.sha256}, found .*copy the shard anew"):
+            ShardReader(tmp_path, shard, "uint16")
+
+
+def test_a_cut_at_a_member_boundary_is_noticed(tmp_path: Path):
+    shard = written(tmp_path)
+    path = tmp_path / shard.name
+    path.write_bytes(path.read_bytes()[:2048])
+    with pytest.raises(ShardError, match=rf"{path}: expected {shard.bytes} bytes, found 2048; "):
+        ShardReader(tmp_path, shard, "uint16")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path):
+    shard = written(tmp_path)
+    (tmp_path / shard.name).unlink()
+    with pytest.raises(ShardError, match=r"shard-000000.tar cannot be opened: No such file.*prepare-corpus"):
+        ShardReader(tmp_path, shard, "uint16")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("000000000.pyd", b"ab")], r"expected a sample NNNNNNNNN\.u16, found b'000000000\.pyd'"),
+        ([("../000000000.u16", b"ab")], "expected a sample"),
+        ([("000000000.u16", b"ab"), ("000000002.u16", b"ab")], "expected sample 1, found b'000000002.u16'"),
+        ([("000000000.u16", b"abc")], "multiple of 2 bytes"),
+        ([("000000000.u16", b"")], "multiple of 2 bytes"),
+    ],
+)
+def test_members_that_are_no_samples_are_refused(tmp_path: Path, members: list[tuple[str, bytes]], message: str):
+    with pytest.raises(ShardError, match=message):
+        ShardReader(tmp_path, tar_with(tmp_path, *members), "uint16")
+
+
+def test_links_are_refused(tmp_path: Path):
+    with pytest.raises(ShardError, match="expected a sample"):
+        ShardReader(tmp_path, tar_with(tmp_path, ("000000000.u16", b""), kind=tarfile.SYMTYPE), "uint16")
+
+
+def test_other_counts_and_sizes_past_the_end_are_refused(tmp_path: Path):
+    shard = written(tmp_path)
+    with pytest.raises(ShardError, match="expected 38 samples, found 39"):
+        ShardReader(tmp_path, dataclasses.replace(shard, samples=38), "uint16")
+    path = tmp_path / shard.name
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"77777777777\0"
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match="reaches past the end"):
+        ShardReader(tmp_path, vouched(tmp_path, shard.name, samples=39), "uint16")
+
+
+def test_token_dtype_is_the_narrowest():
+    assert (token_dtype(1 << 16), token_dtype((1 << 16) + 1)) == ("uint16", "uint32")
+
+
+MANIFEST = Manifest(
+    sequence_length=128,
+    token_dtype="uint16",
+    vocabulary={"size": 100, "fingerprint": "f"},
+    seed=0,
+    splits={
+        "train": Split((Shard("train/shard-000000.tar", 3, 10240, "aa"),), 3, 99),
+        "validation": Split((Shard("validation/shard-000000.tar", 1, 10240, "bb"),), 1, 33),
+    },
+    unigram_entropy=1 / 3,
+    counts={"documents": {"train": 2}, "skipped": {"empty": 1}},
+    settings={"source": ["here"]},
+)
+
+
+def test_manifest_survives_the_disk(tmp_path: Path):
+    MANIFEST.save(tmp_path)
+    assert Manifest.load(tmp_path) == MANIFEST
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_fingerprint_follows_the_content_and_not_the_settings():
+    elsewhere = dataclasses.replace(MANIFEST, settings={"source": ["there"]})
+    other = dataclasses.replace(MANIFEST, splits={**MANIFEST.splits, "train": Split((), 0, 0)})
+    assert elsewhere.fingerprint == MANIFEST.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no corpus in"),
+        ("{", "is not a manifest"),
+        ("[]", "is not a manifest"),
+        (json.dumps({"version": 99}), "has version 99, this program reads 1"),
+        (json.dumps({"version": 1, "splits": {}}), "is not a whole manifest"),
+        (json.dumps({"version": 1}), "is not a whole manifest"),
+    ],
+)
+def test_other_manifests_are_refused_with_the_way_out(tmp_path: Path, content: str | None, message: str):
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        Manifest.load(tmp_path)
+    assert f"pmlm prepare-corpus --source 'texts/*.jsonl' --output {tmp_path}" in str(caught.value)

@@ -1,0 +1,51 @@
+import subprocess
+import sys
+
+import pytest
+
+from pmlm_dist import cli
+from pmlm_dist.config import ConfigError
+from pmlm_dist.corpus.shards import ShardError
+
+
+def test_help_names_every_command_and_imports_nothing_heavy():
+    program = (
+        "import sys; from pmlm_dist import cli; code = cli.main(['--help']);"
+        "print([m for m in ('torch', 'numpy', 'tyro', 'mpi4py', 'webdataset', 'tokenizers') if m in sys.modules]);"
+        "sys.exit(code)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+    assert all(f"  {name} " in found.stdout for name in cli.COMMANDS)
+
+
+def test_unknown_commands_are_refused_with_the_closest(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["prepare-corpse"]) == 2
+    assert "did you mean 'prepare-corpus'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ConfigError(["seed (-1) is wrong"]), ShardError("seed (-1) is wrong")])
+def test_errors_of_the_user_are_messages(monkeypatch, capsys: pytest.CaptureFixture[str], error: Exception):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "prepare-corpus", fail)
+    assert cli.main(["prepare-corpus"]) == 2
+    assert "seed (-1) is wrong" in capsys.readouterr().err
+
+
+def test_errors_of_the_program_keep_their_traceback(monkeypatch):
+    def fail(arguments):
+        raise ValueError("a bug")
+
+    monkeypatch.setitem(cli.COMMANDS, "prepare-corpus", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["prepare-corpus"])
+
+
+def test_settings_are_listed_all_at_once(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["prepare-corpus", "--sequence-length", "4"]) == 2
+    message = capsys.readouterr().err
+    assert "sequence_length (4)" in message
+    assert "--source" in message
+    assert "--vocabulary-size" in message

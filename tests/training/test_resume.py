@@ -1,0 +1,280 @@
+"""Going on: N + N steps are 2N steps, bit for bit; another run's checkpoint is refused with all differences at once."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpora import write_corpus
+from runs import run_config, with_model, with_train, write_engine_config
+from worlds import run_world
+
+from pmlm_dist.config import ConfigError, RunConfig
+from pmlm_dist.training.metrics import read_metrics
+
+pytestmark = pytest.mark.distributed
+
+N = 2
+
+
+def dropping_out(corpus: Path, run_dir: Path, **settings: Any) -> RunConfig:
+    """A run of 2N steps with dropout and a checkpoint every N."""
+    config = run_config(corpus, run_dir, steps=2 * N, **settings)
+    config = with_model(config, hidden_dropout=0.1, attention_dropout=0.1)
+    return with_train(config, checkpoint_every=N)
+
+
+def pretrained(config: RunConfig) -> str:
+    """Pre-train on this rank; what it printed."""
+    from pmlm_dist.training.loop import pretrain
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        pretrain(config)
+    return printed.getvalue()
+
+
+def refusals(configs: list[RunConfig]) -> list[list[str]]:
+    """Why each of `configs` is refused; empty where it is not."""
+    found = []
+    for config in configs:
+        try:
+            pretrained(config)
+            found.append([])
+        except ConfigError as error:
+            found.append(error.problems)
+    return found
+
+
+def checkpoint(config: RunConfig, step: int) -> Path:
+    return config.run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors and numbers in the files of a checkpoint by their place: weights, moments, loss scale."""
+    found: dict[str, torch.Tensor] = {}
+
+    def collect(value: Any, place: str) -> None:
+        if isinstance(value, torch.Tensor):
+            found[place] = value
+        elif isinstance(value, bool | int | float):
+            found[place] = torch.tensor(value)
+        elif isinstance(value, dict):
+            for name, part in value.items():
+                collect(part, f"{place}.{name}")
+        elif isinstance(value, list | tuple):
+            for number, part in enumerate(value):
+                collect(part, f"{place}[{number}]")
+
+    for file in sorted(path.rglob("*.pt")):
+        collect(torch.load(file, map_location="cpu", weights_only=False), str(file.relative_to(path)))
+    return found
+
+
+def check_equal_bits(first: Path, second: Path) -> None:
+    expected, found = tensors(first), tensors(second)
+    assert len([value for value in expected.values() if value.ndim]) >= 20
+    assert any("exp_avg" in name for name in expected)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+
+def losses(config: RunConfig, *, after: int = 0) -> dict[int, dict[str, float]]:
+    """What was learned in each step after `after`: losses, rates, norms and held-out losses."""
+    return {
+        step: {name: value for name, value in scalars.items() if name.startswith(("train/", "validation/"))}
+        for step, scalars in read_metrics(config.run_dir).items()
+        if step > after
+    }
+
+
+def interrupted_copy(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The run `config` as it was after step N, in another folder."""
+    shutil.copytree(config.run_dir, run_dir)
+    copy = replace(config, run_dir=run_dir)
+    shutil.rmtree(checkpoint(copy, 2 * N))
+    (run_dir / "COMPLETE").unlink()
+    (run_dir / "metrics.jsonl").unlink()
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (1, {"zero": 0, "micro_batch": 4}),
+        (1, {"zero": 1, "micro_batch": 8}),
+        (1, {"zero": 1, "precision": "bf16"}),
+        (2, {"zero": 0}),
+        (2, {"zero": 1, "micro_batch": 2}),
+        (2, {"zero": 2}),
+        (2, {"zero": 3}),
+        (2, {"zero": 1, "precision": "bf16"}),
+        (2, {"zero": 2, "precision": "bf16"}),
+        (2, {"zero": 3, "precision": "bf16"}),
+        (2, {"zero": 1, "tp": 2}),
+        (2, {"zero": 1, "tp": 2, "precision": "bf16"}),
+    ],
+    ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
+)
+def test_a_run_that_was_interrupted_equals_one_that_was_not(
+    small_corpus: Path, tmp_path: Path, ranks: int, settings: dict[str, Any]
+):
+    straight = dropping_out(small_corpus, tmp_path / "straight", **settings)
+    run_world(pretrained, ranks, straight)
+    resumed = interrupted_copy(straight, tmp_path / "resumed")
+    printed = run_world(pretrained, ranks, resumed)
+    assert f"going on after step {N}" in printed[0]
+    assert printed[1:] == [""] * (ranks - 1)
+    assert losses(resumed) == losses(straight, after=N)
+    assert len(losses(resumed)) == N
+    check_equal_bits(checkpoint(straight, 2 * N), checkpoint(resumed, 2 * N))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A whole run of 2N steps on one rank, and the same run stopped after N."""
+
+    straight: RunConfig
+    stopped: RunConfig
+
+
+@pytest.fixture(scope="module")
+def finished(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Both with 4 lanes, where the default would be 8."""
+    folder = tmp_path_factory.mktemp("finished")
+    straight = dropping_out(small_corpus, folder / "straight")
+    straight = replace(straight, data=replace(straight.data, lanes=4))
+    stopped = with_train(replace(straight, run_dir=folder / "stopped"), stop_at=N, checkpoint_every=1000)
+    assert refusals_of(1, [straight, stopped]) == [[], []]
+    return Finished(straight, stopped)
+
+
+def refusals_of(ranks: int, configs: list[RunConfig]) -> list[list[str]]:
+    """Why `configs` are refused, after a check that all ranks say the same."""
+    answers = run_world(refusals, ranks, configs)
+    assert all(answer == answers[0] for answer in answers)
+    return answers[0]
+
+
+def copy_of(config: RunConfig, run_dir: Path) -> RunConfig:
+    shutil.copytree(config.run_dir, run_dir)
+    return replace(config, run_dir=run_dir)
+
+
+def test_a_run_stops_where_it_is_told_and_goes_on_with_its_own_lanes(finished: Finished, tmp_path: Path):
+    """The lanes were set at first and are not set again: those of the checkpoint hold."""
+    stopped = copy_of(finished.stopped, tmp_path / "stopped")
+    assert checkpoint(stopped, N).is_dir()
+    assert list(losses(stopped)) == list(range(1, N + 1))
+    assert not (stopped.run_dir / "COMPLETE").exists()
+    on = with_train(replace(stopped, data=replace(stopped.data, lanes=None)), stop_at=None)
+    run_world(pretrained, 1, on)
+    assert json.loads((on.run_dir / "COMPLETE").read_text())["step"] == 2 * N
+    assert losses(on, after=N) == losses(finished.straight, after=N)
+    check_equal_bits(checkpoint(finished.straight, 2 * N), checkpoint(on, 2 * N))
+
+
+def test_a_complete_run_is_left_as_it_is(finished: Finished, tmp_path: Path):
+    again = copy_of(finished.straight, tmp_path / "again")
+    before = {file: file.read_bytes() for file in again.run_dir.rglob("*") if file.is_file() and "tensorboard" not in str(file)}
+    (printed,) = run_world(pretrained, 1, again)
+    assert f"step {2 * N} of {2 * N}; nothing to do" in printed
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_run_that_ended_before_it_was_recorded_as_complete_is_recorded(finished: Finished, tmp_path: Path):
+    """A process can die between its last checkpoint and the record."""
+    again = copy_of(finished.straight, tmp_path / "again")
+    (again.run_dir / "COMPLETE").unlink()
+    run_world(pretrained, 1, again)
+    assert json.loads((again.run_dir / "COMPLETE").read_text())["step"] == 2 * N
+
+
+def test_a_run_made_longer_is_not_complete_while_it_goes_on(finished: Finished, tmp_path: Path):
+    longer = with_train(copy_of(finished.straight, tmp_path / "longer"), steps=3 * N, stop_at=2 * N + 1)
+    run_world(pretrained, 1, longer)
+    assert list(losses(longer))[-1] == 2 * N + 1
+    assert not (longer.run_dir / "COMPLETE").exists()
+
+
+def with_engine(config: RunConfig, path: Path, **engine: Any) -> RunConfig:
+    return replace(config, ds_config=write_engine_config(path, **engine))
+
+
+def test_each_difference_is_refused_by_its_name_alone(finished: Finished, tmp_path: Path):
+    run = finished.stopped
+    other_text = write_corpus(tmp_path / "other text", seed=1)
+    other_words = write_corpus(tmp_path / "other words", words=130)
+    changes = {
+        ("model.hidden_size", "was 32, is now 64"): with_model(run, hidden_size=64),
+        ("model.hidden_dropout", "was 0.1, is now 0.0"): with_model(run, hidden_dropout=0.0),
+        ("masking.rate", "was 0.15, is now 0.2"): replace(run, masking=replace(run.masking, rate=0.2)),
+        ("train.seed", "was 7, is now 8"): with_train(run, seed=8),
+        ("data.lanes", "was 4, is now 2"): replace(run, data=replace(run.data, lanes=2)),
+        ("corpus", ""): replace(run, corpus=other_text),
+        ("train_batch_size", "was 8, is now 16"): with_engine(run, tmp_path / "16.json", global_batch=16),
+        ("precision", "was 'fp32', is now 'bf16'"): with_engine(run, tmp_path / "bf16.json", precision="bf16"),
+        ("zero_optimization.stage", "was 1, is now 2"): with_engine(run, tmp_path / "zero.json", zero=2),
+    }
+    before = (run.run_dir / "metrics.jsonl").read_bytes()
+    for (name, values), problems in zip(changes, refusals_of(1, list(changes.values())), strict=True):
+        assert len(problems) == 2, problems
+        assert problems[0].startswith(f"{name} was")
+        assert values in problems[0]
+        assert "of another run" in problems[1]
+        assert "choose another --run-dir" in problems[1]
+    (words,) = refusals_of(1, [replace(run, corpus=other_words)])
+    assert [line.split(" was")[0] for line in words[:-1]] == ["corpus", "model.vocab_size", "vocabulary"]
+    assert (run.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("global_batch", [16, 6])
+def test_all_differences_are_listed_at_once(finished: Finished, tmp_path: Path, global_batch: int):
+    """Also where the lanes of the checkpoint, which nobody set, do not even fit the new batch: 4 does not divide 6."""
+    run = replace(finished.stopped, data=replace(finished.stopped.data, lanes=None))
+    other = with_engine(run, tmp_path / "ds.json", global_batch=global_batch, micro_batch=2)
+    other = with_train(with_model(other, hidden_size=64), seed=8)
+    other = replace(other, corpus=write_corpus(tmp_path / "other", seed=1), masking=replace(run.masking, max_span=5))
+    (problems,) = refusals_of(1, [other])
+    named = {line.split(" was")[0] for line in problems[:-1]}
+    assert named - {"data.lanes"} == {"corpus", "masking.max_span", "model.hidden_size", "train.seed", "train_batch_size"}
+
+
+def test_another_number_of_ranks_is_refused(finished: Finished):
+    run = finished.stopped
+    plain, sharded = refusals_of(2, [run, replace(run, parallel=replace(run.parallel, tp=2))])[:1], None
+    assert plain[0][0] == "data-parallel ranks was 1, is now 2"
+    assert sharded is None
+
+
+def test_how_a_run_is_computed_and_logged_may_change(finished: Finished, tmp_path: Path):
+    stopped = copy_of(finished.stopped, tmp_path / "run")
+    other = with_model(with_train(stopped, stop_at=None, log_every=2), attention="dense", activation_checkpointing=True)
+    run_world(pretrained, 1, replace(other, data=replace(other.data, workers=1)))
+    assert losses(other)[2 * N].keys() >= {"train/total", "validation/ae"}
+    weights = [
+        {name: value for name, value in tensors(checkpoint(config, 2 * N)).items() if ".module." in name}
+        for config in (other, finished.straight)
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert len(weights[0]) > 20
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(finished: Finished, tmp_path: Path):
+    run = copy_of(finished.straight, tmp_path / "run")
+    (run.run_dir / "COMPLETE").unlink()
+    file = next(checkpoint(run, 2 * N).glob("*model_states.pt"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    (printed,) = run_world(pretrained, 1, run)
+    assert f"going on after step {N}" in printed
+    assert losses(run) == losses(finished.straight)
+    check_equal_bits(checkpoint(finished.straight, 2 * N), checkpoint(run, 2 * N))
