@@ -20,7 +20,7 @@ EXIT_BAD_CONFIGURATION = 2
 
 
 def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
-    """The configuration of a command line: a preset, then overrides by dotted name. Exits with a message when one is unknown."""
+    """The configuration of a command line: a preset, then overrides by name. Exits with a message if one is unknown."""
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--preset", choices=sorted(PRESETS), default="base")
     launcher.add_argument("--local_rank", "--local-rank", help="appended by launchers; LOCAL_RANK is used instead")
@@ -29,7 +29,7 @@ def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
         RunConfig,
         args=overrides,
         default=PRESETS[known.preset](),
-        description=f"{__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults below come from (now: {known.preset}).",
+        description=f"{__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {known.preset}).",
         console_outputs=not quiet,
     )
 

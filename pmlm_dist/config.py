@@ -34,7 +34,7 @@ class ModelConfig:
     """Shape of the Transformer."""
 
     vocab_size: int | None = None
-    """Number of tokens. None: that of the corpus' vocabulary. Rows are padded to a multiple of 128 for tensor parallelism."""
+    """Number of tokens. None: that of the corpus' vocabulary. Its rows are padded to a multiple of 128."""
     hidden_size: int = 768
     """Width of the hidden states."""
     num_layers: int = 12
@@ -62,7 +62,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     """Standard deviation of the normal initialiser."""
     attention: Literal["split", "dense"] = "split"
-    """How visibility is computed: `split` (fast; any device) or `dense` (one mask over all slots; the specification)."""
+    """How visibility is computed: `split` (fast, any device) or `dense` (one mask over all, the specification)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
 
@@ -85,7 +85,7 @@ class MaskingConfig:
     max_span: int = 6
     """Longest span."""
     stop: Literal["exact", "paper"] = "exact"
-    """`exact`: the last span is cut so that exactly ceil(rate * n) tokens are masked; `paper`: overshoot as published."""
+    """`exact`: the last span is cut so that just ceil(rate * n) tokens are masked; `paper`: overshoot as published."""
     corruption: Literal["paper", "mask_only"] = "paper"
     """`paper`: 80 % [MASK], 10 % random token, 10 % kept; `mask_only`: always [MASK]."""
 
@@ -95,8 +95,8 @@ class DataConfig:
     """Reading the corpus."""
 
     lanes: int | None = None
-    """Parallel reading positions in the corpus; must divide the global batch and be divisible by the data-parallel size.
-    None: the largest divisor of the global batch that is at most 64 and at most the number of training shards."""
+    """Parallel reading positions in the corpus: a divisor of the global batch and a multiple of the data-parallel size.
+    None: the largest such number that is at most 64 and at most the number of training shards."""
     workers: int = 2
     """Loader processes of each rank; 0 loads in the training process."""
     prefetch: int = 4
@@ -120,8 +120,8 @@ class OptimConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay; never on biases and LayerNorm."""
     relative_bias_rate: float = 1.0
-    """Learning rate of the relative position table over that of all else. Adam moves a number by about the learning rate
-    a step, and to prefer neighbours the table must move by several units: a run of a few hundred steps needs more than 1."""
+    """Learning rate of the relative position table over that of all else. Adam moves a number by about the learning
+    rate a step, and to prefer neighbours the table must move by several units: a short run may need more than 1."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept."""
     peak_tflops: float | None = None
-    """Peak of one device in TFLOP/s for the model FLOPs utilisation (mfu). None: from the device's name, no mfu if unknown."""
+    """Peak of one device in TFLOP/s for the model FLOPs utilisation (mfu). None: by the device's name, if known."""
     collective_timeout_s: int = 600
     """Seconds after which a collective without an answer ends the run."""
 
@@ -167,7 +167,7 @@ class RunConfig:
     corpus: Path = Path("data/corpus")
     """Folder that `pmlm prepare-corpus` wrote."""
     run_dir: Path = Path("runs/base")
-    """Folder of this run: checkpoints, TensorBoard files, resolved configuration. An unfinished run there is continued."""
+    """Folder of this run: checkpoints, TensorBoard files, resolved settings. An unfinished run is gone on with."""
     ds_config: Path = Path("ds_configs/base.json")
     """DeepSpeed's JSON: batch sizes, precision, ZeRO, clipping, offload."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -243,14 +243,46 @@ def _masking_problems(masking: MaskingConfig) -> list[str]:
 
 
 _POSITIVE = (
-    "model.hidden_size model.num_layers model.num_heads model.ffn_size model.max_positions model.segment_types "
-    "model.layer_norm_eps model.initializer_range optim.peak_lr optim.eps parallel.tp train.steps train.log_every "
-    "train.validate_every train.validation_samples train.checkpoint_every train.keep_checkpoints "
-    "train.collective_timeout_s data.prefetch"
-).split()
-_NOT_NEGATIVE = "data.workers optim.warmup_steps optim.weight_decay train.seed train.fill_ins".split()
-_PROBABILITIES = "model.hidden_dropout model.attention_dropout optim.beta1 optim.beta2".split()
-_POSITIVE_OR_NONE = "model.vocab_size data.lanes train.peak_tflops train.stop_at".split()
+    "model.hidden_size",
+    "model.num_layers",
+    "model.num_heads",
+    "model.ffn_size",
+    "model.max_positions",
+    "model.segment_types",
+    "model.layer_norm_eps",
+    "model.initializer_range",
+    "optim.peak_lr",
+    "optim.eps",
+    "optim.relative_bias_rate",
+    "parallel.tp",
+    "train.steps",
+    "train.log_every",
+    "train.validate_every",
+    "train.validation_samples",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.collective_timeout_s",
+    "data.prefetch",
+)
+_NOT_NEGATIVE = (
+    "data.workers",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "train.seed",
+    "train.fill_ins",
+)
+_PROBABILITIES = (
+    "model.hidden_dropout",
+    "model.attention_dropout",
+    "optim.beta1",
+    "optim.beta2",
+)
+_POSITIVE_OR_NONE = (
+    "model.vocab_size",
+    "data.lanes",
+    "train.peak_tflops",
+    "train.stop_at",
+)
 
 
 def _number_problems(config: RunConfig) -> list[str]:

@@ -40,7 +40,7 @@ _REFUSED = {
     "optimizer": "the optimizer is AdamW with the settings `--optim.*`: remove the section",
     "scheduler": "the schedule is set by `--optim.warmup-steps` and `--train.steps`: remove the section",
     "tensor_parallel": "tensor parallelism is set by `--parallel.tp`; AutoTP would replace it: remove the section",
-    "activation_checkpointing": "activation checkpointing is set by `--model.activation-checkpointing`: remove the section",
+    "activation_checkpointing": "it is set by `--model.activation-checkpointing`: remove the section",
     "checkpoint": "checkpoints are written and reshaped by the training itself: remove the section",
     "tensorboard": "TensorBoard files are written to RUN_DIR/tensorboard: remove the section",
     "amp": "use bf16 or fp16: remove the section",
@@ -97,8 +97,8 @@ def batch_problems(engine: EngineConfig, *, dp: int) -> list[str]:
     derived = engine.accumulation(dp)
     if stated is not None and stated != derived:
         return [
-            f"gradient_accumulation_steps ({stated}) contradicts train_batch_size / (micro-batch x data-parallel ranks) "
-            f"= {derived}: remove it, it is derived"
+            f"gradient_accumulation_steps ({stated}) contradicts train_batch_size / (micro-batch x data-parallel "
+            f"ranks) = {derived}: remove it, it is derived"
         ]
     return []
 

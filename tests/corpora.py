@@ -22,7 +22,7 @@ def write_corpus(
     seed: int = 0,
     sequence_length: int = SEQUENCE_LENGTH,
 ) -> Path:
-    """`shards` training shards and one validation shard of `samples` samples each; words follow one another by a rule."""
+    """`shards` training shards and one for validation, `samples` samples each; words follow one another by a rule."""
     vocabulary = Vocabulary.from_tokens(
         ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(words))]
     )

@@ -106,7 +106,7 @@ def train(config: RunConfig) -> Trained:
         result = train_step(run, engine, batches, state, Stopwatch(topology.device))
         state = advance(state, run)
         losses.append(LossMeans.from_counts(topology.sum_over_dp(result.counts)).total)
-        norms.append(float(result.gradient_norm))
+        norms.append(float(result.gradient_norm or 0.0))
     return Trained(losses, norms, whole_weights(engine.module))
 
 

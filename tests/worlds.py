@@ -1,7 +1,7 @@
 """Small worlds for tests: run a function on several ranks of this machine and get every rank's answer.
 
-Ranks are forked from a server that has imported torch, DeepSpeed and megatron-core once, so a world starts in well under
-a second. Each has one thread. A world that does not end in time is killed, by the ids of its processes.
+Ranks are forked from a server that has imported torch, DeepSpeed and megatron-core once, so a world starts in well
+under a second. Each has one thread. A world that does not end in time is killed, by the ids of its processes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class RankFailed(AssertionError):
 def run_world(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """`function(*args)` on `ranks` ranks, with the variables that a launcher sets; the answers in order of rank.
 
-    `function` and its answers must be picklable. Raises `RankFailed` when any rank raises, `TimeoutError` when the world
-    does not end in `timeout_s` seconds.
+    `function` and its answers must be picklable. Raises `RankFailed` when any rank raises, `TimeoutError` when the
+    world does not end in `timeout_s` seconds.
     """
     port = free_port()
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
-        _CONTEXT.Process(target=_rank, args=(rank, ranks, port, pipes[rank][1], function, args))
+        _CONTEXT.Process(target=_rank, args=(rank, ranks, port, pipes[rank][1], (function, args)))
         for rank in range(ranks)
     ]
     for process, (_, sender) in zip(processes, pipes, strict=True):
@@ -81,7 +81,7 @@ def _collect(receivers: list[Connection], *, deadline: float) -> list[tuple[bool
     return [answers[rank] for rank in range(len(receivers))]
 
 
-def _rank(rank: int, ranks: int, port: int, sender: Connection, function: Callable[..., Any], args: tuple) -> None:
+def _rank(rank: int, ranks: int, port: int, sender: Connection, call: tuple[Callable[..., Any], tuple]) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -93,6 +93,7 @@ def _rank(rank: int, ranks: int, port: int, sender: Connection, function: Callab
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    function, args = call
     try:
         answer = (True, function(*args))
     except BaseException:

@@ -58,6 +58,12 @@ class Batch:
         """M: prediction slots of a sample."""
         return self.predicted_BM.shape[1]
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the model reads, by the names of its arguments: no targets, no weights."""
+        names = ("tokens_BT", "positions_BT", "segments_BT", "order_BT", "valid_BT", "predicted_BM")
+        return {name: getattr(self, name) for name in names}
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; copies from pinned memory do not block."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

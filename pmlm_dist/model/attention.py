@@ -1,8 +1,8 @@
 """Attention under the visibility rule: which queries meet which keys, and with what bias.
 
-A *query group* is a range of queries, the range of keys it may see at all, and one additive bias that holds the relative
-position bias and minus infinity where the rule forbids. A *plan* is the list of groups of a layer, made once a step and
-shared by all layers. The readings of the rule differ only in how they cut the groups:
+A *query group* is a range of queries, the range of keys it may see at all, and one additive bias that holds the
+relative position bias and minus infinity where the rule forbids. A *plan* is the list of groups of a layer, made once
+a step and shared by all layers. The readings of the rule differ only in how they cut the groups:
 
     dense   all T slots against all T slots: the specification
     split   context queries against the S context keys; appended queries against all T keys: nothing computed for

@@ -30,6 +30,7 @@ class TiedHead(nn.Module):
         self.bias = sharded(torch.zeros(padded_vocab_size))  # [V]
         padding = torch.zeros(padded_vocab_size)
         padding[config.vocab_size :] = float("-inf")
+        self.padding: Tensor
         self.register_buffer("padding", sharded(padding).data, persistent=False)
 
     def forward(self, x_RBE: Tensor, embedding_VE: Tensor) -> Tensor:

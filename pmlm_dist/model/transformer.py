@@ -113,6 +113,7 @@ class PseudoMaskedLM(nn.Module):
     def encode(
         self,
         tokens_BT: Tensor,
+        *,
         positions_BT: Tensor,
         segments_BT: Tensor,
         order_BT: Tensor,
@@ -135,6 +136,7 @@ class PseudoMaskedLM(nn.Module):
     def forward(
         self,
         tokens_BT: Tensor,
+        *,
         positions_BT: Tensor,
         segments_BT: Tensor,
         order_BT: Tensor,
@@ -142,7 +144,14 @@ class PseudoMaskedLM(nn.Module):
         predicted_BM: Tensor,
     ) -> Tensor:
         """Logits of the predicted slots [2, M, B, V]: AE, then PAR."""
-        x_RBE = self.encode(tokens_BT, positions_BT, segments_BT, order_BT, valid_BT, predicted_BM)
+        x_RBE = self.encode(
+            tokens_BT,
+            positions_BT=positions_BT,
+            segments_BT=segments_BT,
+            order_BT=order_BT,
+            valid_BT=valid_BT,
+            predicted_BM=predicted_BM,
+        )
         logits_RBV = self.head(x_RBE, self.embeddings.token.weight)
         return logits_RBV.unflatten(0, (2, -1))
 

@@ -1,4 +1,4 @@
-"""Process groups: who shares one copy of the model (tensor parallel, `tp`), who holds the other copies (data parallel, `dp`).
+"""Process groups: who shares one copy of the model (tensor parallel, tp), who holds the others (data parallel, dp).
 
     world of 8 ranks, tp = 2:     dp 0: ranks 0 1 | dp 1: 2 3 | dp 2: 4 5 | dp 3: 6 7
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch._C._distributed_c10d import HashStore
 
 from pmlm_dist.config import divisors, refuse
 from pmlm_dist.parallel.launch import rendezvous
@@ -51,13 +52,12 @@ class Topology:
             dist.all_reduce(values, group=parallel_state.get_tensor_model_parallel_group())
         return values
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any rank of the world says so."""
-        if self.world_size == 1:
-            return flag
-        answer = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-        return bool(answer.item())
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (picklable, small), in order of rank, on every rank."""
+        box = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(box, value)
+        return box
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` (picklable, small) on every rank."""
@@ -159,6 +159,6 @@ def _join_world(rank: int, world_size: int, *, device: torch.device, timeout_s: 
     timeout = timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if world_size == 1 and os.environ["MASTER_PORT"] == "0":
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)

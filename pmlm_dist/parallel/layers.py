@@ -37,7 +37,9 @@ def tp_rank() -> int:
 
 
 def _tp_group() -> dist.ProcessGroup:
-    return parallel_state.get_tensor_model_parallel_group()
+    group = parallel_state.get_tensor_model_parallel_group()
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _shared_config() -> ModelParallelConfig:
@@ -45,13 +47,13 @@ def _shared_config() -> ModelParallelConfig:
 
 
 class _NoExtraState:
-    """Keeps Transformer Engine's empty `_extra_state` entries out of state dicts: DeepSpeed's converters stumble over them."""
+    """Keeps Transformer Engine's empty `_extra_state` out of state dicts: DeepSpeed's converters stumble over it."""
 
     get_extra_state = nn.Module.get_extra_state
 
 
 class ColumnLinear(_NoExtraState, ColumnParallelLinear):
-    """y = x W^T + b with the rows of W [out, in] and b [out] split over the tensor-parallel ranks: [..., in] -> [..., out/tp]."""
+    """y = x W^T + b, rows of W [out, in] and b [out] split over tensor-parallel ranks: [..., in] -> [..., out/tp]."""
 
     def __init__(self, size_in: int, size_out: int, *, std: float):
         super().__init__(
@@ -66,7 +68,7 @@ class ColumnLinear(_NoExtraState, ColumnParallelLinear):
     def _forward_impl(
         self, input: Tensor, weight: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        if self.tp_group.size() == 1:
+        if tp_size() == 1:
             return F.linear(input, weight, bias)
         return super()._forward_impl(input, weight, *args, bias=bias, **kwargs)
 
@@ -92,7 +94,7 @@ class RowLinear(_NoExtraState, RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in/tp], this rank's part -> [..., out], equal on every rank."""
-        if self.tp_group.size() == 1:
+        if tp_size() == 1:
             return F.linear(x, self.weight, self.bias)
         return super().forward(x)[0]
 

@@ -8,8 +8,8 @@
         latest                  name of the newest one; a hint for people, loading looks at the folders themselves
 
 DeepSpeed by itself writes to the final names, without checksums, and moves its pointer before all ranks are done.
-Here a folder gets its name only after all ranks have written, all files are flushed to disk and hashed. Loading takes the
-newest folder whose manifest verifies and says what is wrong with newer ones. Dropout and masks are functions of seed
+Here a folder gets its name only after all ranks have written, all files are flushed to disk and hashed. Loading takes
+the newest folder whose manifest verifies and says what is wrong with newer ones. Dropout and masks are functions of seed
 and samples consumed (`parallel/seeding.py`), so there is no random state to keep.
 """
 
@@ -57,7 +57,7 @@ class CheckpointFolder:
         self.root, self.keep = root, keep
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that verifies (None if there is no checkpoint at all), and what is wrong with newer ones.
+        """The newest checkpoint that verifies (None if there is none at all), and what is wrong with newer ones.
 
         Raises `ConfigError` when checkpoints are there but none verifies: starting from nothing would lose them.
         """
@@ -158,12 +158,24 @@ def save_checkpoint(
 
 
 def load_checkpoint(engine: DeepSpeedEngine, path: Path) -> RunState:
-    """Load the checkpoint at `path`, verified and of the same run (see `differences`), into `engine`; every rank must call."""
+    """Load the checkpoint at `path`, verified and of the same run (see `differences`), into `engine`.
+
+    Every rank must call. The optimizer keeps the settings that it was built with (weight decay, betas, ...): DeepSpeed
+    would put the saved ones in their place, against what the command line says.
+    """
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in _groups_of(engine)]
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise ConfigError([f"DeepSpeed found no checkpoint in {path}"])
+    for group, its_settings in zip(_groups_of(engine), settings, strict=True):
+        group.update(its_settings)
     saved = read_state(path)
     return RunState(**{name: saved[name] for name in asdict(RunState())})
+
+
+def _groups_of(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
+    assert engine.optimizer is not None
+    return engine.optimizer.param_groups
 
 
 def faults_of(folder: Path) -> list[str]:

@@ -27,9 +27,8 @@ def draw_curves(run_dir: Path, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     for objective, colour in _COLOURS.items():
         axes.plot(*_series(metrics, f"train/{objective}"), color=colour, alpha=0.35, linewidth=1.2)
-        axes.plot(
-            *_series(metrics, f"validation/{objective}"), color=colour, marker="o", label=f"{_NAMES[objective]}, held-out"
-        )
+        held_out = _series(metrics, f"validation/{objective}")
+        axes.plot(*held_out, color=colour, marker="o", label=f"{_NAMES[objective]}, held-out")
     steps, entropy = _series(metrics, "validation/unigram_entropy")
     if steps:
         axes.axhline(entropy[-1], color="#666666", linestyle="--", linewidth=1, label="unigram entropy of the corpus")

@@ -59,6 +59,7 @@ def pretrain(config: RunConfig) -> None:
     try:
         if saved and saved["step"] >= config.train.steps:
             log.say(f"this run is complete: {newest} holds step {saved['step']} of {config.train.steps}; nothing to do")
+            _record_completion(run, saved["step"])  # the process may have ended between that checkpoint and the record
             return
         engine = build_engine(run)
         state = load_checkpoint(engine, newest) if newest else RunState()
@@ -125,6 +126,7 @@ def train_step(
 
 def _train(run: Run, engine: DeepSpeedEngine, folder: CheckpointFolder, state: RunState, log: RunLog) -> None:
     train = run.config.train
+    _withdraw_completion(run)
     last = min(train.steps, train.stop_at or train.steps)
     meter = Meter(run, log)
     batches = training_batches(
@@ -152,7 +154,10 @@ def _train(run: Run, engine: DeepSpeedEngine, folder: CheckpointFolder, state: R
     finally:
         batches.close()  # pyright: ignore[reportAttributeAccessIssue]
     if state.step == train.steps:
-        _record_completion(run, state, log)
+        _record_completion(run, state.step)
+        log.say(
+            f"complete: step {state.step} of {train.steps}; TensorBoard files in {run.config.run_dir / 'tensorboard'}"
+        )
 
 
 def _loss_scale(run: Run, engine: DeepSpeedEngine) -> float | None:
@@ -198,12 +203,16 @@ def _announce(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog) -
     log.say(f"{start}; {config.train.steps} steps in all")
 
 
-def _record_completion(run: Run, state: RunState, log: RunLog) -> None:
+def _record_completion(run: Run, step: int) -> None:
     """Say in a file that the run is done: an exit code can be lost, and a finished rank can still abort at exit."""
+    record = run.config.run_dir / _COMPLETE
+    if run.topology.is_first and not record.exists():
+        temporary = record.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"step": step, "time": time.time()}) + "\n", encoding="utf-8")
+        os.replace(temporary, record)
+
+
+def _withdraw_completion(run: Run) -> None:
+    """A run that goes on, because it was made longer, is not done any more."""
     if run.topology.is_first:
-        temporary = run.config.run_dir / f"{_COMPLETE}.tmp"
-        temporary.write_text(json.dumps({"step": state.step, "time": time.time()}) + "\n", encoding="utf-8")
-        os.replace(temporary, run.config.run_dir / _COMPLETE)
-    log.say(
-        f"complete: step {state.step} of {run.config.train.steps}; TensorBoard files in {run.config.run_dir / 'tensorboard'}"
-    )
+        (run.config.run_dir / _COMPLETE).unlink(missing_ok=True)

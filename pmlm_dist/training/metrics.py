@@ -22,7 +22,7 @@ from pmlm_dist.training.validation import Validation
 
 @dataclass(frozen=True)
 class Progress:
-    """One interval of training, as logged. Rates are of the whole world; seconds are those of this rank for one step."""
+    """One interval of training, as logged. Rates are of the whole world, seconds those of this rank for one step."""
 
     step: int
     steps: int

@@ -13,7 +13,7 @@ from pmlm_dist.parallel.layers import is_sharded
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices with weight decay; biases and LayerNorm without; the relative position table without and with its own rate.
+    """Matrices with weight decay; biases and LayerNorm without; the relative table without and with its own rate.
 
     `rate_scale` of a group multiplies the learning rate of the step.
     """
@@ -32,14 +32,14 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
 
 
 def learning_rate(step: int, *, steps: int, optim: OptimConfig) -> float:
-    """Learning rate of the update `step` (1 is the first): linear warm-up to the peak, then linear decay towards zero."""
+    """Learning rate of the update `step` (1 is the first): linear warm-up to the peak, then decay towards zero."""
     warm_up = step / max(1, optim.warmup_steps)
     decay = (steps - step + 1) / (steps - optim.warmup_steps)
     return optim.peak_lr * max(0.0, min(1.0, warm_up, decay))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group of a torch or DeepSpeed optimizer the learning rate `rate`, times the group's scale."""
+    """Give every group of a torch or DeepSpeed optimizer the learning rate `rate`, times the group's scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_scale"]
 

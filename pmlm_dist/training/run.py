@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmlm_dist.config import ConfigError, RunConfig, as_dict, problems
+from pmlm_dist.config import ConfigError, RunConfig, as_dict, problems, refuse
 from pmlm_dist.corpus.shards import Manifest
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.data.loader import BatchSource
@@ -109,9 +109,7 @@ class Run:
 
 def check(config: RunConfig) -> None:
     """Refuse settings that are wrong by themselves; needs no other rank and no file."""
-    found = problems(config)
-    if found:
-        raise ConfigError(found)
+    refuse(problems(config))
 
 
 def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | None = None) -> Run:
@@ -135,8 +133,9 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     if engine is not None and manifest is not None and not found:
         lanes = _collect(
             found,
-            lambda: choose_lanes(
-                config.data.lanes or saved_lanes,
+            lambda: _choose_lanes(
+                config.data.lanes,
+                saved_lanes,
                 global_batch=engine.global_batch,
                 shards=len(manifest.splits["train"].shards),
                 dp=topology.dp,
@@ -158,6 +157,16 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     return run
 
 
+def _choose_lanes(wanted: int | None, saved: int | None, **fitting: int) -> int:
+    """`wanted` lanes, else those of the checkpoint. Where these do not fit, it is another run's, as `_other_run` will say."""
+    try:
+        return choose_lanes(wanted or saved, **fitting)
+    except ConfigError:
+        if wanted:
+            raise
+        return choose_lanes(None, **fitting)
+
+
 def _other_run(saved: dict[str, Any], run: Run) -> list[str]:
     found = differences(saved["identity"], run.identity())
     if found:
@@ -169,9 +178,12 @@ def _other_run(saved: dict[str, Any], run: Run) -> list[str]:
 
 
 def refuse_together(found: list[str], topology: Topology) -> None:
-    """Raise `ConfigError` on every rank when any rank has found problems; every rank must call."""
-    if topology.agree(bool(found)):
-        raise ConfigError(found or ["another rank refused this run; its message says why"])
+    """Raise `ConfigError` on every rank when any rank has found problems, with those of all; every rank must call."""
+    elsewhere: dict[str, int] = {}
+    for rank, of_rank in enumerate(topology.gather(found)):
+        for problem in of_rank:
+            elsewhere.setdefault(problem, rank)
+    refuse([*found, *(f"on rank {rank}: {problem}" for problem, rank in elsewhere.items() if problem not in found)])
 
 
 def _collect(found: list[str], read: Any) -> Any:

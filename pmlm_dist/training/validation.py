@@ -45,9 +45,7 @@ def validate(
 
 def losses_of(engine: torch.nn.Module, batch: Batch) -> LossSums:
     """Both objectives' sums for `batch`, which lies on the engine's device."""
-    logits_2MBV = engine(
-        batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.order_BT, batch.valid_BT, batch.predicted_BM
-    )
+    logits_2MBV = engine(**batch.inputs)
     return loss_sums(
         logits_2MBV,
         batch.targets_BM,

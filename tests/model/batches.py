@@ -50,7 +50,9 @@ def random_batch(*, batch: int = 3, length: int = 24, seed: int = 0, masking: Ma
     )
 
 
-def model_of(config: ModelConfig = MODEL, *, seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> PseudoMaskedLM:
+def model_of(
+    config: ModelConfig = MODEL, *, seed: int = 0, dtype: torch.dtype = torch.float64, **changes
+) -> PseudoMaskedLM:
     """A model with random weights and biases (none of them zero), in double precision."""
     groups.start()
     seeding.seed_initialisation(seed)
@@ -63,6 +65,4 @@ def model_of(config: ModelConfig = MODEL, *, seed: int = 0, dtype: torch.dtype =
 
 def logits_of(model: PseudoMaskedLM, batch: Batch) -> torch.Tensor:
     """Logits [2, M, B, V] of `batch`."""
-    return model(
-        batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.order_BT, batch.valid_BT, batch.predicted_BM
-    )
+    return model(**batch.inputs)

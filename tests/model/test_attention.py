@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from batches import MODEL, logits_of, model_of, random_batch
@@ -27,7 +29,7 @@ def test_equals_dense_in_outputs_and_gradients(attention, stop, relative_bias):
     logits, gradients = outputs_and_gradients(attention, relative_bias=relative_bias, masking=masking)
     expected, expected_gradients = outputs_and_gradients("dense", relative_bias=relative_bias, masking=masking)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
-    assert any(gradient.abs().max() > 1e-3 for gradient in expected_gradients.values())
+    assert any(gradient is not None and gradient.abs().max() > 1e-3 for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-9, msg=name)
 
@@ -46,7 +48,7 @@ def test_activation_checkpointing_drops_the_same_units_again():
         model = model_of(hidden_dropout=0.2, attention_dropout=0.2, activation_checkpointing=checkpointing)
         torch.manual_seed(3)
         logits_of(model, random_batch())[..., : MODEL.vocab_size].square().mean().backward()
-        assert model.layers[0].attention.query.weight.grad is not None
-        return model.layers[0].attention.query.weight.grad
+        layer: Any = model.layers[0]
+        return layer.attention.query.weight.grad
 
     torch.testing.assert_close(gradient(checkpointing=True), gradient(checkpointing=False), rtol=1e-12, atol=1e-12)

@@ -1,6 +1,8 @@
-"""With the appended slots off the network is BERT (relative bias off) or MPNet (on): logits equal given the same weights."""
+"""Without appended slots the network is BERT (relative bias off) or MPNet (on): equal logits given the same weights."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ SHARED = {
 
 def attention_weights(model: PseudoMaskedLM, layer: int) -> dict[str, torch.Tensor]:
     """Query, key and value of a layer, each [E, E] or [E]: our keys and values are interleaved by head."""
-    attention = model.layers[layer].attention
+    attention: Any = model.layers[layer].attention
     heads, size = MODEL.num_heads, MODEL.head_dim
     found = {"query.weight": attention.query.weight, "query.bias": attention.query.bias}
     for kind in ("weight", "bias"):
@@ -125,7 +127,9 @@ def load(other: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
 @torch.no_grad()
 def our_logits(model: PseudoMaskedLM, tokens, segments, valid) -> torch.Tensor:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    hidden_TBE = model.encode(tokens, positions, segments, torch.zeros_like(tokens), valid)
+    hidden_TBE = model.encode(
+        tokens, positions_BT=positions, segments_BT=segments, order_BT=torch.zeros_like(tokens), valid_BT=valid
+    )
     return model.head(hidden_TBE, model.embeddings.token.weight).transpose(0, 1)
 
 

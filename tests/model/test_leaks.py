@@ -1,7 +1,7 @@
 """No prediction can see what it must not: shown on the model, by gradients with respect to every slot's embedding.
 
-What may reach a read slot over L layers is the closure of the visibility rule. Outside of it every gradient must be exactly
-zero; inside, with random weights, it is not, so the test would notice a missing connection too.
+What may reach a read slot over L layers is the closure of the visibility rule. Outside of it every gradient must be
+exactly zero; inside, with random weights, it is not, so the test would notice a missing connection too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def sees(q_order: int, k_order: int) -> bool:
 def closure(batch: Batch, sample: int, layers: int) -> torch.Tensor:
     """[T, T]: whether slot j can reach slot i over `layers` layers (residual connections included)."""
     order, valid = batch.order_BT[sample].tolist(), batch.valid_BT[sample].tolist()
-    one = torch.tensor([[i == j or (valid[j] and sees(q, k)) for j, k in enumerate(order)] for i, q in enumerate(order)])
+    slots = list(enumerate(order))
+    one = torch.tensor([[i == j or (valid[j] and sees(q, k)) for j, k in slots] for i, q in slots])
     reach = one
     for _ in range(layers - 1):
         reach = (reach.double() @ one.double()) > 0
@@ -43,9 +44,7 @@ def influence(model: PseudoMaskedLM, batch: Batch) -> torch.Tensor:
         return embeddings[-1]
 
     handle = model.embeddings.register_forward_hook(keep)
-    hidden_RBE = model.encode(
-        batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.order_BT, batch.valid_BT, batch.predicted_BM
-    )
+    hidden_RBE = model.encode(**batch.inputs)
     handle.remove()
     probe = torch.randn(hidden_RBE.shape[-1], dtype=hidden_RBE.dtype, generator=torch.Generator().manual_seed(1))
     read_RB = hidden_RBE @ probe

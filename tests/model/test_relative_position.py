@@ -9,9 +9,9 @@ from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 from pmlm_dist.model.relative_position import RelativeBias, relative_bucket
 from pmlm_dist.parallel import groups
 
-# 16 buckets a sign: 0..7 exact; then 8 + floor(8 ln(a/8) / ln 16), so bucket b starts at 8 * 16^((b-8)/8) = 8 * 2^((b-8)/2):
+# 16 buckets a sign: 0..7 exact; then 8 + floor(8 ln(a/8) / ln 16), so bucket b starts at 8 * 2^((b-8)/2):
 # 8, 11.31, 16, 22.63, 32, 45.25, 64, 90.51 (and 128, which stays in bucket 15).
-FIRST_DISTANCE = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 7: 7, 8: 8, 9: 12, 10: 16, 11: 23, 12: 32, 13: 46, 14: 64, 15: 91}
+FIRST_DISTANCE = {**{a: a for a in range(9)}, 9: 12, 10: 16, 11: 23, 12: 32, 13: 46, 14: 64, 15: 91}
 
 
 def by_hand(distance: int) -> int:

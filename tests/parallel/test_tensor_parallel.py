@@ -95,4 +95,5 @@ def test_shards_are_slices_of_the_weights_that_one_rank_draws(tp):
             assert torch.equal(torch.cat(pieces, dim=dimension), expected), name
         else:
             assert all(torch.equal(piece, expected) for piece in pieces), name
-    assert sharded == 2 + 1 + MODEL.num_layers * 8  # words, head bias, relative table; q, kv, in with biases, two outputs
+    # Words, head bias, relative table; a layer's q, kv, in with their biases, and two outputs.
+    assert sharded == 3 + MODEL.num_layers * 8

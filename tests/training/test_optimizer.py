@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -52,14 +53,15 @@ def test_no_rate_is_negative_past_the_end():
     assert learning_rate(12, steps=10, optim=OptimConfig(warmup_steps=2)) == 0.0
 
 
-def test_every_group_gets_the_rate():
+def test_every_group_gets_the_rate_times_its_scale():
     weights = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
-    optimizer = torch.optim.AdamW([{"params": [weights[0]]}, {"params": [weights[1]], "weight_decay": 0.0}], lr=1.0)
+    groups = [{"params": [weight], "rate_scale": scale} for weight, scale in zip(weights, (1.0, 3.0), strict=True)]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
     set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.75]
 
 
-def small_model() -> nn.Module:
+def small_model(**changes: Any) -> nn.Module:
     """The model of the small runs with drawn weights; to be called where groups stand."""
     from dataclasses import replace
 
@@ -67,40 +69,42 @@ def small_model() -> nn.Module:
     from pmlm_dist.parallel import seeding
 
     seeding.seed_initialisation(3)
-    return build_model(replace(MODEL, vocab_size=125), padded_vocab_size=128)
+    return build_model(replace(MODEL, vocab_size=125, **changes), padded_vocab_size=128)
 
 
-def names_of_groups() -> list[tuple[float, list[str]]]:
-    """Weight decay and parameter names of each group."""
+def groups_by_name(relative_bias: bool) -> dict[str, tuple[float, float, list[str]]]:
+    """Weight decay, scale of the learning rate and parameter names of each group."""
     from pmlm_dist.parallel import groups
 
     groups.start()
-    model = small_model()
+    model = small_model(relative_bias=relative_bias)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return [
-        (group["weight_decay"], [names[parameter] for parameter in group["params"]])
-        for group in parameter_groups(model, weight_decay=0.25)
-    ]
+    return {
+        group["name"]: (group["weight_decay"], group["rate_scale"], sorted(names[p] for p in group["params"]))
+        for group in parameter_groups(model, OptimConfig(weight_decay=0.25, relative_bias_rate=3.0))
+    }
 
 
-def test_matrices_decay_and_biases_norms_and_the_relative_table_do_not():
-    ((decayed, plain),) = run_world(names_of_groups, 1)
+@pytest.mark.parametrize("relative_bias", [True, False])
+def test_matrices_decay_and_biases_norms_and_the_relative_table_do_not(relative_bias: bool):
+    (found,) = run_world(groups_by_name, 1, relative_bias)
     layer = ["attention.query", "attention.key_value", "attention.output", "ffn_in", "ffn_out"]
     norms = ["attention_norm", "ffn_norm"]
-    matrices = {
+    matrices = [
         *(f"embeddings.{table}.weight" for table in ("token", "position", "segment")),
         *(f"layers.{number}.{name}.weight" for number in range(MODEL.num_layers) for name in layer),
         "head.dense.weight",
-    }
-    vectors = {
+    ]
+    vectors = [
         *(f"layers.{number}.{name}.bias" for number in range(MODEL.num_layers) for name in [*layer, *norms]),
         *(f"layers.{number}.{name}.weight" for number in range(MODEL.num_layers) for name in norms),
-        *("embeddings.norm.weight", "embeddings.norm.bias", "relative_bias.weight"),
+        *("embeddings.norm.weight", "embeddings.norm.bias"),
         *("head.dense.bias", "head.norm.weight", "head.norm.bias", "head.bias"),
-    }
-    assert decayed[0] == 0.25
-    assert plain[0] == 0.0
-    assert (sorted(decayed[1]), sorted(plain[1])) == (sorted(matrices), sorted(vectors))
+    ]
+    expected = {"decayed": (0.25, 1.0, sorted(matrices)), "plain": (0.0, 1.0, sorted(vectors))}
+    if relative_bias:
+        expected["relative_bias"] = (0.0, 3.0, ["relative_bias.weight"])
+    assert found == expected
 
 
 def norms_of_weights(tp: int) -> tuple[float, float]:

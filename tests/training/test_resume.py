@@ -64,7 +64,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor):
             found[place] = value
         elif isinstance(value, bool | int | float):
-            found[place] = torch.tensor(value)
+            found[place] = torch.tensor(value, dtype=torch.float64)
         elif isinstance(value, dict):
             for name, part in value.items():
                 collect(part, f"{place}.{name}")
@@ -131,7 +131,7 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not(
     resumed = interrupted_copy(straight, tmp_path / "resumed")
     printed = run_world(pretrained, ranks, resumed)
     assert f"going on after step {N}" in printed[0]
-    assert printed[1:] == [""] * (ranks - 1)
+    assert not any("going on" in of_another_rank for of_another_rank in printed[1:])
     assert losses(resumed) == losses(straight, after=N)
     assert len(losses(resumed)) == N
     check_equal_bits(checkpoint(straight, 2 * N), checkpoint(resumed, 2 * N))
@@ -183,7 +183,11 @@ def test_a_run_stops_where_it_is_told_and_goes_on_with_its_own_lanes(finished: F
 
 def test_a_complete_run_is_left_as_it_is(finished: Finished, tmp_path: Path):
     again = copy_of(finished.straight, tmp_path / "again")
-    before = {file: file.read_bytes() for file in again.run_dir.rglob("*") if file.is_file() and "tensorboard" not in str(file)}
+    before = {
+        file: file.read_bytes()
+        for file in again.run_dir.rglob("*")
+        if file.is_file() and "tensorboard" not in str(file)
+    }
     (printed,) = run_world(pretrained, 1, again)
     assert f"step {2 * N} of {2 * N}; nothing to do" in printed
     assert {file: file.read_bytes() for file in before} == before
@@ -244,27 +248,46 @@ def test_all_differences_are_listed_at_once(finished: Finished, tmp_path: Path, 
     other = replace(other, corpus=write_corpus(tmp_path / "other", seed=1), masking=replace(run.masking, max_span=5))
     (problems,) = refusals_of(1, [other])
     named = {line.split(" was")[0] for line in problems[:-1]}
-    assert named - {"data.lanes"} == {"corpus", "masking.max_span", "model.hidden_size", "train.seed", "train_batch_size"}
+    assert named - {"data.lanes"} == {
+        "corpus",
+        "masking.max_span",
+        "model.hidden_size",
+        "train.seed",
+        "train_batch_size",
+    }
 
 
 def test_another_number_of_ranks_is_refused(finished: Finished):
     run = finished.stopped
-    plain, sharded = refusals_of(2, [run, replace(run, parallel=replace(run.parallel, tp=2))])[:1], None
-    assert plain[0][0] == "data-parallel ranks was 1, is now 2"
-    assert sharded is None
+    (data_parallel,) = refusals_of(2, [run])
+    assert data_parallel[:-1] == ["data-parallel ranks was 1, is now 2"]
+    (tensor_parallel,) = refusals_of(2, [replace(run, parallel=replace(run.parallel, tp=2))])
+    assert tensor_parallel[:-1] == ["parallel.tp was 1, is now 2"]
 
 
 def test_how_a_run_is_computed_and_logged_may_change(finished: Finished, tmp_path: Path):
     stopped = copy_of(finished.stopped, tmp_path / "run")
-    other = with_model(with_train(stopped, stop_at=None, log_every=2), attention="dense", activation_checkpointing=True)
+    other = with_model(with_train(stopped, stop_at=None, log_every=2), activation_checkpointing=True)
     run_world(pretrained, 1, replace(other, data=replace(other.data, workers=1)))
-    assert losses(other)[2 * N].keys() >= {"train/total", "validation/ae"}
-    weights = [
-        {name: value for name, value in tensors(checkpoint(config, 2 * N)).items() if ".module." in name}
-        for config in (other, finished.straight)
-    ]
-    assert weights[0].keys() == weights[1].keys()
-    assert len(weights[0]) > 20
+    expected = tensors(checkpoint(finished.straight, 2 * N))
+    for name, value in tensors(checkpoint(other, 2 * N)).items():
+        if ".module." in name:
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert losses(other)[2 * N]["validation/ae"] == pytest.approx(
+        losses(finished.straight)[2 * N]["validation/ae"], rel=1e-5
+    )
+    assert refusals_of(1, [with_model(finished.stopped, attention="dense")]) == [[]]
+
+
+def test_settings_of_the_optimizer_may_change_and_then_hold(finished: Finished, tmp_path: Path):
+    """DeepSpeed by itself would go on with the saved ones and say nothing."""
+    stopped = with_train(copy_of(finished.stopped, tmp_path / "run"), stop_at=None)
+    other = replace(stopped, optim=replace(stopped.optim, weight_decay=0.5, beta2=0.9))
+    run_world(pretrained, 1, other)
+    values = tensors(checkpoint(other, 2 * N))
+    decays = [float(value) for name, value in values.items() if name.endswith(".weight_decay")]
+    assert set(decays) == {0.0, 0.5}
+    assert {float(value) for name, value in values.items() if name.endswith(".betas[1]")} == {0.9}
 
 
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(finished: Finished, tmp_path: Path):

@@ -69,7 +69,7 @@ def check_equal(answers: list[Trained], single: Trained, *, tp: int, tolerance: 
     ],
     ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
 )
-def test_fp32_equals_a_single_process(small_corpus, tmp_path, single, ranks, tp, engine):
+def test_fp32_equals_a_single_process(small_corpus, tmp_path, single, *, ranks, tp, engine):
     config = run_config(small_corpus, tmp_path, steps=STEPS, tp=tp, **engine)
     check_equal(run_world(train, ranks, config), single, tp=tp, tolerance=1e-5)
 
@@ -82,7 +82,7 @@ def test_activation_checkpointing_equals_a_single_process(small_corpus, tmp_path
 
 @pytest.mark.parametrize("stop", ["exact", "paper"])
 def test_uneven_predictions_are_weighted_alike_under_any_split(small_corpus, tmp_path, stop):
-    """With `stop: paper` samples have different numbers of predictions: the mean is over the whole step, not of means."""
+    """With `stop: paper` samples have different numbers of predictions; the mean is over the whole step."""
     import dataclasses
 
     answers = []
