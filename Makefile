@@ -22,7 +22,7 @@ corpus: $(DEMO)/manifest.json
 
 $(DEMO)/manifest.json: | $(VENV)/.train
 	$(BIN)/mpirun --oversubscribe --bind-to none -n $(RANKS) $(BIN)/pmlm prepare-corpus --source python-docs --output $(DEMO) \
-	    --vocabulary-size 8192 --sequence-length 128 --shards 64
+	    --vocabulary-size 8192 --sequence-length 64 --shards 64
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)

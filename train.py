@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from collections.abc import Mapping
 
 import tyro
 
@@ -18,13 +20,22 @@ from pmlm_dist.presets import PRESETS
 
 EXIT_BAD_CONFIGURATION = 2
 
+# Of torchrun and deepspeed, Open MPI, MPICH, srun: the first that is set counts (see parallel/launch.py).
+_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+_RANKS_OF_THIS_HOST = (
+    *("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
+    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
+)
+
 
 def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
     """The configuration of a command line: a preset, then overrides by name. Exits with a message if one is unknown."""
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    launcher.add_argument("--preset", choices=sorted(PRESETS), default="base")
+    launcher.add_argument("--preset", default="base")
     launcher.add_argument("--local_rank", "--local-rank", help="appended by launchers; LOCAL_RANK is used instead")
     known, overrides = launcher.parse_known_args(arguments)
+    if known.preset not in PRESETS:
+        raise ConfigError([f"--preset ({known.preset}) must be one of {', '.join(sorted(PRESETS))}"])
     return tyro.cli(
         RunConfig,
         args=overrides,
@@ -34,24 +45,31 @@ def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
     )
 
 
-def use_cores_evenly() -> None:
-    """Divide the host's cores among its ranks, unless OMP_NUM_THREADS says otherwise."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "0")) or 0)
-    ranks = ranks or int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+def speaks(environ: Mapping[str, str]) -> bool:
+    """Whether this process, before it has joined its world, is the one that prints."""
+    return _first_set(_RANK, environ, default="0") == "0"
+
+
+def threads(environ: Mapping[str, str], *, cores: int) -> int:
+    """Threads of one rank when `cores` are divided among the ranks of this host."""
+    ranks = re.match(r"\d+", _first_set(_RANKS_OF_THIS_HOST, environ, default="1"))  # Slurm writes "8(x4)" for 4 hosts
+    return max(1, cores // max(1, int(ranks[0]) if ranks else 1))
+
+
+def _first_set(names: tuple[str, ...], environ: Mapping[str, str], *, default: str) -> str:
+    return next((environ[name] for name in names if environ.get(name)), default)
 
 
 def main() -> int:
     """Run and return the exit code: 0 done, 2 bad configuration."""
-    speaks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))) == "0"
-    config = parse(sys.argv[1:], quiet=not speaks)
-    use_cores_evenly()
-    from pmlm_dist.training.loop import pretrain  # torch reads OMP_NUM_THREADS when it is imported
-
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads(os.environ, cores=os.cpu_count() or 1)))
     try:
+        config = parse(sys.argv[1:], quiet=not speaks(os.environ))
+        from pmlm_dist.training.loop import pretrain  # torch reads OMP_NUM_THREADS when it is imported
+
         pretrain(config)
     except ConfigError as error:
-        if speaks:
+        if speaks(os.environ):
             print(f"\nThis run cannot start:\n{error}\n", file=sys.stderr)
         return EXIT_BAD_CONFIGURATION
     return 0

@@ -119,9 +119,6 @@ class OptimConfig:
     """Adam's epsilon."""
     weight_decay: float = 0.01
     """Decoupled weight decay; never on biases and LayerNorm."""
-    relative_bias_rate: float = 1.0
-    """Learning rate of the relative position table over that of all else. Adam moves a number by about the learning
-    rate a step, and to prefer neighbours the table must move by several units: a short run may need more than 1."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +250,6 @@ _POSITIVE = (
     "model.initializer_range",
     "optim.peak_lr",
     "optim.eps",
-    "optim.relative_bias_rate",
     "parallel.tp",
     "train.steps",
     "train.log_every",

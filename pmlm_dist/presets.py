@@ -28,18 +28,33 @@ def large() -> RunConfig:
 
 
 def tiny() -> RunConfig:
-    """4 layers, hidden 256: learns the demo corpus on two CPU cores in minutes."""
+    """4 layers, hidden 256: learns the demo corpus on two CPU cores in minutes.
+
+    A narrow network passes less of a token on at the same initial weights, so they are drawn wider than the paper's
+    0.02; with 0.02 the losses stay at the unigram entropy for the whole of so short a run.
+    """
     return RunConfig(
         corpus=Path("data/demo"),
         run_dir=Path("runs/demo"),
         ds_config=Path("ds_configs/tiny.json"),
         model=ModelConfig(
-            hidden_size=256, num_layers=4, num_heads=4, ffn_size=1024, hidden_dropout=0.0, attention_dropout=0.0
+            hidden_size=256,
+            num_layers=4,
+            num_heads=4,
+            ffn_size=1024,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            initializer_range=0.05,
         ),
         data=DataConfig(workers=1),
-        optim=OptimConfig(peak_lr=1e-3, warmup_steps=100),
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=50),
         train=TrainConfig(
-            steps=800, validate_every=100, validation_samples=512, checkpoint_every=100, keep_checkpoints=2
+            steps=1000,
+            log_every=20,
+            validate_every=100,
+            validation_samples=512,
+            checkpoint_every=200,
+            keep_checkpoints=2,
         ),
     )
 

@@ -88,7 +88,7 @@ def build_engine(run: Run) -> DeepSpeedEngine:
 
 def _optimizer(model: PseudoMaskedLM, run: Run) -> torch.optim.Optimizer:
     optim = run.config.optim
-    parameters = parameter_groups(model, optim)
+    parameters = parameter_groups(model, weight_decay=optim.weight_decay)
     betas = (optim.beta1, optim.beta2)
     if run.engine.offload_optimizer:
         return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps)

@@ -12,23 +12,16 @@ from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.parallel.layers import is_sharded
 
 
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices with weight decay; biases and LayerNorm without; the relative table without and with its own rate.
-
-    `rate_scale` of a group multiplies the learning rate of the step.
-    """
-    decayed, plain, relative = [], [], []
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay; biases, the relative position table among them, and LayerNorm without."""
+    decayed, plain = [], []
     for name, parameter in model.named_parameters():
-        if name.startswith("relative_bias."):
-            relative.append(parameter)
-        else:
-            (decayed if parameter.ndim >= 2 and not name.endswith("bias") else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": optim.weight_decay, "rate_scale": 1.0, "name": "decayed"},
-        {"params": plain, "weight_decay": 0.0, "rate_scale": 1.0, "name": "plain"},
-        {"params": relative, "weight_decay": 0.0, "rate_scale": optim.relative_bias_rate, "name": "relative_bias"},
+        is_bias = parameter.ndim < 2 or name.startswith("relative_bias.")
+        (plain if is_bias else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
+        {"params": plain, "weight_decay": 0.0, "name": "plain"},
     ]
-    return [group for group in groups if group["params"]]
 
 
 def learning_rate(step: int, *, steps: int, optim: OptimConfig) -> float:
@@ -39,9 +32,9 @@ def learning_rate(step: int, *, steps: int, optim: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of a torch or DeepSpeed optimizer the learning rate `rate`, times the group's scale."""
+    """Give every group of a torch or DeepSpeed optimizer the learning rate `rate`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate_scale"]
+        group["lr"] = rate
 
 
 @torch.no_grad()

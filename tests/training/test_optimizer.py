@@ -53,12 +53,10 @@ def test_no_rate_is_negative_past_the_end():
     assert learning_rate(12, steps=10, optim=OptimConfig(warmup_steps=2)) == 0.0
 
 
-def test_every_group_gets_the_rate_times_its_scale():
-    weights = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
-    groups = [{"params": [weight], "rate_scale": scale} for weight, scale in zip(weights, (1.0, 3.0), strict=True)]
-    optimizer = torch.optim.AdamW(groups, lr=1.0)
+def test_every_group_gets_the_rate():
+    optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.zeros(2))]} for _ in range(2)], lr=1.0)
     set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.75]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
 def small_model(**changes: Any) -> nn.Module:
@@ -72,16 +70,16 @@ def small_model(**changes: Any) -> nn.Module:
     return build_model(replace(MODEL, vocab_size=125, **changes), padded_vocab_size=128)
 
 
-def groups_by_name(relative_bias: bool) -> dict[str, tuple[float, float, list[str]]]:
-    """Weight decay, scale of the learning rate and parameter names of each group."""
+def groups_by_name(relative_bias: bool) -> dict[str, tuple[float, list[str]]]:
+    """Weight decay and parameter names of each group."""
     from pmlm_dist.parallel import groups
 
     groups.start()
     model = small_model(relative_bias=relative_bias)
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        group["name"]: (group["weight_decay"], group["rate_scale"], sorted(names[p] for p in group["params"]))
-        for group in parameter_groups(model, OptimConfig(weight_decay=0.25, relative_bias_rate=3.0))
+        group["name"]: (group["weight_decay"], sorted(names[p] for p in group["params"]))
+        for group in parameter_groups(model, weight_decay=0.25)
     }
 
 
@@ -101,10 +99,9 @@ def test_matrices_decay_and_biases_norms_and_the_relative_table_do_not(relative_
         *("embeddings.norm.weight", "embeddings.norm.bias"),
         *("head.dense.bias", "head.norm.weight", "head.norm.bias", "head.bias"),
     ]
-    expected = {"decayed": (0.25, 1.0, sorted(matrices)), "plain": (0.0, 1.0, sorted(vectors))}
     if relative_bias:
-        expected["relative_bias"] = (0.0, 3.0, ["relative_bias.weight"])
-    assert found == expected
+        vectors.append("relative_bias.weight")
+    assert found == {"decayed": (0.25, sorted(matrices)), "plain": (0.0, sorted(vectors))}
 
 
 def norms_of_weights(tp: int) -> tuple[float, float]:

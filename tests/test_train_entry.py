@@ -1,0 +1,287 @@
+"""train.py: its command line, its refusals, and one small run through every launcher that it is meant for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runs import run_config, write_engine_config
+from worlds import free_port, run_world
+
+import train
+from pmlm_dist.config import ConfigError, RunConfig
+from pmlm_dist.presets import PRESETS, base, tiny
+from pmlm_dist.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+PYTHON = sys.executable
+BESIDE_PYTHON = Path(sys.executable).parent
+
+SMALL = (
+    "--model.hidden-size 32 --model.num-layers 2 --model.num-heads 4 --model.ffn-size 64 --model.max-positions 64 "
+    "--optim.warmup-steps 1 --train.steps 2 --train.log-every 1 --train.validation-samples 8 --data.workers 0"
+).split()
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def test_no_argument_means_the_base_preset():
+    assert train.parse([]) == base()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_chosen_by_name(name: str):
+    assert train.parse(["--preset", name]) == train.parse([f"--preset={name}"]) == PRESETS[name]()
+
+
+def test_overrides_change_what_they_name_and_nothing_else():
+    arguments = ["--preset", "tiny", "--train.steps", "7", "--model.no-relative-bias", "--data.lanes", "4"]
+    expected = replace(
+        tiny(),
+        train=replace(tiny().train, steps=7),
+        model=replace(tiny().model, relative_bias=False),
+        data=replace(tiny().data, lanes=4),
+    )
+    assert train.parse(arguments) == expected
+
+
+@pytest.mark.parametrize(
+    "flags", [["--local_rank=3"], ["--local-rank", "3"], ["--local_rank", "3", "--preset", "base"]]
+)
+def test_the_flag_that_the_deepspeed_launcher_appends_is_ignored(flags: list[str]):
+    assert train.parse(flags) == base()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--train.stepz", "3"], "--train.steps"),
+        (["--model.hiden-size", "3"], "--model.hidden-size"),
+        (["--trian.seed", "3"], "--train.seed"),
+        (["--train.steps", "many"], "--train.steps"),
+        (["--train.steps", "1.5"], "--train.steps"),
+        (["--model.attention", "flash"], "'split', 'dense'"),
+        (["--masking.rate"], "--masking.rate"),
+    ],
+)
+def test_a_mistake_ends_with_exit_code_2_and_the_setting_that_is_meant(
+    arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as caught:
+        train.parse(arguments)
+    assert caught.value.code == train.EXIT_BAD_CONFIGURATION
+    printed = capsys.readouterr()
+    assert hint in printed.out + printed.err
+    assert arguments[-1] in printed.out + printed.err
+
+
+def test_an_unknown_preset_is_refused_with_those_there_are():
+    with pytest.raises(ConfigError, match=r"--preset \(bas\) .* base, large, tiny"):
+        train.parse(["--preset", "bas"])
+
+
+def test_ranks_but_the_first_say_nothing_about_a_mistake(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        train.parse(["--train.stepz", "3"], quiet=True)
+    printed = capsys.readouterr()
+    assert printed.out + printed.err == ""
+
+
+LAUNCHERS: dict[str, list[dict[str, str]]] = {
+    "torchrun": [{"RANK": str(r), "LOCAL_WORLD_SIZE": "2"} for r in range(2)],
+    "deepspeed": [{"RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_SIZE": "2"} for r in range(2)],
+    "Open MPI": [{"OMPI_COMM_WORLD_RANK": str(r), "OMPI_COMM_WORLD_LOCAL_SIZE": "2"} for r in range(2)],
+    "MPICH": [{"PMI_RANK": str(r), "MPI_LOCALRANKID": str(r), "MPI_LOCALNRANKS": "2"} for r in range(2)],
+    "srun": [{"SLURM_PROCID": str(r), "SLURM_STEP_TASKS_PER_NODE": "2(x3)"} for r in range(2)],
+    "Open MPI in an interactive srun shell": [
+        {"SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "1", "OMPI_COMM_WORLD_RANK": str(r), "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+        for r in range(2)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_one_rank_speaks_and_the_cores_are_shared(launcher: str):
+    ranks = LAUNCHERS[launcher]
+    assert [train.speaks(environ) for environ in ranks] == [True, False]
+    assert [train.threads(environ, cores=12) for environ in ranks] == [6, 6]
+
+
+def test_a_process_alone_speaks_and_takes_all_cores():
+    assert train.speaks({})
+    assert train.threads({}, cores=12) == 12
+    assert train.threads({"LOCAL_WORLD_SIZE": "64"}, cores=12) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str | Path], environ: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A process with the environment of a user's shell and `environ`; it and all that it started are ended at the end."""
+    of_launchers = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "MASTER_",
+        "OMPI_",
+        "PMI",
+        "MPI_",
+        "SLURM_",
+        "TORCHELASTIC_",
+        "CROSS_",
+    )
+    shell = {name: value for name, value in os.environ.items() if not name.startswith(of_launchers)}
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**shell, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and everything printed."""
+    printed, _ = process.communicate(timeout=150)
+    return process.returncode, printed
+
+
+def srun(rank: int, *, port: int) -> dict[str, str]:
+    """What srun sets for task `rank` of 2."""
+    return {
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_NODELIST": "node1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def launch(launcher: str, arguments: list[str]) -> None:
+    """Run train.py on two ranks (`python`: one) to its end."""
+    port = str(free_port())
+    script = [ROOT / "train.py", *arguments]
+    commands: dict[str, list[str | Path]] = {
+        "deepspeed": [BESIDE_PYTHON / "deepspeed", "--num_gpus", "2", "--master_port", port, *script],
+        "torchrun": [BESIDE_PYTHON / "torchrun", "--nproc_per_node", "2", "--master_port", port, *script],
+        "mpirun": [BESIDE_PYTHON / "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", PYTHON, *script],
+        "srun": [PYTHON, *script],
+        "python": [PYTHON, *script],
+    }
+    environments: dict[str, list[dict[str, str]]] = {
+        "mpirun": [{"MASTER_PORT": port}],
+        "srun": [srun(rank, port=int(port)) for rank in range(2)],
+    }
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(started(commands[launcher], environ)) for environ in environments.get(launcher, [{}])
+        ]
+        for process in processes:
+            code, printed = finish(process)
+            assert code == 0, printed
+
+
+def learned(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Losses and norms of a run's steps and its held-out losses, after a check that it is complete."""
+    assert json.loads((run_dir / "COMPLETE").read_text())["step"] == 2
+    metrics = read_metrics(run_dir)
+    return {
+        step: {n: v for n, v in m.items() if n.startswith(("train/", "validation/"))} for step, m in metrics.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("launches")
+
+
+def launched(launcher: str, corpus: Path, folder: Path) -> dict[int, dict[str, float]]:
+    """What a small run learns when `launcher` starts it."""
+    run_dir = folder / launcher
+    engine = write_engine_config(folder / "ds.json", micro_batch=2)
+    launch(launcher, ["--corpus", str(corpus), "--run-dir", str(run_dir), "--ds-config", str(engine), *SMALL])
+    topology = json.loads((run_dir / "config.json").read_text())["topology"]
+    assert topology["world_size"] == (1 if launcher == "python" else 2)
+    return learned(run_dir)
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(small_corpus: Path, folder: Path) -> dict[int, dict[str, float]]:
+    return launched("torchrun", small_corpus, folder)
+
+
+def test_torchrun_trains(by_torchrun: dict[int, dict[str, float]]):
+    assert list(by_torchrun) == [1, 2]
+    assert {"train/total", "train/gradient_norm"} <= by_torchrun[1].keys()
+    assert "validation/total" in by_torchrun[2]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["deepspeed", "mpirun", "srun"])
+def test_every_launcher_starts_the_same_run(launcher: str, small_corpus: Path, folder: Path, by_torchrun: dict):
+    assert launched(launcher, small_corpus, folder) == by_torchrun
+
+
+@pytest.mark.distributed
+def test_python_alone_learns_the_same_on_one_rank(small_corpus: Path, folder: Path, by_torchrun: dict):
+    alone = launched("python", small_corpus, folder)
+    assert alone.keys() == by_torchrun.keys()
+    for step, expected in by_torchrun.items():
+        assert alone[step] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_a_missing_corpus_ends_all_ranks_with_one_message_that_names_the_remedy(tmp_path: Path):
+    port = free_port()
+    command = [PYTHON, ROOT / "train.py", "--corpus", tmp_path / "nowhere", "--run-dir", tmp_path / "run"]
+    with contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(started(command, srun(rank, port=port))) for rank in range(2))
+        (first_code, first_printed), (second_code, second_printed) = finish(first), finish(second)
+    assert (first_code, second_code) == (train.EXIT_BAD_CONFIGURATION, train.EXIT_BAD_CONFIGURATION)
+    assert first_printed.count(str(tmp_path / "nowhere")) == 1
+    assert "pmlm prepare-corpus" in first_printed
+    assert "Traceback" not in first_printed + second_printed
+    assert "nowhere" not in second_printed
+    assert not (tmp_path / "run").exists()
+
+
+def refused_on(config: RunConfig, missing: Path) -> str:
+    """Why a run is refused whose corpus is missing on rank 1 alone."""
+    from pmlm_dist.training.loop import pretrain
+
+    with pytest.raises(ConfigError) as caught:
+        pretrain(replace(config, corpus=missing) if os.environ["RANK"] == "1" else config)
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+def test_what_is_missing_on_another_node_is_said_by_the_rank_that_speaks(small_corpus: Path, tmp_path: Path):
+    first, second = run_world(refused_on, 2, run_config(small_corpus, tmp_path / "run"), tmp_path / "nowhere")
+    assert f"on rank 1: {second.removeprefix('- ')}" in first
+    assert str(tmp_path / "nowhere") in second
