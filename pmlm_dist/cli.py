@@ -31,8 +31,29 @@ def prepare_corpus(arguments: Sequence[str]) -> None:
     prepare.prepare_corpus(config)
 
 
+def inspect(arguments: Sequence[str]) -> None:
+    """Show one sample of a corpus as the model reads it: spans, factorization order, slots, visibility."""
+    import tyro
+
+    from pmlm_dist import inspection
+
+    config = tyro.cli(inspection.InspectConfig, prog="pmlm inspect", description=inspect.__doc__, args=arguments)
+    inspection.inspect(config)
+
+
+def curves(arguments: Sequence[str]) -> None:
+    """Draw the losses of a run as a PNG."""
+    import tyro
+
+    from pmlm_dist.training.curves import CurvesConfig, draw_curves
+
+    draw_curves(tyro.cli(CurvesConfig, prog="pmlm curves", description=curves.__doc__, args=arguments))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare-corpus": prepare_corpus,
+    "inspect": inspect,
+    "curves": curves,
 }
 
 

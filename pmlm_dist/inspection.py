@@ -57,6 +57,8 @@ class InspectConfig:
     """First position of the window. None: so that the first factorization step is in it."""
     png: Path | None = None
     """Picture of layout and visibility to write."""
+    example: bool = False
+    """Draw a hand-sized example into `png` instead of a sample; needs no corpus."""
     masking: MaskingConfig = field(default_factory=MaskingConfig)
 
 
@@ -84,21 +86,30 @@ def inspect(config: InspectConfig, *, console: Console | None = None) -> None:
 
     Raises ConfigError for a corpus or sample that is not there, and ShardError for a damaged shard.
     """
+    console = console or Console()
+    if config.example:
+        refuse([] if config.png else ["--example draws a picture: name it with --png FILE"])
+        console.print(_matrix_text(example_slots(), console.width))
+        _write_picture(example_slots(), config.png, console)
+        return
     vocabulary = Vocabulary.load(config.corpus)
     slots = slots_of(_batch_of_one(config, vocabulary), vocabulary)
     shown = _in_window(slots, start=config.start, window=config.window)
-    console = console or Console()
     console.print(
         Group(
             _headline(slots, config),
             Panel(_text_with_spans(slots), title="text with the spans of each factorization step", title_align="left"),
             _prediction_table(shown),
-            _matrix_text(shown),
+            _matrix_text(shown, console.width),
         )
     )
-    if config.png is not None:
-        draw_layout(shown, path=config.png)
-        console.print(f"picture: {config.png}")
+    _write_picture(shown, config.png, console)
+
+
+def _write_picture(slots: Sequence[Slot], png: Path | None, console: Console) -> None:
+    if png is not None:
+        draw_layout(slots, path=png)
+        console.print(f"picture: {png}")
 
 
 def slots_of(batch: Batch, vocabulary: Vocabulary, *, row: int = 0) -> list[Slot]:
@@ -198,17 +209,23 @@ def _prediction_table(slots: Sequence[Slot]) -> Table:
     return table
 
 
-def _matrix_text(slots: Sequence[Slot]) -> Text:
-    """Rows are queries, columns are keys; a filled cell is seen, in the colour of the key's group."""
+def _matrix_text(slots: Sequence[Slot], columns: int) -> Text:
+    """Rows are queries, columns are keys; a filled cell is seen, in the colour of the key's group.
+
+    A cell is two characters wide where `columns` of the terminal allow it, else one.
+    """
     width = max((len(slot.token) for slot in slots), default=0)
+    cell = 2 if width + 5 + 2 * len(slots) <= columns else 1
     text = Text("visibility: the row sees the filled columns\n", style="italic")
     text.append(" " * (width + 5))
     for slot in slots:
-        text.append(f"{slot.order:>2}"[-2:], style=f"not italic {COLOURS[slot.kind]}")
+        text.append(f"{slot.order:>2}"[-cell:], style=f"not italic {COLOURS[slot.kind]}")
     for slot, seen in zip(slots, _matrix(slots), strict=True):
         text.append(f"\n{slot.token:>{width}} {slot.order:>+3} ", style=f"not italic {COLOURS[slot.kind]}")
         for key, sees in zip(slots, seen, strict=True):
-            text.append("██" if sees else " ·", style=f"not italic {COLOURS[key.kind]}" if sees else "dim")
+            text.append(
+                "█" * cell if sees else "·".rjust(cell), style=f"not italic {COLOURS[key.kind]}" if sees else "dim"
+            )
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from pmlm_dist.config import ConfigError
@@ -11,8 +12,18 @@ _COLOURS = {"ae": "#1f6feb", "par": "#d1490b"}
 _NAMES = {"ae": "AE", "par": "PAR"}
 
 
-def draw_curves(run_dir: Path, path: Path) -> None:
-    """Draw training and validation losses of both objectives by step, beside the unigram entropy, to the PNG `path`.
+@dataclass(frozen=True)
+class CurvesConfig:
+    """Which run to draw, and where to."""
+
+    run_dir: Path = Path("runs/demo")
+    """Folder of the run."""
+    png: Path = Path("losses.png")
+    """Picture to write."""
+
+
+def draw_curves(config: CurvesConfig) -> None:
+    """Draw training and validation losses of both objectives by step, beside the corpus' unigram entropy.
 
     Raises `ConfigError` when the run has logged nothing yet.
     """
@@ -21,9 +32,11 @@ def draw_curves(run_dir: Path, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    if not (run_dir / "metrics.jsonl").is_file():
-        raise ConfigError([f"{run_dir} holds no metrics.jsonl: pass the --run-dir of a run that has logged steps"])
-    metrics = read_metrics(run_dir)
+    if not (config.run_dir / "metrics.jsonl").is_file():
+        raise ConfigError(
+            [f"{config.run_dir} holds no metrics.jsonl: pass the --run-dir of a run that has logged steps"]
+        )
+    metrics = read_metrics(config.run_dir)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     for objective, colour in _COLOURS.items():
         axes.plot(*_series(metrics, f"train/{objective}"), color=colour, alpha=0.35, linewidth=1.2)
@@ -37,8 +50,8 @@ def draw_curves(run_dir: Path, path: Path) -> None:
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    config.png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.png)
     plt.close(figure)
 
 

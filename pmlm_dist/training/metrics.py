@@ -11,13 +11,15 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from pmlm_dist.objectives import LossMeans
-from pmlm_dist.training.validation import Validation
+
+if TYPE_CHECKING:
+    from pmlm_dist.training.validation import Validation
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
         found, lambda: load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
     )
     manifest = _collect(found, lambda: Manifest.load(config.corpus))
-    vocabulary = _collect(found, lambda: Vocabulary.load(config.corpus))
+    vocabulary = None if manifest is None else _collect(found, lambda: Vocabulary.load(config.corpus))
     if engine is not None:
         found += batch_problems(engine, dp=topology.dp)
     if manifest is not None and vocabulary is not None:
