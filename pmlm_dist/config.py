@@ -91,6 +91,22 @@ class MaskingConfig:
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learned on the masked positions."""
+
+    kind: Literal["ae+par", "ae", "par", "ar", "ae+ar"] = "ae+par"
+    """`ae`: autoencoding; `par`: partially autoregressive; `ar`: PAR over spans of one token each; or sums of two: the
+    rows of the paper's Table 6. With `par` and `ar` alone the [M] slots stay as context and carry no loss."""
+    ae_weight: float = 1.0
+    """a in the loss a * AE + p * PAR; the paper's is 1."""
+    par_weight: float = 1.0
+    """p in the loss a * AE + p * PAR; the paper's is 1."""
+    drop_kept: bool = False
+    """Leave out the PAR targets whose [M] slot shows the original token (10 % of them), which PAR can read: its mean
+    is then sum(nll of targets not kept) / number of targets not kept. The paper counts them."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Reading the corpus."""
 
@@ -169,6 +185,7 @@ class RunConfig:
     """DeepSpeed's JSON: batch sizes, precision, ZeRO, clipping, offload."""
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -264,6 +281,8 @@ _NOT_NEGATIVE = (
     "data.workers",
     "optim.warmup_steps",
     "optim.weight_decay",
+    "objective.ae_weight",
+    "objective.par_weight",
     "train.seed",
     "train.fill_ins",
 )

@@ -2,9 +2,9 @@
 
 AE reads position m at its [M] slot in the corrupted text; PAR reads it at its pseudo mask, which sees the originals of
 earlier factorization steps. Each is the mean negative log-likelihood over the predicted positions of the whole step;
-the loss is their unweighted sum (UniLMv2, equation 6). Pure: tensors in, tensors out.
+the loss is their weighted sum, both weights 1 in the paper (UniLMv2, equation 6). Pure: tensors in, tensors out.
 
-Legend: B batch, M predictions a sample, V vocabulary rows of this rank; the leading 2 is (AE, PAR).
+Legend: B batch, M predictions a sample, K objectives read (AE before PAR), V vocabulary rows of this rank.
 """
 
 from __future__ import annotations
@@ -15,89 +15,112 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OBJECTIVES = ("ae", "par")
+from pmlm_dist.config import ObjectiveConfig
+
+READS = {"ae+par": ("ae", "par"), "ae": ("ae",), "par": ("par",), "ar": ("par",), "ae+ar": ("ae", "par")}
+"""What each objective reads: AR is PAR over spans of one token."""
+
+NUM_COUNTS = 9
+
+
+def target_weights(objective: ObjectiveConfig, weights_BM: Tensor, kept_BM: Tensor) -> Tensor:
+    """1 for every target that counts, else 0: [K, B, M].
+
+    `weights_BM` is 0 for unused prediction slots; `kept_BM` tells where the [M] slot shows the original token, targets
+    that PAR leaves out with `drop_kept`.
+    """
+    par_BM = weights_BM * ~kept_BM if objective.drop_kept else weights_BM
+    by_name = {"ae": weights_BM, "par": par_BM}
+    return torch.stack([by_name[name] for name in READS[objective.kind]])
+
+
+def loss_scales(objective: ObjectiveConfig, targets_K: Tensor) -> Tensor:
+    """Factor [K] of each objective's summed negative log-likelihood: its weight / its number of targets `targets_K`."""
+    by_name = {"ae": objective.ae_weight, "par": objective.par_weight}
+    weights_K = torch.tensor([by_name[name] for name in READS[objective.kind]], device=targets_K.device)
+    return weights_K / targets_K.clamp(min=1.0)
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over the predicted positions of some micro-batches; fp32 tensors, detached but for `loss`.
+    """Sums over the targets of some micro-batches, in fp32.
 
-    `loss` is the scalar to differentiate: the sum of both objectives' negative log-likelihoods. `nll_2` and `correct_2`
-    are per objective; `masked_correct` and `masked_nll` count PAR on those slots alone that hold [MASK] (PAR reads the
-    answer of a kept token, so only these tell learning). `predictions` and `masked_predictions` are the counts.
-    `likely_2MB` are the most likely ids themselves.
+    `nll_K` [K] are the negative log-likelihoods by objective, to differentiate. `counts` [9] are the detached sums
+    that `LossMeans.from_counts` reads. `likely_KMB` are the most likely ids.
     """
 
-    loss: Tensor
-    nll_2: Tensor
-    correct_2: Tensor
-    predictions: Tensor
-    masked_nll: Tensor
-    masked_correct: Tensor
-    masked_predictions: Tensor
-    likely_2MB: Tensor
-
-    def counts(self) -> Tensor:
-        """The detached sums as one vector [8], in the order that `LossMeans.from_counts` reads."""
-        rest = [self.predictions, self.masked_nll, self.masked_correct, self.masked_predictions]
-        return torch.cat([self.nll_2, self.correct_2, torch.stack(rest)])
+    nll_K: Tensor
+    counts: Tensor
+    likely_KMB: Tensor
 
 
 @dataclass(frozen=True)
 class LossMeans:
-    """Means per predicted position: losses in nats, accuracies as shares. `par_masked_*`: on [MASK] slots alone."""
+    """Means per target: losses in nats, accuracies as shares; None for an objective that was not read.
+
+    PAR reads the answer of a kept token, so `par_masked*`, on slots that hold [MASK] alone, tell learning. `total` is
+    the weighted sum that is minimised.
+    """
 
     total: float
-    ae: float
-    par: float
-    ae_accuracy: float
-    par_accuracy: float
-    par_masked: float
-    par_masked_accuracy: float
+    ae: float | None
+    par: float | None
+    ae_accuracy: float | None
+    par_accuracy: float | None
+    par_masked: float | None
+    par_masked_accuracy: float | None
 
     @classmethod
-    def from_counts(cls, counts: Tensor) -> LossMeans:
-        """Means from a vector [8] of sums (see `LossSums.counts`), added up over micro-batches and ranks."""
-        ae, par, ae_correct, par_correct, n, masked, masked_correct, masked_n = counts.double().tolist()
+    def from_counts(cls, counts: Tensor, objective: ObjectiveConfig) -> LossMeans:
+        """Means from a vector [9] of sums (see `LossSums.counts`), added up over micro-batches and ranks."""
+        ae, par, ae_right, par_right, ae_n, par_n, masked, masked_right, masked_n = counts.double().tolist()
+        weighted = objective.ae_weight * ae / max(ae_n, 1.0) + objective.par_weight * par / max(par_n, 1.0)
         return cls(
-            total=(ae + par) / n,
-            ae=ae / n,
-            par=par / n,
-            ae_accuracy=ae_correct / n,
-            par_accuracy=par_correct / n,
-            par_masked=masked / max(masked_n, 1.0),
-            par_masked_accuracy=masked_correct / max(masked_n, 1.0),
+            total=weighted,
+            ae=_mean(ae, ae_n),
+            par=_mean(par, par_n),
+            ae_accuracy=_mean(ae_right, ae_n),
+            par_accuracy=_mean(par_right, par_n),
+            par_masked=_mean(masked, masked_n),
+            par_masked_accuracy=_mean(masked_right, masked_n),
         )
 
 
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
 def loss_sums(
-    logits_2MBV: Tensor,
+    logits_KMBV: Tensor,
     targets_BM: Tensor,
-    weights_BM: Tensor,
+    weights_KBM: Tensor,
     masked_BM: Tensor,
     *,
+    objective: ObjectiveConfig,
     token_nll: Callable[[Tensor, Tensor], Tensor],
     most_likely: Callable[[Tensor], Tensor],
 ) -> LossSums:
-    """Both objectives' sums for one micro-batch.
+    """The objectives' sums for one micro-batch.
 
-    `weights_BM` is 0 for unused predictions, `masked_BM` tells which [M] slots hold [MASK]. `token_nll(logits [..., V],
-    targets [...])` and `most_likely(logits)` know how the vocabulary is split; the first may overwrite the logits.
+    `weights_KBM` as `target_weights` gives them; `masked_BM` tells which [M] slots hold [MASK]. `token_nll(logits
+    [..., V], targets [...])` and `most_likely(logits)` know how the vocabulary is split; the first may overwrite the
+    logits.
     """
-    targets_2MB = targets_BM.t().expand(2, -1, -1)
-    weights_MB = weights_BM.t()
-    masked_MB = weights_MB * masked_BM.t()
-    likely_2MB = most_likely(logits_2MBV.detach())
-    correct_2MB = (likely_2MB == targets_2MB).float()
-    nll_2MB = token_nll(logits_2MBV, targets_2MB)
-    weighted_2MB = nll_2MB * weights_MB
-    return LossSums(
-        loss=weighted_2MB.sum(),
-        nll_2=weighted_2MB.detach().sum(dim=(1, 2)),
-        correct_2=(correct_2MB * weights_MB).sum(dim=(1, 2)),
-        predictions=weights_MB.sum(),
-        masked_nll=(nll_2MB[1].detach() * masked_MB).sum(),
-        masked_correct=(correct_2MB[1] * masked_MB).sum(),
-        masked_predictions=masked_MB.sum(),
-        likely_2MB=likely_2MB,
-    )
+    targets_KMB = targets_BM.t().expand(len(logits_KMBV), -1, -1)
+    weights_KMB = weights_KBM.transpose(1, 2)
+    likely_KMB = most_likely(logits_KMBV.detach())
+    right_KMB = (likely_KMB == targets_KMB) * weights_KMB
+    nll_KMB = token_nll(logits_KMBV, targets_KMB) * weights_KMB
+    nll_K = nll_KMB.sum(dim=(1, 2))
+    names = READS[objective.kind]
+    by_name = {
+        name: torch.stack([nll_K[k].detach(), right_KMB[k].sum(), weights_KMB[k].sum()]) for k, name in enumerate(names)
+    }
+    nothing = torch.zeros(3, device=nll_K.device)
+    masked = nothing
+    if "par" in names:
+        masked_MB = masked_BM.t()
+        par = [nll_KMB[-1].detach(), right_KMB[-1], weights_KMB[-1]]
+        masked = torch.stack([(values * masked_MB).sum() for values in par])
+    pairs_32 = torch.stack([by_name.get("ae", nothing), by_name.get("par", nothing)], dim=1)
+    return LossSums(nll_K=nll_K, counts=torch.cat([pairs_32.flatten(), masked]), likely_KMB=likely_KMB)

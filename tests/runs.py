@@ -105,7 +105,7 @@ def train(config: RunConfig) -> Trained:
     for _ in range(config.train.steps):
         result = train_step(run, engine, batches, state, Stopwatch(topology.device))
         state = advance(state, run)
-        losses.append(LossMeans.from_counts(topology.sum_over_dp(result.counts)).total)
+        losses.append(LossMeans.from_counts(topology.sum_over_dp(result.counts), config.objective).total)
         norms.append(float(result.gradient_norm or 0.0))
     return Trained(losses, norms, whole_weights(engine.module))
 

@@ -1,4 +1,4 @@
-"""Losses and accuracies against a loop over every prediction."""
+"""Losses and accuracies against a loop over every prediction, for every objective of the paper's Table 6."""
 
 from __future__ import annotations
 
@@ -8,84 +8,117 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pmlm_dist.objectives import LossMeans, LossSums, loss_sums
+from pmlm_dist.config import ObjectiveConfig
+from pmlm_dist.objectives import NUM_COUNTS, READS, LossMeans, LossSums, loss_scales, loss_sums, target_weights
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.cross_entropy import most_likely, token_nll
 
 B, M, V = 3, 5, 11
+OBJECTIVES = [
+    *(ObjectiveConfig(kind=kind) for kind in ("ae+par", "ae", "par", "ar", "ae+ar")),
+    ObjectiveConfig(ae_weight=0.3, par_weight=2.0),
+    ObjectiveConfig(drop_kept=True),
+    ObjectiveConfig(kind="par", drop_kept=True),
+]
 
 
-def example(seed: int = 0) -> dict[str, torch.Tensor]:
+def example(objective: ObjectiveConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
     weights_BM = torch.ones(B, M)
     weights_BM[1, 3:] = 0.0
+    masked_BM = torch.rand(B, M, generator=random) < 0.6
     return {
-        "logits_2MBV": 3 * torch.randn(2, M, B, V, generator=random),
+        "logits_KMBV": 3 * torch.randn(len(READS[objective.kind]), M, B, V, generator=random),
         "targets_BM": torch.randint(V, (B, M), generator=random),
         "weights_BM": weights_BM,
-        "masked_BM": torch.rand(B, M, generator=random) < 0.7,
+        "masked_BM": masked_BM,
+        "kept_BM": ~masked_BM & (torch.rand(B, M, generator=random) < 0.5),
     }
 
 
-def sums_of(tensors: dict[str, torch.Tensor]) -> LossSums:
+def sums_of(objective: ObjectiveConfig, *, weights_BM, kept_BM, **tensors) -> LossSums:
     groups.start()
-    return loss_sums(**tensors, token_nll=token_nll, most_likely=most_likely)
-
-
-def by_hand(logits_2MBV, targets_BM, weights_BM, masked_BM) -> LossMeans:
-    nll, right, masked_nll, masked_right, n, masked_n = [0.0, 0.0], [0, 0], 0.0, 0, 0, 0
-    for b in range(B):
-        for m in range(M):
-            if weights_BM[b, m] == 0:
-                continue
-            target = int(targets_BM[b, m])
-            losses, hits = [], []
-            for objective in range(2):
-                row = logits_2MBV[objective, m, b].double()
-                losses.append(float(torch.logsumexp(row, 0) - row[target]))
-                hits.append(int(row.argmax()) == target)
-            nll = [total + loss for total, loss in zip(nll, losses, strict=True)]
-            right = [total + hit for total, hit in zip(right, hits, strict=True)]
-            n += 1
-            if masked_BM[b, m]:
-                masked_nll, masked_right, masked_n = masked_nll + losses[1], masked_right + hits[1], masked_n + 1
-    return LossMeans(
-        total=sum(nll) / n,
-        ae=nll[0] / n,
-        par=nll[1] / n,
-        ae_accuracy=right[0] / n,
-        par_accuracy=right[1] / n,
-        par_masked=masked_nll / masked_n,
-        par_masked_accuracy=masked_right / masked_n,
+    return loss_sums(
+        tensors["logits_KMBV"],
+        tensors["targets_BM"],
+        target_weights(objective, weights_BM, kept_BM),
+        tensors["masked_BM"],
+        objective=objective,
+        token_nll=token_nll,
+        most_likely=most_likely,
     )
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_means_equal_a_loop_over_predictions(seed):
-    tensors = example(seed)
-    expected = by_hand(**tensors)
-    found = LossMeans.from_counts(sums_of(tensors).counts())
+def by_hand(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, masked_BM, kept_BM) -> LossMeans:
+    """A loop over objectives, samples and predictions."""
+    found: dict[str, list[tuple[float, bool, bool]]] = {}
+    for k, name in enumerate(READS[objective.kind]):
+        for b in range(B):
+            for m in range(M):
+                dropped = name == "par" and objective.drop_kept and kept_BM[b, m]
+                if weights_BM[b, m] == 0 or dropped:
+                    continue
+                row = logits_KMBV[k, m, b].double()
+                target = int(targets_BM[b, m])
+                loss = float(torch.logsumexp(row, 0) - row[target])
+                found.setdefault(name, []).append((loss, int(row.argmax()) == target, bool(masked_BM[b, m])))
+
+    def mean(name: str, column: int, *, masked: bool = False) -> float | None:
+        values = [float(entry[column]) for entry in found.get(name, []) if entry[2] or not masked]
+        return sum(values) / len(values) if values else None
+
+    ae, par = mean("ae", 0), mean("par", 0)
+    return LossMeans(
+        total=objective.ae_weight * (ae or 0.0) + objective.par_weight * (par or 0.0),
+        ae=ae,
+        par=par,
+        ae_accuracy=mean("ae", 1),
+        par_accuracy=mean("par", 1),
+        par_masked=mean("par", 0, masked=True),
+        par_masked_accuracy=mean("par", 1, masked=True),
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("seed", range(2))
+def test_means_equal_a_loop_over_predictions(objective, seed):
+    tensors = example(objective, seed)
+    expected = by_hand(objective, **tensors)
+    found = LossMeans.from_counts(sums_of(objective, **tensors).counts, objective)
     for name, value in vars(expected).items():
-        assert math.isclose(getattr(found, name), value, rel_tol=1e-5), name
+        if value is None:
+            assert getattr(found, name) is None, name
+        else:
+            assert math.isclose(getattr(found, name), value, rel_tol=1e-5), name
 
 
-def test_loss_is_the_sum_of_both_objectives_and_has_their_gradient():
-    tensors = example()
-    logits = tensors["logits_2MBV"].requires_grad_()
-    sums = sums_of(tensors)
-    sums.loss.backward()
-    assert torch.allclose(sums.loss, sums.nll_2.sum())
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_the_scaled_sums_are_the_weighted_sum_of_means_and_have_its_gradient(objective):
+    tensors = example(objective)
+    logits = tensors["logits_KMBV"].requires_grad_()
+    targets_K = target_weights(objective, tensors["weights_BM"], tensors["kept_BM"]).sum(dim=(1, 2))
+    sums = sums_of(objective, **tensors)
+    loss = (sums.nll_K * loss_scales(objective, targets_K)).sum()
+    loss.backward()
+    assert math.isclose(float(loss.detach()), by_hand(objective, **tensors).total, rel_tol=1e-5)
     probabilities = logits.detach().softmax(-1)
-    targets = F.one_hot(tensors["targets_BM"].t().expand(2, -1, -1), V)
-    expected = (probabilities - targets) * tensors["weights_BM"].t()[None, :, :, None]
-    torch.testing.assert_close(logits.grad, expected, rtol=1e-5, atol=1e-6)
+    one_hot = F.one_hot(tensors["targets_BM"].t().expand(len(logits), -1, -1), V)
+    for k, name in enumerate(READS[objective.kind]):
+        weights = tensors["weights_BM"].clone()
+        if name == "par" and objective.drop_kept:
+            weights[tensors["kept_BM"]] = 0.0
+        weight = objective.ae_weight if name == "ae" else objective.par_weight
+        expected = (probabilities[k] - one_hot[k]) * (weights * weight / weights.sum()).t()[:, :, None]
+        assert logits.grad is not None
+        torch.testing.assert_close(logits.grad[k], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_sums_of_parts_add_up_to_the_sums_of_the_whole():
-    tensors = example()
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_sums_of_parts_add_up_to_the_sums_of_the_whole(objective):
+    tensors = example(objective)
     halves = [
-        {name: tensor[..., part, :] if name == "logits_2MBV" else tensor[part] for name, tensor in tensors.items()}
+        {name: tensor[..., part, :] if name == "logits_KMBV" else tensor[part] for name, tensor in tensors.items()}
         for part in (slice(0, 1), slice(1, B))
     ]
-    added = sum((sums_of(half).counts() for half in halves), torch.zeros(8))
-    torch.testing.assert_close(added, sums_of(tensors).counts(), rtol=1e-6, atol=1e-6)
+    added = sum((sums_of(objective, **half).counts for half in halves), torch.zeros(NUM_COUNTS))
+    torch.testing.assert_close(added, sums_of(objective, **tensors).counts, rtol=1e-6, atol=1e-6)

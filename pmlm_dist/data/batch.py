@@ -59,6 +59,11 @@ class Batch:
         return self.predicted_BM.shape[1]
 
     @property
+    def kept_BM(self) -> torch.Tensor:
+        """Whether the base slot of a prediction shows the original token, bool."""
+        return self.tokens_BT.gather(1, self.predicted_BM) == self.targets_BM
+
+    @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """What the model reads, by the names of its arguments: no targets, no weights."""
         names = ("tokens_BT", "positions_BT", "segments_BT", "order_BT", "valid_BT", "predicted_BM")

@@ -49,8 +49,8 @@ class AttentionPlan:
 class Slots:
     """The slots of a batch as attention sees them, and which of them are read.
 
-    `predicted_BM` holds the context index of each predicted position; with appended slots (T > S) the pseudo masks are
-    read after them. None: every slot is read.
+    `predicted_BM` holds the context index of each predicted position, `reads` tells where it is read: at its base slot
+    ("ae"), at its pseudo mask ("par", after them), or both. None: every slot is read.
     """
 
     order_BT: Tensor
@@ -58,6 +58,7 @@ class Slots:
     positions_BT: Tensor
     num_context: int
     predicted_BM: Tensor | None
+    reads: tuple[str, ...] = ("ae", "par")
 
     @property
     def context(self) -> slice:
@@ -86,10 +87,11 @@ class Slots:
 
     def read_BR(self) -> Tensor | None:
         """Indices of the read slots: AE slots, then PAR slots; None when all are read."""
-        if self.predicted_BM is None or not self.has_appended:
-            return self.predicted_BM
+        if self.predicted_BM is None:
+            return None
         pseudo = torch.arange(self.pseudo.start, self.pseudo.stop, device=self.predicted_BM.device)
-        return torch.cat([self.predicted_BM, pseudo.expand(len(self.predicted_BM), -1)], dim=1)
+        by_name = {"ae": self.predicted_BM, "par": pseudo.expand(len(self.predicted_BM), -1)}
+        return torch.cat([by_name[name] for name in self.reads], dim=1)
 
     def bias(self, rows: slice, keys: slice, relative_bias: RelativeBias | None, dtype: torch.dtype) -> Tensor:
         """Additive bias [B, H, Q, K] of the slots `rows` towards the slots `keys` (H = 1 without relative bias)."""
@@ -124,11 +126,13 @@ def plan_split(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.dt
         inner.append(QueryGroup(slots.appended, slots.everything, appended_BHAT))
     if slots.predicted_BM is None:
         return AttentionPlan(inner=tuple(inner), last=tuple(inner))
-    num_predicted = slots.predicted_BM.shape[1]
-    last = [QueryGroup(slice(0, num_predicted), slots.context, _take_rows(context_BHSS, slots.predicted_BM))]
-    if slots.has_appended:
-        pseudo_BHMT = appended_BHAT[:, :, num_predicted:]
-        last.append(QueryGroup(slice(num_predicted, 2 * num_predicted), slots.everything, pseudo_BHMT))
+    num_predicted, last = slots.predicted_BM.shape[1], []
+    for number, name in enumerate(slots.reads):
+        rows = slice(number * num_predicted, (number + 1) * num_predicted)
+        if name == "ae":
+            last.append(QueryGroup(rows, slots.context, _take_rows(context_BHSS, slots.predicted_BM)))
+        else:
+            last.append(QueryGroup(rows, slots.everything, appended_BHAT[:, :, num_predicted:]))
     return AttentionPlan(inner=tuple(inner), last=tuple(last))
 
 

@@ -119,14 +119,18 @@ class PseudoMaskedLM(nn.Module):
         order_BT: Tensor,
         valid_BT: Tensor,
         predicted_BM: Tensor | None = None,
+        reads: tuple[str, ...] = ("ae", "par"),
     ) -> Tensor:
         """Hidden states of the read slots [R, B, E]: AE slots then PAR slots, or all slots when `predicted_BM` is None.
 
         With `predicted_BM` the slots are context | originals | pseudo masks, T = S + 2M; without it all T are context.
+        `reads` names what is read; without "par" the appended slots, which nothing read can see, are left out.
         """
         num_appended = 0 if predicted_BM is None else 2 * predicted_BM.shape[1]
-        slots = Slots(order_BT, valid_BT, positions_BT, tokens_BT.shape[1] - num_appended, predicted_BM)
-        x_TBE = self.embeddings(tokens_BT.t(), positions_BT.t(), segments_BT.t())
+        num_context = tokens_BT.shape[1] - num_appended
+        used = slice(0, None if "par" in reads else num_context)
+        slots = Slots(order_BT[:, used], valid_BT[:, used], positions_BT[:, used], num_context, predicted_BM, reads)
+        x_TBE = self.embeddings(tokens_BT[:, used].t(), positions_BT[:, used].t(), segments_BT[:, used].t())
         plan = PLANS[self.config.attention](slots, self.relative_bias, x_TBE.dtype)
         *inner, last = self.layers
         for layer in inner:
@@ -142,8 +146,9 @@ class PseudoMaskedLM(nn.Module):
         order_BT: Tensor,
         valid_BT: Tensor,
         predicted_BM: Tensor,
+        reads: tuple[str, ...] = ("ae", "par"),
     ) -> Tensor:
-        """Logits of the predicted slots [2, M, B, V]: AE, then PAR."""
+        """Logits of the predicted positions [K, M, B, V], as the K `reads` see them: AE before PAR."""
         x_RBE = self.encode(
             tokens_BT,
             positions_BT=positions_BT,
@@ -151,9 +156,10 @@ class PseudoMaskedLM(nn.Module):
             order_BT=order_BT,
             valid_BT=valid_BT,
             predicted_BM=predicted_BM,
+            reads=reads,
         )
         logits_RBV = self.head(x_RBE, self.embeddings.token.weight)
-        return logits_RBV.unflatten(0, (2, -1))
+        return logits_RBV.unflatten(0, (len(reads), -1))
 
     def _run(self, layer: nn.Module, x_TBE: Tensor, queries_QBE: Tensor, groups: tuple[QueryGroup, ...]) -> Tensor:
         if not (self.config.activation_checkpointing and self.training and torch.is_grad_enabled()):

@@ -9,8 +9,8 @@
 
 DeepSpeed by itself writes to the final names, without checksums, and moves its pointer before all ranks are done.
 Here a folder gets its name only after all ranks have written, all files are flushed to disk and hashed. Loading takes
-the newest folder whose manifest verifies and says what is wrong with newer ones. Dropout and masks are functions of seed
-and samples consumed (`parallel/seeding.py`), so there is no random state to keep.
+the newest folder whose manifest verifies and says what is wrong with newer ones. Dropout and masks are functions of
+seed and samples consumed (`parallel/seeding.py`), so there is no random state to keep.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def load_checkpoint(engine: DeepSpeedEngine, path: Path) -> RunState:
 
 
 def _groups_of(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
-    assert engine.optimizer is not None
-    return engine.optimizer.param_groups
+    optimizer: Any = engine.optimizer
+    return optimizer.param_groups
 
 
 def faults_of(folder: Path) -> list[str]:

@@ -24,21 +24,29 @@ _PEAK_TFLOPS = {
 }
 
 
-def forward_flops(model: ModelConfig, *, context: int, predictions: int, vocab_rows: int) -> float:
-    """FLOPs of one sample's forward pass through all layers and the head on the predicted slots."""
-    total, read = context + 2 * predictions, 2 * predictions
+def forward_flops(
+    model: ModelConfig, *, context: int, predictions: int, vocab_rows: int, reads: tuple[str, ...] = ("ae", "par")
+) -> float:
+    """FLOPs of one sample's forward pass through all layers and the head on the predicted slots.
+
+    Without "par" among the objectives' `reads` there are no appended slots.
+    """
+    appended = 2 * predictions if "par" in reads else 0
+    total, read = context + appended, len(reads) * predictions
     size, inner = model.hidden_size, model.ffn_size
-    pairs_inner = context * context + 2 * predictions * total
-    pairs_last = predictions * context + predictions * total
+    pairs_inner = context * context + appended * total
+    pairs_last = predictions * sum({"ae": context, "par": total}[name] for name in reads)
     inner_layer = total * (8 * size * size + 4 * size * inner) + 4 * size * pairs_inner
     last_layer = total * 4 * size * size + read * (4 * size * size + 4 * size * inner) + 4 * size * pairs_last
     head = read * (2 * size * size + 2 * size * vocab_rows)
     return float((model.num_layers - 1) * inner_layer + last_layer + head)
 
 
-def training_flops(model: ModelConfig, *, context: int, predictions: int, vocab_rows: int) -> float:
+def training_flops(
+    model: ModelConfig, *, context: int, predictions: int, vocab_rows: int, reads: tuple[str, ...] = ("ae", "par")
+) -> float:
     """FLOPs of one sample's share of a training step: forward and backward."""
-    return 3.0 * forward_flops(model, context=context, predictions=predictions, vocab_rows=vocab_rows)
+    return 3.0 * forward_flops(model, context=context, predictions=predictions, vocab_rows=vocab_rows, reads=reads)
 
 
 def peak_tflops(stated: float | None, device: torch.device) -> float | None:

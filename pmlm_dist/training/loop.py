@@ -15,15 +15,18 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.data.loader import training_batches, validation_batches
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
+from pmlm_dist.objectives import NUM_COUNTS, loss_scales, target_weights
 from pmlm_dist.parallel import groups, seeding
 from pmlm_dist.parallel.groups import ModelParallelUnit
 from pmlm_dist.parallel.layers import count_parameters
@@ -102,26 +105,33 @@ def train_step(
     topology, accumulation = run.topology, run.engine.accumulation(run.topology.dp)
     with watch.phase("data"):
         micro_batches = [next(batches).to(topology.device) for _ in range(accumulation)]
-        predictions = torch.stack([batch.weights_BM.sum() for batch in micro_batches]).sum()
-        scale = accumulation * topology.dp / topology.sum_over_dp(predictions)
-    set_learning_rate(
-        engine.optimizer, learning_rate(state.step + 1, steps=run.config.train.steps, optim=run.config.optim)
-    )
-    counts = torch.zeros(8, dtype=torch.float64, device=topology.device)
+        scale_K = _loss_scale(run, micro_batches)
+    optimizer: Any = engine.optimizer
+    set_learning_rate(optimizer, learning_rate(state.step + 1, steps=run.config.train.steps, optim=run.config.optim))
+    counts = torch.zeros(NUM_COUNTS, dtype=torch.float64, device=topology.device)
     norm = None
     for number, batch in enumerate(micro_batches):
         micro_step = state.step * accumulation + number
         seeding.seed_dropout(run.config.train.seed, micro_step=micro_step, dp_rank=topology.dp_rank)
         with watch.phase("forward"):
-            sums = losses_of(engine, batch)
-            counts += sums.counts()
+            sums = losses_of(engine, batch, run.config.objective)
+            counts += sums.counts
         with watch.phase("backward"):
-            engine.backward(sums.loss * scale)
+            engine.backward((sums.nll_K * scale_K).sum())
         if run.engine.zero_stage == 0 and number == accumulation - 1:  # only then DeepSpeed knows no norm
-            norm = gradient_norm(engine.module, topology)
+            norm = gradient_norm(_module_of(engine), topology)
         with watch.phase("step"):
             engine.step()
     return StepResult(counts, norm if norm is not None else engine.get_global_grad_norm())
+
+
+def _loss_scale(run: Run, micro_batches: list[Batch]) -> torch.Tensor:
+    """Factor [K] of each objective's summed loss of a micro-batch: the step's gradient is then that of the means."""
+    objective, dp = run.config.objective, run.topology.dp
+    targets_K = torch.stack(
+        [target_weights(objective, batch.weights_BM, batch.kept_BM).sum(dim=(1, 2)) for batch in micro_batches]
+    ).sum(dim=0)
+    return loss_scales(objective, run.topology.sum_over_dp(targets_K)) * len(micro_batches) * dp
 
 
 def _train(run: Run, engine: DeepSpeedEngine, folder: CheckpointFolder, state: RunState, log: RunLog) -> None:
@@ -143,7 +153,7 @@ def _train(run: Run, engine: DeepSpeedEngine, folder: CheckpointFolder, state: R
             result = train_step(run, engine, batches, state, meter.watch)
             state = advance(state, run)
             is_last = state.step == last
-            meter.end_step(state.step, result, loss_scale=_loss_scale(run, engine), is_last=is_last)
+            meter.end_step(state.step, result, loss_scale=_fp16_scale(run, engine), is_last=is_last)
             if is_last or state.step % train.validate_every == 0:
                 _validate(run, engine, state, log)
             if is_last or state.step % train.checkpoint_every == 0:
@@ -160,7 +170,12 @@ def _train(run: Run, engine: DeepSpeedEngine, folder: CheckpointFolder, state: R
         )
 
 
-def _loss_scale(run: Run, engine: DeepSpeedEngine) -> float | None:
+def _module_of(engine: DeepSpeedEngine) -> nn.Module:
+    assert isinstance(engine.module, nn.Module)
+    return engine.module
+
+
+def _fp16_scale(run: Run, engine: DeepSpeedEngine) -> float | None:
     return float(getattr(engine.optimizer, "cur_scale")) if run.engine.precision == "fp16" else None  # noqa: B009
 
 
@@ -181,22 +196,29 @@ def _validate(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog) -
         share=run.share,
         loading=dataclasses.replace(run.config.data, workers=0),
     )
-    validation = validate(engine, batches, run.vocabulary, run.topology, fill_ins=run.config.train.fill_ins)
+    validation = validate(
+        engine,
+        batches,
+        run.vocabulary,
+        run.topology,
+        objective=run.config.objective,
+        fill_ins=run.config.train.fill_ins,
+    )
     log.validation(validation, step=state.step, unigram_entropy=run.manifest.unigram_entropy)
 
 
 def _announce(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog) -> None:
     config, topology, engine_config = run.config, run.topology, run.engine
-    parameters = count_parameters(engine.module, topology)
+    parameters = count_parameters(_module_of(engine), topology)
     log.write_configuration(run.configuration())
     log.say(
-        f"model: {parameters / 1e6:.1f}M parameters, {config.model.num_layers} layers, hidden {config.model.hidden_size}, "
+        f"model: {parameters:,} parameters, {config.model.num_layers} layers, hidden {config.model.hidden_size}, "
         f"{engine_config.precision}, ZeRO {engine_config.zero_stage}\n"
-        f"ranks: {topology.world_size} ({topology.dp} data-parallel x {topology.tp} tensor-parallel) on {topology.device.type}\n"
-        f"corpus: {config.corpus}, {run.manifest.splits['train'].samples:,} samples of {run.manifest.sequence_length} tokens, "
-        f"{run.num_predictions} of them predicted, {run.lanes} lanes\n"
-        f"batch: {engine_config.global_batch} = {engine_config.micro_batch} x {engine_config.accumulation(topology.dp)} "
-        f"accumulation x {topology.dp} ranks\n"
+        f"objective: {config.objective.kind} on {run.num_predictions} of {run.manifest.sequence_length} tokens\n"
+        f"ranks: {topology.dp} data-parallel x {topology.tp} tensor-parallel on {topology.device.type}\n"
+        f"corpus: {config.corpus}, {run.manifest.splits['train'].samples:,} samples in {run.lanes} lanes\n"
+        f"batch: {engine_config.global_batch} = {topology.dp} ranks x {engine_config.accumulation(topology.dp)} "
+        f"micro-batches of {engine_config.micro_batch}\n"
         f"TensorBoard: tensorboard --logdir {config.run_dir / 'tensorboard'}"
     )
     start = f"going on after step {state.step}" if state.step else "starting"

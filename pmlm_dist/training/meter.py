@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pmlm_dist.objectives import LossMeans
+from pmlm_dist.objectives import NUM_COUNTS, READS, LossMeans
 from pmlm_dist.training.flops import peak_tflops, training_flops
 from pmlm_dist.training.metrics import Progress, RunLog
 from pmlm_dist.training.optimizer import learning_rate
@@ -64,6 +64,7 @@ class Meter:
             context=run.manifest.sequence_length,
             predictions=run.num_predictions,
             vocab_rows=run.vocabulary.padded_size(),
+            reads=READS[run.config.objective.kind],
         )
         self._reset()
 
@@ -100,7 +101,7 @@ class Meter:
         return Progress(
             step=step,
             steps=train.steps,
-            losses=LossMeans.from_counts(run.topology.sum_over_dp(self._counts)),
+            losses=LossMeans.from_counts(run.topology.sum_over_dp(self._counts), run.config.objective),
             learning_rate=learning_rate(step, steps=train.steps, optim=run.config.optim),
             gradient_norm=None if result.gradient_norm is None else float(result.gradient_norm),
             loss_scale=loss_scale,
@@ -114,5 +115,5 @@ class Meter:
     def _reset(self) -> None:
         self.watch.reset()
         self.watch.exact = False
-        self._counts = torch.zeros(8, dtype=torch.float64, device=self._run.topology.device)
+        self._counts = torch.zeros(NUM_COUNTS, dtype=torch.float64, device=self._run.topology.device)
         self._seconds, self._steps = 0.0, 0

@@ -89,11 +89,13 @@ class RunLog:
         self._scalars({**scalars, "validation/unigram_entropy": unigram_entropy}, step=step)
         for number, text in enumerate(validation.fill_ins):
             self._writer.add_text(f"fill_in/{number}", text, step)
-        self.say(
-            f"validation at step {step}: AE {means.ae:.3f} ({means.ae_accuracy:.1%} right), "
-            f"PAR {means.par:.3f} ({means.par_accuracy:.1%}; on [MASK] slots {means.par_masked:.3f}, "
-            f"{means.par_masked_accuracy:.1%}); unigram entropy {unigram_entropy:.3f} nats"
-        )
+        parts = [
+            *_objective("AE", means.ae, means.ae_accuracy),
+            *_objective("PAR", means.par, means.par_accuracy),
+            *_objective("PAR on [MASK] slots", means.par_masked, means.par_masked_accuracy),
+            f"unigram entropy {unigram_entropy:6.3f}",
+        ]
+        self.say(f"validation at step {step}:  {'  '.join(parts)}")
         self._writer.flush()
 
     def close(self) -> None:
@@ -135,13 +137,17 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def _objective(name: str, loss: float | None, accuracy: float | None) -> list[str]:
+    return [] if loss is None or accuracy is None else [f"{name} {loss:6.3f} ({accuracy:5.1%})"]
+
+
 def _console_line(progress: Progress) -> str:
     losses = progress.losses
     parts = [
         f"step {progress.step:>{len(str(progress.steps))}}/{progress.steps}",
         f"loss {losses.total:6.3f}",
-        f"AE {losses.ae:6.3f} ({losses.ae_accuracy:5.1%})",
-        f"PAR {losses.par:6.3f} ({losses.par_accuracy:5.1%})",
+        *_objective("AE", losses.ae, losses.ae_accuracy),
+        *_objective("PAR", losses.par, losses.par_accuracy),
         f"lr {progress.learning_rate:.2e}",
     ]
     if progress.gradient_norm is not None:

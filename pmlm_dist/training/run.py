@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmlm_dist.config import ConfigError, RunConfig, as_dict, problems, refuse
+from pmlm_dist.config import ConfigError, MaskingConfig, RunConfig, as_dict, problems, refuse
 from pmlm_dist.corpus.shards import Manifest
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.data.loader import BatchSource
 from pmlm_dist.data.order import BatchShare, choose_lanes
 from pmlm_dist.engine_config import EngineConfig, batch_problems, load_engine_config
 from pmlm_dist.masking.blockwise import max_predictions
+from pmlm_dist.objectives import READS
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.training.checkpoint import differences
 from pmlm_dist.vocab import Vocabulary
@@ -51,7 +52,7 @@ class Run:
         return BatchSource(
             corpus=self.config.corpus,
             special=special_ids(self.vocabulary),
-            masking=self.config.masking,
+            masking=self.masking,
             seed=self.config.train.seed,
         )
 
@@ -64,12 +65,20 @@ class Run:
     @property
     def num_predictions(self) -> int:
         """M: prediction slots of a sequence."""
-        return max_predictions(self.manifest.sequence_length, self.config.masking)
+        return max_predictions(self.manifest.sequence_length, self.masking)
 
     @property
     def slots(self) -> int:
-        """T: slots of a sequence, S + 2M."""
-        return self.manifest.sequence_length + 2 * self.num_predictions
+        """T: slots of a sequence that are computed, S + 2M, or S alone where nothing reads the appended ones."""
+        appended = 2 * self.num_predictions if "par" in READS[self.config.objective.kind] else 0
+        return self.manifest.sequence_length + appended
+
+    @property
+    def masking(self) -> MaskingConfig:
+        """How samples are masked: as set, with spans of one token each where the objective is autoregressive."""
+        masking = self.config.masking
+        autoregressive = self.config.objective.kind in ("ar", "ae+ar")
+        return dataclasses.replace(masking, span_probability=0.0) if autoregressive else masking
 
     @property
     def checkpoints(self) -> Path:
@@ -92,9 +101,11 @@ class Run:
             f"model.{k}": v for k, v in dataclasses.asdict(self.config.model).items() if k not in _FREE_MODEL_SETTINGS
         }
         masking = {f"masking.{k}": v for k, v in dataclasses.asdict(self.config.masking).items()}
+        objective = {f"objective.{k}": v for k, v in dataclasses.asdict(self.config.objective).items()}
         return {
             **model,
             **masking,
+            **objective,
             "train.seed": self.config.train.seed,
             "data.lanes": self.lanes,
             "corpus": self.manifest.fingerprint,
@@ -116,7 +127,7 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     """Check `config` against its files, `topology` and the run it goes on with, and complete it from the corpus.
 
     `saved`: the `state.json` of the checkpoint to go on from, if any; its lanes hold unless the settings name others.
-    Raises `ConfigError` with all problems on every rank, also on those that saw none: nobody waits for a rank that left.
+    Raises `ConfigError` with all problems on every rank, also on those that saw none: nobody waits for one that left.
     """
     found: list[str] = []
     saved_lanes = saved["identity"]["data.lanes"] if saved else None
@@ -158,7 +169,7 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
 
 
 def _choose_lanes(wanted: int | None, saved: int | None, **fitting: int) -> int:
-    """`wanted` lanes, else those of the checkpoint. Where these do not fit, it is another run's, as `_other_run` will say."""
+    """`wanted` lanes, else those of the checkpoint. Where they do not fit it is another run's: `_other_run` says so."""
     try:
         return choose_lanes(wanted or saved, **fitting)
     except ConfigError:
@@ -171,8 +182,8 @@ def _other_run(saved: dict[str, Any], run: Run) -> list[str]:
     found = differences(saved["identity"], run.identity())
     if found:
         found.append(
-            f"the checkpoints in {run.checkpoints} are of another run (above): go on with the settings they were written "
-            "with, or choose another --run-dir"
+            f"the checkpoints in {run.checkpoints} are of another run (above): go on with the settings they were "
+            "written with, or choose another --run-dir"
         )
     return found
 
@@ -203,8 +214,8 @@ def _corpus_problems(config: RunConfig, manifest: Manifest, vocabulary: Vocabula
         )
     if vocabulary.fingerprint != manifest.vocabulary["fingerprint"]:
         found.append(
-            f"the vocabulary in {config.corpus} is not the one its shards were written with: restore its tokenizer.json, "
-            "or prepare the corpus anew"
+            f"the vocabulary in {config.corpus} is not the one its shards were written with: restore its "
+            "tokenizer.json, or prepare the corpus anew"
         )
     if config.model.vocab_size not in (None, vocabulary.size):
         found.append(

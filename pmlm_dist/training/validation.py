@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from pmlm_dist.config import ObjectiveConfig
 from pmlm_dist.data.batch import Batch
-from pmlm_dist.objectives import LossMeans, LossSums, loss_sums
+from pmlm_dist.objectives import NUM_COUNTS, READS, LossMeans, LossSums, loss_sums, target_weights
 from pmlm_dist.parallel.cross_entropy import most_likely, token_nll
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.vocab import Vocabulary
@@ -25,45 +26,52 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    engine: DeepSpeedEngine, batches: Iterator[Batch], vocabulary: Vocabulary, topology: Topology, *, fill_ins: int
+    engine: DeepSpeedEngine,
+    batches: Iterator[Batch],
+    vocabulary: Vocabulary,
+    topology: Topology,
+    *,
+    objective: ObjectiveConfig,
+    fill_ins: int,
 ) -> Validation:
     """Evaluate `batches` (as many on every rank) without dropout; `fill_ins` samples of the first one are filled in."""
     engine.eval()
-    counts = torch.zeros(8, dtype=torch.float64, device=topology.device)
+    counts = torch.zeros(NUM_COUNTS, dtype=torch.float64, device=topology.device)
     texts: list[str] = []
     for batch in batches:
-        sums = losses_of(engine, batch.to(topology.device))
-        counts += sums.counts()
+        sums = losses_of(engine, batch.to(topology.device), objective)
+        counts += sums.counts
         if not texts and fill_ins:
             texts = [
-                fill_in(batch, sums.likely_2MB.cpu(), vocabulary, sample=i)
+                fill_in(batch, sums.likely_KMB.cpu(), vocabulary, sample=i)
                 for i in range(min(fill_ins, len(batch.tokens_BT)))
             ]
     engine.train()
-    return Validation(LossMeans.from_counts(topology.sum_over_dp(counts)), texts)
+    return Validation(LossMeans.from_counts(topology.sum_over_dp(counts), objective), texts)
 
 
-def losses_of(engine: torch.nn.Module, batch: Batch) -> LossSums:
-    """Both objectives' sums for `batch`, which lies on the engine's device."""
-    logits_2MBV = engine(**batch.inputs)
+def losses_of(engine: torch.nn.Module, batch: Batch, objective: ObjectiveConfig) -> LossSums:
+    """The objectives' sums for `batch`, which lies on the engine's device."""
+    logits_KMBV = engine(**batch.inputs, reads=READS[objective.kind])
     return loss_sums(
-        logits_2MBV,
+        logits_KMBV,
         batch.targets_BM,
-        batch.weights_BM,
+        target_weights(objective, batch.weights_BM, batch.kept_BM),
         batch.masked_BM,
+        objective=objective,
         token_nll=token_nll,
         most_likely=most_likely,
     )
 
 
-def fill_in(batch: Batch, likely_2MB: torch.Tensor, vocabulary: Vocabulary, *, sample: int) -> str:
-    """Markdown: the text of `sample` with each predicted token as `truth -> AE / PAR`, bold where wrong."""
+def fill_in(batch: Batch, likely_KMB: torch.Tensor, vocabulary: Vocabulary, *, sample: int) -> str:
+    """Markdown: the text of `sample`, each predicted token as `truth -> AE / PAR` (what was read), bold where wrong."""
     words = [vocabulary.token(int(id)) for id in batch.tokens_BT[sample, : batch.num_context]]
     for m in range(batch.num_predictions):
         if batch.weights_BM[sample, m] == 0:
             continue
         truth = vocabulary.token(int(batch.targets_BM[sample, m]))
-        guesses = [vocabulary.token(int(id)) for id in likely_2MB[:, m, sample]]
+        guesses = [vocabulary.token(int(id)) for id in likely_KMB[:, m, sample]]
         shown = " / ".join(guess if guess == truth else f"**{guess}**" for guess in guesses)
         words[int(batch.predicted_BM[sample, m])] = f"[{truth} → {shown}]"
     length = int(batch.valid_BT[sample, : batch.num_context].sum())

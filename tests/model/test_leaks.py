@@ -6,6 +6,8 @@ exactly zero; inside, with random weights, it is not, so the test would notice a
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from batches import model_of, random_batch
@@ -44,7 +46,8 @@ def influence(model: PseudoMaskedLM, batch: Batch) -> torch.Tensor:
         return embeddings[-1]
 
     handle = model.embeddings.register_forward_hook(keep)
-    hidden_RBE = model.encode(**batch.inputs)
+    inputs: Any = batch.inputs
+    hidden_RBE = model.encode(**inputs)
     handle.remove()
     probe = torch.randn(hidden_RBE.shape[-1], dtype=hidden_RBE.dtype, generator=torch.Generator().manual_seed(1))
     read_RB = hidden_RBE @ probe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,14 @@ def counted(cases: list[Case]) -> list[tuple[float, float]]:
         zeros = torch.zeros(case.batch, slots, dtype=torch.int64)
         predicted = torch.arange(case.predictions).expand(case.batch, -1)
         with FlopCounterMode(display=False) as forward:
-            logits = model(zeros, zeros, zeros, zeros, torch.ones_like(zeros).bool(), predicted)
+            logits = model(
+                tokens_BT=zeros,
+                positions_BT=zeros,
+                segments_BT=zeros,
+                order_BT=zeros,
+                valid_BT=torch.ones_like(zeros).bool(),
+                predicted_BM=predicted,
+            )
         with FlopCounterMode(display=False) as backward:
             logits.masked_fill(logits.isinf(), 0.0).sum().backward()
         first = forward.get_total_flops()
@@ -71,13 +79,13 @@ def counts() -> dict[str, tuple[float, float]]:
 @pytest.mark.parametrize("name", CASES)
 def test_the_formula_is_what_torch_counts(counts: dict[str, tuple[float, float]], name: str):
     case = CASES[name]
-    shape = {"context": case.context, "predictions": case.predictions, "vocab_rows": case.vocab_rows}
+    shape: dict[str, Any] = {"context": case.context, "predictions": case.predictions, "vocab_rows": case.vocab_rows}
     assert forward_flops(case.model, **shape) == pytest.approx(counts[name][0], rel=0.01)
     assert training_flops(case.model, **shape) == pytest.approx(counts[name][1], rel=0.01)
 
 
 def test_recomputation_does_not_count():
-    shape = {"context": 32, "predictions": 5, "vocab_rows": 256}
+    shape: dict[str, Any] = {"context": 32, "predictions": 5, "vocab_rows": 256}
     again = replace(BASIC, activation_checkpointing=True)
     assert training_flops(again, **shape) == training_flops(BASIC, **shape)
 
