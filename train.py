@@ -62,7 +62,7 @@ def _first_set(names: tuple[str, ...], environ: Mapping[str, str], *, default: s
 
 def main() -> int:
     """Run and return the exit code: 0 done, 2 bad configuration."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads(os.environ, cores=os.cpu_count() or 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads(os.environ, cores=len(os.sched_getaffinity(0)))))
     try:
         config = parse(sys.argv[1:], quiet=not speaks(os.environ))
         from pmlm_dist.training.loop import pretrain  # torch reads OMP_NUM_THREADS when it is imported

@@ -209,6 +209,7 @@ def problems(config: RunConfig) -> list[str]:
         *_model_problems(config.model),
         *_parallel_problems(config.model, tp=config.parallel.tp),
         *_masking_problems(config.masking),
+        *_objective_problems(config.objective),
         *_number_problems(config),
     ]
 
@@ -254,6 +255,17 @@ def _masking_problems(masking: MaskingConfig) -> list[str]:
             "2 <= min_span <= max_span: the paper uses 2 and 6"
         )
     return found
+
+
+def _objective_problems(objective: ObjectiveConfig) -> list[str]:
+    parts = objective.kind.split("+")
+    weights = {"objective.ae_weight": objective.ae_weight} if "ae" in parts else {}
+    if "par" in parts or "ar" in parts:
+        weights["objective.par_weight"] = objective.par_weight
+    if any(weights.values()):
+        return []
+    stated = " and ".join(f"{name} ({weight})" for name, weight in weights.items())
+    return [f"{stated} must not be 0: with objective.kind {objective.kind} nothing would be learned; the paper uses 1"]
 
 
 _POSITIVE = (

@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from corpora import write_corpus
+from worlds import start_server
+
+start_server()
 
 
 @pytest.fixture(scope="session")

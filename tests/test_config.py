@@ -18,6 +18,7 @@ from pmlm_dist.config import (
     ConfigError,
     MaskingConfig,
     ModelConfig,
+    ObjectiveConfig,
     ParallelConfig,
     RunConfig,
     as_dict,
@@ -101,6 +102,26 @@ def test_a_problem_names_setting_value_and_constraint(name: str, value: float, c
 )
 def test_the_edge_of_a_range_is_allowed(name: str, value: float | None):
     assert problems(changed(RunConfig(), name, value)) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "ae_weight", "par_weight", "named"),
+    [
+        ("ae", 0.0, 1.0, {"ae"}),
+        ("par", 1.0, 0.0, {"par"}),
+        ("ar", 1.0, 0.0, {"par"}),
+        ("ae+par", 0.0, 0.0, {"ae", "par"}),
+        ("ae+ar", 0.0, 0.0, {"ae", "par"}),
+        ("ae+par", 0.0, 1.0, set()),
+        ("ae+ar", 1.0, 0.0, set()),
+        ("ar", 0.0, 0.5, set()),
+    ],
+)
+def test_something_must_be_learned(kind: Any, ae_weight: float, par_weight: float, named: set[str]):
+    objective = ObjectiveConfig(kind=kind, ae_weight=ae_weight, par_weight=par_weight)
+    found = problems(replace(RunConfig(), objective=objective))
+    assert len(found) == bool(named)
+    assert set(re.findall(r"objective\.(\w+)_weight \(0.0\)", "".join(found))) == named
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -13,11 +13,17 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pmlm_dist.training.loop", "transformers"])
+
+
+def start_server() -> None:
+    """Start the server that ranks are forked from; a process has one, so this comes before anybody else's."""
+    _CONTEXT.set_forkserver_preload(["pmlm_dist.training.loop"])
+    forkserver.ensure_running()
 
 
 class RankFailed(AssertionError):

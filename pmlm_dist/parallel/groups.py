@@ -148,7 +148,7 @@ def _world_problems(world_size: int, *, tp: int) -> list[str]:
 
 
 def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pmlm_dist.config import ConfigError
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_FIRST_PORT, _PORTS = 20_000, 20_000
+_FIRST_PORT, _PORTS = 20_000, 12_000  # below the ports that kernels hand out by themselves
 
 
 def rendezvous(environ: Mapping[str, str]) -> dict[str, str]:

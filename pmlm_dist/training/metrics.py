@@ -11,7 +11,7 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch.utils.tensorboard.writer import SummaryWriter
@@ -49,7 +49,7 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._lines = _open_lines(run_dir / "metrics.jsonl")
 
     def say(self, text: str) -> None:
         """Print `text` once for the whole run."""
@@ -112,12 +112,23 @@ class RunLog:
         self._lines.flush()
 
 
+def _open_lines(path: Path) -> TextIO:
+    """`path` for appending lines; a line that a killed run left open is ended first."""
+    torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    lines = path.open("a", encoding="utf-8")
+    lines.write("\n" if torn else "")
+    return lines
+
+
 def read_metrics(run_dir: Path) -> dict[int, dict[str, float]]:
     """All scalars of a run by step, ascending; where a step was logged again after a resume, the last one counts."""
     by_step: dict[int, dict[str, float]] = {}
     with (run_dir / "metrics.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
-            scalars = json.loads(line)
+            try:
+                scalars = json.loads(line)
+            except ValueError:  # torn by a kill
+                continue
             by_step.setdefault(int(scalars.pop("step")), {}).update(scalars)
     return dict(sorted(by_step.items()))
 

@@ -220,6 +220,7 @@ def test_each_difference_is_refused_by_its_name_alone(finished: Finished, tmp_pa
         ("model.hidden_size", "was 32, is now 64"): with_model(run, hidden_size=64),
         ("model.hidden_dropout", "was 0.1, is now 0.0"): with_model(run, hidden_dropout=0.0),
         ("masking.rate", "was 0.15, is now 0.2"): replace(run, masking=replace(run.masking, rate=0.2)),
+        ("objective.par_weight", "was 1.0, is now 0.5"): replace(run, objective=replace(run.objective, par_weight=0.5)),
         ("train.seed", "was 7, is now 8"): with_train(run, seed=8),
         ("data.lanes", "was 4, is now 2"): replace(run, data=replace(run.data, lanes=2)),
         ("corpus", ""): replace(run, corpus=other_text),
