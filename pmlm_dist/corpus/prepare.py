@@ -38,7 +38,15 @@ from pmlm_dist.corpus.packing import (
     draw,
 )
 from pmlm_dist.corpus.selection import SCANNED, TextSample, cutoff, repeated, scanned
-from pmlm_dist.corpus.settings import PYTHON_DOCS, SAMPLES_PER_SHARD, PrepareConfig, patterns, recorded, standing
+from pmlm_dist.corpus.settings import (
+    FEWEST_SHARDS,
+    PYTHON_DOCS,
+    SAMPLES_PER_SHARD,
+    PrepareConfig,
+    patterns,
+    recorded,
+    standing,
+)
 from pmlm_dist.corpus.shards import (
     MANIFEST,
     SPLITS,
@@ -447,10 +455,9 @@ def even_cuts(total: int, parts: int) -> list[tuple[int, int]]:
 
 def _shard_numbers(config: PrepareConfig, totals: Mapping[str, int]) -> dict[str, int]:
     """Shards of each split; those of the validation split are about as large as the training shards."""
-    wanted = config.samples_per_shard or SAMPLES_PER_SHARD
-    if config.shards is not None:
-        wanted = math.ceil(totals[TRAIN] / config.shards)
-    return {
-        TRAIN: config.shards or math.ceil(totals[TRAIN] / wanted),
-        VALIDATION: math.ceil(totals[VALIDATION] / wanted),
-    }
+    shards = config.shards
+    if shards is None and config.samples_per_shard is not None:
+        shards = math.ceil(totals[TRAIN] / config.samples_per_shard)
+    elif shards is None:
+        shards = max(math.ceil(totals[TRAIN] / SAMPLES_PER_SHARD), min(FEWEST_SHARDS, totals[TRAIN]))
+    return {TRAIN: shards, VALIDATION: math.ceil(totals[VALIDATION] * shards / max(1, totals[TRAIN]))}

@@ -17,6 +17,7 @@ from pmlm_dist.vocab import Vocabulary
 
 PYTHON_DOCS = "python-docs"
 SAMPLES_PER_SHARD = 8192
+FEWEST_SHARDS = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class PrepareConfig:
     shards: int | None = None
     """Exact number of training shards."""
     samples_per_shard: int | None = None
-    """Samples wanted in a shard; 8192 if neither this nor `shards` is given."""
+    """Samples wanted in a shard. If neither this nor `shards` is given: 8192, or less so that there are 64 shards,
+    enough for as many data-parallel ranks."""
     validation_fraction: float = 0.01
     """Share of the documents that is held out; at least one is."""
     deduplicate: bool = True

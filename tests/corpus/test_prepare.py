@@ -256,3 +256,10 @@ def test_even_cuts_cover_everything():
 
 def test_entropy_of_equal_counts_is_the_logarithm():
     assert entropy(np.array([5, 0, 5, 5])) == pytest.approx(np.log(3))
+
+
+def test_a_small_corpus_still_has_shards_for_many_ranks(source: Path, tmp_path: Path):
+    manifest = prepare_corpus(config(source, tmp_path / "small", shards=None))
+    train = manifest.splits["train"]
+    assert len(train.shards) == min(64, train.samples)
+    assert len(manifest.splits["validation"].shards) <= len(train.shards)
