@@ -29,14 +29,18 @@ from pmlm_dist.vocab import Vocabulary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.patches import Patch
 
 Kind = Literal["context", "original", "pseudo"]
 
 COLOURS: dict[Kind, str] = {"context": "#5b7aa6", "original": "#2f9e78", "pseudo": "#e07a3f"}
 NAMES: dict[Kind, str] = {"context": "context", "original": "originals", "pseudo": "pseudo masks"}
-STEP_COLOURS = ("#e07a3f", "#2f9e78", "#b05fc4", "#d9a514", "#3f8fd2", "#d6527b")
+STEP_COLOURS = ("#b05fc4", "#c79a1b", "#1fa0b4", "#d6527b", "#7f9f2f", "#8a7a68")
 _ROWS: dict[Kind, int] = {"context": 0, "original": 1, "pseudo": 2}
-_INK, _FAINT = "#26303d", "#dfe4ea"
+_CELLS: dict[Kind, str] = {"context": "#c9d4e5", "original": "#8fd0b5", "pseudo": "#f3b890"}
+_INK, _FAINT = "#26303d", "#e4e8ed"
+_CAPTION = """AE predicts each masked token by itself, at its [M].
+PAR predicts the tokens of step k together, at their [P], given the originals of the steps before."""
 
 
 @dataclass(frozen=True)
@@ -216,12 +220,14 @@ def _matrix_text(slots: Sequence[Slot], columns: int) -> Text:
     """
     width = max((len(slot.token) for slot in slots), default=0)
     cell = 2 if width + 5 + 2 * len(slots) <= columns else 1
-    text = Text("visibility: the row sees the filled columns\n", style="italic")
-    text.append(" " * (width + 5))
+    text = Text("visibility among ", style="italic")
+    for kind, name in NAMES.items():
+        text.append(f"{name}  ", style=COLOURS[kind])
+    text.append("(above: step): the row sees the filled columns\n" + " " * (width + 5))
     for slot in slots:
-        text.append(f"{slot.order:>2}"[-cell:], style=f"not italic {COLOURS[slot.kind]}")
+        text.append(f"{abs(slot.order):>2}"[-cell:], style=f"not italic {COLOURS[slot.kind]}")
     for slot, seen in zip(slots, _matrix(slots), strict=True):
-        text.append(f"\n{slot.token:>{width}} {slot.order:>+3} ", style=f"not italic {COLOURS[slot.kind]}")
+        text.append(f"\n{slot.token:>{width}} {_signed(slot.order):>3} ", style=f"not italic {COLOURS[slot.kind]}")
         for key, sees in zip(slots, seen, strict=True):
             text.append(
                 "█" * cell if sees else "·".rjust(cell), style=f"not italic {COLOURS[key.kind]}" if sees else "dim"
@@ -244,18 +250,18 @@ def draw_layout(slots: Sequence[Slot], *, path: Path) -> None:
     from matplotlib.figure import Figure
 
     columns = 1 + max(slot.position for slot in slots) - min(slot.position for slot in slots)
-    width, side = 0.78 * columns + 1.0, 0.31 * len(slots) + 1.1
+    width, height, side = 0.78 * columns + 1.1, 3.6, 0.31 * len(slots) + 1.1
     beside = columns <= 10
-    size = (width + side + 0.3, side + 0.4) if beside else (max(width, side), side + 3.4)
+    size = (width + side + 0.3, max(height, side)) if beside else (max(width, side), side + height)
     figure = Figure(figsize=size, dpi=160, facecolor="white", layout="constrained")
     if beside:
         left, right = figure.subplots(1, 2, width_ratios=[width, side])
     else:
-        left, right = figure.subplots(2, 1, height_ratios=[2.6, side])
+        left, right = figure.subplots(2, 1, height_ratios=[height, side])
     _draw_slots(left, slots)
     _draw_matrix(right, slots)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
 
 
 def _draw_slots(axes: Axes, slots: Sequence[Slot]) -> None:
@@ -263,10 +269,13 @@ def _draw_slots(axes: Axes, slots: Sequence[Slot]) -> None:
     positions = sorted({slot.position for slot in slots})
     for slot in slots:
         if slot.kind == "original":
-            axes.axvspan(slot.position - 0.5, slot.position + 0.5, color=_colour(slot.step), alpha=0.10, linewidth=0)
-            axes.text(slot.position, 2.62, f"step {slot.step}", color=_colour(slot.step), **_label(8))
+            axes.add_patch(_band(slot))
         _draw_slot(axes, slot)
-    axes.set(xlim=(positions[0] - 0.5, positions[-1] + 0.5), ylim=(2.85, -0.5))
+    for step in sorted({slot.step for slot in slots} - {0}):
+        middle = float(np.mean([slot.position for slot in slots if slot.order == step]))
+        axes.text(middle, 2.55, f"step {step}", color=_colour(step), fontweight="bold", **_label(8))
+    axes.text(positions[0] - 0.45, 2.95, _CAPTION, color=_INK, fontsize=8.5, va="top", linespacing=1.5)
+    axes.set(xlim=(positions[0] - 0.5, positions[-1] + 0.5), ylim=(3.7, -0.5), aspect="equal")
     axes.set_xticks(positions)
     axes.set_yticks(list(_ROWS.values()), [NAMES[kind] for kind in _ROWS])
     axes.xaxis.tick_top()
@@ -275,6 +284,12 @@ def _draw_slots(axes: Axes, slots: Sequence[Slot]) -> None:
         label.set(color=COLOURS[kind], fontweight="bold")
     axes.set_title("slots over their positions (small: order)", fontsize=10, color=_INK, loc="left", pad=10)
     axes.spines[:].set_visible(False)
+
+
+def _band(slot: Slot) -> Patch:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((slot.position - 0.5, -0.42), 1, 3.17, color=_colour(slot.step), alpha=0.13, linewidth=0)
 
 
 def _draw_slot(axes: Axes, slot: Slot) -> None:
@@ -287,7 +302,7 @@ def _draw_slot(axes: Axes, slot: Slot) -> None:
         0.88,
         0.6,
         boxstyle="round,pad=0,rounding_size=0.09",
-        facecolor="white" if slot.kind == "pseudo" or hidden else f"{COLOURS[slot.kind]}38",
+        facecolor="white" if hidden else _CELLS[slot.kind],
         edgecolor=COLOURS[slot.kind],
         linestyle="--" if hidden else "-",
         linewidth=1.2,
@@ -295,7 +310,7 @@ def _draw_slot(axes: Axes, slot: Slot) -> None:
     axes.add_patch(box)
     token = slot.token if len(slot.token) <= 8 else f"{slot.token[:7]}…"
     axes.text(x, y - 0.07, token, color=_INK, **_label(9 if len(token) <= 6 else 7))
-    axes.text(x, y + 0.18, _signed(slot.order), color=COLOURS[slot.kind], **_label(7))
+    axes.text(x, y + 0.18, _signed(slot.order), color=_INK, **_label(7))
 
 
 def _draw_matrix(axes: Axes, slots: Sequence[Slot]) -> None:
@@ -303,7 +318,7 @@ def _draw_matrix(axes: Axes, slots: Sequence[Slot]) -> None:
     from matplotlib.colors import to_rgb
 
     seen = _matrix(slots)
-    key_colours = np.array([to_rgb(COLOURS[slot.kind]) for slot in slots])
+    key_colours = np.array([to_rgb(_CELLS[slot.kind]) for slot in slots])
     pixels = np.where(seen[:, :, None], key_colours[None, :, :], 1.0)
     axes.imshow(pixels, interpolation="nearest")
     edges = np.arange(len(slots) + 1) - 0.5

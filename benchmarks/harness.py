@@ -1,0 +1,165 @@
+"""What all benchmarks share: interleaved timing, memory of a fresh process, the report as table and JSON."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_LIBRARIES = ("torch", "deepspeed", "megatron-core", "transformers", "webdataset", "numpy", "numba")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A benchmark's outcome: `rows` of measured values by name, `figures` the ratios that are held against goals."""
+
+    benchmark: str
+    shapes: Mapping[str, Any]
+    rows: Mapping[str, Mapping[str, float]]
+    figures: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values: benchmark, machine, versions, shapes, rows, figures."""
+        return {
+            "benchmark": self.benchmark,
+            "machine": machine(),
+            "versions": {name: metadata.version(name) for name in _LIBRARIES},
+            "shapes": dict(self.shapes),
+            "rows": {name: dict(row) for name, row in self.rows.items()},
+            "figures": dict(self.figures),
+        }
+
+    def show(self) -> None:
+        """Print the report as tables."""
+        from rich.console import Console
+        from rich.table import Table
+
+        console, plain = Console(width=120), self.as_dict()
+        console.print(f"[bold]{self.benchmark}[/]  {plain['machine']}")
+        console.print(f"shapes {plain['shapes']}\nversions {plain['versions']}")
+        columns = list(dict.fromkeys(column for row in self.rows.values() for column in row))
+        table = Table("row", *columns)
+        for name, row in self.rows.items():
+            table.add_row(name, *(f"{row[column]:.4g}" if column in row else "" for column in columns))
+        console.print(table)
+        for name, figure in self.figures.items():
+            console.print(f"{name:>24}  {figure:.3f}")
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """Processor, cores that may be used, accelerator."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    accelerator = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model}, {len(os.sched_getaffinity(0))} cores{accelerator}"
+
+
+def interleaved(steps: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each step, `repeats` times in turn: A B C A B C ..., after `warm_up` rounds that do not count.
+
+    What drifts (clock rates, neighbours on the machine) then meets all alike; ratios are to be taken round by round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in range(warm_up + repeats):
+        for name, step in steps.items():
+            gc.collect()
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            if round_number >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratio(seconds: Mapping[str, list[float]], first: str, second: str) -> float:
+    """Median over the rounds of the time of `first` over that of `second`."""
+    return statistics.median(a / b for a, b in zip(seconds[first], seconds[second], strict=True))
+
+
+def memory_of(prepare: Callable[..., Callable[[], object]], *args: Any) -> float:
+    """Bytes that a step holds at most beyond what stood before it, in a fresh process (Linux).
+
+    `prepare(*args)` returns the step; it runs twice, the second time counts: optimizer states stand by then.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_memory, args=(sender, prepare, args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def _measure_memory(sender: Any, prepare: Callable[..., Callable[[], object]], args: tuple[Any, ...]) -> None:
+    import torch
+
+    step = prepare(*args)
+    step()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        sender.send(torch.cuda.max_memory_allocated() - before)
+    else:
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        step()
+        sender.send(_status("VmHWM") - before)
+    sender.close()
+    os._exit(0)
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def matrix_rate(dtype: Any, device: Any, *, seconds: float = 1.0) -> float:
+    """Best FLOP/s of a dense product, over a few shapes of the kind that a Transformer has."""
+    import torch
+
+    best = 0.0
+    for m, k, n in ((2048, 512, 2048), (2048, 2048, 512), (1024, 1024, 4096), (4096, 1024, 1024)):
+        a = torch.randn(m, k, device=device, dtype=dtype)
+        b = torch.randn(k, n, device=device, dtype=dtype)
+        (a @ b).sum()
+        synchronize()
+        end = time.perf_counter() + seconds / 4
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            for _ in range(4):
+                a @ b
+            synchronize()
+            best = max(best, 4 * 2.0 * m * k * n / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,305 @@
+"""Training steps side by side: forward, backward, optimizer.
+
+ours                    through the real training path: corpus, loader, DeepSpeed engine, `train_step`
+two passes              an AE pass and a PAR pass, nothing shared, one optimizer step
+naive                   one dense mask over all T slots, the head on every slot
+Hugging Face            `BertForMaskedLM` and `MPNetForMaskedLM` (relative bias), sdpa, as their users train them
+limit                   the model FLOPs of our step at the matrix rate measured in the same run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import torch
+from harness import Report, interleaved, matrix_rate, memory_of, ratio
+
+from pmlm_dist.config import (
+    DataConfig,
+    MaskingConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from pmlm_dist.corpus.shards import Manifest, Split, shard_name, write_shard
+from pmlm_dist.data.batch import Batch
+from pmlm_dist.data.loader import training_batches
+from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
+from pmlm_dist.objectives import READS, loss_scales, target_weights
+from pmlm_dist.parallel import groups
+from pmlm_dist.parallel.cross_entropy import token_nll
+from pmlm_dist.presets import PRESETS
+from pmlm_dist.training.checkpoint import RunState
+from pmlm_dist.training.flops import training_flops
+from pmlm_dist.training.loop import advance, build_engine, train_step
+from pmlm_dist.training.meter import Stopwatch
+from pmlm_dist.training.run import resolve
+from pmlm_dist.training.validation import losses_of
+from pmlm_dist.vocab import Vocabulary
+
+OURS = {"ours, AE+PAR": "ae+par", "ours, AE only": "ae", "ours, PAR only": "par"}
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Which steps to time."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of weights and activations."""
+    preset: Literal["bench", "tiny", "base", "large"] = "bench"
+    """Shape of the model; `bench`: 4 layers of hidden 512."""
+    batch: int = 4
+    """Sequences of a step."""
+    sequence_length: int = 512
+    """Tokens of a sequence."""
+    vocabulary: int = 30_528
+    """Tokens of the vocabulary."""
+    threads: int = 2
+    """Threads of torch."""
+    repeats: int = 5
+    """Rounds that count."""
+
+    def quick(self) -> StepOptions:
+        """A smoke run."""
+        return dataclasses.replace(self, batch=2, sequence_length=64, vocabulary=1000, repeats=1)
+
+    @property
+    def model(self) -> ModelConfig:
+        """The shape, without dropout."""
+        if self.preset == "bench":
+            shape = ModelConfig(hidden_size=512, num_layers=4, num_heads=8, ffn_size=2048)
+        else:
+            shape = PRESETS[self.preset]().model
+        return dataclasses.replace(shape, vocab_size=self.vocabulary, hidden_dropout=0.0, attention_dropout=0.0)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it."""
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+
+def run(options: StepOptions) -> Report:
+    """Time all rows in turn; then the memory of ours and of naive, each in a process of its own."""
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = write_corpus(Path(folder), options)
+        steps = {name: prepare(name, options, corpus) for name in ROWS}
+        seconds = interleaved(steps, repeats=options.repeats)
+        memory = {name: memory_of(prepare, name, options, corpus) for name in ("ours, AE+PAR", "naive")}
+    return _report(options, seconds, memory)
+
+
+def _report(options: StepOptions, seconds: dict[str, list[float]], memory: dict[str, float]) -> Report:
+    rate = matrix_rate(options.torch_dtype, _device())
+    flops = {name: options.batch * _flops(options, kind) for name, kind in OURS.items()}
+    rows: dict[str, dict[str, float]] = {name: {"seconds": statistics.median(s)} for name, s in seconds.items()}
+    for name, count in flops.items():
+        rows[name] |= {"TFLOP": count / 1e12, "mfu": count / rows[name]["seconds"] / rate}
+    for name, peak in memory.items():
+        rows[name]["step MiB"] = peak / 2**20
+    ours = "ours, AE+PAR"
+    rows["limit"] = {"seconds": flops[ours] / rate, "TFLOP": flops[ours] / 1e12, "mfu": 1.0}
+    against = {"hf_bert": "Hugging Face BERT", "hf_mpnet": "Hugging Face MPNet", "two_passes": "two passes"}
+    against |= {"naive": "naive", "ae_only": "ours, AE only"}
+    figures = {f"vs_{short}": ratio(seconds, ours, name) for short, name in against.items()}
+    figures["flops_vs_ae_only"] = flops[ours] / flops["ours, AE only"]
+    figures["mfu"] = rows[ours]["mfu"]
+    figures["peak_memory_vs_naive"] = memory[ours] / memory["naive"]
+    return Report("step", _shapes(options), rows, figures)
+
+
+def prepare(row: str, options: StepOptions, corpus: Path) -> Callable[[], object]:
+    """The step of a row, ready to be called."""
+    torch.set_num_threads(options.threads)
+    groups.start()
+    return ROWS[row](options, corpus, row)
+
+
+def _ours(options: StepOptions, corpus: Path, row: str) -> Callable[[], object]:
+    topology = groups.topology(_device())
+    run = resolve(_run_config(options, corpus, OURS[row]), topology)
+    engine = build_engine(run)
+    batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=run.config.data)
+    state, watch = RunState(), Stopwatch(topology.device)
+
+    def step() -> None:
+        nonlocal state
+        train_step(run, engine, batches, state, watch)
+        state = advance(state, run)
+
+    return step
+
+
+def _two_passes(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
+    model, optimizer, batch = _plain(options, corpus, dataclasses.replace(options.model))
+
+    def step() -> None:
+        for kind in ("ae", "par"):
+            objective = ObjectiveConfig(kind=kind)
+            targets_K = target_weights(objective, batch.weights_BM, batch.kept_BM).sum(dim=(1, 2))
+            (losses_of(model, batch, objective).nll_K * loss_scales(objective, targets_K)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _naive(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
+    model, optimizer, batch = _plain(options, corpus, dataclasses.replace(options.model, attention="dense"))
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.inputs.items() if name != "predicted_BM"}
+    rows = torch.arange(len(batch.tokens_BT), device=batch.tokens_BT.device)[:, None]
+    pseudo = batch.num_context + batch.num_predictions + torch.arange(batch.num_predictions)
+
+    def step() -> None:
+        hidden_TBE = model.encode(**inputs)
+        logits_BTV = model.head(hidden_TBE, model.embeddings.token.weight).transpose(0, 1)
+        read = [logits_BTV[rows, batch.predicted_BM], logits_BTV[:, pseudo]]
+        sum(token_nll(logits, batch.targets_BM).mean() for logits in read).backward()  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _hugging_face(options: StepOptions, corpus: Path, row: str) -> Callable[[], object]:
+    from transformers import BertConfig, BertForMaskedLM, MPNetConfig, MPNetForMaskedLM
+
+    shape = options.model
+    settings = {
+        "vocab_size": options.vocabulary,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "intermediate_size": shape.ffn_size,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": shape.max_positions + 2,
+    }
+    if row == "Hugging Face BERT":
+        model: Any = BertForMaskedLM(BertConfig(**settings, attn_implementation="sdpa"))
+    else:
+        model = MPNetForMaskedLM(MPNetConfig(**settings))
+    model = model.to(_device(), options.torch_dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batch = _batch(options, corpus)
+    context = slice(0, batch.num_context)
+    labels = torch.full_like(batch.tokens_BT[:, context], -100).scatter(1, batch.predicted_BM, batch.targets_BM)
+
+    def step() -> None:
+        valid = batch.valid_BT[:, context].long()
+        model(input_ids=batch.tokens_BT[:, context], attention_mask=valid, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+ROWS: dict[str, Callable[[StepOptions, Path, str], Callable[[], object]]] = {
+    **dict.fromkeys(OURS, _ours),
+    "two passes": _two_passes,
+    "naive": _naive,
+    "Hugging Face BERT": _hugging_face,
+    "Hugging Face MPNet": _hugging_face,
+}
+
+
+def write_corpus(folder: Path, options: StepOptions) -> Path:
+    """Random full-length samples over the whole vocabulary: what they say does not matter to the clock."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = Vocabulary.from_tokens([*special, *(f"w{i}" for i in range(options.vocabulary - len(special)))])
+    random = np.random.default_rng(0)
+    samples, length = 4 * options.batch, options.sequence_length
+
+    def sample() -> np.ndarray:
+        ids = random.integers(len(special), options.vocabulary, size=length).astype(np.uint16)
+        ids[[0, length // 2, length - 1]] = vocabulary.cls_id, vocabulary.sep_id, vocabulary.sep_id
+        return ids
+
+    splits = {}
+    for name in ("train", "validation"):
+        ids = [sample() for _ in range(samples)]
+        shard = write_shard(folder, shard_name(name, 0), ids, first=0, dtype="uint16")
+        splits[name] = Split((shard,), samples, samples * length)
+    vocabulary.save(folder)
+    Manifest(
+        sequence_length=length,
+        token_dtype="uint16",
+        vocabulary={"size": vocabulary.size, "fingerprint": vocabulary.fingerprint},
+        seed=0,
+        splits=splits,
+        unigram_entropy=float(np.log(options.vocabulary)),
+        counts={},
+    ).save(folder)
+    return folder
+
+
+def _run_config(options: StepOptions, corpus: Path, kind: Any) -> RunConfig:
+    engine: dict[str, Any] = {
+        "train_batch_size": options.batch,
+        "train_micro_batch_size_per_gpu": options.batch,
+        "zero_optimization": {"stage": 0},
+    }
+    if options.dtype == "bf16":
+        engine |= {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000_000}}
+    path = corpus / f"engine-{options.dtype}.json"
+    path.write_text(json.dumps(engine))
+    return RunConfig(
+        corpus=corpus,
+        run_dir=corpus / "run",
+        ds_config=path,
+        model=dataclasses.replace(options.model, vocab_size=None),
+        masking=MaskingConfig(),
+        objective=ObjectiveConfig(kind=kind),
+        data=DataConfig(workers=0),
+        optim=OptimConfig(peak_lr=1e-4, warmup_steps=10),
+        train=TrainConfig(steps=10_000),
+    )
+
+
+def _batch(options: StepOptions, corpus: Path) -> Batch:
+    run = resolve(_run_config(options, corpus, "ae+par"), groups.topology(_device()))
+    batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=run.config.data)
+    return next(batches).to(_device())
+
+
+def _plain(
+    options: StepOptions, corpus: Path, shape: ModelConfig
+) -> tuple[PseudoMaskedLM, torch.optim.Optimizer, Batch]:
+    padded = Vocabulary.load(corpus).padded_size()
+    model = build_model(shape, padded_vocab_size=padded).to(_device(), options.torch_dtype).train()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), _batch(options, corpus)
+
+
+def _flops(options: StepOptions, kind: str) -> float:
+    predictions = -(-15 * options.sequence_length // 100)
+    return training_flops(
+        options.model,
+        context=options.sequence_length,
+        predictions=predictions,
+        vocab_rows=options.vocabulary,
+        reads=READS[kind],
+    )
+
+
+def _shapes(options: StepOptions) -> dict[str, Any]:
+    shape = options.model
+    names = ("num_layers", "hidden_size", "num_heads", "ffn_size")
+    return {**dataclasses.asdict(options), **{name: getattr(shape, name) for name in names}}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
