@@ -159,7 +159,7 @@ def matrix_rate(dtype: Any, device: Any, *, seconds: float = 1.0) -> float:
         while time.perf_counter() < end:
             start = time.perf_counter()
             for _ in range(4):
-                a @ b
+                torch.mm(a, b)
             synchronize()
             best = max(best, 4 * 2.0 * m * k * n / (time.perf_counter() - start))
     return best

@@ -190,7 +190,7 @@ def _hugging_face(options: StepOptions, corpus: Path, row: str) -> Callable[[], 
         "max_position_embeddings": shape.max_positions + 2,
     }
     if row == "Hugging Face BERT":
-        model: Any = BertForMaskedLM(BertConfig(**settings, attn_implementation="sdpa"))
+        model: Any = BertForMaskedLM(BertConfig(**{**settings, "attn_implementation": "sdpa"}))
     else:
         model = MPNetForMaskedLM(MPNetConfig(**settings))
     model = model.to(_device(), options.torch_dtype).train()

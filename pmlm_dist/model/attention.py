@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmlm_dist.masking.visibility import visible
+from pmlm_dist.model.fused_attention import GroupedAttention
 from pmlm_dist.model.relative_position import RelativeBias
-from pmlm_dist.parallel.seeding import different_on_tp_peers
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class QueryGroup:
 
     rows: slice
     keys: slice
-    bias_BHQK: Tensor
+    bias_ZQK: Tensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Slots:
     valid_BT: Tensor
     positions_BT: Tensor
     num_context: int
+    num_heads: int
     predicted_BM: Tensor | None
     reads: tuple[str, ...] = ("ae", "par")
 
@@ -94,65 +95,84 @@ class Slots:
         return torch.cat([by_name[name] for name in self.reads], dim=1)
 
     def bias(self, rows: slice, keys: slice, relative_bias: RelativeBias | None, dtype: torch.dtype) -> Tensor:
-        """Additive bias [B, H, Q, K] of the slots `rows` towards the slots `keys` (H = 1 without relative bias)."""
+        """Additive bias [Z, Q, K] of the slots `rows` towards the slots `keys`."""
         seen_BQK = visible(self.order_BT[:, rows, None], self.order_BT[:, None, keys])
         seen_BQK = seen_BQK & self.valid_BT[:, None, keys]
         forbidden_BQK = torch.zeros(seen_BQK.shape, dtype=dtype, device=seen_BQK.device)
         forbidden_BQK.masked_fill_(~seen_BQK, float("-inf"))
         if relative_bias is None:
-            return forbidden_BQK[:, None]
+            return forbidden_BQK.repeat_interleave(self.num_heads, dim=0)
         bias_HBQK = relative_bias(self.positions_BT[:, rows], self.positions_BT[:, keys])
-        return (bias_HBQK.to(dtype) + forbidden_BQK).transpose(0, 1).contiguous()
+        return (bias_HBQK.to(dtype) + forbidden_BQK).transpose(0, 1).flatten(0, 1)
 
 
 def plan_dense(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.dtype) -> AttentionPlan:
     """One group: every slot against every slot."""
     everything = slots.everything
-    bias_BHTT = slots.bias(everything, everything, relative_bias, dtype)
-    inner = (QueryGroup(everything, everything, bias_BHTT),)
+    bias_ZTT = slots.bias(everything, everything, relative_bias, dtype)
+    inner = (QueryGroup(everything, everything, bias_ZTT),)
     read_BR = slots.read_BR()
     if read_BR is None:
         return AttentionPlan(inner=inner, last=inner)
-    read = QueryGroup(slice(0, read_BR.shape[1]), everything, _take_rows(bias_BHTT, read_BR))
+    read = QueryGroup(slice(0, read_BR.shape[1]), everything, _take_rows(bias_ZTT, read_BR))
     return AttentionPlan(inner=inner, last=(read,))
 
 
 def plan_split(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.dtype) -> AttentionPlan:
     """Two groups: the context among itself, the appended slots against everything."""
-    context_BHSS = slots.bias(slots.context, slots.context, relative_bias, dtype)
-    inner = [QueryGroup(slots.context, slots.context, context_BHSS)]
+    context_ZSS = slots.bias(slots.context, slots.context, relative_bias, dtype)
+    inner = [QueryGroup(slots.context, slots.context, context_ZSS)]
     if slots.has_appended:
-        appended_BHAT = slots.bias(slots.appended, slots.everything, relative_bias, dtype)
-        inner.append(QueryGroup(slots.appended, slots.everything, appended_BHAT))
+        appended_ZAT = slots.bias(slots.appended, slots.everything, relative_bias, dtype)
+        inner.append(QueryGroup(slots.appended, slots.everything, appended_ZAT))
     if slots.predicted_BM is None:
         return AttentionPlan(inner=tuple(inner), last=tuple(inner))
     num_predicted, last = slots.predicted_BM.shape[1], []
     for number, name in enumerate(slots.reads):
         rows = slice(number * num_predicted, (number + 1) * num_predicted)
         if name == "ae":
-            last.append(QueryGroup(rows, slots.context, _take_rows(context_BHSS, slots.predicted_BM)))
+            last.append(QueryGroup(rows, slots.context, _take_rows(context_ZSS, slots.predicted_BM)))
         else:
-            last.append(QueryGroup(rows, slots.everything, appended_BHAT[:, :, num_predicted:]))
+            last.append(QueryGroup(rows, slots.everything, appended_ZAT[:, num_predicted:]))
     return AttentionPlan(inner=tuple(inner), last=tuple(last))
 
 
-PLANS: dict[str, Callable[[Slots, RelativeBias | None, torch.dtype], AttentionPlan]] = {
-    "dense": plan_dense,
-    "split": plan_split,
+def attend_plainly(q_QZD: Tensor, kv_TZ2D: Tensor, groups: tuple[QueryGroup, ...], *, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v group by group: queries [Q, Z, D], keys and values [T, Z, 2, D] -> [Q, Z, D].
+
+    Written for reading; autograd does the rest. Every query must see at least one key.
+    """
+    scale = q_QZD.shape[-1] ** -0.5
+    parts = []
+    for group in groups:
+        q_ZQD = q_QZD[group.rows].transpose(0, 1)
+        k_ZKD, v_ZKD = kv_TZ2D[group.keys].transpose(0, 1).unbind(dim=2)
+        probabilities_ZQK = (scale * q_ZQD @ k_ZKD.transpose(1, 2) + group.bias_ZQK).softmax(dim=-1)
+        parts.append((F.dropout(probabilities_ZQK, dropout) @ v_ZKD).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def attend_at_once(q_QZD: Tensor, kv_TZ2D: Tensor, groups: tuple[QueryGroup, ...], *, dropout: float) -> Tensor:
+    """The same as one operation with a backward pass of its own (`fused_attention.py`)."""
+    rows = [(group.rows, group.keys) for group in groups]
+    biases = [group.bias_ZQK for group in groups]
+    return GroupedAttention.apply(q_QZD, kv_TZ2D, rows, dropout, *biases)  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A reading of the visibility rule: how queries are cut into groups, and what computes them."""
+
+    plan: Callable[[Slots, RelativeBias | None, torch.dtype], AttentionPlan]
+    attend: Callable[..., Tensor]
+
+
+ATTENTION = {
+    "dense": Attention(plan_dense, attend_plainly),
+    "split": Attention(plan_split, attend_at_once),
 }
 
 
-def attend(q_ZQD: Tensor, k_ZKD: Tensor, v_ZKD: Tensor, bias_BHQK: Tensor, *, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v: [Z, Q, D]. Every query must see at least one key."""
-    scale = q_ZQD.shape[-1] ** -0.5
-    bias_ZQK = bias_BHQK.expand(-1, len(q_ZQD) // len(bias_BHQK), -1, -1).flatten(0, 1)
-    probabilities_ZQK = torch.baddbmm(bias_ZQK, q_ZQD, k_ZKD.transpose(1, 2), alpha=scale).softmax(dim=-1)
-    if dropout > 0.0:
-        with different_on_tp_peers():
-            probabilities_ZQK = F.dropout(probabilities_ZQK, dropout)
-    return torch.bmm(probabilities_ZQK, v_ZKD)
-
-
-def _take_rows(bias_BHQK: Tensor, rows_BR: Tensor) -> Tensor:
-    index = rows_BR[:, None, :, None].expand(-1, bias_BHQK.shape[1], -1, bias_BHQK.shape[3])
-    return bias_BHQK.gather(2, index)
+def _take_rows(bias_ZQK: Tensor, rows_BR: Tensor) -> Tensor:
+    index_ZR = rows_BR.repeat_interleave(len(bias_ZQK) // len(rows_BR), dim=0)
+    return bias_ZQK.gather(1, index_ZR[:, :, None].expand(-1, -1, bias_ZQK.shape[2]))

@@ -13,16 +13,19 @@ size, Z = B * H, V vocabulary rows of this rank.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.model.attention import PLANS, QueryGroup, Slots, attend
+from pmlm_dist.model.attention import ATTENTION, QueryGroup, Slots
 from pmlm_dist.model.heads import TiedHead
 from pmlm_dist.model.relative_position import RelativeBias
 from pmlm_dist.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding, tp_size
+from pmlm_dist.parallel.seeding import different_on_tp_peers
 
 
 class Embeddings(nn.Module):
@@ -53,6 +56,7 @@ class SelfAttention(nn.Module):
         size, std = config.hidden_size, config.initializer_range
         self.head_dim = config.head_dim
         self.attention_dropout = config.attention_dropout
+        self.attend = ATTENTION[config.attention].attend
         self.query = ColumnLinear(size, size, std=std)
         self.key_value = ColumnLinear(size, 2 * size, std=std)  # rows: [heads, key | value, head size]
         self.output = RowLinear(size, size, std=std)
@@ -60,16 +64,12 @@ class SelfAttention(nn.Module):
     def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: tuple[QueryGroup, ...]) -> Tensor:
         """Keys and values from `x` [T, B, E], queries from [Q, B, E] -> [Q, B, E]."""
         num_queries, batch, _ = queries_QBE.shape
-        q_ZQD = self.query(queries_QBE).view(num_queries, -1, self.head_dim).transpose(0, 1)
-        kv_ZT2D = self.key_value(x_TBE).view(len(x_TBE), -1, 2, self.head_dim).transpose(0, 1)
-        k_ZTD, v_ZTD = kv_ZT2D.unbind(dim=2)
+        q_QZD = self.query(queries_QBE).view(num_queries, -1, self.head_dim)
+        kv_TZ2D = self.key_value(x_TBE).view(len(x_TBE), -1, 2, self.head_dim)
         dropout = self.attention_dropout if self.training else 0.0
-        parts = [
-            attend(q_ZQD[:, group.rows], k_ZTD[:, group.keys], v_ZTD[:, group.keys], group.bias_BHQK, dropout=dropout)
-            for group in groups
-        ]
-        mixed_QZD = torch.cat([part.transpose(0, 1) for part in parts]) if len(parts) > 1 else parts[0].transpose(0, 1)
-        return self.output(mixed_QZD.reshape(num_queries, batch, -1))
+        with different_on_tp_peers() if dropout else nullcontext():
+            mixed_QZD = self.attend(q_QZD, kv_TZ2D, groups, dropout=dropout)
+        return self.output(mixed_QZD.view(num_queries, batch, -1))
 
 
 class Layer(nn.Module):
@@ -129,9 +129,17 @@ class PseudoMaskedLM(nn.Module):
         num_appended = 0 if predicted_BM is None else 2 * predicted_BM.shape[1]
         num_context = tokens_BT.shape[1] - num_appended
         used = slice(0, None if "par" in reads else num_context)
-        slots = Slots(order_BT[:, used], valid_BT[:, used], positions_BT[:, used], num_context, predicted_BM, reads)
+        slots = Slots(
+            order_BT[:, used],
+            valid_BT[:, used],
+            positions_BT[:, used],
+            num_context=num_context,
+            num_heads=self.config.num_heads // tp_size(),
+            predicted_BM=predicted_BM,
+            reads=reads,
+        )
         x_TBE = self.embeddings(tokens_BT[:, used].t(), positions_BT[:, used].t(), segments_BT[:, used].t())
-        plan = PLANS[self.config.attention](slots, self.relative_bias, x_TBE.dtype)
+        plan = ATTENTION[self.config.attention].plan(slots, self.relative_bias, x_TBE.dtype)
         *inner, last = self.layers
         for layer in inner:
             x_TBE = self._run(layer, x_TBE, x_TBE, plan.inner)
@@ -170,7 +178,7 @@ class PseudoMaskedLM(nn.Module):
             return layer(x_TBE, queries_QBE, tuple(again))
 
         # Reentrant: ZeRO-3 gathers parameters in hooks that the non-reentrant form would see change shape.
-        biases = (group.bias_BHQK for group in groups)
+        biases = (group.bias_ZQK for group in groups)
         return checkpoint(recomputed, x_TBE, queries_QBE, *biases, use_reentrant=True)  # pyright: ignore[reportReturnType]
 
 

@@ -30,6 +30,7 @@ from pmlm_dist.objectives import NUM_COUNTS, loss_scales, target_weights
 from pmlm_dist.parallel import groups, seeding
 from pmlm_dist.parallel.groups import ModelParallelUnit
 from pmlm_dist.parallel.layers import count_parameters
+from pmlm_dist.training.allocator import keep_freed_memory
 from pmlm_dist.training.checkpoint import (
     CheckpointFolder,
     RunState,
@@ -77,6 +78,8 @@ def build_engine(run: Run) -> DeepSpeedEngine:
     # Training does not use this op; compiling it takes a lock that a killed rank leaves behind for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
+    if run.topology.device.type == "cpu":
+        keep_freed_memory()
     seeding.seed_initialisation(run.config.train.seed)
     model = build_model(run.config.model, padded_vocab_size=run.vocabulary.padded_size())
     engine, *_ = deepspeed.initialize(
@@ -86,6 +89,8 @@ def build_engine(run: Run) -> DeepSpeedEngine:
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
+    if run.engine.zero_stage == 0:
+        engine.enable_backward_allreduce = run.topology.dp > 1  # alone it would copy all gradients to and fro for nothing
     return engine
 
 

@@ -43,9 +43,9 @@ def gradient_norm(model: nn.Module, topology: Topology) -> float:
 
     Tensor-parallel ranks add the squares of their own shards; what they hold in common is counted once.
     """
-    shared = torch.zeros((), dtype=torch.float64, device=topology.device)
-    own = torch.zeros((), dtype=torch.float64, device=topology.device)
+    gradients: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for parameter in model.parameters():
         if parameter.grad is not None:
-            (own if is_sharded(parameter) else shared).add_(parameter.grad.double().square().sum())
-    return float((topology.sum_over_tp(own) + shared).sqrt())
+            gradients[is_sharded(parameter)].append(parameter.grad)
+    own, shared = (nn.utils.get_total_norm(gradients[sharded]).double().square() for sharded in (True, False))
+    return float((topology.sum_over_tp(own.to(topology.device)) + shared.to(topology.device)).sqrt())

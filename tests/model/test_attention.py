@@ -9,7 +9,7 @@ import torch
 from batches import MODEL, logits_of, model_of, random_batch
 
 from pmlm_dist.config import MaskingConfig
-from pmlm_dist.model.attention import PLANS
+from pmlm_dist.model.attention import ATTENTION
 
 
 def outputs_and_gradients(attention: str, *, relative_bias: bool, masking: MaskingConfig, checkpointing: bool = False):
@@ -23,7 +23,7 @@ def outputs_and_gradients(attention: str, *, relative_bias: bool, masking: Maski
 
 @pytest.mark.parametrize("relative_bias", [True, False])
 @pytest.mark.parametrize("stop", ["exact", "paper"])
-@pytest.mark.parametrize("attention", sorted(set(PLANS) - {"dense"}))
+@pytest.mark.parametrize("attention", sorted(set(ATTENTION) - {"dense"}))
 def test_equals_dense_in_outputs_and_gradients(attention, stop, relative_bias):
     masking = MaskingConfig(rate=0.3, stop=stop)
     logits, gradients = outputs_and_gradients(attention, relative_bias=relative_bias, masking=masking)

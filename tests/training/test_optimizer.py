@@ -121,8 +121,8 @@ def norms_of_weights(tp: int) -> tuple[float, float]:
 @pytest.mark.distributed
 def test_the_norm_over_tensor_parallel_ranks_is_that_of_the_whole_gradient():
     ((single, by_hand),) = run_world(norms_of_weights, 1, 1)
-    assert single == pytest.approx(by_hand, rel=1e-12)
+    assert single == pytest.approx(by_hand, rel=1e-6)  # added up in fp32, as DeepSpeed adds up its own
     for tp, ranks in ((2, 2), (2, 4)):
         answers = run_world(norms_of_weights, ranks, tp)
-        assert [norm for norm, _ in answers] == pytest.approx([single] * ranks, rel=1e-12)
+        assert [norm for norm, _ in answers] == pytest.approx([single] * ranks, rel=1e-6)
         assert all(part < 0.999 * single for _, part in answers)  # a rank by itself does not have it
