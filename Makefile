@@ -1,6 +1,7 @@
 # make train   set up, build the demo corpus, train the tiny preset on it; run again: goes on
 # make test    set up, run every test that needs no cluster
 # make checks  format, lint, types
+# make bench   every benchmark; reports in benchmarks/results
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RANKS  ?= 2
@@ -12,7 +13,7 @@ DEMO   := data/demo
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train corpus test checks format clean
+.PHONY: train corpus test checks bench format clean
 
 train: $(DEMO)/manifest.json
 	$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
@@ -48,3 +49,6 @@ $(VENV)/.dev: $(VENV)/.train
 
 clean:
 	rm -rf $(VENV) build *.egg-info
+
+bench: $(VENV)/.dev
+	for name in step loader attention; do $(BIN)/python benchmarks/run.py $$name --json benchmarks/results/$$name.json; done

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-BENCHMARKS = {"step": "StepOptions"}
+BENCHMARKS = {"attention": "AttentionOptions", "loader": "LoaderOptions", "step": "StepOptions"}
 
 
 def main() -> None:

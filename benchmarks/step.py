@@ -22,9 +22,9 @@ from typing import Any, Literal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import numpy as np
 import torch
 from harness import Report, interleaved, matrix_rate, memory_of, ratio
+from random_text import random_corpus
 
 from pmlm_dist.config import (
     DataConfig,
@@ -35,7 +35,6 @@ from pmlm_dist.config import (
     RunConfig,
     TrainConfig,
 )
-from pmlm_dist.corpus.shards import Manifest, Split, shard_name, write_shard
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.data.loader import training_batches
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
@@ -96,7 +95,12 @@ def run(options: StepOptions) -> Report:
     """Time all rows in turn; then the memory of ours and of naive, each in a process of its own."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        corpus = write_corpus(Path(folder), options)
+        corpus = random_corpus(
+            Path(folder),
+            vocabulary_size=options.vocabulary,
+            samples=4 * options.batch,
+            sequence_length=options.sequence_length,
+        )
         steps = {name: prepare(name, options, corpus) for name in ROWS}
         seconds = interleaved(steps, repeats=options.repeats)
         memory = {name: memory_of(prepare, name, options, corpus) for name in ("ours, AE+PAR", "naive")}
@@ -215,36 +219,6 @@ ROWS: dict[str, Callable[[StepOptions, Path, str], Callable[[], object]]] = {
     "Hugging Face BERT": _hugging_face,
     "Hugging Face MPNet": _hugging_face,
 }
-
-
-def write_corpus(folder: Path, options: StepOptions) -> Path:
-    """Random full-length samples over the whole vocabulary: what they say does not matter to the clock."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = Vocabulary.from_tokens([*special, *(f"w{i}" for i in range(options.vocabulary - len(special)))])
-    random = np.random.default_rng(0)
-    samples, length = 4 * options.batch, options.sequence_length
-
-    def sample() -> np.ndarray:
-        ids = random.integers(len(special), options.vocabulary, size=length).astype(np.uint16)
-        ids[[0, length // 2, length - 1]] = vocabulary.cls_id, vocabulary.sep_id, vocabulary.sep_id
-        return ids
-
-    splits = {}
-    for name in ("train", "validation"):
-        ids = [sample() for _ in range(samples)]
-        shard = write_shard(folder, shard_name(name, 0), ids, first=0, dtype="uint16")
-        splits[name] = Split((shard,), samples, samples * length)
-    vocabulary.save(folder)
-    Manifest(
-        sequence_length=length,
-        token_dtype="uint16",
-        vocabulary={"size": vocabulary.size, "fingerprint": vocabulary.fingerprint},
-        seed=0,
-        splits=splits,
-        unigram_entropy=float(np.log(options.vocabulary)),
-        counts={},
-    ).save(folder)
-    return folder
 
 
 def _run_config(options: StepOptions, corpus: Path, kind: Any) -> RunConfig:

@@ -90,7 +90,9 @@ def build_engine(run: Run) -> DeepSpeedEngine:
         dist_init_required=False,
     )
     if run.engine.zero_stage == 0:
-        engine.enable_backward_allreduce = run.topology.dp > 1  # alone it would copy all gradients to and fro for nothing
+        engine.enable_backward_allreduce = (
+            run.topology.dp > 1
+        )  # alone it would copy all gradients to and fro for nothing
     return engine
 
 

@@ -1,0 +1,45 @@
+"""A corpus of random tokens: what it says does not matter to the clock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pmlm_dist.corpus.shards import Manifest, Split, shard_name, write_shard
+from pmlm_dist.vocab import Vocabulary
+
+SHARDS = 8
+_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def random_corpus(folder: Path, *, vocabulary_size: int, samples: int, sequence_length: int) -> Path:
+    """`samples` full-length training samples in 8 shards, and one shard of validation samples, in `folder`."""
+    vocabulary = Vocabulary.from_tokens([*_SPECIAL, *(f"w{i}" for i in range(vocabulary_size - len(_SPECIAL)))])
+    random = np.random.default_rng(0)
+
+    def sample() -> np.ndarray:
+        ids = random.integers(len(_SPECIAL), vocabulary_size, size=sequence_length).astype(np.uint16)
+        ids[[0, sequence_length // 2, sequence_length - 1]] = vocabulary.cls_id, vocabulary.sep_id, vocabulary.sep_id
+        return ids
+
+    splits, a_shard = {}, -(-samples // SHARDS)
+    for name, count in (("train", SHARDS), ("validation", 1)):
+        shards = tuple(
+            write_shard(
+                folder, shard_name(name, i), [sample() for _ in range(a_shard)], first=i * a_shard, dtype="uint16"
+            )
+            for i in range(count)
+        )
+        splits[name] = Split(shards, count * a_shard, count * a_shard * sequence_length)
+    vocabulary.save(folder)
+    Manifest(
+        sequence_length=sequence_length,
+        token_dtype="uint16",
+        vocabulary={"size": vocabulary.size, "fingerprint": vocabulary.fingerprint},
+        seed=0,
+        splits=splits,
+        unigram_entropy=float(np.log(vocabulary_size)),
+        counts={},
+    ).save(folder)
+    return folder
