@@ -29,14 +29,21 @@ MODEL = ModelConfig(
 )
 
 
-def random_batch(*, batch: int = 3, length: int = 24, seed: int = 0, masking: MaskingConfig | None = None) -> Batch:
+def random_batch(
+    *,
+    batch: int = 3,
+    length: int = 24,
+    seed: int = 0,
+    masking: MaskingConfig | None = None,
+    vocabulary: int = VOCABULARY,
+) -> Batch:
     """Random samples; the first is full, the others are shorter (padding, unused predictions)."""
     random = np.random.default_rng(seed)
-    lengths = [length, *random.integers(8, length, size=batch - 1)]
+    lengths = [length, *random.integers(7, length, size=batch - 1)]
     samples = []
     for n in lengths:
         cut = int(random.integers(2, n - 3))
-        words = random.integers(5, VOCABULARY, size=n)
+        words = random.integers(5, vocabulary, size=n)
         words[[0, cut, n - 1]] = SPECIAL.cls, SPECIAL.sep, SPECIAL.sep
         samples.append(words.astype(np.uint16))
     return build_batch(
@@ -45,7 +52,7 @@ def random_batch(*, batch: int = 3, length: int = 24, seed: int = 0, masking: Ma
         [0] * batch,
         sequence_length=length,
         masking=masking or MaskingConfig(rate=0.3),
-        special=SPECIAL,
+        special=replace(SPECIAL, vocab_size=vocabulary),
         seed=seed,
     )
 
