@@ -77,6 +77,15 @@ class Batch:
         """The same batch in page-locked memory."""
         return self._map(torch.Tensor.pin_memory)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The tensors as arrays that share their memory, by name; the batch must lie on the CPU."""
+        return {name: tensor.numpy() for name, tensor in self._tensors().items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Batch:
+        """The batch whose `arrays` these are."""
+        return cls(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
     def fingerprint(self) -> int:
         """A signed 64-bit hash of shapes, types and contents, for comparing ranks and runs; copies to the CPU."""
         digest = hashlib.blake2b(digest_size=8)

@@ -157,15 +157,22 @@ class _ValidationBatches:
         return dataclasses.replace(batch, weights_BM=batch.weights_BM * real_B[:, None])
 
 
-class _BatchOrError(Dataset["Batch | ShardError"]):
-    """Batches, or the shard's error as a value: raised in a worker, it would arrive wrapped in torch's report of it."""
+Arrays = dict[str, np.ndarray]
+
+
+class _ArraysOrError(Dataset["Arrays | ShardError"]):
+    """Batches as arrays, or the shard's error as a value: what goes through the pipe from a worker.
+
+    Arrays go by value in one message; tensors would go through shared memory, a file descriptor each, which takes
+    longer than masking them. An error raised in a worker would arrive wrapped in torch's report of it.
+    """
 
     def __init__(self, batches: _Batches):
         self._batches = batches
 
-    def __getitem__(self, micro_step: int) -> Batch | ShardError:
+    def __getitem__(self, micro_step: int) -> Arrays | ShardError:
         try:
-            return self._batches[micro_step]
+            return self._batches[micro_step].arrays()
         except ShardError as error:
             return error
 
@@ -173,29 +180,34 @@ class _BatchOrError(Dataset["Batch | ShardError"]):
 def _load(batches: _Batches, micro_steps: Iterable[int], *, loading: DataConfig, pin_memory: bool) -> Iterator[Batch]:
     _compile(batches.source)
     loader = DataLoader(
-        _BatchOrError(batches),
+        _ArraysOrError(batches),
+        collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
         batch_size=None,
         sampler=micro_steps,
         num_workers=loading.workers,
         prefetch_factor=loading.prefetch if loading.workers else None,
         multiprocessing_context=_worker_context() if loading.workers else None,
         worker_init_fn=_end_with_parent,
-        pin_memory=pin_memory,
         # A generator of its own: the loader draws a seed for its workers; the model's random numbers must not move.
         generator=torch.Generator(),
     )
-    return _until_closed(iter(loader))
+    return _until_closed(iter(loader), pin_memory=pin_memory)
 
 
-def _until_closed(batches: Iterator[Batch | ShardError]) -> Iterator[Batch]:
+def _as_it_is(arrays: Arrays | ShardError) -> Arrays | ShardError:
+    return arrays
+
+
+def _until_closed(loaded: Iterator[Arrays | ShardError], *, pin_memory: bool) -> Iterator[Batch]:
     try:
-        for batch in batches:
-            if isinstance(batch, ShardError):
-                raise batch
-            yield batch
+        for arrays in loaded:
+            if isinstance(arrays, ShardError):
+                raise arrays
+            batch = Batch.from_arrays(arrays)
+            yield batch.pin_memory() if pin_memory else batch
     finally:
         # The last reference: torch's iterator ends its workers when it goes.
-        del batches
+        del loaded
 
 
 def _worker_context() -> multiprocessing.context.BaseContext:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,11 +80,16 @@ class MaskedSample(NamedTuple):
     """Whether the context slot of each predicted position holds [MASK]: [m], bool."""
 
 
+@lru_cache(maxsize=8)
 def mask_rule(masking: MaskingConfig, special: SpecialIds) -> MaskRule:
-    """The compiled code's view of the settings; replacements are drawn from all ids that are not special."""
+    """The compiled code's view of the settings; replacements are drawn from all ids that are not special.
+
+    Kept from call to call, since listing the replacements takes longer than masking a batch.
+    """
     replacements = np.setdiff1d(
         np.arange(special.vocab_size, dtype=np.int64), np.array(special.special, dtype=np.int64)
     )
+    replacements.flags.writeable = False
     if not replacements.size:
         raise ValueError(
             f"the vocabulary of {special.vocab_size} tokens has special tokens only: nothing can replace a token"
