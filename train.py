@@ -18,7 +18,7 @@ import tyro
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.presets import PRESETS
 
-EXIT_BAD_CONFIGURATION = 2
+EXIT_FAILED, EXIT_BAD_CONFIGURATION = 1, 2
 
 # Of torchrun and deepspeed, Open MPI, MPICH, srun: the first that is set counts (see parallel/launch.py).
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -61,7 +61,7 @@ def _first_set(names: tuple[str, ...], environ: Mapping[str, str], *, default: s
 
 
 def main() -> int:
-    """Run and return the exit code: 0 done, 2 bad configuration."""
+    """Run and return the exit code: 0 done, 1 a damaged shard on the way, 2 bad configuration."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads(os.environ, cores=len(os.sched_getaffinity(0)))))
     try:
         config = parse(sys.argv[1:], quiet=not speaks(os.environ))
@@ -72,6 +72,13 @@ def main() -> int:
         if speaks(os.environ):
             print(f"\nThis run cannot start:\n{error}\n", file=sys.stderr)
         return EXIT_BAD_CONFIGURATION
+    except ValueError as error:
+        from pmlm_dist.corpus.shards import ShardError
+
+        if not isinstance(error, ShardError):
+            raise
+        print(f"\nThis run cannot go on: {error}\n", file=sys.stderr)  # whichever rank met it
+        return EXIT_FAILED
     return 0
 
 

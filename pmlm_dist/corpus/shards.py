@@ -258,6 +258,22 @@ def _verify(path: Path, file: FileIO, shard: Shard) -> None:
         raise ShardError(f"shard {path}: expected sha256 {shard.sha256}, found {digest.hexdigest()}; {_WAY_OUT}")
 
 
+def misplaced(folder: Path, manifest: Manifest, *, most: int = 5) -> list[str]:
+    """Which shards are missing or have another size than the manifest says, one sentence each, `most` at most.
+
+    Looks at names and sizes only: what a run can check at its start. Checksums are checked when a shard is opened.
+    """
+    found = []
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+        path = folder / shard.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.bytes:
+            seen = "is missing" if size is None else f"has {size} bytes, expected {shard.bytes}"
+            found.append(f"shard {path} {seen}; {_WAY_OUT}")
+    rest = [f"and {len(found) - most} more shards like these"] if len(found) > most else []
+    return found[:most] + rest
+
+
 def _index(path: Path, data: mmap.mmap, *, extension: str, samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Offset and size in bytes of every member of a plain tar."""
     pattern = re.compile(rb"(\d{9})\." + extension.encode())

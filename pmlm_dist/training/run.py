@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pmlm_dist.config import ConfigError, MaskingConfig, RunConfig, as_dict, problems, refuse
-from pmlm_dist.corpus.shards import Manifest
+from pmlm_dist.corpus.shards import Manifest, misplaced
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.data.loader import BatchSource
 from pmlm_dist.data.order import BatchShare, choose_lanes
@@ -140,6 +140,7 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
         found += batch_problems(engine, dp=topology.dp)
     if manifest is not None and vocabulary is not None:
         found += _corpus_problems(config, manifest, vocabulary)
+        found += misplaced(config.corpus, manifest) if topology.local_rank == 0 else []
     lanes = None
     if engine is not None and manifest is not None and not found:
         lanes = _collect(
