@@ -65,6 +65,9 @@ def pretrain(config: RunConfig) -> None:
             log.say(f"this run is complete: {newest} holds step {saved['step']} of {config.train.steps}; nothing to do")
             _record_completion(run, saved["step"])  # the process may have ended between that checkpoint and the record
             return
+        if saved and saved["step"] >= _last_step(config):
+            log.say(f"{newest} holds step {saved['step']}: nothing to do before --train.stop-at {config.train.stop_at}")
+            return
         engine = build_engine(run)
         state = load_checkpoint(engine, newest) if newest else RunState()
         _announce(run, engine, state, log)
@@ -89,10 +92,8 @@ def build_engine(run: Run) -> DeepSpeedEngine:
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
-    if run.engine.zero_stage == 0:
-        engine.enable_backward_allreduce = (
-            run.topology.dp > 1
-        )  # alone it would copy all gradients to and fro for nothing
+    if run.engine.zero_stage == 0:  # a single rank would copy all gradients to and fro for nothing
+        engine.enable_backward_allreduce = run.topology.dp > 1
     return engine
 
 
@@ -132,6 +133,10 @@ def train_step(
     return StepResult(counts, norm if norm is not None else engine.get_global_grad_norm())
 
 
+def _last_step(config: RunConfig) -> int:
+    return min(config.train.steps, config.train.stop_at or config.train.steps)
+
+
 def _loss_scale(run: Run, micro_batches: list[Batch]) -> torch.Tensor:
     """Factor [K] of each objective's summed loss of a micro-batch: the step's gradient is then that of the means."""
     objective, dp = run.config.objective, run.topology.dp
@@ -144,7 +149,7 @@ def _loss_scale(run: Run, micro_batches: list[Batch]) -> torch.Tensor:
 def _train(run: Run, engine: DeepSpeedEngine, folder: CheckpointFolder, state: RunState, log: RunLog) -> None:
     train = run.config.train
     _withdraw_completion(run)
-    last = min(train.steps, train.stop_at or train.steps)
+    last = _last_step(run.config)
     meter = Meter(run, log)
     batches = training_batches(
         run.source,
@@ -170,7 +175,9 @@ def _train(run: Run, engine: DeepSpeedEngine, folder: CheckpointFolder, state: R
                 log.say(f"checkpoint: {saved}")
     finally:
         batches.close()  # pyright: ignore[reportAttributeAccessIssue]
-    if state.step == train.steps:
+    if state.step < train.steps:
+        log.say(f"stopped after step {state.step} of {train.steps}, as --train.stop-at says; started again, it goes on")
+    else:
         _record_completion(run, state.step)
         log.say(
             f"complete: step {state.step} of {train.steps}; TensorBoard files in {run.config.run_dir / 'tensorboard'}"

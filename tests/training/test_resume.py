@@ -302,3 +302,13 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(finished
     assert f"going on after step {N}" in printed
     assert losses(run) == losses(finished.straight)
     check_equal_bits(checkpoint(finished.straight, 2 * N), checkpoint(run, 2 * N))
+
+
+def test_stopping_before_what_is_reached_says_so_and_changes_nothing(small_corpus: Path, tmp_path: Path):
+    config = run_config(small_corpus, tmp_path, steps=4)
+    (printed,) = run_world(pretrained, 1, with_train(config, stop_at=2))
+    assert "stopped after step 2 of 4" in printed
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    (printed,) = run_world(pretrained, 1, with_train(config, stop_at=1))
+    assert "nothing to do before --train.stop-at 1" in printed
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
