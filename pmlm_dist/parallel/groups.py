@@ -133,14 +133,6 @@ def topology(device: torch.device, *, local_rank: int = 0) -> Topology:
     )
 
 
-def stop() -> None:
-    """Leave all groups."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def _world_problems(world_size: int, *, tp: int) -> list[str]:
     if world_size % tp == 0:
         return []
