@@ -53,22 +53,22 @@ def run(options: AttentionOptions) -> Report:
 
 def _step(name: str, length: int, options: AttentionOptions) -> Callable[[], object]:
     batch, predictions = max(1, options.slots // length), -(-15 * length // 100)
-    slots = _slots(batch, length, predictions, num_heads=options.num_heads)
-    total, merged = slots.order_BT.shape[1], batch * options.num_heads
-    q_QZD = torch.randn(total, merged, 64, requires_grad=True)
-    kv_TZ2D = torch.randn(total, merged, 2, 64, requires_grad=True)
+    slots = _slots(batch, length, predictions)
+    shape = (slots.order_BT.shape[1], batch, options.num_heads)
+    q_QBHD = torch.randn(*shape, 64, requires_grad=True)
+    kv_TBH2D = torch.randn(*shape, 2, 64, requires_grad=True)
     table = RelativeBias(options.num_heads, buckets=32, max_distance=128, std=0.02)
     attention = ATTENTION[name]
 
     def step() -> None:
-        plan = attention.plan(slots, table, q_QZD.dtype)
-        attention.attend(q_QZD, kv_TZ2D, plan.inner, dropout=0.0).sum().backward()
-        q_QZD.grad = kv_TZ2D.grad = table.weight.grad = None
+        plan = attention.plan(slots, table, q_QBHD.dtype)
+        attention.attend(q_QBHD, kv_TBH2D, plan.inner, dropout=0.0).sum().backward()
+        q_QBHD.grad = kv_TBH2D.grad = table.weight.grad = None
 
     return step
 
 
-def _slots(batch: int, length: int, predictions: int, *, num_heads: int) -> Slots:
+def _slots(batch: int, length: int, predictions: int) -> Slots:
     """Every position its own span, evenly spread."""
     predicted_M = torch.arange(predictions) * (length // predictions)
     steps_M = torch.arange(1, predictions + 1)
@@ -79,6 +79,5 @@ def _slots(batch: int, length: int, predictions: int, *, num_heads: int) -> Slot
         torch.ones(batch, len(order_T), dtype=torch.bool),
         positions_T.expand(batch, -1),
         num_context=length,
-        num_heads=num_heads,
         predicted_BM=predicted_M.expand(batch, -1),
     )

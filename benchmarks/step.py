@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+import torch.nn.functional as F
 from harness import Report, interleaved, matrix_rate, memory_of, ratio
 from random_text import random_corpus
 
@@ -40,7 +41,6 @@ from pmlm_dist.data.loader import training_batches
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.objectives import READS, loss_scales, target_weights
 from pmlm_dist.parallel import groups
-from pmlm_dist.parallel.cross_entropy import token_nll
 from pmlm_dist.presets import PRESETS
 from pmlm_dist.training.checkpoint import RunState
 from pmlm_dist.training.flops import training_flops
@@ -172,7 +172,8 @@ def _naive(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
         hidden_TBE = model.encode(**inputs)
         logits_BTV = model.head(hidden_TBE, model.embeddings.token.weight).transpose(0, 1)
         read = [logits_BTV[rows, batch.predicted_BM], logits_BTV[:, pseudo]]
-        sum(token_nll(logits, batch.targets_BM).mean() for logits in read).backward()  # pyright: ignore[reportAttributeAccessIssue]
+        losses = [F.cross_entropy(logits.flatten(0, 1).float(), batch.targets_BM.flatten()) for logits in read]
+        torch.stack(losses).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 

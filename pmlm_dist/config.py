@@ -61,8 +61,9 @@ class ModelConfig:
     """Epsilon of LayerNorm."""
     initializer_range: float = 0.02
     """Standard deviation of the normal initialiser."""
-    attention: Literal["split", "dense"] = "split"
-    """How visibility is computed: `split` (fast, any device) or `dense` (one mask over all, the specification)."""
+    attention: Literal["split", "dense", "flex"] = "split"
+    """How visibility is computed: `split` (fast, any device), `dense` (one mask over all, the specification) or `flex`
+    (FlexAttention: trains on a GPU only, without attention_dropout)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
 
@@ -227,6 +228,11 @@ def _model_problems(model: ModelConfig) -> list[str]:
         found.append(
             f"model.relative_max_distance ({model.relative_max_distance}) must exceed a quarter of "
             f"model.relative_buckets ({model.relative_buckets // 4}): use 128"
+        )
+    if model.attention == "flex" and model.attention_dropout > 0:
+        found.append(
+            f"model.attention_dropout ({model.attention_dropout}) must be 0 with model.attention flex, whose kernel "
+            "drops no attention probabilities: use --model.attention-dropout 0, or --model.attention split"
         )
     return found
 

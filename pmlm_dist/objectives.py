@@ -4,12 +4,11 @@ AE reads position m at its [M] slot in the corrupted text; PAR reads it at its p
 earlier factorization steps. Each is the mean negative log-likelihood over the predicted positions of the whole step;
 the loss is their weighted sum, both weights 1 in the paper (UniLMv2, equation 6). Pure: tensors in, tensors out.
 
-Legend: B batch, M predictions a sample, K objectives read (AE before PAR), V vocabulary rows of this rank.
+Legend: B batch, M predictions a sample, K objectives read (AE before PAR).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +45,11 @@ class LossSums:
     """Sums over the targets of some micro-batches, in fp32.
 
     `nll_K` [K] are the negative log-likelihoods by objective, to differentiate. `counts` [9] are the detached sums
-    that `LossMeans.from_counts` reads. `likely_KMB` are the most likely ids.
+    that `LossMeans.from_counts` reads.
     """
 
     nll_K: Tensor
     counts: Tensor
-    likely_KMB: Tensor
 
 
 @dataclass(frozen=True)
@@ -91,26 +89,16 @@ def _mean(total: float, count: float) -> float | None:
 
 
 def loss_sums(
-    logits_KMBV: Tensor,
-    targets_BM: Tensor,
-    weights_KBM: Tensor,
-    masked_BM: Tensor,
-    *,
-    objective: ObjectiveConfig,
-    token_nll: Callable[[Tensor, Tensor], Tensor],
-    most_likely: Callable[[Tensor], Tensor],
+    nll_KMB: Tensor, right_KMB: Tensor, weights_KBM: Tensor, masked_BM: Tensor, *, objective: ObjectiveConfig
 ) -> LossSums:
     """The objectives' sums for one micro-batch.
 
-    `weights_KBM` as `target_weights` gives them; `masked_BM` tells which [M] slots hold [MASK]. `token_nll(logits
-    [..., V], targets [...])` and `most_likely(logits)` know how the vocabulary is split; the first may overwrite the
-    logits.
+    `nll_KMB` are the targets' losses, `right_KMB` tells which targets won; `weights_KBM` as `target_weights` gives
+    them; `masked_BM` tells which [M] slots hold [MASK].
     """
-    targets_KMB = targets_BM.t().expand(len(logits_KMBV), -1, -1)
     weights_KMB = weights_KBM.transpose(1, 2)
-    likely_KMB = most_likely(logits_KMBV.detach())
-    right_KMB = (likely_KMB == targets_KMB) * weights_KMB
-    nll_KMB = token_nll(logits_KMBV, targets_KMB) * weights_KMB
+    right_KMB = right_KMB * weights_KMB
+    nll_KMB = nll_KMB * weights_KMB
     nll_K = nll_KMB.sum(dim=(1, 2))
     names = READS[objective.kind]
     by_name = {
@@ -123,4 +111,4 @@ def loss_sums(
         par = [nll_KMB[-1].detach(), right_KMB[-1], weights_KMB[-1]]
         masked = torch.stack([(values * masked_MB).sum() for values in par])
     pairs_32 = torch.stack([by_name.get("ae", nothing), by_name.get("par", nothing)], dim=1)
-    return LossSums(nll_K=nll_K, counts=torch.cat([pairs_32.flatten(), masked]), likely_KMB=likely_KMB)
+    return LossSums(nll_K=nll_K, counts=torch.cat([pairs_32.flatten(), masked]))

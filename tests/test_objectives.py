@@ -10,8 +10,6 @@ import torch.nn.functional as F
 
 from pmlm_dist.config import ObjectiveConfig
 from pmlm_dist.objectives import NUM_COUNTS, READS, LossMeans, LossSums, loss_scales, loss_sums, target_weights
-from pmlm_dist.parallel import groups
-from pmlm_dist.parallel.cross_entropy import most_likely, token_nll
 
 B, M, V = 3, 5, 11
 OBJECTIVES = [
@@ -36,16 +34,14 @@ def example(objective: ObjectiveConfig, seed: int = 0) -> dict[str, torch.Tensor
     }
 
 
-def sums_of(objective: ObjectiveConfig, *, weights_BM, kept_BM, **tensors) -> LossSums:
-    groups.start()
+def sums_of(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, masked_BM, kept_BM) -> LossSums:
+    targets_KMB = targets_BM.t().expand(len(logits_KMBV), -1, -1)
     return loss_sums(
-        tensors["logits_KMBV"],
-        tensors["targets_BM"],
+        F.cross_entropy(logits_KMBV.permute(0, 3, 1, 2), targets_KMB, reduction="none"),
+        logits_KMBV.argmax(-1) == targets_KMB,
         target_weights(objective, weights_BM, kept_BM),
-        tensors["masked_BM"],
+        masked_BM,
         objective=objective,
-        token_nll=token_nll,
-        most_likely=most_likely,
     )
 
 

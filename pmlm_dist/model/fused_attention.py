@@ -1,88 +1,192 @@
 """Attention over query groups as one differentiable operation.
 
-The same numbers as `attention.attend` group by group, with fewer passes over memory: queries, keys and values are read
-where they lie, every group writes its rows of the one output, and the backward pass adds the gradients of keys and
-values up in place. What autograd would keep of the scores (before and after softmax) is kept once. Products only: it
-runs on any device.
+The same numbers as `attention.attend_plainly`, with fewer passes over memory. Queries, keys and values are laid out by
+head once; then the scores are worked on in parts that stay in a core's cache, and only probabilities are written out:
 
-Legend: Z batch x heads, D head size, T slots, Q queries, K keys of a group.
+    part of heads and samples:   q k^T -> + bias -> softmax -> probabilities v            (kept: the probabilities)
+    backward, the same parts:    g v^T -> softmax backward -> gradients of q, k, v and of the bias
+
+A bias that all samples share gets its gradient summed over them on the spot. Products only: it runs on any device.
+
+Legend: B batch, H heads, Z = H * B of a part, D head size, T slots, Q queries, K keys of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-Rows = tuple[slice, slice]
-"""Queries and keys of a group."""
+# Scores that are worked on at a time, for each thread: 1 MiB in fp32. An accelerator takes all at once.
+_SCORES_PER_THREAD = 2**18
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which queries meet which keys, and the keys' padding [B, K]: zero, or minus infinity (None: no padding)."""
+
+    rows: slice
+    keys: slice
+    padding_BK: Tensor | None
 
 
 class GroupedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D) + bias) v for each group, with dropout of the probabilities."""
+    """softmax(q k^T / sqrt(D) + bias + padding) v for each group, with dropout of the probabilities."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_QZD: Tensor, kv_TZ2D: Tensor, groups: Sequence[Rows], dropout: float, *biases_ZQK: Tensor
+        ctx: Any, q_QBHD: Tensor, kv_TBH2D: Tensor, groups: Sequence[Pairs], dropout: float, *biases: Tensor | None
     ) -> Tensor:
-        """Queries [Q, Z, D], keys and values [T, Z, 2, D] -> mixed values [Q, Z, D]."""
-        q_ZQD, k_ZTD, v_ZTD = _by_head(q_QZD, kv_TZ2D)
-        mixed_QZD = torch.empty_like(q_QZD)
-        kept: list[Tensor] = []
-        for (rows, keys), bias_ZQK in zip(groups, biases_ZQK, strict=True):
-            probabilities_ZQK = _probabilities(q_ZQD[:, rows], k_ZTD[:, keys], bias_ZQK)
-            dropped_ZQK = F.dropout(probabilities_ZQK, dropout) if dropout else probabilities_ZQK
-            mixed_QZD[rows] = torch.bmm(dropped_ZQK, v_ZTD[:, keys]).transpose(0, 1)
-            kept += [probabilities_ZQK, dropped_ZQK] if dropout else [probabilities_ZQK]
+        """Queries [Q, B, H, D], keys and values [T, B, H, 2, D] -> mixed values [Q, B, H, D].
+
+        Biases [H, B, Q, K], with size 1 where heads or samples share them, or None.
+        """
+        q_HBQD = q_QBHD.permute(2, 1, 0, 3).contiguous().mul_(q_QBHD.shape[-1] ** -0.5)
+        kv_2HBTD = kv_TBH2D.permute(3, 2, 1, 0, 4).contiguous()
+        mixed_HBQD, kept = torch.empty_like(q_HBQD), []
+        for group, bias in zip(groups, biases, strict=True):
+            k_HBKD, v_HBKD = kv_2HBTD[..., group.keys, :]
+            of_group = (q_HBQD[..., group.rows, :], k_HBKD, v_HBKD, mixed_HBQD[..., group.rows, :])
+            kept += _attend(*of_group, bias=bias, padding_BK=group.padding_BK, dropout=dropout)
         ctx.groups, ctx.dropout = groups, dropout
-        ctx.save_for_backward(q_QZD, kv_TZ2D, *kept)
-        return mixed_QZD
+        ctx.bias_shapes = [bias.shape if bias is not None and bias.requires_grad else None for bias in biases]
+        ctx.save_for_backward(q_HBQD, kv_2HBTD, *kept)
+        return mixed_HBQD.permute(2, 1, 0, 3).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of queries, keys and values, and of each group's bias."""
-        (mixed_gradient_QZD,) = gradients
-        q_QZD, kv_TZ2D, *kept = ctx.saved_tensors
-        q_ZQD, k_ZTD, v_ZTD = _by_head(q_QZD, kv_TZ2D)
-        q_gradient_QZD, kv_gradient_TZ2D = torch.empty_like(q_QZD), torch.zeros_like(kv_TZ2D)
-        _, k_gradient_ZTD, v_gradient_ZTD = _by_head(q_QZD, kv_gradient_TZ2D)
-        scale = q_ZQD.shape[-1] ** -0.5
-        bias_gradients: list[Tensor] = []
-        for number, (rows, keys) in enumerate(ctx.groups):
-            probabilities_ZQK, dropped_ZQK = _kept(kept, number, dropout=ctx.dropout)
-            gradient_ZQD = mixed_gradient_QZD[rows].transpose(0, 1)
-            v_gradient_ZTD[:, keys] += torch.bmm(dropped_ZQK.transpose(1, 2), gradient_ZQD)
-            scores_gradient_ZQK = torch.bmm(gradient_ZQD, v_ZTD[:, keys].transpose(1, 2))
-            if ctx.dropout:
-                scores_gradient_ZQK.mul_(dropped_ZQK != 0).mul_(1.0 / (1.0 - ctx.dropout))
-            torch.ops.aten._softmax_backward_data.out(
-                scores_gradient_ZQK,
-                probabilities_ZQK,
-                -1,
-                probabilities_ZQK.dtype,
-                grad_input=scores_gradient_ZQK,
+        mixed_gradient_HBQD = gradients[0].permute(2, 1, 0, 3).contiguous()
+        q_HBQD, kv_2HBTD, *kept = ctx.saved_tensors
+        q_gradient_HBQD, kv_gradient_2HBTD = torch.empty_like(q_HBQD), torch.zeros_like(kv_2HBTD)
+        bias_gradients: list[Tensor | None] = []
+        for group, bias_shape in zip(ctx.groups, ctx.bias_shapes, strict=True):
+            probabilities_HBQK, drawn_HBQK = kept.pop(0), kept.pop(0) if ctx.dropout else None
+            bias_gradients.append(
+                _attend_backward(
+                    _Operands(q_HBQD[..., group.rows, :], *kv_2HBTD[..., group.keys, :]),
+                    _Operands(q_gradient_HBQD[..., group.rows, :], *kv_gradient_2HBTD[..., group.keys, :]),
+                    mixed_gradient_HBQD[..., group.rows, :],
+                    probabilities_HBQK,
+                    drawn_HBQK=drawn_HBQK,
+                    dropout=ctx.dropout,
+                    bias_shape=bias_shape,
+                )
             )
-            q_gradient_QZD[rows] = torch.bmm(scores_gradient_ZQK, k_ZTD[:, keys]).mul_(scale).transpose(0, 1)
-            k_gradient_ZTD[:, keys] += torch.bmm(scores_gradient_ZQK.transpose(1, 2), q_ZQD[:, rows]).mul_(scale)
-            bias_gradients.append(scores_gradient_ZQK)
-        return q_gradient_QZD, kv_gradient_TZ2D, None, None, *bias_gradients
+        q_gradient_QBHD = q_gradient_HBQD.mul_(q_HBQD.shape[-1] ** -0.5).permute(2, 1, 0, 3).contiguous()
+        kv_gradient_TBH2D = kv_gradient_2HBTD.permute(3, 2, 1, 0, 4).contiguous()
+        return q_gradient_QBHD, kv_gradient_TBH2D, None, None, *bias_gradients
 
 
-def _probabilities(q_ZQD: Tensor, k_ZKD: Tensor, bias_ZQK: Tensor) -> Tensor:
-    scores_ZQK = torch.baddbmm(bias_ZQK, q_ZQD, k_ZKD.transpose(1, 2), alpha=q_ZQD.shape[-1] ** -0.5)
-    return torch.softmax(scores_ZQK, dim=-1, out=scores_ZQK)
+@dataclass(frozen=True)
+class _Operands:
+    """Queries [H, B, Q, D], scaled, keys and values [H, B, K, D] of a group, or the gradients of these."""
+
+    q_HBQD: Tensor
+    k_HBKD: Tensor
+    v_HBKD: Tensor
 
 
-def _kept(kept: list[Tensor], number: int, *, dropout: float) -> tuple[Tensor, Tensor]:
+def _attend(
+    q_HBQD: Tensor,
+    k_HBKD: Tensor,
+    v_HBKD: Tensor,
+    mixed_HBQD: Tensor,
+    *,
+    bias: Tensor | None,
+    padding_BK: Tensor | None,
+    dropout: float,
+) -> list[Tensor]:
+    """Write the mixed values; return the probabilities [H, B, Q, K] and, with `dropout`, which of them were kept."""
+    shape_HBQK = (*q_HBQD.shape[:3], k_HBKD.shape[2])
+    probabilities_HBQK = q_HBQD.new_empty(shape_HBQK)
+    drawn_HBQK = None
     if dropout:
-        return kept[2 * number], kept[2 * number + 1]
-    return kept[number], kept[number]
+        drawn_HBQK = torch.empty(shape_HBQK, dtype=torch.bool, device=q_HBQD.device).bernoulli_(1.0 - dropout)
+    for part in _parts(probabilities_HBQK):
+        scores_HBQK = probabilities_HBQK[part]
+        scores_ZQK = scores_HBQK.flatten(0, 1)
+        torch.bmm(_flat(q_HBQD, part), _flat(k_HBKD, part).transpose(1, 2), out=scores_ZQK)
+        if bias is not None:
+            scores_HBQK += bias[_narrowed(part, bias.shape)]
+        if padding_BK is not None:
+            scores_HBQK += padding_BK[part[1], None]
+        torch.softmax(scores_ZQK, dim=-1, out=scores_ZQK)
+        weights_ZQK = scores_ZQK if drawn_HBQK is None else _dropped(scores_ZQK, drawn_HBQK[part], dropout)
+        mixed_HBQD[part] = torch.bmm(weights_ZQK, _flat(v_HBKD, part)).view_as(mixed_HBQD[part])
+    return [probabilities_HBQK] if drawn_HBQK is None else [probabilities_HBQK, drawn_HBQK]
 
 
-def _by_head(q_QZD: Tensor, kv_TZ2D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views [Z, slots, D] of queries, keys and values; nothing is copied."""
-    k_ZTD, v_ZTD = kv_TZ2D.transpose(0, 1).unbind(dim=2)
-    return q_QZD.transpose(0, 1), k_ZTD, v_ZTD
+def _attend_backward(
+    of: _Operands,
+    gradients: _Operands,
+    mixed_gradient_HBQD: Tensor,
+    probabilities_HBQK: Tensor,
+    *,
+    drawn_HBQK: Tensor | None,
+    dropout: float,
+    bias_shape: torch.Size | None,
+) -> Tensor | None:
+    """Write the gradient of the queries, add those of keys and values, return that of the bias where it is wanted.
+
+    Its sum over what shares the bias is taken in fp32 at least.
+    """
+    dtype = probabilities_HBQK.dtype
+    precise = torch.promote_types(dtype, torch.float32)
+    bias_gradient = None if bias_shape is None else torch.zeros(bias_shape, dtype=precise, device=of.q_HBQD.device)
+    for part in _parts(probabilities_HBQK):
+        probabilities_ZQK = probabilities_HBQK[part].flatten(0, 1)
+        gradient_ZQD = _flat(mixed_gradient_HBQD, part)
+        scores_gradient_ZQK = torch.bmm(gradient_ZQD, _flat(of.v_HBKD, part).transpose(1, 2))
+        weights_ZQK = probabilities_ZQK
+        if drawn_HBQK is not None:
+            weights_ZQK = _dropped(probabilities_ZQK, drawn_HBQK[part], dropout)
+            scores_gradient_ZQK = _dropped(scores_gradient_ZQK, drawn_HBQK[part], dropout)
+        _flat(gradients.v_HBKD, part).baddbmm_(weights_ZQK.transpose(1, 2), gradient_ZQD)
+        torch.ops.aten._softmax_backward_data.out(
+            scores_gradient_ZQK, probabilities_ZQK, -1, dtype, grad_input=scores_gradient_ZQK
+        )
+        q_gradient_HBQD = gradients.q_HBQD[part]
+        q_gradient_HBQD.copy_(torch.bmm(scores_gradient_ZQK, _flat(of.k_HBKD, part)).view_as(q_gradient_HBQD))
+        _flat(gradients.k_HBKD, part).baddbmm_(scores_gradient_ZQK.transpose(1, 2), _flat(of.q_HBQD, part))
+        if bias_gradient is not None:
+            own = bias_gradient[_narrowed(part, bias_gradient.shape)]
+            own += scores_gradient_ZQK.view_as(probabilities_HBQK[part]).sum_to_size(own.shape).to(precise)
+    return None if bias_gradient is None else bias_gradient.to(dtype)
+
+
+Part = tuple[slice, slice]
+"""Heads and samples."""
+
+
+def _parts(scores_HBQK: Tensor) -> Iterator[Part]:
+    """Heads and samples whose scores are worked on together: some samples of one head, or all of several heads."""
+    heads, batch, queries, keys = scores_HBQK.shape
+    if scores_HBQK.device.type != "cpu":
+        yield slice(None), slice(None)
+        return
+    size = max(1, torch.get_num_threads() * _SCORES_PER_THREAD // (queries * keys))
+    if size >= batch:
+        step = size // batch
+        yield from ((slice(h, h + step), slice(None)) for h in range(0, heads, step))
+    else:
+        yield from ((slice(h, h + 1), slice(b, b + size)) for h in range(heads) for b in range(0, batch, size))
+
+
+def _flat(tensor_HBXD: Tensor, part: Part) -> Tensor:
+    """View [Z, X, D] of a part: one head, or all samples of the heads, so their strides merge."""
+    part_HBXD = tensor_HBXD[part]
+    return part_HBXD.view(-1, *part_HBXD.shape[2:])
+
+
+def _narrowed(part: Part, shape: torch.Size) -> Part:
+    """`part` of a tensor that has size 1 where heads or samples share it."""
+    heads, samples = part
+    return heads if shape[0] > 1 else slice(None), samples if shape[1] > 1 else slice(None)
+
+
+def _dropped(values_ZQK: Tensor, drawn_HBQK: Tensor, dropout: float) -> Tensor:
+    return values_ZQK * drawn_HBQK.flatten(0, 1) * (1.0 / (1.0 - dropout))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.parallel.cross_entropy import tied_logits
+from pmlm_dist.parallel.cross_entropy import tied_cross_entropy, tied_logits
 from pmlm_dist.parallel.layers import sharded
 
 
@@ -33,7 +33,12 @@ class TiedHead(nn.Module):
         self.padding: Tensor
         self.register_buffer("padding", sharded(padding).data, persistent=False)
 
-    def forward(self, x_RBE: Tensor, embedding_VE: Tensor) -> Tensor:
-        """[R, B, E] -> logits [R, B, V]."""
+    def forward(
+        self, x_RBE: Tensor, embedding_VE: Tensor, targets_RB: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[R, B, E] -> logits [R, B, V], or with targets their losses [R, B] in nats and whether each won [R, B]."""
         h_RBE = self.norm(F.gelu(self.dense(x_RBE)))
-        return tied_logits(h_RBE, embedding_VE, self.bias + self.padding.to(self.bias.dtype))
+        bias_V = self.bias + self.padding.to(self.bias.dtype)
+        if targets_RB is None:
+            return tied_logits(h_RBE, embedding_VE, bias_V)
+        return tied_cross_entropy(h_RBE, embedding_VE, bias_V, targets_RB)

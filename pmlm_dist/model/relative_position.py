@@ -47,9 +47,22 @@ class RelativeBias(nn.Module):
         self.buckets, self.max_distance = buckets, max_distance
         self.weight = sharded(torch.empty(num_heads, buckets).normal_(0.0, std))  # [H, N]
 
+    def by_distance(self, reach: int) -> Tensor:
+        """Bias [H, 2 * reach + 1] of the distances (key position - query position) -reach .. reach, at least in fp32.
+
+        The gradients of all pairs and layers are added up in it, hence the precision.
+        """
+        distance_N = torch.arange(-reach, reach + 1, device=self.weight.device)
+        bucket_N = relative_bucket(distance_N, buckets=self.buckets, max_distance=self.max_distance)
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).index_select(1, bucket_N)
+
     def forward(self, q_positions_BQ: Tensor, k_positions_BK: Tensor) -> Tensor:
         """Bias [H, B, Q, K] of every query and key; unscaled, to be added to the scaled scores."""
+        reach = self.max_distance  # beyond it nothing changes
         distance_BQK = k_positions_BK[:, None, :] - q_positions_BQ[:, :, None]
-        bucket_BQK = relative_bucket(distance_BQK, buckets=self.buckets, max_distance=self.max_distance)
-        picked = self.weight.index_select(1, bucket_BQK.flatten())
-        return picked.view(-1, *bucket_BQK.shape)
+        index_BQK = distance_BQK.clamp_(-reach, reach).add_(reach)
+        return self.by_distance(reach).index_select(1, index_BQK.flatten()).view(-1, *index_BQK.shape)
+
+    def among_neighbours(self, length: int) -> Tensor:
+        """Bias [H, S, S] of `length` = S slots at consecutive positions among themselves: one diagonal a distance."""
+        return self.by_distance(length - 1).unfold(1, length, 1).flip(1)

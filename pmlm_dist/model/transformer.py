@@ -3,17 +3,17 @@
     tokens, positions, segments [B, T] --Embeddings--> x [T, B, E] --layers--> x --last layer--> read slots [R, B, E]
                                                                                    --head--> logits [R, B, V]
 
-Activations are sequence first: context, originals and pseudo masks are then contiguous slices, and merging batch and
-heads for the attention products copies nothing. The last layer computes keys and values for all slots, but queries,
-output and feed-forward network for the read slots only.
+Activations are sequence first: context, originals and pseudo masks are then contiguous slices. The last layer computes
+keys and values for all slots, but queries, output and feed-forward network for the read slots only.
 
 Legend: B batch, T slots (S context + 2M appended), R read slots, Q queries, E hidden size, H heads of this rank, D head
-size, Z = B * H, V vocabulary rows of this rank.
+size, V vocabulary rows of this rank.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.model.attention import ATTENTION, QueryGroup, Slots
+from pmlm_dist.model.attention import ATTENTION, Groups, Slots
 from pmlm_dist.model.heads import TiedHead
 from pmlm_dist.model.relative_position import RelativeBias
 from pmlm_dist.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding, tp_size
@@ -61,15 +61,14 @@ class SelfAttention(nn.Module):
         self.key_value = ColumnLinear(size, 2 * size, std=std)  # rows: [heads, key | value, head size]
         self.output = RowLinear(size, size, std=std)
 
-    def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: tuple[QueryGroup, ...]) -> Tensor:
+    def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
         """Keys and values from `x` [T, B, E], queries from [Q, B, E] -> [Q, B, E]."""
-        num_queries, batch, _ = queries_QBE.shape
-        q_QZD = self.query(queries_QBE).view(num_queries, -1, self.head_dim)
-        kv_TZ2D = self.key_value(x_TBE).view(len(x_TBE), -1, 2, self.head_dim)
+        q_QBHD = self.query(queries_QBE).unflatten(-1, (-1, self.head_dim))
+        kv_TBH2D = self.key_value(x_TBE).unflatten(-1, (-1, 2, self.head_dim))
         dropout = self.attention_dropout if self.training else 0.0
         with different_on_tp_peers() if dropout else nullcontext():
-            mixed_QZD = self.attend(q_QZD, kv_TZ2D, groups, dropout=dropout)
-        return self.output(mixed_QZD.view(num_queries, batch, -1))
+            mixed_QBHD = self.attend(q_QBHD, kv_TBH2D, groups, dropout=dropout)
+        return self.output(mixed_QBHD.flatten(2))
 
 
 class Layer(nn.Module):
@@ -85,7 +84,7 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: tuple[QueryGroup, ...]) -> Tensor:
+    def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
         """New states [Q, B, E] of the slots `queries`, which look at `x` [T, B, E]."""
         y_QBE = self.attention_norm(queries_QBE + self.dropout(self.attention(x_TBE, queries_QBE, groups)))
         return self.ffn_norm(y_QBE + self.dropout(self.ffn_out(F.gelu(self.ffn_in(y_QBE)))))
@@ -134,7 +133,6 @@ class PseudoMaskedLM(nn.Module):
             valid_BT[:, used],
             positions_BT[:, used],
             num_context=num_context,
-            num_heads=self.config.num_heads // tp_size(),
             predicted_BM=predicted_BM,
             reads=reads,
         )
@@ -154,9 +152,14 @@ class PseudoMaskedLM(nn.Module):
         order_BT: Tensor,
         valid_BT: Tensor,
         predicted_BM: Tensor,
+        targets_BM: Tensor | None = None,
         reads: tuple[str, ...] = ("ae", "par"),
-    ) -> Tensor:
-        """Logits of the predicted positions [K, M, B, V], as the K `reads` see them: AE before PAR."""
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of the predicted positions [K, M, B, V], as the K `reads` see them: AE before PAR.
+
+        With `targets_BM` instead the targets' losses in nats and whether each won, both [K, M, B]: logits are then
+        never kept.
+        """
         x_RBE = self.encode(
             tokens_BT,
             positions_BT=positions_BT,
@@ -166,19 +169,23 @@ class PseudoMaskedLM(nn.Module):
             predicted_BM=predicted_BM,
             reads=reads,
         )
-        logits_RBV = self.head(x_RBE, self.embeddings.token.weight)
-        return logits_RBV.unflatten(0, (len(reads), -1))
+        embedding_VE, shape = self.embeddings.token.weight, (len(reads), -1)
+        if targets_BM is None:
+            return self.head(x_RBE, embedding_VE).unflatten(0, shape)
+        nll_RB, right_RB = self.head(x_RBE, embedding_VE, targets_BM.t().repeat(len(reads), 1))
+        return nll_RB.unflatten(0, shape), right_RB.unflatten(0, shape)
 
-    def _run(self, layer: nn.Module, x_TBE: Tensor, queries_QBE: Tensor, groups: tuple[QueryGroup, ...]) -> Tensor:
+    def _run(self, layer: nn.Module, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
         if not (self.config.activation_checkpointing and self.training and torch.is_grad_enabled()):
             return layer(x_TBE, queries_QBE, groups)
 
-        def recomputed(x_TBE: Tensor, queries_QBE: Tensor, *biases: Tensor) -> Tensor:
-            again = (QueryGroup(g.rows, g.keys, bias) for g, bias in zip(groups, biases, strict=True))
+        def recomputed(x_TBE: Tensor, queries_QBE: Tensor, *biases: Tensor | None) -> Tensor:
+            again = (replace(group, bias=bias) for group, bias in zip(groups, biases, strict=True))
             return layer(x_TBE, queries_QBE, tuple(again))
 
+        # Gradients reach only what is passed by itself: the groups' biases, which come from the shared table.
         # Reentrant: ZeRO-3 gathers parameters in hooks that the non-reentrant form would see change shape.
-        biases = (group.bias_ZQK for group in groups)
+        biases = (group.bias for group in groups)
         return checkpoint(recomputed, x_TBE, queries_QBE, *biases, use_reentrant=True)  # pyright: ignore[reportReturnType]
 
 

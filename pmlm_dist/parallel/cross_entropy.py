@@ -1,30 +1,46 @@
-"""Loss and argmax over a vocabulary whose logits are split over the tensor-parallel ranks.
+"""Reading words off hidden states, with a vocabulary that is split over the tensor-parallel ranks.
 
-Legend: N predicted slots (any leading shape), V vocabulary rows of this rank.
+    x [N, E] --product with the token embedding--> logits [N, V] --in place, chunk by chunk--> exp(logits - maximum)
+                                                                    |
+                                         nll [N], right [N]     kept for the backward pass: one buffer [N, V] in all
+
+The logits are the largest tensor of a step. `tied_cross_entropy` reads them once while they are warm in the cache and
+turns them into what its backward pass multiplies with; `tied_logits` with any cross entropy is its slow reference.
+
+Legend: N predicted slots, E hidden size, V vocabulary rows of this rank.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
 from pmlm_dist.parallel.layers import tp_rank, tp_size
 
+# Logits that are worked on at a time: 1 MiB in fp32 stays in a core's cache; an accelerator wants large launches.
+_CHUNK_ON_CPU, _CHUNK_ON_ACCELERATOR = 2**18, 2**27
 
-def token_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Negative log-likelihood [N] in nats of each target (an id of the whole vocabulary), in fp32.
 
-    The logits may be overwritten: they are the largest tensor of a step and nobody else needs them.
+def tied_logits(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor) -> Tensor:
+    """x W^T + b for this rank's vocabulary rows: [..., E], equal on every rank -> [..., V]."""
+    return F.linear(_from_every_shard(x_NE), weight_VE, bias_V)
+
+
+def tied_cross_entropy(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood [N] in nats of each target (an id of the whole vocabulary), and whether it was right [N].
+
+    Logits are x W^T + b. A prediction is right when its target's logit exceeds all others. Computed in fp32, or in
+    fp64 for such `x`; leading dimensions may be any.
     """
-    if tp_size() > 1:
-        return vocab_parallel_cross_entropy(logits_NV.float(), targets_N.contiguous())
-    flat = F.cross_entropy(logits_NV.float().flatten(0, -2), targets_N.flatten(), reduction="none")
-    return flat.view(targets_N.shape)
+    flat_NE = _from_every_shard(x_NE).reshape(-1, x_NE.shape[-1])
+    nll_N, right_N = _TiedCrossEntropy.apply(flat_NE, weight_VE, bias_V, targets_N.reshape(-1))  # pyright: ignore[reportGeneralTypeIssues]
+    return nll_N.view(targets_N.shape), right_N.view(targets_N.shape)
 
 
 @torch.no_grad()
@@ -33,15 +49,91 @@ def most_likely(logits_NV: Tensor) -> Tensor:
     best_N, ids_N = logits_NV.max(dim=-1)
     if tp_size() == 1:
         return ids_N
-    group = parallel_state.get_tensor_model_parallel_group()
-    best_of_all_N = best_N.clone()
-    dist.all_reduce(best_of_all_N, op=dist.ReduceOp.MAX, group=group)
+    best_of_all_N = _over_shards(best_N.clone(), dist.ReduceOp.MAX)
     ids_N = torch.where(best_N == best_of_all_N, ids_N + tp_rank() * logits_NV.shape[-1], -1)
-    dist.all_reduce(ids_N, op=dist.ReduceOp.MAX, group=group)
-    return ids_N
+    return _over_shards(ids_N, dist.ReduceOp.MAX)
 
 
-def tied_logits(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor) -> Tensor:
-    """x W^T + b for this rank's vocabulary rows: [..., E], equal on every rank -> [..., V]."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    return F.linear(copy_to_tensor_model_parallel_region(x_NE, group=group), weight_VE, bias_V)
+class _TiedCrossEntropy(torch.autograd.Function):
+    """Loss of a softmax over x W^T + b whose only large buffer is the logits' own.
+
+    With E = exp(logits - m), m the row's maximum on this rank, and p = f E the probabilities (f: one factor a row), the
+    gradients are those of a product with E, the factors f and the incoming gradient g moved to the small operand:
+
+        dx = g f (E W) + g (p_t - 1) W[t]        dW = E^T (g f x), row t + g (p_t - 1) x        db likewise
+
+    The target t's own entry of E is zero, so that p_t - 1 keeps its fp32 precision.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, E], [V, E], [V], [N] -> loss [N] and whether the target won [N]."""
+        precise = torch.promote_types(x_NE.dtype, torch.float32)
+        rows = len(weight_VE)
+        own_N = targets_N - tp_rank() * rows
+        elsewhere_N = (own_N < 0) | (own_N >= rows)
+        own_N = own_N.masked_fill(elsewhere_N, 0)
+        logits_NV = x_NE @ weight_VE.t()
+        target_N, others_N, sums_N = _exponentiate(logits_NV, bias_V.to(precise), own_N, elsewhere_N)
+        target_N = _over_shards(target_N, dist.ReduceOp.MAX)
+        highest_N = _over_shards(others_N.clone(), dist.ReduceOp.MAX)
+        top_N = torch.maximum(highest_N, target_N)
+        to_top_N = (others_N - top_N).exp()
+        total_N = _over_shards(sums_N * to_top_N, dist.ReduceOp.SUM) + (target_N - top_N).exp()
+        nll_N = total_N.log() + top_N - target_N
+        # A row whose target is another rank's adds nothing for it here.
+        error_N = (-torch.expm1(-nll_N)).masked_fill(elsewhere_N, 0.0)
+        ctx.save_for_backward(x_NE, weight_VE, logits_NV, to_top_N / total_N, error_N, own_N)
+        right_N = target_N > highest_N
+        ctx.mark_non_differentiable(right_N)
+        return nll_N, right_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gradients of x (this rank's share of it), the matrix and its bias."""
+        x_NE, weight_VE, exponentials_NV, factor_N, error_N, own_N = ctx.saved_tensors
+        scale_N, pull_N = gradients[0] * factor_N, gradients[0] * error_N
+        x_gradient_NE = (exponentials_NV @ weight_VE) * scale_N[:, None]
+        x_gradient_NE -= pull_N[:, None] * weight_VE[own_N]
+        weight_gradient_VE = exponentials_NV.t() @ (scale_N[:, None] * x_NE).to(x_NE.dtype)
+        weight_gradient_VE.index_add_(0, own_N, (-pull_N[:, None] * x_NE).to(x_NE.dtype))
+        bias_gradient_V = scale_N.to(x_NE.dtype) @ exponentials_NV
+        bias_gradient_V.index_add_(0, own_N, -pull_N.to(x_NE.dtype))
+        return x_gradient_NE.to(x_NE.dtype), weight_gradient_VE, bias_gradient_V, None
+
+
+def _exponentiate(logits_NV: Tensor, bias_V: Tensor, own_N: Tensor, elsewhere_N: Tensor) -> tuple[Tensor, ...]:
+    """Turn logits without bias into exp(logit + bias - m) in place, zero at the target; m is the highest of the others.
+
+    Returns, in the bias' precision: the target's logit [N] (minus infinity where it is `elsewhere_N`), m [N], and the
+    row sums [N].
+    """
+    target_N, others_N, sums_N = (bias_V.new_empty(len(logits_NV)) for _ in range(3))
+    budget = _CHUNK_ON_CPU if logits_NV.device.type == "cpu" else _CHUNK_ON_ACCELERATOR
+    size = max(1, budget // logits_NV.shape[1])
+    for start in range(0, len(logits_NV), size):
+        rows = slice(start, start + size)
+        chunk_CV = logits_NV[rows].to(bias_V.dtype).add_(bias_V)  # in place where the precision is the same
+        own_C1 = own_N[rows, None]
+        target_C1 = chunk_CV.gather(1, own_C1)
+        hidden_C1 = target_C1.masked_fill(~elsewhere_N[rows, None], float("-inf"))
+        chunk_CV.scatter_(1, own_C1, hidden_C1)
+        others_N[rows] = chunk_CV.amax(dim=1).clamp_(min=torch.finfo(chunk_CV.dtype).min)  # finite if all is padding
+        chunk_CV.sub_(others_N[rows, None]).exp_()
+        sums_N[rows] = chunk_CV.sum(dim=1)
+        target_N[rows] = target_C1[:, 0].masked_fill(elsewhere_N[rows], float("-inf"))
+        if chunk_CV.dtype != logits_NV.dtype:
+            logits_NV[rows] = chunk_CV
+    return target_N, others_N, sums_N
+
+
+def _from_every_shard(x: Tensor) -> Tensor:
+    """`x` itself; its gradient is the sum of those that the tensor-parallel ranks have."""
+    return copy_to_tensor_model_parallel_region(x, group=parallel_state.get_tensor_model_parallel_group())
+
+
+def _over_shards(values: Tensor, reduce: dist.ReduceOp.RedOpType) -> Tensor:
+    """`values` reduced over the tensor-parallel ranks, in place."""
+    if tp_size() > 1:
+        dist.all_reduce(values, op=reduce, group=parallel_state.get_tensor_model_parallel_group())
+    return values

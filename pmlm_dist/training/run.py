@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmlm_dist.config import ConfigError, MaskingConfig, RunConfig, as_dict, problems, refuse
+import torch
+
+from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, as_dict, problems, refuse
 from pmlm_dist.corpus.shards import Manifest, misplaced
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.data.loader import BatchSource
@@ -24,6 +26,8 @@ from pmlm_dist.vocab import Vocabulary
 
 # Settings that may differ when a run goes on: they change how it is computed, read or logged, not what is learned.
 _FREE_MODEL_SETTINGS = ("attention", "activation_checkpointing")
+
+_SMALLEST_FLEX_HEAD = 16  # the smallest product that the kernel's language (Triton) has
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     `saved`: the `state.json` of the checkpoint to go on from, if any; its lanes hold unless the settings name others.
     Raises `ConfigError` with all problems on every rank, also on those that saw none: nobody waits for one that left.
     """
-    found: list[str] = []
+    found = _device_problems(config.model, topology.device)
     saved_lanes = saved["identity"]["data.lanes"] if saved else None
     engine = _collect(
         found, lambda: load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
@@ -204,6 +208,22 @@ def _collect(found: list[str], read: Any) -> Any:
     except ConfigError as error:
         found += error.problems
         return None
+
+
+def _device_problems(model: ModelConfig, device: torch.device) -> list[str]:
+    if model.attention != "flex":
+        return []
+    if device.type == "cpu":
+        return [
+            "model.attention flex cannot train on a CPU, where FlexAttention has no backward pass: "
+            "use --model.attention split"
+        ]
+    if model.head_dim < _SMALLEST_FLEX_HEAD:
+        return [
+            f"model.hidden_size / model.num_heads ({model.head_dim}) must be at least {_SMALLEST_FLEX_HEAD} with "
+            "model.attention flex on a GPU: use fewer heads, or --model.attention split"
+        ]
+    return []
 
 
 def _corpus_problems(config: RunConfig, manifest: Manifest, vocabulary: Vocabulary) -> list[str]:

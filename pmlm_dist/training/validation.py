@@ -11,7 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from pmlm_dist.config import ObjectiveConfig
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.objectives import NUM_COUNTS, READS, LossMeans, LossSums, loss_sums, target_weights
-from pmlm_dist.parallel.cross_entropy import most_likely, token_nll
+from pmlm_dist.parallel.cross_entropy import most_likely
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.vocab import Vocabulary
 
@@ -39,29 +39,21 @@ def validate(
     counts = torch.zeros(NUM_COUNTS, dtype=torch.float64, device=topology.device)
     texts: list[str] = []
     for batch in batches:
-        sums = losses_of(engine, batch.to(topology.device), objective)
-        counts += sums.counts
+        on_device = batch.to(topology.device)
+        counts += losses_of(engine, on_device, objective).counts
         if not texts and fill_ins:
-            texts = [
-                fill_in(batch, sums.likely_KMB.cpu(), vocabulary, sample=i)
-                for i in range(min(fill_ins, len(batch.tokens_BT)))
-            ]
+            likely_KMB = most_likely(engine(**on_device.inputs, reads=READS[objective.kind])).cpu()
+            shown = range(min(fill_ins, len(batch.tokens_BT)))
+            texts = [fill_in(batch, likely_KMB, vocabulary, sample=i) for i in shown]
     engine.train()
     return Validation(LossMeans.from_counts(topology.sum_over_dp(counts), objective), texts)
 
 
 def losses_of(engine: torch.nn.Module, batch: Batch, objective: ObjectiveConfig) -> LossSums:
     """The objectives' sums for `batch`, which lies on the engine's device."""
-    logits_KMBV = engine(**batch.inputs, reads=READS[objective.kind])
-    return loss_sums(
-        logits_KMBV,
-        batch.targets_BM,
-        target_weights(objective, batch.weights_BM, batch.kept_BM),
-        batch.masked_BM,
-        objective=objective,
-        token_nll=token_nll,
-        most_likely=most_likely,
-    )
+    nll_KMB, right_KMB = engine(**batch.inputs, targets_BM=batch.targets_BM, reads=READS[objective.kind])
+    weights_KBM = target_weights(objective, batch.weights_BM, batch.kept_BM)
+    return loss_sums(nll_KMB, right_KMB, weights_KBM, batch.masked_BM, objective=objective)
 
 
 def fill_in(batch: Batch, likely_KMB: torch.Tensor, vocabulary: Vocabulary, *, sample: int) -> str:

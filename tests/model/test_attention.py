@@ -23,7 +23,7 @@ def outputs_and_gradients(attention: str, *, relative_bias: bool, masking: Maski
 
 @pytest.mark.parametrize("relative_bias", [True, False])
 @pytest.mark.parametrize("stop", ["exact", "paper"])
-@pytest.mark.parametrize("attention", sorted(set(ATTENTION) - {"dense"}))
+@pytest.mark.parametrize("attention", sorted(set(ATTENTION) - {"dense", "flex"}))  # flex: test_flex_attention.py
 def test_equals_dense_in_outputs_and_gradients(attention, stop, relative_bias):
     masking = MaskingConfig(rate=0.3, stop=stop)
     logits, gradients = outputs_and_gradients(attention, relative_bias=relative_bias, masking=masking)

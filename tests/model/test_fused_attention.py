@@ -5,49 +5,73 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pmlm_dist.model import fused_attention
 from pmlm_dist.model.attention import QueryGroup, attend_at_once, attend_plainly
 
-Z, D, S, M = 6, 8, 10, 3
+B, H, D, S, M = 3, 2, 8, 10, 3
 T = S + 2 * M
 
 
-def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def leaves(dtype: torch.dtype, *, shared: bool) -> list[torch.Tensor]:
+    """Queries, keys and values, bias of the context (one for all samples if `shared`) and of the appended slots."""
     random = torch.Generator().manual_seed(0)
-    q, kv = (torch.randn(*shape, generator=random, dtype=torch.float64) for shape in ((T, Z, D), (T, Z, 2, D)))
-    biases = [torch.randn(Z, *shape, generator=random, dtype=torch.float64) for shape in ((S, S), (2 * M, T))]
-    for bias in biases:
+    shapes = [(T, B, H, D), (T, B, H, 2, D), (H, 1 if shared else B, S, S), (H, B, 2 * M, T)]
+    tensors = [torch.randn(*shape, generator=random, dtype=torch.float64) for shape in shapes]
+    for bias in tensors[2:]:
         bias[torch.rand(bias.shape, generator=random) < 0.3] = float("-inf")
-        bias[:, :, 0] = 0.0
-    return q.to(dtype), kv.to(dtype), [bias.to(dtype) for bias in biases]
+        bias[..., 0] = 0.0
+    return [tensor.to(dtype).requires_grad_() for tensor in tensors]
 
 
-def outcome(attend, dtype: torch.dtype, dropout: float) -> list[torch.Tensor]:
-    q, kv, biases = inputs(dtype)
-    leaves = [tensor.requires_grad_() for tensor in (q, kv, *biases)]
+def outcome(attend, dtype: torch.dtype, *, dropout: float = 0.0, shared: bool = True) -> list[torch.Tensor]:
+    q, kv, *biases = tensors = leaves(dtype, shared=shared)
     context, appended, everything = slice(0, S), slice(S, T), slice(0, T)
-    groups = (QueryGroup(context, context, biases[0]), QueryGroup(appended, everything, biases[1]))
+    padding = torch.zeros(B, S, dtype=dtype)
+    padding[1, 7:] = float("-inf")
+    groups = (QueryGroup(context, context, biases[0], padding), QueryGroup(appended, everything, biases[1]))
     torch.manual_seed(5)
     mixed = attend(q, kv, groups, dropout=dropout)
     weights = torch.linspace(-1, 1, mixed.numel(), dtype=dtype).view_as(mixed)
-    return [mixed, *torch.autograd.grad((mixed * weights).sum(), leaves)]
+    return [mixed, *torch.autograd.grad((mixed * weights).sum(), tensors)]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_equals_plain_attention_in_double_precision(dropout):
-    for found, expected in zip(
-        outcome(attend_at_once, torch.float64, dropout), outcome(attend_plainly, torch.float64, dropout), strict=True
-    ):
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+@pytest.mark.parametrize("pairs", [1, 2 * S * S, 2**20], ids=["one sample", "two samples", "several heads"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_equals_plain_attention_in_double_precision(monkeypatch, shared, pairs):
+    monkeypatch.setattr(fused_attention, "_SCORES_PER_THREAD", pairs // torch.get_num_threads())
+    found, expected = (outcome(attend, torch.float64, shared=shared) for attend in (attend_at_once, attend_plainly))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
 
 
-def test_dropout_draws_something():
-    kept, dropped = (outcome(attend_at_once, torch.float64, rate)[0] for rate in (0.0, 0.4))
-    assert (kept - dropped).abs().max() > 0.1
+@pytest.mark.parametrize("shared", [True, False])
+def test_with_dropout_gradients_are_those_of_what_was_computed(shared):
+    """Against finite differences: the same seed drops the same pairs."""
+
+    def of(q, kv, *biases):
+        torch.manual_seed(7)
+        keys = slice(0, T)
+        groups = [QueryGroup(slice(0, S), slice(0, S), biases[0]), QueryGroup(slice(S, T), keys, biases[1])]
+        return attend_at_once(q, kv, tuple(groups), dropout=0.4)
+
+    q, kv, *biases = leaves(torch.float64, shared=shared)
+    finite = [bias.detach().clamp(min=-3.0).requires_grad_() for bias in biases]
+    assert torch.autograd.gradcheck(of, (q, kv, *finite), fast_mode=True)
+
+
+def test_dropout_keeps_the_mean_and_draws_something():
+    q, kv, *_ = leaves(torch.float64, shared=True)
+    group = (QueryGroup(slice(0, T), slice(0, T), None),)
+    torch.manual_seed(0)
+    draws = torch.stack([attend_at_once(q, kv, group, dropout=0.4) for _ in range(400)])
+    expected = attend_plainly(q, kv, group, dropout=0.0)
+    assert draws.std(dim=0).min() > 0.01
+    error = (draws.mean(dim=0) - expected) / (draws.std(dim=0) / 20)
+    assert error.abs().max() < 6  # standard errors, of 1,536 values
 
 
 def test_bf16_stays_within_its_rounding():
     """bf16 keeps 8 bits; sums of 16 terms of size about 1 are good to some hundredths."""
-    for found, expected in zip(
-        outcome(attend_at_once, torch.bfloat16, 0.0), outcome(attend_plainly, torch.float64, 0.0), strict=True
-    ):
-        torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.05)
+    found, expected = outcome(attend_at_once, torch.bfloat16), outcome(attend_plainly, torch.float64)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=0.05, atol=0.05)

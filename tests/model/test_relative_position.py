@@ -48,3 +48,20 @@ def test_bias_is_the_table_entry_of_every_pair():
             for k in range(7):
                 bucket = by_hand(int(keys[b, k] - queries[b, q]))
                 assert torch.equal(found[:, b, q, k], bias.weight[:, bucket])
+
+
+def test_neighbours_have_the_bias_of_their_distances():
+    groups.start()
+    bias = RelativeBias(3, buckets=8, max_distance=6, std=1.0)
+    positions = torch.arange(20)[None]
+    assert torch.equal(bias.among_neighbours(20), bias(positions, positions)[:, 0])
+
+
+def test_a_bf16_table_gets_the_gradient_of_millions_of_pairs():
+    """Added up in bf16, the sum would stop growing at 256."""
+    groups.start()
+    bias = RelativeBias(1, buckets=8, max_distance=6, std=1.0).to(torch.bfloat16)
+    positions = torch.arange(300)[None]
+    for found in (bias.among_neighbours(300), bias(positions, positions)):
+        (gradient,) = torch.autograd.grad(found.to(torch.bfloat16).sum(), bias.weight)
+        assert abs(float(gradient.float().sum()) - 300 * 300) < 0.01 * 300 * 300

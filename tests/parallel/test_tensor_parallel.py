@@ -12,41 +12,57 @@ from worlds import run_world
 
 pytestmark = pytest.mark.distributed
 
-N, V = 6, 16
+N, E, V = 6, 5, 16
 
 
-def logits_and_targets() -> tuple[torch.Tensor, torch.Tensor]:
+def head_and_targets(padding: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, matrix, bias, targets; the last `padding` rows pad the vocabulary."""
     random = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(N, V, generator=random)
-    logits[:, V - 3 :] = float("-inf")  # rows that pad the vocabulary
-    return logits, torch.randint(V - 3, (N,), generator=random)
+    x, weight, bias = (torch.randn(*shape, generator=random) for shape in ((N, E), (V, E), (V,)))
+    bias[V - padding :] = float("-inf")
+    targets = (2 * x @ weight.t() + bias).argmax(-1)
+    targets[::2] = torch.randint(V - padding, (N // 2,), generator=random)
+    return 2 * x, weight, bias, targets
 
 
-def sharded_cross_entropy(tp: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def read_words(tp: int, padding: int) -> dict[str, torch.Tensor]:
     from pmlm_dist.parallel import groups
-    from pmlm_dist.parallel.cross_entropy import most_likely, token_nll
+    from pmlm_dist.parallel.cross_entropy import most_likely, tied_cross_entropy, tied_logits
 
     topology = groups.start(tp=tp)
-    logits, targets = logits_and_targets()
-    own = logits.chunk(tp, dim=-1)[topology.tp_rank].clone().requires_grad_()
-    likely = most_likely(own)
-    nll = token_nll(own, targets)
+    x, weight, bias, targets = head_and_targets(padding)
+    x.requires_grad_()
+    own_weight, own_bias = (whole.chunk(tp)[topology.tp_rank].clone().requires_grad_() for whole in (weight, bias))
+    likely = most_likely(tied_logits(x, own_weight, own_bias))
+    nll, right = tied_cross_entropy(x, own_weight, own_bias, targets)
     (nll * torch.arange(1.0, N + 1)).sum().backward()
-    assert own.grad is not None
-    return nll.detach(), likely, own.grad
+    gradients = {"x": x.grad, "weight": own_weight.grad, "bias": own_bias.grad}
+    return {
+        "nll": nll.detach(),
+        "right": right,
+        "likely": likely,
+        **{k: g for k, g in gradients.items() if g is not None},
+    }
 
 
+@pytest.mark.parametrize("padding", [3, 12])  # with 12 some ranks hold padding alone
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_cross_entropy_and_argmax_of_shards_equal_those_of_the_whole(tp):
-    answers = run_world(sharded_cross_entropy, tp, tp)
-    logits, targets = logits_and_targets()
-    whole = logits.clone().requires_grad_()
-    nll = F.cross_entropy(whole, targets, reduction="none")
+def test_cross_entropy_and_argmax_of_shards_equal_those_of_the_whole(tp, padding):
+    answers = run_world(read_words, tp, tp, padding)
+    x, weight, bias, targets = head_and_targets(padding)
+    for tensor in (x, weight, bias):
+        tensor.requires_grad_()
+    logits = F.linear(x, weight, bias)
+    nll = F.cross_entropy(logits, targets, reduction="none")
     (nll * torch.arange(1.0, N + 1)).sum().backward()
-    for found_nll, likely, _ in answers:
-        torch.testing.assert_close(found_nll, nll.detach(), rtol=1e-5, atol=1e-6)
-        assert torch.equal(likely, logits.argmax(-1))
-    torch.testing.assert_close(torch.cat([gradient for *_, gradient in answers], dim=-1), whole.grad)
+    for answer in answers:
+        torch.testing.assert_close(answer["nll"], nll.detach(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(answer["likely"], logits.argmax(-1))
+        assert torch.equal(answer["right"], logits.argmax(-1) == targets)
+        torch.testing.assert_close(answer["x"], x.grad)
+    for name, whole in (("weight", weight), ("bias", bias)):
+        torch.testing.assert_close(torch.cat([answer[name] for answer in answers]), whole.grad)
+    assert 0 < int(answers[0]["right"].sum()) < N
 
 
 def draws(tp: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

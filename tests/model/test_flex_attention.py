@@ -1,0 +1,231 @@
+"""Attention by blocks computes what `dense` does and skips blocks nobody sees; it is refused where it cannot train.
+
+FlexAttention has no backward pass on a CPU: torch refuses a gradient there, although its reference of the backward pass
+would run. The tests of gradients lift that refusal, so that masks, bias, activation checkpointing and the way of the
+gradient to the table are tested without a GPU; the kernels themselves are tested in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+import torch.nn.attention.flex_attention
+from batches import MODEL, PADDED, logits_of, model_of, random_batch
+from runs import run_config, with_model
+from torch import Tensor
+from worlds import run_world
+
+from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, problems
+from pmlm_dist.data.batch import Batch
+from pmlm_dist.masking.visibility import visibility_matrix
+from pmlm_dist.model import flex_attention
+from pmlm_dist.model.attention import ATTENTION, AttentionPlan, Slots
+from pmlm_dist.model.flex_attention import BlockGroup
+from pmlm_dist.parallel import groups
+from pmlm_dist.training.run import resolve
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+
+BLOCK = 128
+READS = [("ae", "par"), ("ae",), ("par",)]
+
+
+def hidden_states(attention: str, batch: Batch, reads: tuple[str, ...] | None, **changes: Any) -> Tensor:
+    """Of the read slots in fp32; `reads` None: of all slots."""
+    model = model_of(dtype=torch.float32, attention=attention, **changes)
+    inputs = dict(batch.inputs)
+    if reads is None:
+        del inputs["predicted_BM"]
+    with torch.no_grad():
+        return model.encode(**inputs, reads=reads or ("ae", "par"))
+
+
+@pytest.mark.parametrize("relative_bias", [True, False])
+@pytest.mark.parametrize("reads", [*READS, None], ids=str)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_hidden_states_equal_those_of_dense(seed, reads, relative_bias):
+    batch = random_batch(batch=4, seed=seed, masking=MaskingConfig(rate=0.3, stop=("exact", "paper")[seed]))
+    assert not batch.valid_BT.all()  # padding and unused predictions are there
+    found, expected = (hidden_states(name, batch, reads, relative_bias=relative_bias) for name in ("flex", "dense"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_logits_equal_those_of_dense_over_several_blocks():
+    batch = random_batch(length=200)
+    with torch.no_grad():
+        found, expected = (
+            logits_of(model_of(dtype=torch.float32, attention=name, max_positions=200), batch)[..., : MODEL.vocab_size]
+            for name in ("flex", "dense")
+        )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_positions_may_lie_farther_apart_than_there_are_slots():
+    batch = random_batch()
+    far = dataclasses.replace(batch, positions_BT=batch.positions_BT * 40)  # 24 slots, distances up to 920
+    changes = {"max_positions": 1000, "relative_max_distance": 300}
+    found, expected = (hidden_states(name, far, ("ae", "par"), **changes) for name in ("flex", "dense"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found - hidden_states("flex", batch, ("ae", "par"), **changes)).abs().max() > 1e-2
+
+
+def plan_of(batch: Batch, reads: tuple[str, ...] = ("ae", "par")) -> AttentionPlan:
+    slots = Slots(
+        batch.order_BT,
+        batch.valid_BT,
+        batch.positions_BT,
+        num_context=batch.num_context,
+        predicted_BM=batch.predicted_BM,
+        reads=reads,
+    )
+    return ATTENTION["flex"].plan(slots, None, torch.float32)
+
+
+def computed_blocks(plan_groups: Any) -> Tensor:
+    """Whether each block [B, Q / 128, T / 128] is computed."""
+    (group,) = plan_groups
+    assert isinstance(group, BlockGroup)
+    return group.block_mask.to_dense()[:, 0].bool()
+
+
+def blocks_with_a_visible_pair(visible_BQT: Tensor) -> Tensor:
+    batch, queries, slots = visible_BQT.shape
+    padded = visible_BQT.new_zeros(batch, -(-queries // BLOCK) * BLOCK, -(-slots // BLOCK) * BLOCK)
+    padded[:, :queries, :slots] = visible_BQT
+    return padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).any(dim=4).any(dim=2)
+
+
+@pytest.mark.parametrize("reads", READS, ids=str)
+def test_only_blocks_with_a_visible_pair_are_computed(reads):
+    batch = random_batch(length=512, batch=4, masking=MaskingConfig(rate=0.4))
+    plan = plan_of(batch, reads)
+    visible_BTT = visibility_matrix(batch.order_BT, batch.valid_BT)
+    assert torch.equal(computed_blocks(plan.inner), blocks_with_a_visible_pair(visible_BTT))
+    pseudo = slice(batch.num_context + batch.num_predictions, None)
+    rows = {"ae": visible_BTT[torch.arange(4)[:, None], batch.predicted_BM], "par": visible_BTT[:, pseudo]}
+    read_BRT = torch.cat([rows[name] for name in reads], dim=1)
+    assert torch.equal(computed_blocks(plan.last), blocks_with_a_visible_pair(read_BRT))
+
+
+def test_the_context_never_meets_the_appended_slots():
+    """Two blocks of context and two of appended slots: the first see all of each other and nothing of the others."""
+    batch = random_batch(length=256, batch=1, masking=MaskingConfig(rate=0.3))
+    assert batch.tokens_BT.shape[1] == 256 + 2 * 77
+    plan = plan_of(batch)
+    assert computed_blocks(plan.inner)[0, :2].tolist() == [[True, True, False, False]] * 2
+    (group,) = plan.inner
+    assert isinstance(group, BlockGroup)
+    whole = group.block_mask.full_kv_num_blocks
+    assert whole is not None
+    assert whole[0, 0, :2].tolist() == [2, 2]
+    assert group.block_mask.kv_num_blocks[0, 0, :2].tolist() == [0, 0]  # no pair of these is looked at
+
+
+@pytest.fixture
+def backward_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lift torch's refusal of gradients on a CPU."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+
+
+def outputs_and_gradients(batch: Batch, **changes: Any) -> dict[str, Tensor]:
+    model = model_of(**changes)
+    logits = logits_of(model, batch)[..., : MODEL.vocab_size]
+    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    (logits * weights).sum().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert len(found) == len(list(model.parameters()))
+    return {"logits": logits.detach(), **found}
+
+
+@pytest.mark.usefixtures("backward_on_cpu")
+@pytest.mark.parametrize("relative_bias", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_those_of_dense(checkpointing, relative_bias):
+    batch = random_batch()
+    found = outputs_and_gradients(
+        batch, attention="flex", relative_bias=relative_bias, activation_checkpointing=checkpointing
+    )
+    expected = outputs_and_gradients(batch, attention="dense", relative_bias=relative_bias)
+    assert ("relative_bias.weight" in found) is relative_bias
+    assert all(gradient.abs().max() > 1e-3 for name, gradient in expected.items() if "key_value.bias" not in name)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.usefixtures("backward_on_cpu")
+def test_the_bias_keeps_fp32_among_bf16_weights():
+    """The gradients of all pairs and layers are added up in it; only their sum is rounded to the table's bf16."""
+    model = model_of(dtype=torch.bfloat16, attention="flex", initializer_range=0.02)
+    table = model.relative_bias
+    assert table is not None
+    assert table.by_distance(5).dtype == torch.float32
+    logits_of(model, random_batch())[..., : MODEL.vocab_size].float().square().mean().backward()
+    assert table.weight.grad is not None
+    assert table.weight.grad.dtype == torch.bfloat16
+    assert table.weight.grad.abs().max() > 0
+
+
+def logits_of_a_rank(tp: int) -> Tensor:
+    from pmlm_dist.model.transformer import build_model
+    from pmlm_dist.parallel import seeding
+
+    groups.start(tp=tp)
+    seeding.seed_initialisation(0)
+    model = build_model(dataclasses.replace(MODEL, attention="flex"), padded_vocab_size=PADDED)
+    with torch.no_grad():
+        return logits_of(model, random_batch())
+
+
+@pytest.mark.distributed
+def test_tensor_parallel_ranks_compute_the_heads_of_one():
+    (whole,) = run_world(logits_of_a_rank, 1, 1)
+    torch.testing.assert_close(torch.cat(run_world(logits_of_a_rank, 2, 2), dim=-1), whole, rtol=0, atol=1e-5)
+
+
+def test_new_batches_of_the_same_shape_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, where every step brings another mask; the kernels' compiler is left out here."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    compiler = CompileCounterWithBackend("eager")
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: compile_function(f, backend=compiler, **settings))
+    compiled = flex_attention._compiled.__wrapped__()
+    monkeypatch.setattr(torch, "compile", compile_function)
+    monkeypatch.setattr(flex_attention, "_operations", lambda _: compiled)
+    torch.compiler.reset()
+    counts = []
+    for seed in range(3):
+        batch = random_batch(seed=seed)
+        found, expected = (hidden_states(name, batch, ("ae", "par")) for name in ("flex", "dense"))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        counts.append(compiler.frame_count)
+    assert 0 < counts[0] == counts[1] == counts[2]
+
+
+def flex_config(**changes: Any) -> RunConfig:
+    return RunConfig(model=ModelConfig(attention="flex", **changes))
+
+
+def test_dropout_of_attention_probabilities_is_refused():
+    (problem,) = problems(flex_config())
+    assert "model.attention_dropout (0.1) must be 0 with model.attention flex" in problem
+    assert "--model.attention split" in problem
+    assert problems(flex_config(attention_dropout=0.0)) == []
+
+
+def test_training_is_refused_where_there_is_no_backward_pass(small_corpus, tmp_path):
+    config = with_model(run_config(small_corpus, tmp_path), attention="flex")
+    topology = groups.start()
+    with pytest.raises(ConfigError, match=r"flex cannot train on a CPU.*: use --model.attention split"):
+        resolve(config, topology)
+    on_gpu = dataclasses.replace(topology, device=torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"num_heads \(8\) must be at least 16 with model.attention flex on a GPU"):
+        resolve(config, on_gpu)
+    resolve(with_model(config, num_heads=2), on_gpu)
+
+
+def test_the_setting_names_every_reading():
+    assert set(get_args(get_type_hints(ModelConfig)["attention"])) == set(ATTENTION)
