@@ -49,7 +49,10 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the training must know of DeepSpeed's JSON; `raw` is what DeepSpeed gets."""
+    """What the training must know of DeepSpeed's JSON; `raw` is what DeepSpeed gets.
+
+    It states `gradient_clipping` even where the file does not: DeepSpeed would clip at 1, the paper does not clip.
+    """
 
     raw: dict[str, Any]
     global_batch: int
@@ -69,7 +72,7 @@ def load_engine_config(path: Path, *, has_accelerator: bool) -> EngineConfig:
     refuse([f"{path}: {problem}" for problem in _problems(raw, has_accelerator=has_accelerator)])
     zero = _section(raw, "zero_optimization")
     return EngineConfig(
-        raw=raw,
+        raw={"gradient_clipping": 0.0, **raw},
         global_batch=raw["train_batch_size"],
         micro_batch=raw["train_micro_batch_size_per_gpu"],
         precision=_precision(raw),
@@ -129,6 +132,7 @@ def _problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
     return [
         *_key_problems(raw),
         *_batch_size_problems(raw),
+        *_clipping_problems(raw),
         *_section_problems(raw),
         *_precision_problems(raw, has_accelerator=has_accelerator),
     ]
@@ -151,6 +155,13 @@ def _batch_size_problems(raw: dict[str, Any]) -> list[str]:
         if type(raw.get(key)) is not int or raw[key] < 1:  # `true` is an int to isinstance
             found.append(f"`{key}` ({raw.get(key)}) must be a positive integer: {_ALLOWED[key]}")
     return found
+
+
+def _clipping_problems(raw: dict[str, Any]) -> list[str]:
+    largest = raw.get("gradient_clipping", 0.0)
+    if type(largest) in (int, float) and largest >= 0:  # `true` is an int to isinstance
+        return []
+    return [f"`gradient_clipping` ({largest!r}) must be a number, 0 (no clipping) or more"]
 
 
 def _section_problems(raw: dict[str, Any]) -> list[str]:

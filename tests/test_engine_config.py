@@ -39,7 +39,7 @@ def test_all_shipped_files_are_found():
 def test_every_shipped_file_loads_as_it_is_written(path: Path):
     raw = json.loads(path.read_text())
     engine = load_engine_config(path, has_accelerator=True)
-    assert engine.raw == raw
+    assert engine.raw == {"gradient_clipping": 0.0, **raw}
     assert (engine.global_batch, engine.micro_batch) == (raw["train_batch_size"], raw["train_micro_batch_size_per_gpu"])
     assert engine.precision == next((name for name in ("bf16", "fp16") if name in raw), "fp32")
     assert engine.zero_stage == raw["zero_optimization"]["stage"]
@@ -225,3 +225,9 @@ def test_stated_accumulation_must_agree_with_the_batch_sizes():
     (problem,) = batch_problems(engine(batch=24, micro=2, gradient_accumulation_steps=6), dp=3)
     assert "gradient_accumulation_steps (6) contradicts" in problem
     assert "= 4: remove it" in problem
+
+
+@pytest.mark.parametrize("value", [-1, "1", True, None])
+def test_gradient_clipping_must_be_a_number(tmp_path, value):
+    (problem,) = refusals(tmp_path, {**SOUND, "gradient_clipping": value})
+    assert "`gradient_clipping`" in problem

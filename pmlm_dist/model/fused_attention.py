@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Scores that are worked on at a time, for each thread: 1 MiB in fp32. An accelerator takes all at once.
-_SCORES_PER_THREAD = 2**18
+# Scores that are worked on at a time, for each thread: 4 MiB in fp32. An accelerator takes all at once.
+_SCORES_PER_THREAD = 2**20
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,13 @@ def _attend_backward(
         if drawn_HBQK is not None:
             weights_ZQK = _dropped(probabilities_ZQK, drawn_HBQK[part], dropout)
             scores_gradient_ZQK = _dropped(scores_gradient_ZQK, drawn_HBQK[part], dropout)
-        _flat(gradients.v_HBKD, part).baddbmm_(weights_ZQK.transpose(1, 2), gradient_ZQD)
+        _add_product(_flat(gradients.v_HBKD, part), weights_ZQK.transpose(1, 2), gradient_ZQD)
         torch.ops.aten._softmax_backward_data.out(
             scores_gradient_ZQK, probabilities_ZQK, -1, dtype, grad_input=scores_gradient_ZQK
         )
         q_gradient_HBQD = gradients.q_HBQD[part]
         q_gradient_HBQD.copy_(torch.bmm(scores_gradient_ZQK, _flat(of.k_HBKD, part)).view_as(q_gradient_HBQD))
-        _flat(gradients.k_HBKD, part).baddbmm_(scores_gradient_ZQK.transpose(1, 2), _flat(of.q_HBQD, part))
+        _add_product(_flat(gradients.k_HBKD, part), scores_gradient_ZQK.transpose(1, 2), _flat(of.q_HBQD, part))
         if bias_gradient is not None:
             own = bias_gradient[_narrowed(part, bias_gradient.shape)]
             own += scores_gradient_ZQK.view_as(probabilities_HBQK[part]).sum_to_size(own.shape).to(precise)
@@ -180,6 +180,10 @@ def _flat(tensor_HBXD: Tensor, part: Part) -> Tensor:
     """View [Z, X, D] of a part: one head, or all samples of the heads, so their strides merge."""
     part_HBXD = tensor_HBXD[part]
     return part_HBXD.view(-1, *part_HBXD.shape[2:])
+
+
+def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    torch.baddbmm(to, left, right, out=to)
 
 
 def _narrowed(part: Part, shape: torch.Size) -> Part:

@@ -65,7 +65,7 @@ def pretrain(config: RunConfig) -> None:
             log.say(f"this run is complete: {newest} holds step {saved['step']} of {config.train.steps}; nothing to do")
             _record_completion(run, saved["step"])  # the process may have ended between that checkpoint and the record
             return
-        if saved and saved["step"] >= _last_step(config):
+        if saved and saved["step"] >= run.last_step:
             log.say(f"{newest} holds step {saved['step']}: nothing to do before --train.stop-at {config.train.stop_at}")
             return
         engine = build_engine(run)
@@ -126,15 +126,12 @@ def train_step(
             counts += sums.counts
         with watch.phase("backward"):
             engine.backward((sums.nll_K * scale_K).sum())
-        if run.engine.zero_stage == 0 and number == accumulation - 1:  # only then DeepSpeed knows no norm
+        is_last_micro_step = number == accumulation - 1
+        if is_last_micro_step and run.engine.zero_stage == 0 and run.is_logged(state.step + 1):  # DeepSpeed knows none
             norm = gradient_norm(_module_of(engine), topology)
         with watch.phase("step"):
             engine.step()
     return StepResult(counts, norm if norm is not None else engine.get_global_grad_norm())
-
-
-def _last_step(config: RunConfig) -> int:
-    return min(config.train.steps, config.train.stop_at or config.train.steps)
 
 
 def _loss_scale(run: Run, micro_batches: list[Batch]) -> torch.Tensor:
@@ -149,7 +146,6 @@ def _loss_scale(run: Run, micro_batches: list[Batch]) -> torch.Tensor:
 def _train(run: Run, engine: DeepSpeedEngine, folder: CheckpointFolder, state: RunState, log: RunLog) -> None:
     train = run.config.train
     _withdraw_completion(run)
-    last = _last_step(run.config)
     meter = Meter(run, log)
     batches = training_batches(
         run.source,
@@ -160,12 +156,12 @@ def _train(run: Run, engine: DeepSpeedEngine, folder: CheckpointFolder, state: R
         pin_memory=run.topology.device.type == "cuda",
     )
     try:
-        while state.step < last:
+        while state.step < run.last_step:
             meter.start_step(state.step + 1)
             result = train_step(run, engine, batches, state, meter.watch)
             state = advance(state, run)
-            is_last = state.step == last
-            meter.end_step(state.step, result, loss_scale=_fp16_scale(run, engine), is_last=is_last)
+            is_last = state.step == run.last_step
+            meter.end_step(state.step, result, loss_scale=_fp16_scale(run, engine))
             if is_last or state.step % train.validate_every == 0:
                 _validate(run, engine, state, log)
             if is_last or state.step % train.checkpoint_every == 0:

@@ -70,17 +70,17 @@ class Meter:
 
     def start_step(self, step: int) -> None:
         """Begin to time `step`; phases are timed exactly in the step that is logged, the others run unhindered."""
-        if self._is_logged(step):
+        if self._run.is_logged(step):
             self.watch.reset()
             self.watch.exact = True
         self._step_start = time.perf_counter()
 
-    def end_step(self, step: int, result: StepResult, *, loss_scale: float | None, is_last: bool) -> None:
+    def end_step(self, step: int, result: StepResult, *, loss_scale: float | None) -> None:
         """Count `step`; write a line when it is due. Raises `FloatingPointError` when the losses are not finite."""
         self._seconds += time.perf_counter() - self._step_start
         self._counts += result.counts
         self._steps += 1
-        if not (is_last or self._is_logged(step)):
+        if not self._run.is_logged(step):
             return
         progress = self._progress(step, result, loss_scale=loss_scale)
         self._log.progress(progress, self._run.topology.device)
@@ -90,9 +90,6 @@ class Meter:
                 f"the losses of the steps up to {step} are not finite: lower --optim.peak-lr or set gradient_clipping; "
                 f"the last checkpoint is in {self._run.checkpoints}"
             )
-
-    def _is_logged(self, step: int) -> bool:
-        return step % self._run.config.train.log_every == 0
 
     def _progress(self, step: int, result: StepResult, *, loss_scale: float | None) -> Progress:
         run, train = self._run, self._run.config.train

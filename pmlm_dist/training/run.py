@@ -78,6 +78,15 @@ class Run:
         return self.manifest.sequence_length + appended
 
     @property
+    def last_step(self) -> int:
+        """The step after which this start of the run ends."""
+        return min(self.config.train.steps, self.config.train.stop_at or self.config.train.steps)
+
+    def is_logged(self, step: int) -> bool:
+        """Whether `step` gets a log line."""
+        return step == self.last_step or step % self.config.train.log_every == 0
+
+    @property
     def masking(self) -> MaskingConfig:
         """How samples are masked: as set, with spans of one token each where the objective is autoregressive."""
         masking = self.config.masking

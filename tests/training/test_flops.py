@@ -68,17 +68,18 @@ def counted(cases: list[Case]) -> list[tuple[float, float]]:
         zeros = torch.zeros(case.batch, slots, dtype=torch.int64)
         predicted = torch.arange(case.predictions).expand(case.batch, -1)
         with FlopCounterMode(display=False) as forward:
-            logits = model(
+            nll_KMB, _ = model(
                 tokens_BT=zeros,
                 positions_BT=zeros,
                 segments_BT=zeros,
                 order_BT=zeros,
                 valid_BT=torch.ones_like(zeros).bool(),
                 predicted_BM=predicted,
+                targets_BM=torch.zeros_like(predicted),
                 reads=case.reads,
             )
         with FlopCounterMode(display=False) as backward:
-            logits.masked_fill(logits.isinf(), 0.0).sum().backward()
+            nll_KMB.sum().backward()
         first = forward.get_total_flops()
         counts.append((first / case.batch, (first + backward.get_total_flops()) / case.batch))
     return counts
