@@ -1,0 +1,72 @@
+"""Dropout under tensor parallelism: peers drop the same hidden units, for these are equal copies, and different heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from batches import MODEL, PADDED, logits_of, random_batch
+from torch import Tensor, nn
+from worlds import run_world
+
+pytestmark = pytest.mark.distributed
+
+
+def dropped(tp: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What a rank's model kept of its hidden units and of its heads' attention probabilities, in order of computation."""
+    from dataclasses import replace
+
+    from pmlm_dist.model import fused_attention
+    from pmlm_dist.model.transformer import build_model
+    from pmlm_dist.parallel import groups, seeding
+
+    topology = groups.start(tp=tp)
+    seeding.seed_initialisation(0)
+    model = build_model(replace(MODEL, hidden_dropout=0.3, attention_dropout=0.3), padded_vocab_size=PADDED).train()
+    units: list[Tensor] = []
+    heads: list[Tensor] = []
+
+    def record_units(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        units.append((output != 0) | (inputs[0] == 0))
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(record_units)
+    attend = fused_attention._attend
+
+    def record_heads(*tensors: Tensor, **settings: Any) -> list[Tensor]:
+        kept = attend(*tensors, **settings)
+        heads.append(kept[1])
+        return kept
+
+    fused_attention._attend = record_heads
+    try:
+        seeding.seed_dropout(3, micro_step=0, dp_rank=topology.dp_rank)
+        logits_of(model, random_batch())
+    finally:
+        fused_attention._attend = attend
+    return units, heads
+
+
+def shares(masks: list[Tensor]) -> list[float]:
+    return [float(mask.float().mean()) for mask in masks]
+
+
+def test_peers_drop_the_same_hidden_units_and_different_heads():
+    (units_0, heads_0), (units_1, heads_1) = run_world(dropped, 2, 2)
+    assert len(units_0) == 1 + 2 * MODEL.num_layers  # embeddings; attention and feed-forward network of every layer
+    assert len(heads_0) == 2 * MODEL.num_layers  # two query groups a layer
+    for mine, of_peer in zip(units_0, units_1, strict=True):
+        assert torch.equal(mine, of_peer)
+    for mine, of_peer in zip(heads_0, heads_1, strict=True):
+        assert mine.shape == of_peer.shape == (MODEL.num_heads // 2, *mine.shape[1:])
+        assert 0.3 < float((mine == of_peer).float().mean()) < 0.7  # 0.58 for independent draws
+    assert all(0.6 < share < 0.8 for share in shares([*units_0, *heads_0]))
+    assert not torch.equal(units_0[1], units_0[3])
+
+
+def test_data_parallel_ranks_draw_for_themselves():
+    (units_0, heads_0), (units_1, heads_1) = run_world(dropped, 2, 1)
+    for mine, other in zip([*units_0, *heads_0], [*units_1, *heads_1], strict=True):
+        assert not torch.equal(mine, other)
