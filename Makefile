@@ -2,6 +2,7 @@
 # make test    set up, run every test that needs no cluster
 # make checks  format, lint, types
 # make bench   every benchmark; reports in benchmarks/results
+# make test-gpu, make bench-gpu   what needs a GPU: its tests, and both training benchmarks at the size of the base model
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RANKS  ?= 2
@@ -13,7 +14,7 @@ DEMO   := data/demo
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train corpus test checks bench format clean
+.PHONY: train corpus test checks bench format clean gpu test-gpu bench-gpu
 
 train: $(DEMO)/manifest.json
 	$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
@@ -27,6 +28,12 @@ $(DEMO)/manifest.json: | $(VENV)/.train
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+gpu: $(VENV)/.dev
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device here: nothing was run")'
+
+test-gpu: gpu
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu $(ARGS)
 
 checks: $(VENV)/.dev
 	$(BIN)/ruff format --check
@@ -52,3 +59,8 @@ clean:
 
 bench: $(VENV)/.dev
 	for name in step loader attention; do $(BIN)/python benchmarks/run.py $$name --json benchmarks/results/$$name.json; done
+
+bench-gpu: export DS_ACCELERATOR := cuda
+bench-gpu: gpu
+	$(BIN)/python benchmarks/run.py step --preset base --dtype bf16 --batch 32 --json benchmarks/results/step-gpu.json
+	$(BIN)/python benchmarks/run.py attention --dtype bf16 --num-heads 12 --slots 16384 --json benchmarks/results/attention-gpu.json

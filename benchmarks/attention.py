@@ -1,4 +1,8 @@
-"""The readings of the visibility rule side by side: one attention, forward and backward, over context lengths."""
+"""The readings of the visibility rule side by side: one attention over context lengths.
+
+dense, split, flex              plan, forward and backward; flex on a GPU only, where it has a backward pass
+dense, split, flex, forward     plan and forward without gradients, as in validation
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,13 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from harness import Report, interleaved, ratio
+from harness import Report, device, interleaved, ratio
 
 from pmlm_dist.model.attention import ATTENTION, Slots
 from pmlm_dist.model.relative_position import RelativeBias
-from pmlm_dist.parallel import groups
 from pmlm_dist.training.allocator import keep_freed_memory
 
 
@@ -20,6 +24,8 @@ from pmlm_dist.training.allocator import keep_freed_memory
 class AttentionOptions:
     """Which attention to time."""
 
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of queries, keys, values and bias table."""
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     """Context lengths S; 15 % of them are predicted."""
     slots: int = 4096
@@ -35,48 +41,69 @@ class AttentionOptions:
         """A smoke run."""
         return dataclasses.replace(self, lengths=(64, 128), slots=256, repeats=1)
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it."""
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
 
 def run(options: AttentionOptions) -> Report:
-    """Plan, forward and backward of every reading, in turn, for every length."""
+    """All rows in turn, for every length."""
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    groups.start()
+    trained = [name for name in ATTENTION if name != "flex" or device().type == "cuda"]
     rows: dict[str, dict[str, float]] = {}
     figures: dict[str, float] = {}
     for length in options.lengths:
-        seconds = interleaved({name: _step(name, length, options) for name in ATTENTION}, repeats=options.repeats)
+        torch.compiler.reset()  # else the lengths would count towards torch's limit of compiled shapes
+        steps = {name: _step(name, length, options) for name in trained}
+        steps |= {f"{name}, forward": _step(name, length, options, forward_only=True) for name in ATTENTION}
+        seconds = interleaved(steps, repeats=options.repeats)
         for name, times in seconds.items():
             rows.setdefault(name, {})[f"S={length} ms"] = 1e3 * statistics.median(times)
         figures[f"split_vs_dense_{length}"] = ratio(seconds, "split", "dense")
+        for other in ("dense", "split"):
+            figures[f"flex_vs_{other}_forward_{length}"] = ratio(seconds, "flex, forward", f"{other}, forward")
+        if "flex" in trained:
+            figures[f"flex_vs_split_{length}"] = ratio(seconds, "flex", "split")
     return Report("attention", dataclasses.asdict(options), rows, figures)
 
 
-def _step(name: str, length: int, options: AttentionOptions) -> Callable[[], object]:
+def _step(name: str, length: int, options: AttentionOptions, *, forward_only: bool = False) -> Callable[[], object]:
     batch, predictions = max(1, options.slots // length), -(-15 * length // 100)
     slots = _slots(batch, length, predictions)
+    settings: dict[str, Any] = {"device": device(), "dtype": options.torch_dtype}
     shape = (slots.order_BT.shape[1], batch, options.num_heads)
-    q_QBHD = torch.randn(*shape, 64, requires_grad=True)
-    kv_TBH2D = torch.randn(*shape, 2, 64, requires_grad=True)
-    table = RelativeBias(options.num_heads, buckets=32, max_distance=128, std=0.02)
+    q_QBHD, kv_TBH2D = torch.randn(*shape, 64, **settings), torch.randn(*shape, 2, 64, **settings)
+    gradient_QBHD = torch.randn_like(q_QBHD)
+    table = RelativeBias(options.num_heads, buckets=32, max_distance=128, std=0.02).to(**settings)
     attention = ATTENTION[name]
 
-    def step() -> None:
+    def forward() -> torch.Tensor:
         plan = attention.plan(slots, table, q_QBHD.dtype)
-        attention.attend(q_QBHD, kv_TBH2D, plan.inner, dropout=0.0).sum().backward()
+        return attention.attend(q_QBHD, kv_TBH2D, plan.inner, dropout=0.0)
+
+    def step() -> None:
+        forward().backward(gradient_QBHD)
         q_QBHD.grad = kv_TBH2D.grad = table.weight.grad = None
 
+    if forward_only:
+        return torch.no_grad()(forward)
+    q_QBHD.requires_grad_()
+    kv_TBH2D.requires_grad_()
     return step
 
 
 def _slots(batch: int, length: int, predictions: int) -> Slots:
     """Every position its own span, evenly spread."""
-    predicted_M = torch.arange(predictions) * (length // predictions)
-    steps_M = torch.arange(1, predictions + 1)
-    order_T = torch.cat([torch.zeros(length, dtype=torch.long), steps_M, -steps_M])
-    positions_T = torch.cat([torch.arange(length), predicted_M, predicted_M])
+    predicted_M = torch.arange(predictions, device=device()) * (length // predictions)
+    steps_M = torch.arange(1, predictions + 1, device=device())
+    context_S = torch.arange(length, device=device())
+    order_T = torch.cat([torch.zeros_like(context_S), steps_M, -steps_M])
+    positions_T = torch.cat([context_S, predicted_M, predicted_M])
     return Slots(
         order_T.expand(batch, -1),
-        torch.ones(batch, len(order_T), dtype=torch.bool),
+        torch.ones(batch, len(order_T), dtype=torch.bool, device=device()),
         positions_T.expand(batch, -1),
         num_context=length,
         predicted_BM=predicted_M.expand(batch, -1),

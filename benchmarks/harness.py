@@ -92,6 +92,13 @@ def interleaved(steps: Mapping[str, Callable[[], object]], *, repeats: int, warm
     return seconds
 
 
+def device() -> Any:
+    """The device (`torch.device`) that this process computes on: that of its rank in a world of one."""
+    from pmlm_dist.parallel import groups
+
+    return groups.start().device
+
+
 def synchronize() -> None:
     """Wait for the accelerator, if there is one."""
     import torch
@@ -152,12 +159,15 @@ def matrix_rate(dtype: Any, device: Any, *, seconds: float = 1.0) -> float:
     import torch
 
     best = 0.0
-    for m, k, n in ((2048, 512, 2048), (2048, 2048, 512), (1024, 1024, 4096), (4096, 1024, 1024)):
+    shapes = [(2048, 512, 2048), (2048, 2048, 512), (1024, 1024, 4096), (4096, 1024, 1024)]
+    if device.type == "cuda":  # those above are over before the next one is launched
+        shapes += [(8192, 8192, 8192), (16384, 4096, 4096)]
+    for m, k, n in shapes:
         a = torch.randn(m, k, device=device, dtype=dtype)
         b = torch.randn(k, n, device=device, dtype=dtype)
         (a @ b).sum()
         synchronize()
-        end = time.perf_counter() + seconds / 4
+        end = time.perf_counter() + seconds / len(shapes)
         while time.perf_counter() < end:
             start = time.perf_counter()
             for _ in range(4):

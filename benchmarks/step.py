@@ -1,6 +1,7 @@
 """Training steps side by side: forward, backward, optimizer.
 
 ours                    through the real training path: corpus, loader, DeepSpeed engine, `train_step`
+ours, flex              the same with FlexAttention, on a GPU only
 two passes              an AE pass and a PAR pass, nothing shared, one optimizer step
 naive                   one dense mask over all T slots, the head on every slot
 Hugging Face            `BertForMaskedLM` and `MPNetForMaskedLM` (relative bias), sdpa, as their users train them
@@ -24,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import torch.nn.functional as F
-from harness import Report, interleaved, matrix_rate, memory_of, ratio
+from harness import Report, device, interleaved, matrix_rate, memory_of, ratio
 from random_text import random_corpus
 
 from pmlm_dist.config import (
@@ -51,6 +52,7 @@ from pmlm_dist.training.validation import losses_of
 from pmlm_dist.vocab import Vocabulary
 
 OURS = {"ours, AE+PAR": "ae+par", "ours, AE only": "ae", "ours, PAR only": "par"}
+FLEX = "ours, AE+PAR, flex"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class StepOptions:
 
 
 def run(options: StepOptions) -> Report:
-    """Time all rows in turn; then the memory of ours and of naive, each in a process of its own."""
+    """The memory of ours and of naive, each in a process of its own; then all rows timed in turn."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         corpus = random_corpus(
@@ -101,15 +103,16 @@ def run(options: StepOptions) -> Report:
             samples=4 * options.batch,
             sequence_length=options.sequence_length,
         )
-        steps = {name: prepare(name, options, corpus) for name in ROWS}
-        seconds = interleaved(steps, repeats=options.repeats)
+        # First what other processes measure: they find the accelerator's memory free.
         memory = {name: memory_of(prepare, name, options, corpus) for name in ("ours, AE+PAR", "naive")}
+        rows = [name for name in ROWS if name != FLEX or device().type == "cuda"]
+        seconds = interleaved({name: prepare(name, options, corpus) for name in rows}, repeats=options.repeats)
     return _report(options, seconds, memory)
 
 
 def _report(options: StepOptions, seconds: dict[str, list[float]], memory: dict[str, float]) -> Report:
-    rate = matrix_rate(options.torch_dtype, _device())
-    flops = {name: options.batch * _flops(options, kind) for name, kind in OURS.items()}
+    rate = matrix_rate(options.torch_dtype, device())
+    flops = {name: options.batch * _flops(options, _kind(name)) for name in (*OURS, FLEX) if name in seconds}
     rows: dict[str, dict[str, float]] = {name: {"seconds": statistics.median(s)} for name, s in seconds.items()}
     for name, count in flops.items():
         rows[name] |= {"TFLOP": count / 1e12, "mfu": count / rows[name]["seconds"] / rate}
@@ -119,6 +122,7 @@ def _report(options: StepOptions, seconds: dict[str, list[float]], memory: dict[
     rows["limit"] = {"seconds": flops[ours] / rate, "TFLOP": flops[ours] / 1e12, "mfu": 1.0}
     against = {"hf_bert": "Hugging Face BERT", "hf_mpnet": "Hugging Face MPNet", "two_passes": "two passes"}
     against |= {"naive": "naive", "ae_only": "ours, AE only"}
+    against |= {"flex": FLEX} if FLEX in seconds else {}
     figures = {f"vs_{short}": ratio(seconds, ours, name) for short, name in against.items()}
     figures["flops_vs_ae_only"] = flops[ours] / flops["ours, AE only"]
     figures["mfu"] = rows[ours]["mfu"]
@@ -134,10 +138,17 @@ def prepare(row: str, options: StepOptions, corpus: Path) -> Callable[[], object
 
 
 def _ours(options: StepOptions, corpus: Path, row: str) -> Callable[[], object]:
-    topology = groups.topology(_device())
-    run = resolve(_run_config(options, corpus, OURS[row]), topology)
+    topology = groups.start()
+    attention = "flex" if row == FLEX else "split"
+    run = resolve(_run_config(options, corpus, _kind(row), attention=attention), topology)
     engine = build_engine(run)
-    batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=run.config.data)
+    batches = training_batches(
+        run.source,
+        lanes=run.lanes,
+        share=run.share,
+        loading=run.config.data,
+        pin_memory=topology.device.type == "cuda",
+    )
     state, watch = RunState(), Stopwatch(topology.device)
 
     def step() -> None:
@@ -156,17 +167,23 @@ def _two_passes(options: StepOptions, corpus: Path, _: str) -> Callable[[], obje
             objective = ObjectiveConfig(kind=kind)
             targets_K = target_weights(objective, batch.weights_BM, batch.kept_BM).sum(dim=(1, 2))
             (losses_of(model, batch, objective).nll_K * loss_scales(objective, targets_K)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        _update(model, optimizer)
 
     return step
+
+
+def _update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """With gradients clipped at 1, as Hugging Face's Trainer does it by default; ours does it, too."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _naive(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
     model, optimizer, batch = _plain(options, corpus, dataclasses.replace(options.model, attention="dense"))
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.inputs.items() if name != "predicted_BM"}
     rows = torch.arange(len(batch.tokens_BT), device=batch.tokens_BT.device)[:, None]
-    pseudo = batch.num_context + batch.num_predictions + torch.arange(batch.num_predictions)
+    pseudo = slice(batch.num_context + batch.num_predictions, None)
 
     def step() -> None:
         hidden_TBE = model.encode(**inputs)
@@ -174,8 +191,7 @@ def _naive(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
         read = [logits_BTV[rows, batch.predicted_BM], logits_BTV[:, pseudo]]
         losses = [F.cross_entropy(logits.flatten(0, 1).float(), batch.targets_BM.flatten()) for logits in read]
         torch.stack(losses).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        _update(model, optimizer)
 
     return step
 
@@ -198,7 +214,7 @@ def _hugging_face(options: StepOptions, corpus: Path, row: str) -> Callable[[], 
         model: Any = BertForMaskedLM(BertConfig(**{**settings, "attn_implementation": "sdpa"}))
     else:
         model = MPNetForMaskedLM(MPNetConfig(**settings))
-    model = model.to(_device(), options.torch_dtype).train()
+    model = model.to(device(), options.torch_dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch = _batch(options, corpus)
     context = slice(0, batch.num_context)
@@ -207,14 +223,13 @@ def _hugging_face(options: StepOptions, corpus: Path, row: str) -> Callable[[], 
     def step() -> None:
         valid = batch.valid_BT[:, context].long()
         model(input_ids=batch.tokens_BT[:, context], attention_mask=valid, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        _update(model, optimizer)
 
     return step
 
 
 ROWS: dict[str, Callable[[StepOptions, Path, str], Callable[[], object]]] = {
-    **dict.fromkeys(OURS, _ours),
+    **dict.fromkeys((*OURS, FLEX), _ours),
     "two passes": _two_passes,
     "naive": _naive,
     "Hugging Face BERT": _hugging_face,
@@ -222,10 +237,15 @@ ROWS: dict[str, Callable[[StepOptions, Path, str], Callable[[], object]]] = {
 }
 
 
-def _run_config(options: StepOptions, corpus: Path, kind: Any) -> RunConfig:
+def _kind(row: str) -> str:
+    return OURS[row.removesuffix(", flex")]
+
+
+def _run_config(options: StepOptions, corpus: Path, kind: Any, *, attention: Any = "split") -> RunConfig:
     engine: dict[str, Any] = {
         "train_batch_size": options.batch,
         "train_micro_batch_size_per_gpu": options.batch,
+        "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 0},
     }
     if options.dtype == "bf16":
@@ -236,7 +256,7 @@ def _run_config(options: StepOptions, corpus: Path, kind: Any) -> RunConfig:
         corpus=corpus,
         run_dir=corpus / "run",
         ds_config=path,
-        model=dataclasses.replace(options.model, vocab_size=None),
+        model=dataclasses.replace(options.model, vocab_size=None, attention=attention),
         masking=MaskingConfig(),
         objective=ObjectiveConfig(kind=kind),
         data=DataConfig(workers=0),
@@ -246,16 +266,16 @@ def _run_config(options: StepOptions, corpus: Path, kind: Any) -> RunConfig:
 
 
 def _batch(options: StepOptions, corpus: Path) -> Batch:
-    run = resolve(_run_config(options, corpus, "ae+par"), groups.topology(_device()))
+    run = resolve(_run_config(options, corpus, "ae+par"), groups.start())
     batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=run.config.data)
-    return next(batches).to(_device())
+    return next(batches).to(device())
 
 
 def _plain(
     options: StepOptions, corpus: Path, shape: ModelConfig
 ) -> tuple[PseudoMaskedLM, torch.optim.Optimizer, Batch]:
     padded = Vocabulary.load(corpus).padded_size()
-    model = build_model(shape, padded_vocab_size=padded).to(_device(), options.torch_dtype).train()
+    model = build_model(shape, padded_vocab_size=padded).to(device(), options.torch_dtype).train()
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), _batch(options, corpus)
 
 
@@ -274,7 +294,3 @@ def _shapes(options: StepOptions) -> dict[str, Any]:
     shape = options.model
     names = ("num_layers", "hidden_size", "num_heads", "ffn_size")
     return {**dataclasses.asdict(options), **{name: getattr(shape, name) for name in names}}
-
-
-def _device() -> torch.device:
-    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")

@@ -50,10 +50,25 @@ def curves(arguments: Sequence[str]) -> None:
     draw_curves(tyro.cli(CurvesConfig, prog="pmlm curves", description=curves.__doc__, args=arguments))
 
 
+def checkpoint(arguments: Sequence[str]) -> None:
+    """List, verify or reshape the checkpoints of a run: `pmlm checkpoint ls|verify|reshape DIR`."""
+    import tyro
+
+    from pmlm_dist.training import checkpoint_commands as commands
+
+    tyro.extras.subcommand_cli_from_dict(
+        {"ls": commands.ls, "verify": commands.verify, "reshape": commands.reshape},
+        prog="pmlm checkpoint",
+        description=checkpoint.__doc__,
+        args=list(arguments),
+    )
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare-corpus": prepare_corpus,
     "inspect": inspect,
     "curves": curves,
+    "checkpoint": checkpoint,
 }
 
 

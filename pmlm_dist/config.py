@@ -168,8 +168,17 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Also keep, for ever, the checkpoints of steps that are multiples of this."""
+    save_timeout_s: int = 1800
+    """Seconds after which a checkpoint that is still not written is given up; the training goes on."""
     peak_tflops: float | None = None
     """Peak of one device in TFLOP/s for the model FLOPs utilisation (mfu). None: by the device's name, if known."""
+    guard_every: int = 100
+    """Steps between checks that ranks agree: same batch on tensor-parallel peers, different samples on data-parallel
+    ranks, equal replicas of the parameters. The first step of every start is checked, too."""
+    max_skipped_steps: int = 20
+    """Steps in a row whose gradient is not finite, after which the run ends. Each is left out: no weight changes."""
     collective_timeout_s: int = 600
     """Seconds after which a collective without an answer ends the run."""
 
@@ -292,6 +301,9 @@ _POSITIVE = (
     "train.validation_samples",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.save_timeout_s",
+    "train.guard_every",
+    "train.max_skipped_steps",
     "train.collective_timeout_s",
     "data.prefetch",
 )
@@ -315,6 +327,7 @@ _POSITIVE_OR_NONE = (
     "data.lanes",
     "train.peak_tflops",
     "train.stop_at",
+    "train.keep_every",
 )
 
 

@@ -49,17 +49,25 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the training must know of DeepSpeed's JSON; `raw` is what DeepSpeed gets.
-
-    It states `gradient_clipping` even where the file does not: DeepSpeed would clip at 1, the paper does not clip.
-    """
+    """What the training must know of DeepSpeed's JSON."""
 
     raw: dict[str, Any]
+    """What the file says."""
     global_batch: int
     micro_batch: int
     precision: Literal["fp32", "bf16", "fp16"]
     zero_stage: int
     offload_optimizer: bool
+    gradient_clipping: float
+    """Largest gradient norm; 0: no clipping."""
+
+    def for_deepspeed(self) -> dict[str, Any]:
+        """The JSON that DeepSpeed gets: as the file says, silent, and without the clipping that is its own default.
+
+        With ZeRO-0 it never clips: the training does, which needs the gradient's norm anyway.
+        """
+        clipping = self.gradient_clipping if self.zero_stage else 0.0
+        return {"steps_per_print": 2**31, **self.raw, "gradient_clipping": clipping}
 
     def accumulation(self, dp: int) -> int:
         """Gradient accumulation steps on `dp` data-parallel ranks."""
@@ -72,12 +80,13 @@ def load_engine_config(path: Path, *, has_accelerator: bool) -> EngineConfig:
     refuse([f"{path}: {problem}" for problem in _problems(raw, has_accelerator=has_accelerator)])
     zero = _section(raw, "zero_optimization")
     return EngineConfig(
-        raw={"gradient_clipping": 0.0, **raw},
+        raw=raw,
         global_batch=raw["train_batch_size"],
         micro_batch=raw["train_micro_batch_size_per_gpu"],
         precision=_precision(raw),
         zero_stage=zero.get("stage", 0),
         offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        gradient_clipping=float(raw.get("gradient_clipping", 0.0)),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.environ.get("PMLM_TEST_GPU") else "cuda")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # `make test-gpu` says cuda
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -13,6 +13,21 @@ from corpora import write_corpus
 from worlds import start_server
 
 start_server()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, or where this session computes on the CPU of a machine with one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = "torch finds no CUDA device here"
+    elif os.environ["DS_ACCELERATOR"] != "cuda":
+        reason = "this session computes on the CPU; `make test-gpu` runs the tests that need a GPU"
+    else:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,14 @@ MODEL = ModelConfig(
 
 
 def write_engine_config(
-    path: Path, *, zero: int = 1, precision: str = "fp32", global_batch: int = 8, micro_batch: int = 4, **extra: Any
+    path: Path,
+    *,
+    zero: int = 1,
+    precision: str = "fp32",
+    global_batch: int = 8,
+    micro_batch: int = 4,
+    offload: bool = False,
+    **extra: Any,
 ) -> Path:
     """DeepSpeed's JSON with small buckets."""
     raw: dict[str, Any] = {
@@ -36,6 +43,8 @@ def write_engine_config(
     }
     if zero == 3:
         raw["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    if offload:
+        raw["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if precision != "fp32":
         raw[precision] = {"enabled": True}
         raw["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -88,26 +97,46 @@ class Trained:
 
 def train(config: RunConfig) -> Trained:
     """Train without writing anything; to be called on every rank."""
-    from pmlm_dist.data.loader import training_batches
-    from pmlm_dist.objectives import LossMeans
-    from pmlm_dist.parallel import groups
     from pmlm_dist.training.checkpoint import RunState
-    from pmlm_dist.training.loop import advance, build_engine, train_step
-    from pmlm_dist.training.meter import Stopwatch
+    from pmlm_dist.training.loop import build_engine
+
+    run = start_run(config)
+    engine = build_engine(run)
+    _, losses, norms = take_steps(run, engine, RunState(), steps=config.train.steps)
+    return Trained(losses, norms, whole_weights(engine.module))
+
+
+def start_run(config: RunConfig) -> Any:
+    """The `Run` of `config` on this rank of a world."""
+    from pmlm_dist.parallel import groups
     from pmlm_dist.training.run import check, resolve
 
     check(config)
-    topology = groups.start(tp=config.parallel.tp, timeout_s=config.train.collective_timeout_s)
-    run = resolve(config, topology)
-    engine = build_engine(run)
-    batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=config.data)
-    state, losses, norms = RunState(), [], []
-    for _ in range(config.train.steps):
-        result = train_step(run, engine, batches, state, Stopwatch(topology.device))
+    return resolve(config, groups.start(tp=config.parallel.tp, timeout_s=config.train.collective_timeout_s))
+
+
+def take_steps(run: Any, engine: Any, state: Any, *, steps: int) -> tuple[Any, list[float], list[float]]:
+    """Train `steps` steps on from `state`; where that leads, and loss and gradient norm of each step."""
+    from pmlm_dist.data.loader import training_batches
+    from pmlm_dist.objectives import LossMeans
+    from pmlm_dist.training.loop import advance, train_step
+    from pmlm_dist.training.meter import Stopwatch
+
+    batches = training_batches(
+        run.source,
+        lanes=run.lanes,
+        share=run.share,
+        samples_consumed=state.samples_consumed,
+        loading=run.config.data,
+    )
+    losses, norms = [], []
+    for _ in range(steps):
+        result = train_step(run, engine, batches, state, Stopwatch(run.topology.device))
         state = advance(state, run)
-        losses.append(LossMeans.from_counts(topology.sum_over_dp(result.counts), config.objective).total)
+        counts = run.topology.sum_over_dp(result.counts)
+        losses.append(LossMeans.from_counts(counts, run.config.objective).total)
         norms.append(float(result.gradient_norm or 0.0))
-    return Trained(losses, norms, whole_weights(engine.module))
+    return state, losses, norms
 
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -32,14 +32,14 @@ def refusals(folder: Path, raw: Any, *, has_accelerator: bool = False) -> list[s
 
 
 def test_all_shipped_files_are_found():
-    assert [path.stem for path in SHIPPED] == ["base", "large", "large_fp16", "tiny", "zero3_offload"]
+    assert [path.stem for path in SHIPPED] == ["base", "large", "large_fp16", "tiny", "tiny_bf16", "zero3_offload"]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_file_loads_as_it_is_written(path: Path):
     raw = json.loads(path.read_text())
     engine = load_engine_config(path, has_accelerator=True)
-    assert engine.raw == {"gradient_clipping": 0.0, **raw}
+    assert engine.raw == raw
     assert (engine.global_batch, engine.micro_batch) == (raw["train_batch_size"], raw["train_micro_batch_size_per_gpu"])
     assert engine.precision == next((name for name in ("bf16", "fp16") if name in raw), "fp32")
     assert engine.zero_stage == raw["zero_optimization"]["stage"]
@@ -202,7 +202,9 @@ def test_a_missing_file_names_the_setting_and_a_file_that_exists(tmp_path: Path)
 def engine(*, batch: int, micro: int, **extra: int) -> EngineConfig:
     """An engine configuration of these batch sizes."""
     raw = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro, **extra}
-    return EngineConfig(raw, batch, micro, precision="fp32", zero_stage=1, offload_optimizer=False)
+    return EngineConfig(
+        raw, batch, micro, precision="fp32", zero_stage=1, offload_optimizer=False, gradient_clipping=0.0
+    )
 
 
 def test_a_global_batch_is_accepted_exactly_when_it_divides_and_every_way_out_divides():
@@ -231,3 +233,14 @@ def test_stated_accumulation_must_agree_with_the_batch_sizes():
 def test_gradient_clipping_must_be_a_number(tmp_path, value):
     (problem,) = refusals(tmp_path, {**SOUND, "gradient_clipping": value})
     assert "`gradient_clipping`" in problem
+
+
+@pytest.mark.parametrize(("stage", "stated", "given"), [(1, None, 0.0), (1, 0.5, 0.5), (0, None, 0.0), (0, 0.5, 0.0)])
+def test_deepspeed_never_clips_on_its_own_account(tmp_path, stage, stated, given):
+    """Its own default is 1; with ZeRO-0 the training clips."""
+    raw: dict[str, Any] = {**SOUND, "zero_optimization": {"stage": stage}}
+    if stated is not None:
+        raw["gradient_clipping"] = stated
+    engine = load(tmp_path, raw)
+    assert engine.for_deepspeed()["gradient_clipping"] == given
+    assert engine.gradient_clipping == (stated or 0.0)

@@ -17,11 +17,15 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+# With a GPU ranks start from nothing: what the server imports may look for devices, and CUDA does not survive a fork.
+_ON_GPU = os.environ.get("DS_ACCELERATOR") == "cuda"
+_CONTEXT = multiprocessing.get_context("spawn") if _ON_GPU else multiprocessing.get_context("forkserver")
 
 
 def start_server() -> None:
     """Start the server that ranks are forked from; a process has one, so this comes before anybody else's."""
+    if _ON_GPU:
+        return
     _CONTEXT.set_forkserver_preload(["pmlm_dist.training.loop"])
     forkserver.ensure_running()
 

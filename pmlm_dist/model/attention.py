@@ -189,7 +189,8 @@ def plan_flex(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.dty
 def attend_plainly(q_QBHD: Tensor, kv_TBH2D: Tensor, groups: tuple[QueryGroup, ...], *, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v by groups: queries [Q, B, H, D], keys and values [T, B, H, 2, D].
 
-    Returns the mixed values [Q, B, H, D]. Written for reading; autograd does the rest. Every query must see at least one key.
+    Returns the mixed values [Q, B, H, D]. Written for reading; autograd does the rest. Every query must see at least
+    one key.
     """
     scale = q_QBHD.shape[-1] ** -0.5
     parts = []

@@ -99,4 +99,5 @@ def _compiled() -> tuple[Callable[..., BlockMask], Callable[..., Any]]:
 
     Compiled whole (`fullgraph`): a part that cannot be compiled is an error instead of a slow step.
     """
-    return torch.compile(create_block_mask, dynamic=False), torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    make_block_mask = torch.compile(create_block_mask, dynamic=False, fullgraph=True)
+    return make_block_mask, torch.compile(flex_attention, dynamic=False, fullgraph=True)

@@ -132,19 +132,24 @@ def _attend_backward(
 ) -> Tensor | None:
     """Write the gradient of the queries, add those of keys and values, return that of the bias where it is wanted.
 
-    Its sum over what shares the bias is taken in fp32 at least.
+    The gradient of a bias that nobody shares is that of the scores, written where it stays. Else it is a sum over what
+    shares the bias, taken in fp32 at least.
     """
     dtype = probabilities_HBQK.dtype
     precise = torch.promote_types(dtype, torch.float32)
-    bias_gradient = None if bias_shape is None else torch.zeros(bias_shape, dtype=precise, device=of.q_HBQD.device)
+    own_gradient = torch.empty_like(probabilities_HBQK) if bias_shape == probabilities_HBQK.shape else None
+    shared_gradient = None
+    if bias_shape is not None and own_gradient is None:
+        shared_gradient = of.q_HBQD.new_zeros(bias_shape, dtype=precise)
     for part in _parts(probabilities_HBQK):
         probabilities_ZQK = probabilities_HBQK[part].flatten(0, 1)
         gradient_ZQD = _flat(mixed_gradient_HBQD, part)
-        scores_gradient_ZQK = torch.bmm(gradient_ZQD, _flat(of.v_HBKD, part).transpose(1, 2))
+        scores_gradient_ZQK = torch.empty_like(probabilities_ZQK) if own_gradient is None else _flat(own_gradient, part)
+        torch.bmm(gradient_ZQD, _flat(of.v_HBKD, part).transpose(1, 2), out=scores_gradient_ZQK)
         weights_ZQK = probabilities_ZQK
         if drawn_HBQK is not None:
             weights_ZQK = _dropped(probabilities_ZQK, drawn_HBQK[part], dropout)
-            scores_gradient_ZQK = _dropped(scores_gradient_ZQK, drawn_HBQK[part], dropout)
+            scores_gradient_ZQK.copy_(_dropped(scores_gradient_ZQK, drawn_HBQK[part], dropout))
         _add_product(_flat(gradients.v_HBKD, part), weights_ZQK.transpose(1, 2), gradient_ZQD)
         torch.ops.aten._softmax_backward_data.out(
             scores_gradient_ZQK, probabilities_ZQK, -1, dtype, grad_input=scores_gradient_ZQK
@@ -152,10 +157,10 @@ def _attend_backward(
         q_gradient_HBQD = gradients.q_HBQD[part]
         q_gradient_HBQD.copy_(torch.bmm(scores_gradient_ZQK, _flat(of.k_HBKD, part)).view_as(q_gradient_HBQD))
         _add_product(_flat(gradients.k_HBKD, part), scores_gradient_ZQK.transpose(1, 2), _flat(of.q_HBQD, part))
-        if bias_gradient is not None:
-            own = bias_gradient[_narrowed(part, bias_gradient.shape)]
-            own += scores_gradient_ZQK.view_as(probabilities_HBQK[part]).sum_to_size(own.shape).to(precise)
-    return None if bias_gradient is None else bias_gradient.to(dtype)
+        if shared_gradient is not None:
+            shared = shared_gradient[_narrowed(part, shared_gradient.shape)]
+            shared += scores_gradient_ZQK.view_as(probabilities_HBQK[part]).sum_to_size(shared.shape).to(precise)
+    return own_gradient if shared_gradient is None else shared_gradient.to(dtype)
 
 
 Part = tuple[slice, slice]

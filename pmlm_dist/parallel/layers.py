@@ -127,6 +127,11 @@ def is_sharded(parameter: Tensor) -> bool:
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
+def sharded_dimension(parameter: Tensor) -> int:
+    """The dimension along which tensor-parallel ranks hold parts of `parameter`; 0 where they hold copies."""
+    return int(getattr(parameter, "partition_dim", 0)) if is_sharded(parameter) else 0
+
+
 def count_parameters(model: nn.Module, topology: Topology) -> int:
     """Parameters of the whole model, whatever part of it this rank holds; every rank must call."""
     own = sum(_numel(p) for p in model.parameters() if is_sharded(p))

@@ -11,17 +11,7 @@ from __future__ import annotations
 import torch
 
 from pmlm_dist.config import ModelConfig
-
-# Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets (without sparsity).
-_PEAK_TFLOPS = {
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "V100": 125.0,
-}
+from pmlm_dist.devices import TERA, device_named
 
 
 def forward_flops(
@@ -50,8 +40,8 @@ def training_flops(
 
 
 def peak_tflops(stated: float | None, device: torch.device) -> float | None:
-    """Peak TFLOP/s of one device: as stated, else from the device's name, else None (unknown)."""
+    """Peak TFLOP/s of one device: as stated, else by its name (that of half precision), else None (unknown)."""
     if stated is not None or device.type != "cuda":
         return stated
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
+    known = device_named(torch.cuda.get_device_name(device))
+    return None if known is None else max(known.peak.values()) / TERA

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,18 +33,22 @@ from pmlm_dist.parallel import groups, seeding
 from pmlm_dist.parallel.groups import ModelParallelUnit
 from pmlm_dist.parallel.layers import count_parameters
 from pmlm_dist.training.allocator import keep_freed_memory
-from pmlm_dist.training.checkpoint import (
-    CheckpointFolder,
-    RunState,
-    find_checkpoint,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from pmlm_dist.training.checkpoint import RunState, find_checkpoint, load_checkpoint
+from pmlm_dist.training.checkpoint_files import read_state
+from pmlm_dist.training.checkpoint_folder import CheckpointFolder
+from pmlm_dist.training.engine_state import EngineState
+from pmlm_dist.training.guards import Skips, check_batches, check_replicas, find_causes
 from pmlm_dist.training.meter import Meter, StepResult, Stopwatch
 from pmlm_dist.training.metrics import RunLog
-from pmlm_dist.training.optimizer import gradient_norm, learning_rate, parameter_groups, set_learning_rate
+from pmlm_dist.training.optimizer import (
+    clip_or_drop_gradients,
+    gradient_norm,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
 from pmlm_dist.training.run import Run, check, resolve
+from pmlm_dist.training.saver import Saver
 from pmlm_dist.training.validation import losses_of, validate
 
 _COMPLETE = "COMPLETE"
@@ -55,7 +61,8 @@ def pretrain(config: RunConfig) -> None:
     """
     check(config)
     topology = groups.start(tp=config.parallel.tp, timeout_s=config.train.collective_timeout_s)
-    folder = CheckpointFolder(config.run_dir / "checkpoints", keep=config.train.keep_checkpoints)
+    keep, keep_every = config.train.keep_checkpoints, config.train.keep_every
+    folder = CheckpointFolder(config.run_dir / "checkpoints", keep=keep, keep_every=keep_every)
     newest = find_checkpoint(folder, topology)
     saved = read_state(newest) if newest else None
     run = resolve(config, topology, saved=saved)
@@ -69,9 +76,12 @@ def pretrain(config: RunConfig) -> None:
             log.say(f"{newest} holds step {saved['step']}: nothing to do before --train.stop-at {config.train.stop_at}")
             return
         engine = build_engine(run)
-        state = load_checkpoint(engine, newest) if newest else RunState()
+        engine_state = EngineState(engine, topology)
+        state = load_checkpoint(engine_state, newest) if newest else RunState()
         _announce(run, engine, state, log)
-        _train(run, engine, folder, state, log)
+        about = {"identity": run.identity(), "configuration": run.configuration()}
+        saver = Saver(engine_state, folder, log, about=about, timeout_s=config.train.save_timeout_s)
+        _train(run, engine, saver, state, log)
     finally:
         log.close()
 
@@ -88,7 +98,7 @@ def build_engine(run: Run) -> DeepSpeedEngine:
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=_optimizer(model, run),
-        config={"steps_per_print": 2**31, **run.engine.raw},
+        config=run.engine.for_deepspeed(),
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
@@ -102,36 +112,85 @@ def _optimizer(model: PseudoMaskedLM, run: Run) -> torch.optim.Optimizer:
     parameters = parameter_groups(model, weight_decay=optim.weight_decay)
     betas = (optim.beta1, optim.beta2)
     if run.engine.offload_optimizer:
+        # DeepSpeed compiles it when it is first used, with the ninja that pip has put beside this interpreter.
+        os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
         return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps)
     return torch.optim.AdamW(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps, fused=True)
 
 
 def train_step(
-    run: Run, engine: DeepSpeedEngine, batches: Iterator[Batch], state: RunState, watch: Stopwatch
+    run: Run,
+    engine: DeepSpeedEngine,
+    batches: Iterator[Batch],
+    state: RunState,
+    watch: Stopwatch,
+    *,
+    guarded: bool = False,
 ) -> StepResult:
-    """One optimizer step: the update number `state.step + 1` on the samples after `state.samples_consumed`."""
+    """One optimizer step: the update number `state.step + 1` on the samples after `state.samples_consumed`.
+
+    `guarded`: ranks first compare the batches that they read.
+    """
     topology, accumulation = run.topology, run.engine.accumulation(run.topology.dp)
     with watch.phase("data"):
         micro_batches = [next(batches).to(topology.device) for _ in range(accumulation)]
         scale_K = _loss_scale(run, micro_batches)
+    if guarded:
+        check_batches(micro_batches, topology)
     optimizer: Any = engine.optimizer
     set_learning_rate(optimizer, learning_rate(state.step + 1, steps=run.config.train.steps, optim=run.config.optim))
     counts = torch.zeros(NUM_COUNTS, dtype=torch.float64, device=topology.device)
-    norm = None
     for number, batch in enumerate(micro_batches):
-        micro_step = state.step * accumulation + number
-        seeding.seed_dropout(run.config.train.seed, micro_step=micro_step, dp_rank=topology.dp_rank)
+        _seed_dropout(run, state, number)
         with watch.phase("forward"):
             sums = losses_of(engine, batch, run.config.objective)
             counts += sums.counts
         with watch.phase("backward"):
             engine.backward((sums.nll_K * scale_K).sum())
-        is_last_micro_step = number == accumulation - 1
-        if is_last_micro_step and run.engine.zero_stage == 0 and run.is_logged(state.step + 1):  # DeepSpeed knows none
-            norm = gradient_norm(_module_of(engine), topology)
         with watch.phase("step"):
-            engine.step()
-    return StepResult(counts, norm if norm is not None else engine.get_global_grad_norm())
+            norm = _update(run, engine, is_boundary=number == accumulation - 1)
+    if math.isfinite(norm):
+        return StepResult(counts, norm)
+    causes = _causes(run, engine, micro_batches, scale_K, state)
+    return StepResult(torch.zeros_like(counts), None, skipped=True, causes=tuple(causes))
+
+
+def _update(run: Run, engine: DeepSpeedEngine, *, is_boundary: bool) -> float:
+    """Let the engine step. At a boundary of accumulation weights change, unless the gradient's norm is not finite.
+
+    Returns the norm, NaN where there is none yet.
+    """
+    if run.engine.zero_stage == 0 and is_boundary:  # DeepSpeed neither knows a norm then nor looks for infinities
+        norm = gradient_norm(_module_of(engine), run.topology)
+        clip_or_drop_gradients(_module_of(engine), norm=norm, largest=run.engine.gradient_clipping)
+        engine.step()
+        return norm
+    engine.step()
+    norm = engine.get_global_grad_norm() if is_boundary else None
+    overflown = is_boundary and getattr(engine.optimizer, "overflow", False)
+    return math.nan if norm is None or overflown else float(norm)
+
+
+def _causes(
+    run: Run, engine: DeepSpeedEngine, micro_batches: list[Batch], scale_K: torch.Tensor, state: RunState
+) -> list[str]:
+    """Why the step after `state` was left out. With fp16 that is how the loss scale finds its place: no causes."""
+    if run.engine.precision == "fp16":
+        return []
+    module = _module_of(engine)
+
+    def loss_of(number: int) -> torch.Tensor:
+        _seed_dropout(run, state, number)
+        return (losses_of(module, micro_batches[number], run.config.objective).nll_K * scale_K).sum()
+
+    with_gradients = run.engine.zero_stage < 3 and not run.config.model.activation_checkpointing
+    return find_causes(module, micro_batches, loss_of, run.topology, with_gradients=with_gradients)
+
+
+def _seed_dropout(run: Run, state: RunState, number: int) -> None:
+    """Before micro-batch `number` of the step after `state`."""
+    micro_step = state.step * run.engine.accumulation(run.topology.dp) + number
+    seeding.seed_dropout(run.config.train.seed, micro_step=micro_step, dp_rank=run.topology.dp_rank)
 
 
 def _loss_scale(run: Run, micro_batches: list[Batch]) -> torch.Tensor:
@@ -143,10 +202,12 @@ def _loss_scale(run: Run, micro_batches: list[Batch]) -> torch.Tensor:
     return loss_scales(objective, run.topology.sum_over_dp(targets_K)) * len(micro_batches) * dp
 
 
-def _train(run: Run, engine: DeepSpeedEngine, folder: CheckpointFolder, state: RunState, log: RunLog) -> None:
+def _train(run: Run, engine: DeepSpeedEngine, saver: Saver, state: RunState, log: RunLog) -> None:
     train = run.config.train
     _withdraw_completion(run)
-    meter = Meter(run, log)
+    meter, skips, first_state = Meter(run, log), Skips(limit=train.max_skipped_steps), state
+    is_due = False
+    check_replicas(_module_of(engine), run.topology)
     batches = training_batches(
         run.source,
         lanes=run.lanes,
@@ -158,18 +219,26 @@ def _train(run: Run, engine: DeepSpeedEngine, folder: CheckpointFolder, state: R
     try:
         while state.step < run.last_step:
             meter.start_step(state.step + 1)
-            result = train_step(run, engine, batches, state, meter.watch)
+            guarded = state.step == first_state.step or (state.step + 1) % train.guard_every == 0
+            result = train_step(run, engine, batches, state, meter.watch, guarded=guarded)
             state = advance(state, run)
             is_last = state.step == run.last_step
-            meter.end_step(state.step, result, loss_scale=_fp16_scale(run, engine))
+            for cause in result.causes:
+                log.say(f"step {state.step} was left out, its gradient was not finite: {cause}")
+            skips.count(skipped=result.skipped, last_good=saver.newest if result.skipped else None)
+            meter.end_step(state.step, result, loss_scale=_fp16_scale(run, engine), skipped_steps=skips.total)
+            if guarded:
+                check_replicas(_module_of(engine), run.topology)
             if is_last or state.step % train.validate_every == 0:
                 _validate(run, engine, state, log)
-            if is_last or state.step % train.checkpoint_every == 0:
-                saved = save_checkpoint(
-                    engine, state, folder, run.topology, identity=run.identity(), configuration=run.configuration()
-                )
-                log.say(f"checkpoint: {saved}")
+            saver.report()
+            is_due = is_last or is_due or state.step % train.checkpoint_every == 0
+            if is_due and (is_last or not result.skipped):  # broken weights are the usual reason for a skip
+                saver.save(state)
+                is_due = False
+        saver.close()
     finally:
+        saver.leave()
         batches.close()  # pyright: ignore[reportAttributeAccessIssue]
     if state.step < train.steps:
         log.say(f"stopped after step {state.step} of {train.steps}, as --train.stop-at says; started again, it goes on")

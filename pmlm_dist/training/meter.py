@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,10 +45,16 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """This rank's sums of one step (see `LossSums.counts`) and the norm of the whole gradient (None: not known)."""
+    """This rank's sums of one step (see `LossSums.counts`) and the norm of the whole gradient.
+
+    A step whose gradient was not finite was left out: it changed nothing, its sums are zero. `causes` tells why, where
+    that is worth a line.
+    """
 
     counts: torch.Tensor
     gradient_norm: float | None
+    skipped: bool = False
+    causes: tuple[str, ...] = ()
 
 
 class Meter:
@@ -75,23 +80,18 @@ class Meter:
             self.watch.exact = True
         self._step_start = time.perf_counter()
 
-    def end_step(self, step: int, result: StepResult, *, loss_scale: float | None) -> None:
-        """Count `step`; write a line when it is due. Raises `FloatingPointError` when the losses are not finite."""
+    def end_step(self, step: int, result: StepResult, *, loss_scale: float | None, skipped_steps: int) -> None:
+        """Count `step`; write a line when it is due."""
         self._seconds += time.perf_counter() - self._step_start
         self._counts += result.counts
         self._steps += 1
         if not self._run.is_logged(step):
             return
-        progress = self._progress(step, result, loss_scale=loss_scale)
+        progress = self._progress(step, result, loss_scale=loss_scale, skipped_steps=skipped_steps)
         self._log.progress(progress, self._run.topology.device)
         self._reset()
-        if not math.isfinite(progress.losses.total) and loss_scale is None:
-            raise FloatingPointError(
-                f"the losses of the steps up to {step} are not finite: lower --optim.peak-lr or set gradient_clipping; "
-                f"the last checkpoint is in {self._run.checkpoints}"
-            )
 
-    def _progress(self, step: int, result: StepResult, *, loss_scale: float | None) -> Progress:
+    def _progress(self, step: int, result: StepResult, *, loss_scale: float | None, skipped_steps: int) -> Progress:
         run, train = self._run, self._run.config.train
         samples_per_s = self._steps * run.engine.global_batch / self._seconds
         flops_per_s = samples_per_s * self._flops / run.topology.world_size
@@ -102,6 +102,7 @@ class Meter:
             learning_rate=learning_rate(step, steps=train.steps, optim=run.config.optim),
             gradient_norm=None if result.gradient_norm is None else float(result.gradient_norm),
             loss_scale=loss_scale,
+            skipped_steps=skipped_steps,
             tokens_per_s=samples_per_s * run.manifest.sequence_length,
             slots_per_s=samples_per_s * run.slots,
             mfu=flops_per_s / (self._peak * 1e12) if self._peak else None,

@@ -32,6 +32,8 @@ class Progress:
     learning_rate: float
     gradient_norm: float | None
     loss_scale: float | None
+    skipped_steps: int
+    """Since the run was started."""
     tokens_per_s: float
     slots_per_s: float
     mfu: float | None
@@ -72,6 +74,7 @@ class RunLog:
             "train/learning_rate": progress.learning_rate,
             "train/gradient_norm": progress.gradient_norm,
             "train/loss_scale": progress.loss_scale,
+            "train/skipped_steps": progress.skipped_steps,
             "speed/text_tokens_per_s": progress.tokens_per_s,
             "speed/slots_per_s": progress.slots_per_s,
             "speed/mfu": progress.mfu,
@@ -97,6 +100,11 @@ class RunLog:
         ]
         self.say(f"validation at step {step}:  {'  '.join(parts)}")
         self._writer.flush()
+
+    def failed_checkpoints(self, count: int, *, step: int) -> None:
+        """How many checkpoints could not be written since the run was started; the last of them at `step`."""
+        if self.enabled:
+            self._scalars({"checkpoint/failed": count}, step=step)
 
     def close(self) -> None:
         """Write out what is buffered."""
@@ -165,6 +173,8 @@ def _console_line(progress: Progress) -> str:
         parts.append(f"grad {progress.gradient_norm:.2f}")
     if progress.loss_scale is not None:
         parts.append(f"scale {progress.loss_scale:g}")
+    if progress.skipped_steps:
+        parts.append(f"skipped {progress.skipped_steps}")
     parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
     if progress.mfu is not None:
         parts.append(f"mfu {progress.mfu:.1%}")

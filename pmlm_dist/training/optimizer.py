@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -49,3 +50,18 @@ def gradient_norm(model: nn.Module, topology: Topology) -> float:
             gradients[is_sharded(parameter)].append(parameter.grad)
     own, shared = (nn.utils.get_total_norm(gradients[sharded]).double().square() for sharded in (True, False))
     return float((topology.sum_over_tp(own.to(topology.device)) + shared.to(topology.device)).sqrt())
+
+
+@torch.no_grad()
+def clip_or_drop_gradients(model: nn.Module, *, norm: float, largest: float) -> None:
+    """Scale gradients of 2-norm `norm` down to `largest` (0: any size is fine); drop them when they are not finite.
+
+    What DeepSpeed does by itself from ZeRO-1 on.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not math.isfinite(norm):
+        for parameter in model.parameters():
+            parameter.grad = None
+    elif 0 < largest < norm:
+        for gradient in gradients:
+            gradient.mul_(largest / (norm + 1e-6))

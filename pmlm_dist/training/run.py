@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, as_dict, problems, refuse
+from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, as_dict, divisors, problems, refuse
 from pmlm_dist.corpus.shards import Manifest, misplaced
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.data.loader import BatchSource
@@ -109,7 +109,10 @@ class Run:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be gone on from: model, masks, data, order, precision, sharding."""
+        """What must be the same for a checkpoint to be gone on from: model, masks, data, order, precision.
+
+        Not how it is spread over ranks: a checkpoint opens on any topology.
+        """
         model = {
             f"model.{k}": v for k, v in dataclasses.asdict(self.config.model).items() if k not in _FREE_MODEL_SETTINGS
         }
@@ -125,9 +128,6 @@ class Run:
             "vocabulary": self.vocabulary.fingerprint,
             "train_batch_size": self.engine.global_batch,
             "precision": self.engine.precision,
-            "zero_optimization.stage": self.engine.zero_stage,
-            "parallel.tp": self.topology.tp,
-            "data-parallel ranks": self.topology.dp,
         }
 
 
@@ -177,7 +177,7 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     )
     run = Run(completed, engine, manifest, vocabulary, topology)
     if saved:
-        found += _other_run(saved, run)
+        found += _other_run(saved, run, lanes_are_set=config.data.lanes is not None)
         refuse_together(found, topology)
     return run
 
@@ -192,14 +192,22 @@ def _choose_lanes(wanted: int | None, saved: int | None, **fitting: int) -> int:
         return choose_lanes(None, **fitting)
 
 
-def _other_run(saved: dict[str, Any], run: Run) -> list[str]:
-    found = differences(saved["identity"], run.identity())
-    if found:
+def _other_run(saved: dict[str, Any], run: Run, *, lanes_are_set: bool) -> list[str]:
+    found, before, now = [], saved["identity"], run.identity()
+    lanes, dp = before["data.lanes"], run.topology.dp
+    if lanes % dp and not lanes_are_set:
         found.append(
+            f"the run reads its corpus in {lanes} lanes, which {dp} data-parallel ranks cannot share: use one of "
+            f"{divisors(lanes)} of them"
+        )
+        now["data.lanes"] = lanes
+    others = differences(before, now)
+    if others:
+        others.append(
             f"the checkpoints in {run.checkpoints} are of another run (above): go on with the settings they were "
             "written with, or choose another --run-dir"
         )
-    return found
+    return found + others
 
 
 def refuse_together(found: list[str], topology: Topology) -> None:

@@ -1,4 +1,4 @@
-"""Dropout under tensor parallelism: peers drop the same hidden units, for these are equal copies, and different heads."""
+"""Dropout under tensor parallelism: peers drop the same hidden units, which are copies, and different heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.distributed
 
 
 def dropped(tp: int) -> tuple[list[Tensor], list[Tensor]]:
-    """What a rank's model kept of its hidden units and of its heads' attention probabilities, in order of computation."""
+    """What a rank kept of its hidden units and of its attention probabilities, in order of computation."""
     from dataclasses import replace
 
     from pmlm_dist.model import fused_attention

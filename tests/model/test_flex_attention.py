@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention
 from batches import MODEL, PADDED, logits_of, model_of, random_batch
-from runs import run_config, with_model
+from runs import Trained, run_config, train, with_model
 from torch import Tensor
 from worlds import run_world
 
@@ -183,6 +183,26 @@ def logits_of_a_rank(tp: int) -> Tensor:
 def test_tensor_parallel_ranks_compute_the_heads_of_one():
     (whole,) = run_world(logits_of_a_rank, 1, 1)
     torch.testing.assert_close(torch.cat(run_world(logits_of_a_rank, 2, 2), dim=-1), whole, rtol=0, atol=1e-5)
+
+
+def train_with_flex(config: RunConfig) -> Trained:
+    """As `train`, on a CPU all the same; for a world of its own, where nobody misses the refusals that are lifted."""
+    from pmlm_dist.training import run
+
+    torch.nn.attention.flex_attention._validate_device = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
+    run._device_problems = lambda *_: []
+    return train(with_model(config, attention="flex"))
+
+
+@pytest.mark.distributed
+def test_the_engine_trains_it_as_it_trains_split(small_corpus, tmp_path):
+    """ZeRO-3 on top of tensor parallelism and activation checkpointing: the ways on which a gradient can get lost."""
+    config = with_model(run_config(small_corpus, tmp_path, tp=2, steps=3, zero=3), activation_checkpointing=True)
+    found, expected = (run_world(function, 2, config)[0] for function in (train_with_flex, train))
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.norms, expected.norms, rtol=1e-4, atol=0)
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-4, msg=name)
 
 
 def test_new_batches_of_the_same_shape_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch):

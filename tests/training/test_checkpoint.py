@@ -6,21 +6,41 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from worlds import run_world
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.training.checkpoint import CheckpointFolder, differences, faults_of, find_checkpoint
+from pmlm_dist.training.checkpoint import differences, find_checkpoint
+from pmlm_dist.training.checkpoint_files import (
+    KINDS,
+    CheckpointReader,
+    Damaged,
+    Written,
+    faults_of,
+    rank_file,
+    read_weights,
+    sha256_of,
+    write_json,
+    write_numbers,
+)
+from pmlm_dist.training.checkpoint_folder import CheckpointFolder
+from pmlm_dist.training.placement import Placement
 
-FILES = ("state.json", "mp_rank_00_model_states.pt", "shards/zero_pp_rank_0.pt")
+FILES = ("state.json", rank_file(0), rank_file(1))
+WHOLE = Placement.whole("layers.0.weight", (4, 6), used_rows=3)
+HALVES = (replace(WHOLE, stop=10), replace(WHOLE, start=10))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,18 +50,28 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
-def content(step: int, name: str) -> bytes:
-    """What the file `name` of the checkpoint of `step` holds."""
-    return hashlib.sha256(f"{step} {name}".encode()).digest() * 8
+def numbers(step: int, kind: str) -> np.ndarray:
+    """What a kind of the one tensor is at `step`, whole."""
+    return (np.arange(24, dtype=np.float32) + 1000 * step + 100 * KINDS.index(kind)).reshape(4, 6)
+
+
+def begin(folder: CheckpointFolder, step: int) -> tuple[Path, dict[str, Written]]:
+    """What the ranks write before rank 0 commits."""
+    temporary = folder.temporary(step, life="a")
+    temporary.mkdir(parents=True)
+    files = {}
+    for rank, half in enumerate(HALVES):
+        chunks = [numbers(step, kind).reshape(-1)[half.start : half.stop].tobytes() for kind in KINDS]
+        files[rank_file(rank)] = write_numbers(temporary / rank_file(rank), [half], chunks)
+    state = {"step": step, "samples_consumed": 8 * step, "tokens_seen": 99, "identity": {}, "configuration": {}}
+    return temporary, files | {"state.json": write_json(temporary / "state.json", state)}
 
 
 def write(folder: CheckpointFolder, step: int) -> Path:
-    """A whole checkpoint, as rank 0 writes it."""
-    temporary = folder.begin(step)
-    for name in FILES:
-        (temporary / name).parent.mkdir(exist_ok=True)
-        (temporary / name).write_bytes(content(step, name))
-    return folder.commit(step)
+    """A whole checkpoint, as two ranks write it."""
+    path = folder.commit(step, *begin(folder, step))
+    folder.remove_old(path)
+    return path
 
 
 def three(root: Path, *, keep: int = 3) -> CheckpointFolder:
@@ -57,18 +87,64 @@ def steps_of(root: Path) -> list[int]:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a checkpoint holds exactly what was written, found out without its manifest."""
-    found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    found.pop("manifest.json")
-    return found == {name: content(int(path.name[5:]), name) for name in FILES}
+    """Whether a checkpoint holds exactly what was written, found out without its manifest or our reader."""
+    if {file.name for file in path.iterdir()} != {"manifest.json", *FILES}:
+        return False
+    step = int(path.name[5:])
+    halves = [load_file(path / rank_file(rank)) for rank in (0, 1)]
+    return json.loads((path / "state.json").read_text())["step"] == step and all(
+        np.array_equal(np.concatenate([half[f"{kind}/{WHOLE.name}"] for half in halves]), numbers(step, kind).ravel())
+        for kind in KINDS
+    )
 
 
 def test_what_was_written_is_found_whole(tmp_path: Path):
     folder = three(tmp_path)
     assert folder.newest_whole() == (tmp_path / "step-00000030", [])
     assert all(is_intact(tmp_path / f"step-000000{step}") for step in (10, 20, 30))
-    assert json.loads((tmp_path / "latest").read_text()) == {"checkpoint": "step-00000030"}
-    assert not list(tmp_path.glob("*.tmp"))
+    pointer = json.loads((tmp_path / "latest").read_text())
+    assert pointer["checkpoint"] == "step-00000030"
+    assert pointer["manifest_sha256"] == sha256_of(tmp_path / "step-00000030/manifest.json")
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_numbers_are_read_back_from_the_pieces(tmp_path: Path):
+    path = write(CheckpointFolder(tmp_path, keep=1), 10)
+    assert {name: weight.tolist() for name, weight in read_weights(path).items()} == {
+        WHOLE.name: numbers(10, "weight")[:3].tolist()  # the last row pads
+    }
+    with CheckpointReader(path) as reader:
+        assert reader.tensors == {WHOLE.name: WHOLE}
+        for kind in KINDS:
+            assert np.array_equal(reader.read(WHOLE, kind), numbers(10, kind))
+
+
+def test_more_rows_that_pad_are_left_as_they_are(tmp_path: Path):
+    path = write(CheckpointFolder(tmp_path, keep=1), 10)
+    found = np.full(36, -1.0, np.float32)
+    with CheckpointReader(path) as reader:
+        reader.fill(found, Placement.whole(WHOLE.name, (6, 6), used_rows=3), "exp_avg")
+    assert np.array_equal(found[:24], numbers(10, "exp_avg").ravel())
+    assert np.all(found[24:] == -1)
+
+
+def test_a_rank_without_numbers_writes_an_empty_file(tmp_path: Path):
+    """Of very small models a rank may hold nothing but padding."""
+    folder = CheckpointFolder(tmp_path, keep=1)
+    temporary, files = begin(folder, 10)
+    files[rank_file(2)] = write_numbers(temporary / rank_file(2), [], [])
+    assert faults_of(folder.commit(10, temporary, files)) == []
+
+
+def test_numbers_that_do_not_fit_their_placements_are_a_fault_of_the_program(tmp_path: Path):
+    with pytest.raises(ValueError, match="its placements need"):
+        write_numbers(tmp_path / "x", [WHOLE], [b"\0" * 4])
+
+
+def test_a_disk_that_gives_back_something_else_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *_: os.pwrite(descriptor, b"!", 300))
+    with pytest.raises(OSError, match="reads back with another checksum"):
+        write_numbers(tmp_path / "x", [WHOLE], [b"\0" * 24 * 4 * 3])
 
 
 @pytest.mark.parametrize("root", ["", "never/made"])
@@ -86,23 +162,60 @@ def cut(path: Path, *, by: int = 1) -> None:
     path.write_bytes(path.read_bytes()[:-by])
 
 
+def forge(path: Path, name: str, content: bytes) -> None:
+    """Put `content` into a file of a checkpoint and its checksum into the manifest."""
+    (path / name).write_bytes(content)
+    listed = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit_manifest(path, lambda manifest: manifest["files"].update({name: listed}))
+
+
+def forge_numbers(path: Path, tensors: dict[str, np.ndarray], index: Any) -> None:
+    """Put other tensors, and another index of them, into the file of rank 0."""
+    save_file(tensors, path / "forged", metadata={"placements": index if isinstance(index, str) else json.dumps(index)})
+    content = (path / "forged").read_bytes()
+    (path / "forged").unlink()
+    forge(path, rank_file(0), content)
+
+
+class Hostile:
+    """Unpickled, it would write a file."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("PWNED",)
+
+
+OWN = {f"{kind}/{WHOLE.name}": np.zeros(10, np.float32) for kind in KINDS}
+INDEX = HALVES[0].as_json()
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a file cut by a byte": (lambda path: cut(path / FILES[2]), "zero_pp_rank_0.pt has 255 bytes, expected 256"),
-    "an empty file": (lambda path: (path / FILES[1]).write_bytes(b""), "model_states.pt has 0 bytes, expected 256"),
-    "a missing file": (lambda path: (path / FILES[0]).unlink(), "state.json is missing"),
-    "a missing folder": (lambda path: shutil.rmtree(path / "shards"), "zero_pp_rank_0.pt is missing"),
-    "a file too many": (lambda path: (path / "shards/evil.pt").touch(), "shards/evil.pt is not in the manifest"),
+    "a file cut by a byte": (lambda path: cut(path / FILES[2]), "rank-00001.safetensors has"),
+    "an empty file": (lambda path: (path / FILES[1]).write_bytes(b""), "rank-00000.safetensors has 0 bytes, expected"),
+    "a missing state": (lambda path: (path / FILES[0]).unlink(), "state.json is missing"),
+    "a missing rank": (lambda path: (path / FILES[2]).unlink(), "rank-00001.safetensors is missing"),
+    "a file too many": (lambda path: (path / "evil.pt").touch(), "evil.pt is not in the manifest"),
+    "a folder too many": (lambda path: (path / "evil").mkdir(), "evil is not in the manifest"),
     "a folder in a file's place": (
         lambda path: ((path / FILES[1]).unlink(), (path / FILES[1]).mkdir()),
-        "mp_rank_00_model_states.pt is missing",
+        "rank-00000.safetensors is missing",
     ),
-    "another step's file": (lambda path: (path / FILES[1]).write_bytes(content(20, FILES[1])), "another checksum"),
+    "a link in a file's place": (
+        lambda path: (
+            (path / FILES[1]).rename(path.parent / "elsewhere"),
+            (path / FILES[1]).symlink_to(path.parent / "elsewhere"),
+        ),
+        "rank-00000.safetensors is missing",
+    ),
+    "another step's file": (
+        lambda path: shutil.copy(path.parent / "step-00000020" / FILES[1], path / FILES[1]),
+        "another checksum",
+    ),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json cannot be read"),
     "an empty manifest": (lambda path: (path / "manifest.json").write_text(""), "manifest.json cannot be read"),
     "half a manifest": (lambda path: cut(path / "manifest.json", by=300), "manifest.json cannot be read"),
-    "a manifest of nothing": (lambda path: edit_manifest(path, lambda m: m.update(files={})), "manifest.json"),
+    "a manifest of nothing": (lambda path: edit_manifest(path, lambda m: m.update(files={})), "does not list"),
     "a manifest of bytes": (lambda path: (path / "manifest.json").write_bytes(b"\xff\x00"), "manifest.json"),
-    "a manifest that is a list": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json"),
+    "a manifest that is a list": (lambda path: (path / "manifest.json").write_text("[]"), "it holds no object"),
+    "a manifest of brackets": (lambda path: (path / "manifest.json").write_text("[" * 10**6), "Recursion"),
     "a manifest without files": (lambda path: edit_manifest(path, lambda m: m.pop("files")), "manifest.json"),
     "a manifest with a list of files": (
         lambda path: edit_manifest(path, lambda m: m.update(files=[])),
@@ -116,12 +229,54 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: edit_manifest(path, lambda m: m["files"].update({FILES[0]: 3})),
         "manifest.json",
     ),
+    "an entry that lies elsewhere": (
+        lambda path: edit_manifest(path, lambda m: m["files"].update({"../latest": m["files"][FILES[0]]})),
+        "which is no file of a checkpoint",
+    ),
+    "the old format": (lambda path: edit_manifest(path, lambda m: m.update(version=1)), "is of format 1, this program"),
+    "a later format": (lambda path: edit_manifest(path, lambda m: m.update(version=3)), "is of format 3, this program"),
+    "no format": (lambda path: edit_manifest(path, lambda m: m.pop("version")), "is of format None"),
     "no files at all": (lambda path: [file.unlink() for file in path.rglob("*") if file.is_file()], "manifest.json"),
+    "a state without identity": (lambda path: forge(path, FILES[0], b'{"step": 30}'), "state.json lacks"),
+    "a state that is a number": (lambda path: forge(path, FILES[0], b"30"), "state.json cannot be read"),
+    "a pickle with a right checksum": (
+        lambda path: forge(path, FILES[1], pickle.dumps(Hostile())),
+        "rank-00000.safetensors cannot be read",
+    ),
+    "a huge header": (
+        lambda path: forge(path, FILES[1], (2**62).to_bytes(8, "little") + b"{}"),
+        "rank-00000.safetensors cannot be read",
+    ),
+    "numbers without an index": (lambda path: forge_numbers(path, OWN, "nothing"), "no readable index"),
+    "an index of a hostile depth": (lambda path: forge_numbers(path, OWN, "[" * 10**6), "no readable index"),
+    "an index of nothing": (lambda path: forge_numbers(path, OWN, []), "other tensors than its index"),
+    "an index beyond the tensor": (lambda path: forge_numbers(path, OWN, [INDEX | {"stop": 25}]), "no readable index"),
+    "an index of another size": (lambda path: forge_numbers(path, OWN, [INDEX | {"stop": 9}]), "other tensors than"),
+    "the same twice": (lambda path: forge_numbers(path, OWN, [INDEX, INDEX]), "other tensors than its index"),
+    "another type of number": (
+        lambda path: forge_numbers(path, {name: part.astype(np.float64) for name, part in OWN.items()}, [INDEX]),
+        "other tensors than its index",
+    ),
+    "numbers in another place": (
+        lambda path: forge_numbers(path, OWN, [INDEX | {"start": 1, "stop": 11}]),
+        "do not hold each of its numbers exactly once",
+    ),
+    "numbers of another tensor": (
+        lambda path: forge_numbers(path, OWN, [INDEX | {"shape": [6, 4]}]),
+        "disagree about its shape",
+    ),
+    "another precision of moments is missing": (
+        lambda path: forge_numbers(path, {name: OWN[name] for name in list(OWN)[:2]}, [INDEX]),
+        "other tensors than its index",
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_and_the_damage_named(tmp_path: Path, damage: str):
+def test_a_damaged_checkpoint_is_passed_over_and_the_damage_named(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     folder = three(tmp_path)
     inflict, complaint = DAMAGES[damage]
     inflict(tmp_path / "step-00000030")
@@ -130,6 +285,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_damage_named(tmp_path: Path
     assert len(complaints) >= 1
     assert all(str(tmp_path / "step-00000030") in line for line in complaints)
     assert any(complaint in line for line in complaints), complaints
+    assert not (tmp_path / "PWNED").exists()
+    with pytest.raises(Damaged, match="is not whole"):
+        read_weights(tmp_path / "step-00000030")
 
 
 def test_several_damaged_ones_are_all_named(tmp_path: Path):
@@ -206,22 +364,45 @@ def test_a_changed_byte_in_the_manifest_never_ends_the_search(two: CheckpointFol
 
 
 @pytest.mark.parametrize(
-    "pointer", [None, "", "{", '{"checkpoint": "step-00000099"}', '{"checkpoint": "step-00000010"}']
+    ("pointer", "complaint"),
+    [
+        (None, "latest cannot be read"),
+        ("", "latest cannot be read"),
+        ("{", "latest cannot be read"),
+        ('{"checkpoint": "step-00000099"}', "latest points to step-00000099, which is not there"),
+        ("{}", "latest points to None"),
+        ('{"checkpoint": "step-00000020"}', None),  # the process ended just before it moved on
+    ],
 )
-def test_the_pointer_does_not_decide(tmp_path: Path, pointer: str | None):
+def test_the_pointer_does_not_decide_and_is_named_when_it_is_wrong(
+    tmp_path: Path, pointer: str | None, complaint: str | None
+):
     folder = three(tmp_path)
     (tmp_path / "latest").unlink()
     if pointer is not None:
         (tmp_path / "latest").write_text(pointer)
-    assert folder.newest_whole() == (tmp_path / "step-00000030", [])
+    newest, complaints = folder.newest_whole()
+    assert newest == tmp_path / "step-00000030"
+    assert complaints == [] if complaint is None else complaint in complaints[0]
 
 
 def test_a_folder_that_was_never_committed_does_not_count(tmp_path: Path):
     folder = three(tmp_path)
-    shutil.copytree(tmp_path / "step-00000030", tmp_path / "step-00000040.tmp")
+    shutil.copytree(tmp_path / "step-00000030", folder.temporary(40, life="b"))
     assert folder.newest_whole() == (tmp_path / "step-00000030", [])
-    begun = folder.begin(40)
-    assert not list(begun.iterdir())  # what an earlier life left in it is gone
+    folder.remove_leftovers()
+    assert steps_of(tmp_path) == [10, 20, 30]
+    assert not folder.temporary(40, life="b").exists()
+
+
+def test_a_checkpoint_that_lacks_a_rank_is_not_committed(tmp_path: Path):
+    folder = three(tmp_path)
+    temporary, files = begin(folder, 40)
+    (temporary / rank_file(1)).unlink()
+    files.pop(rank_file(1))
+    with pytest.raises(Damaged, match="do not hold each of its numbers exactly once"):
+        folder.commit(40, temporary, files)
+    assert folder.newest_whole() == (tmp_path / "step-00000030", [])
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path):
@@ -260,6 +441,23 @@ def test_retention_never_trades_the_checkpoint_just_written_for_a_broken_one(tmp
     assert again.newest_whole()[0] == tmp_path / "step-00000010"
     write(again, 15)
     assert folder.newest_whole()[0] == tmp_path / "step-00000015"
+
+
+def test_every_kth_step_is_kept_for_ever(tmp_path: Path):
+    folder = CheckpointFolder(tmp_path, keep=2, keep_every=4)
+    for step in range(1, 12):
+        write(folder, step)
+    assert steps_of(tmp_path) == [4, 8, 10, 11]
+
+
+def test_broken_ones_do_not_take_the_place_of_whole_ones(tmp_path: Path):
+    folder = three(tmp_path, keep=3)
+    cut(tmp_path / "step-00000030" / FILES[1])
+    write(CheckpointFolder(tmp_path, keep=2), 40)
+    assert steps_of(tmp_path) == [20, 30, 40]
+    write(CheckpointFolder(tmp_path, keep=2), 50)
+    assert steps_of(tmp_path) == [40, 50]
+    assert folder.newest_whole()[0] == tmp_path / "step-00000050"
 
 
 def test_a_broken_checkpoint_of_the_same_step_is_replaced(tmp_path: Path):
@@ -313,17 +511,13 @@ class Killer:
 
 def commit_over_a_broken_one(root: Path, monkeypatch: pytest.MonkeyPatch, *, at: int | None) -> Killer:
     """With steps 10, 20 and a broken 30 there, write 30 again, keeping two; the process ends at operation `at`."""
-    folder = three(root)
-    folder.keep = 2
+    three(root)
+    folder = CheckpointFolder(root, keep=2)
     cut(root / "step-00000030" / FILES[1])
-    temporary = folder.begin(30)
-    for name in FILES:
-        (temporary / name).parent.mkdir(exist_ok=True)
-        (temporary / name).write_bytes(content(30, name))
     with monkeypatch.context() as patch:
         killer = Killer(patch, at=at)
         with contextlib.suppress(Killed):
-            folder.commit(30)
+            write(folder, 30)
     return killer
 
 
@@ -341,6 +535,7 @@ def test_an_end_between_any_two_operations_of_a_commit_leaves_a_whole_checkpoint
         assert newest is not None
         assert is_intact(newest), f"killed before operation {at}"
         seen.add(newest.name)
+        folder.remove_leftovers()
         write(folder, 30)  # the next life gets there again
         assert folder.newest_whole() == (root / "step-00000030", [])
         assert steps_of(root) == [20, 30]
@@ -349,13 +544,13 @@ def test_an_end_between_any_two_operations_of_a_commit_leaves_a_whole_checkpoint
 
 def test_every_byte_is_on_the_disk_before_a_checkpoint_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     log = commit_over_a_broken_one(tmp_path, monkeypatch, at=None).log
-    temporary = tmp_path / "step-00000030.tmp"
+    temporary = CheckpointFolder(tmp_path, keep=2).temporary(30, life="a")
     named = log.index(("rename", str(temporary)))
     flushed = {target for name, target in log[:named] if name == "fsync"}
-    assert flushed >= {str(temporary), *(str(temporary / name) for name in (*FILES, "manifest.json", "shards"))}
+    assert flushed >= {str(temporary), *(str(temporary / name) for name in (*FILES, "manifest.json"))}
     pointed = next(index for index, (name, target) in enumerate(log) if name == "replace" and "latest" in target)
     assert named < log.index(("fsync", str(tmp_path))) < pointed
-    removed = [index for index, (name, target) in enumerate(log) if "step-00000010" in target and name == "rmdir"]
+    removed = [index for index, (name, target) in enumerate(log) if "step-00000010" in target and name == "rename"]
     assert removed
     assert min(removed) > pointed
 

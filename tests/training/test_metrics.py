@@ -29,6 +29,7 @@ def progress(step: int, *, ae: float = 5.0) -> Progress:
         learning_rate=0.1,
         gradient_norm=1.0,
         loss_scale=None,
+        skipped_steps=0,
         tokens_per_s=1.0,
         slots_per_s=1.0,
         mfu=None,

@@ -1,0 +1,85 @@
+"""What devices can do, as their makers' data sheets say it: the one home of peak rates. Standard library only.
+
+Rates are those of dense products without sparsity, in FLOP/s; bandwidths are bytes a second; a link's bandwidth is that
+of one direction (data sheets add up both). Sources: NVIDIA's data sheets of V100, A100, H100 (SXM, PCIe, NVL), H200 and
+L40S. fp32 is the rate without TF32, which torch does not use by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TERA, GIGA = 1e12, 1e9
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or one process' share of a CPU; what of its peaks is attained is a share, 1 where measured."""
+
+    name: str
+    memory: float
+    """Bytes, as advertised: boards have up to 6 % more, which is about what CUDA and NCCL take for themselves."""
+    peak: Mapping[str, float]
+    """Rate of matrix products by precision (fp32, fp16, bf16); what is missing is not supported."""
+    bandwidth: float
+    """Of the device's memory."""
+    link: float
+    """Of the link to the other devices of the node, in one direction."""
+    network: float
+    """Of the network to other nodes, for each device, in one direction."""
+    cuda_name: str = ""
+    """What `torch.cuda.get_device_name` contains."""
+    matrix_share: float = 0.6
+    """Share of the peak rate that a Transformer's large products attain."""
+    bandwidth_share: float = 0.8
+    """Share of the memory bandwidth that passes over large tensors attain."""
+    link_share: float = 0.8
+    """Share of the link's bandwidth that collectives attain: NCCL reports 370 of H100's 450 GB/s with rings."""
+    network_share: float = 0.9
+    """Share of the network's bandwidth that collectives attain: NCCL expects 46 to 48 of 50 GB/s of an NDR port."""
+    is_accelerator: bool = True
+    """False for a CPU."""
+    dispatch: float = 5e-6
+    """Seconds that the host needs to issue one operation."""
+    latency: float = 10e-6
+    """Seconds of a collective's round between two ranks."""
+    host_link: float = 25 * GIGA
+    """To the host's memory, for offloading: what PCIe 4.0 x16 attains."""
+    host_bandwidth: float = 20 * GIGA
+    """Of the host's memory, for each device: what offloaded optimizers update with."""
+    slack: float = 0.06
+    """What the memory allocator holds beyond what it has handed out, as a share of that."""
+
+
+def _gpu(name: str, cuda_name: str, gigabytes: float, *, tflops: Mapping[str, float], gbs: tuple[float, ...]) -> Device:
+    """A GPU by its data sheet; `gbs`: bandwidth of memory, link (one direction) and network in GB/s."""
+    memory, link, network = (GIGA * rate for rate in gbs)
+    peak = {precision: TERA * rate for precision, rate in tflops.items()}
+    return Device(name, GIGA * gigabytes, peak, memory, link, network, cuda_name=cuda_name)
+
+
+_HOPPER = {"bf16": 989.4, "fp16": 989.4, "fp32": 66.9}
+_AMPERE = {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}
+_NDR, _HDR, _EDR = 50.0, 25.0, 12.5
+"""InfiniBand ports of 400, 200 and 100 Gb/s, one for each GPU, in GB/s."""
+
+# The first whose `cuda_name` occurs in a device's name counts: longer names come first.
+DEVICES = {
+    device.name: device
+    for device in (
+        _gpu("h200-141gb", "H200", 141, tflops=_HOPPER, gbs=(4800, 450, _NDR)),
+        _gpu("h100-pcie-80gb", "H100 PCIe", 80, gbs=(2000, 64, _NDR), tflops={"bf16": 756, "fp16": 756, "fp32": 51}),
+        _gpu("h100-nvl-94gb", "H100 NVL", 94, gbs=(3900, 300, _NDR), tflops={"bf16": 835, "fp16": 835, "fp32": 60}),
+        _gpu("h100-80gb", "H100", 80, tflops=_HOPPER, gbs=(3350, 450, _NDR)),
+        _gpu("a100-80gb", "A100-SXM4-80GB", 80, tflops=_AMPERE, gbs=(2039, 300, _HDR)),
+        _gpu("a100-40gb", "A100", 40, tflops=_AMPERE, gbs=(1555, 300, _HDR)),
+        _gpu("l40s-48gb", "L40S", 48, gbs=(864, 32, _HDR), tflops={"bf16": 362.05, "fp16": 362.05, "fp32": 91.6}),
+        _gpu("v100-32gb", "V100", 32, gbs=(900, 150, _EDR), tflops={"fp16": 125.0, "fp32": 15.7}),
+    )
+}
+
+
+def device_named(cuda_name: str) -> Device | None:
+    """The device that torch calls `cuda_name`, if it is known."""
+    return next((device for device in DEVICES.values() if device.cuda_name in cuda_name), None)

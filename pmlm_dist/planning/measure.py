@@ -1,0 +1,139 @@
+"""The device of this process, measured: what it attains, so that all shares of its peaks are 1.
+
+    matrix rate     products of the shapes that a Transformer has, attention's small ones among them, after one another
+    bandwidth       bytes a second of the passes between the products: copy, sum, GELU, LayerNorm, softmax
+    dispatch        seconds of an operation on nothing
+    link            bytes a second of an all-reduce over all ranks of this world, by the ring formula
+
+Every rank measures at the same time as the others, since they share cores, memory and links in training too.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from pmlm_dist.devices import Device, device_named
+from pmlm_dist.parallel.groups import Topology
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PRODUCTS = ((2048, 512, 2048), (2048, 2048, 512), (2048, 512, 512), (512, 512, 8192))
+_BATCHED = (16, 512, 64, 512)
+"""Products of attention: heads and samples, queries, head size, keys."""
+_PASSED = (2048, 1024)
+_SENT = 2**24  # bytes
+
+
+def measure_device(precision: str, topology: Topology, *, seconds: float = 2.0) -> Device:
+    """What this rank's device attains in `precision`, with all ranks of the world at work; every rank must call."""
+    dtype, on = _DTYPES[precision], topology.device
+    topology.barrier()
+    rate = _matrix_rate(dtype, on, seconds=seconds)
+    bandwidth = _bandwidth(dtype, on, seconds=seconds)
+    link = _link(topology, seconds=seconds) if topology.world_size > 1 else float("nan")
+    worst = torch.tensor([rate, bandwidth], dtype=torch.float64, device=on)
+    if topology.world_size > 1:
+        dist.all_reduce(worst, op=dist.ReduceOp.MIN)
+    rate, bandwidth = worst.tolist()
+    known = device_named(torch.cuda.get_device_name(on)) if on.type == "cuda" else None
+    return Device(
+        name=f"measured {known.name if known else on.type}",
+        memory=_memory(topology),
+        peak={precision: rate},
+        bandwidth=bandwidth,
+        link=link,
+        network=known.network if known else link,
+        matrix_share=1.0,
+        bandwidth_share=1.0,
+        link_share=1.0,
+        is_accelerator=on.type == "cuda",
+        dispatch=_dispatch(on),
+        slack=0.06 if on.type == "cuda" else _SLACK_OF_GLIBC,
+    )
+
+
+_SLACK_OF_GLIBC = 0.15
+"""The heap keeps what is freed (training/allocator.py), and what it keeps is in pieces."""
+
+
+def _matrix_rate(dtype: torch.dtype, on: torch.device, *, seconds: float) -> float:
+    """FLOP/s over all the shapes together: each is timed alone, the best round counts."""
+    flops = spent = 0.0
+    for m, k, n in _PRODUCTS:
+        a, b, out = (torch.randn(shape, device=on, dtype=dtype) for shape in ((m, k), (k, n), (m, n)))
+        flops += 2.0 * m * k * n
+        spent += _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), on, seconds=seconds / 5)
+    batch, q, d, k = _BATCHED
+    a, b, out = (torch.randn(shape, device=on, dtype=dtype) for shape in ((batch, q, d), (batch, d, k), (batch, q, k)))
+    flops += 2.0 * batch * q * d * k
+    spent += _fastest(lambda: torch.bmm(a, b, out=out), on, seconds=seconds / 5)
+    return flops / spent
+
+
+def _bandwidth(dtype: torch.dtype, on: torch.device, *, seconds: float) -> float:
+    """Bytes a second over all the passes together."""
+    x, y, out = (torch.randn(_PASSED, device=on, dtype=dtype) for _ in range(3))
+    ones = torch.ones(_PASSED[1], device=on, dtype=dtype)
+    passes: list[tuple[int, Callable[[], object]]] = [
+        (2, lambda: out.copy_(x)),
+        (3, lambda: torch.add(x, y, out=out)),
+        (2, lambda: F.gelu(x)),
+        (2, lambda: F.layer_norm(x, (_PASSED[1],), ones, ones)),
+        (2, lambda: torch.softmax(x, dim=-1, out=out)),
+    ]
+    moved = sum(tensors for tensors, _ in passes) * x.numel() * x.element_size()
+    return moved / sum(_fastest(run, on, seconds=seconds / len(passes)) for _, run in passes)
+
+
+def _dispatch(on: torch.device) -> float:
+    x = torch.zeros(1, device=on)
+    return _fastest(lambda: [x.add_(1) for _ in range(100)], on, seconds=0.05) / 100
+
+
+def _link(topology: Topology, *, seconds: float) -> float:
+    """Bytes a second that a rank sends while all of them reduce a tensor: 2 (n - 1) / n of its bytes."""
+    ranks = topology.world_size
+    values = torch.ones(_SENT // 4, device=topology.device)
+    rounds = []
+    dist.all_reduce(values)
+    for _ in range(max(3, int(4 * seconds))):  # as many on every rank
+        topology.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(values)
+        _wait_for(topology.device)
+        rounds.append(time.perf_counter() - start)
+    slowest = torch.tensor([statistics.median(rounds)], dtype=torch.float64, device=topology.device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return 2 * (ranks - 1) / ranks * _SENT / float(slowest)
+
+
+def _fastest(run: Callable[[], object], on: torch.device, *, seconds: float) -> float:
+    """Seconds of the fastest call within `seconds`; the first one does not count."""
+    run()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        _wait_for(on)
+        start = time.perf_counter()
+        run()
+        _wait_for(on)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _wait_for(on: torch.device) -> None:
+    if on.type == "cuda":
+        torch.cuda.synchronize(on)
+
+
+def _memory(topology: Topology) -> float:
+    """Bytes of the device, or this rank's part of the host's."""
+    if topology.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(topology.device).total_memory)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world_size))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_here

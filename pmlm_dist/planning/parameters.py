@@ -1,0 +1,82 @@
+"""How many parameters the model has, and how they fall to the tensor-parallel ranks.
+
+sharded      queries, keys, values, both products of the feed-forward network, vocabulary rows, relative positions
+replicated   LayerNorm, biases of what is summed over ranks, positions, segments, the head's dense layer
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pmlm_dist.config import ModelConfig
+from pmlm_dist.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters of some part of the model, over all tensor-parallel ranks."""
+
+    sharded: int
+    replicated: int
+
+    @property
+    def total(self) -> int:
+        """Parameters of the part, each counted once."""
+        return self.sharded + self.replicated
+
+    def on_rank(self, tp: int) -> int:
+        """Parameters that one of `tp` ranks holds."""
+        return self.sharded // tp + self.replicated
+
+    def __add__(self, other: Parameters) -> Parameters:
+        return Parameters(self.sharded + other.sharded, self.replicated + other.replicated)
+
+
+def layer_parameters(model: ModelConfig) -> Parameters:
+    """One Transformer layer: 4 E^2 + 2 E F of matrices, the rest biases and LayerNorm."""
+    size, inner = model.hidden_size, model.ffn_size
+    queries_keys_values = 3 * (size * size + size)
+    network_in = size * inner + inner
+    outputs = size * size + inner * size
+    output_biases, norms = 2 * size, 4 * size
+    return Parameters(queries_keys_values + network_in + outputs, output_biases + norms)
+
+
+def embedding_parameters(work: Workload) -> Parameters:
+    """Tokens, positions, segments and LayerNorm; with them the relative positions."""
+    model = work.model
+    relative = model.num_heads * model.relative_buckets if model.relative_bias else 0
+    rows = model.max_positions + model.segment_types + 2
+    return Parameters(work.padded_vocabulary * model.hidden_size + relative, rows * model.hidden_size)
+
+
+def head_parameters(work: Workload) -> Parameters:
+    """Dense layer, LayerNorm, bias over the vocabulary; the matrix is the token embedding's."""
+    size = work.model.hidden_size
+    return Parameters(work.padded_vocabulary, size * size + 3 * size)
+
+
+def model_parameters(work: Workload) -> Parameters:
+    """The whole model, rows that pad the vocabulary included."""
+    layers, layer = work.model.num_layers, layer_parameters(work.model)
+    all_layers = Parameters(layers * layer.sharded, layers * layer.replicated)
+    return embedding_parameters(work) + all_layers + head_parameters(work)
+
+
+def largest_tensor(work: Workload) -> int:
+    """Numbers in the largest parameter of a rank: the token embedding, or a matrix of the feed-forward network."""
+    size, inner = work.model.hidden_size, work.model.ffn_size
+    return max(work.vocabulary * size, 2 * size * size // work.tp, size * inner // work.tp)
+
+
+def uncut_numbers(work: Workload, *, threshold: int) -> int:
+    """Numbers in parameters of at most `threshold` of them on a rank, which ZeRO-3 leaves whole on every rank."""
+    model, tp = work.model, work.tp
+    size, inner = model.hidden_size, model.ffn_size // tp
+    own = size // tp
+    norms_and_biases = [*[size] * 6, own, 2 * own, inner]
+    matrices = [size * own, 2 * size * own, size * own, size * inner, size * inner]
+    outside = [*[size] * 5, size * size, model.max_positions * size, model.segment_types * size, work.vocabulary]
+    return sum(numel for numel in outside if numel <= threshold) + model.num_layers * sum(
+        numel for numel in norms_and_biases + matrices if numel <= threshold
+    )

@@ -1,0 +1,107 @@
+"""One micro-batch on one rank, in numbers: the sizes that memory, time and communication are formulas of.
+
+Legend: S context slots, M predictions, A = 2M appended slots, T = S + A slots, R read slots, B samples, E hidden size,
+F inner size, H heads, V padded vocabulary rows, t tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pmlm_dist.config import ModelConfig
+from pmlm_dist.training.flops import forward_flops
+
+Precision = Literal["fp32", "bf16", "fp16"]
+ELEMENT: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of a weight or an activation."""
+VOCABULARY_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Shape of the model and of the micro-batch that a rank works on."""
+
+    model: ModelConfig
+    context: int
+    predictions: int
+    micro_batch: int
+    reads: tuple[str, ...] = ("ae", "par")
+    tp: int = 1
+    precision: Precision = "bf16"
+    on_accelerator: bool = True
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return ELEMENT[self.precision]
+
+    @property
+    def appended(self) -> int:
+        """A: slots of originals and pseudo masks; none where nothing reads them."""
+        return 2 * self.predictions if "par" in self.reads else 0
+
+    @property
+    def slots(self) -> int:
+        """T: slots of a sample."""
+        return self.context + self.appended
+
+    @property
+    def read_slots(self) -> int:
+        """R: slots of a sample that the head reads."""
+        return len(self.reads) * self.predictions
+
+    @property
+    def tokens(self) -> int:
+        """T * B: slots of the micro-batch."""
+        return self.slots * self.micro_batch
+
+    @property
+    def read_tokens(self) -> int:
+        """R * B: read slots of the micro-batch."""
+        return self.read_slots * self.micro_batch
+
+    @property
+    def heads(self) -> int:
+        """Heads of this rank."""
+        return self.model.num_heads // self.tp
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """V: rows of the token embedding over all tensor-parallel ranks."""
+        assert self.model.vocab_size is not None
+        return -(-self.model.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    @property
+    def vocabulary(self) -> int:
+        """V / t: rows of this rank."""
+        return self.padded_vocabulary // self.tp
+
+    @property
+    def inner_pairs(self) -> int:
+        """Pairs of query and key that an inner layer scores, over the micro-batch and this rank's heads."""
+        pairs = self.context**2 + self.appended * self.slots
+        return self.heads * self.micro_batch * (self.slots**2 if self.model.attention == "dense" else pairs)
+
+    @property
+    def last_pairs(self) -> int:
+        """The same of the last layer, where only the read slots ask."""
+        keys = {"ae": self.slots if self.model.attention == "dense" else self.context, "par": self.slots}
+        return self.heads * self.micro_batch * self.predictions * sum(keys[name] for name in self.reads)
+
+    @property
+    def sample_flops(self) -> float:
+        """FLOPs of one sample's forward pass over all tensor-parallel ranks."""
+        return forward_flops(
+            self.model,
+            context=self.context,
+            predictions=self.predictions,
+            vocab_rows=self.padded_vocabulary,
+            reads=self.reads,
+        )
+
+    @property
+    def layer_flops(self) -> float:
+        """The same without the head."""
+        size = self.model.hidden_size
+        return self.sample_flops - self.read_slots * 2.0 * size * (size + self.padded_vocabulary)

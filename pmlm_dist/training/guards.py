@@ -1,0 +1,200 @@
+"""What must hold across ranks, checked while training, and what happens to a step whose numbers are not finite.
+
+    check_batches    tensor-parallel peers read the same batch, data-parallel ranks different samples
+    check_replicas   parameters that several ranks hold are equal bit for bit
+    find_causes      which rank's losses, activations, gradients or weights were not finite in a step
+    Skips            such a step changes no weight; it is counted, and too many in a row end the run
+
+The first two run at the start of a run and every `train.guard_every` steps; they cost a hash of a batch, a pass over
+the weights and a small gather. Finite numbers are checked in every step, by the gradient's norm that is known anyway.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pmlm_dist.data.batch import Batch
+from pmlm_dist.parallel.groups import Topology
+from pmlm_dist.parallel.layers import is_sharded
+
+_SHOWN = 3
+"""Names that a sentence lists before it counts the others."""
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class GuardError(RuntimeError):
+    """Ranks do not agree on what they must hold in common: going on would train another model than the one wanted."""
+
+
+def check_batches(micro_batches: Sequence[Batch], topology: Topology) -> None:
+    """Compare a step's batches over all ranks; every rank must call. Raises `GuardError` on all of them alike."""
+    own = [
+        (batch.fingerprint(), list(zip(batch.epochs_B.tolist(), batch.sample_ids_B.tolist(), strict=True)))
+        for batch in micro_batches
+    ]
+    of_rank = topology.gather(own)
+    places = [(rank // topology.tp, rank % topology.tp) for rank in range(topology.world_size)]
+    for rank, (dp_rank, _) in enumerate(places):
+        first = dp_rank * topology.tp
+        if [fingerprint for fingerprint, _ in of_rank[rank]] != [fingerprint for fingerprint, _ in of_rank[first]]:
+            raise GuardError(
+                f"ranks {first} and {rank} share one copy of the model (tensor parallel) but read different batches: "
+                "they see different corpora or settings; compare --corpus and the files behind it on their nodes"
+            )
+    readers: dict[tuple[int, int], int] = {}
+    for rank, (_, tp_rank) in enumerate(places):
+        for sample in (sample for _, samples in of_rank[rank] for sample in samples if tp_rank == 0):
+            if readers.setdefault(sample, rank) != rank:
+                epoch, number = sample
+                raise GuardError(
+                    f"ranks {readers[sample]} and {rank} both read sample {number} of epoch {epoch}: data-parallel "
+                    "ranks must read different ones; compare the corpora on their nodes"
+                )
+
+
+def check_replicas(model: nn.Module, topology: Topology) -> None:
+    """Compare the parameters that ranks hold in common; every rank must call. Raises `GuardError` on all alike.
+
+    Equal over data-parallel ranks: all of them, but with ZeRO-3, which cuts them. Equal over tensor-parallel peers: all
+    that are not sharded.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    parameters = [parameter for _, parameter in model.named_parameters()]
+    checksums = torch.stack([_checksum(parameter) for parameter in parameters]).tolist()
+    of_rank = topology.gather(checksums)
+    found = []
+    for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        for ranks in _holders(topology, over_dp=_cut(parameter) is None, over_tp=not is_sharded(parameter)):
+            values = Counter(of_rank[rank][number] for rank in ranks)
+            usual, _ = values.most_common(1)[0]
+            odd = [rank for rank in ranks if of_rank[rank][number] != usual]
+            if odd:
+                found.append(f"{name}: ranks {_some(odd)} differ from ranks {_some(sorted(set(ranks) - set(odd)))}")
+    if found:
+        raise GuardError(
+            f"parameters that ranks hold in common are not equal ({_some(found)}): memory or communication of a rank "
+            "is at fault; start again from the last checkpoint, without the node of the rank that stands alone"
+        )
+
+
+def _holders(topology: Topology, *, over_dp: bool, over_tp: bool) -> Iterator[list[int]]:
+    """Groups of ranks that hold the same values."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for rank in range(topology.world_size):
+        dp_rank, tp_rank = divmod(rank, topology.tp)
+        groups.setdefault((-1 if over_dp else dp_rank, -1 if over_tp else tp_rank), []).append(rank)
+    return iter(groups.values())
+
+
+def _cut(parameter: nn.Parameter) -> Tensor | None:
+    """This rank's part of a parameter that ZeRO-3 has cut, None for a whole one."""
+    return getattr(parameter, "ds_tensor", None)
+
+
+def _checksum(parameter: nn.Parameter) -> Tensor:
+    """Sum of the values' bits as integers: any single flipped bit changes it."""
+    held = _held(parameter)
+    return held.contiguous().view(_INTEGERS[held.element_size()]).sum(dtype=torch.int64)
+
+
+@dataclass
+class Skips:
+    """Steps that were left out since the run was started, because a rank's gradient was not finite."""
+
+    limit: int
+    total: int = 0
+    in_a_row: int = 0
+
+    def count(self, *, skipped: bool, last_good: Path | None) -> None:
+        """Add a step. Raises `FloatingPointError`, with the checkpoint to go back to, after `limit` skips in a row."""
+        self.total += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row >= self.limit:
+            raise FloatingPointError(
+                f"{self.in_a_row} steps in a row had gradients that are not finite and were left out "
+                "(train.max_skipped_steps): lower --optim.peak-lr, set gradient_clipping, or look at what is named "
+                f"above; the last good checkpoint is {last_good or 'the start: none was written yet'}"
+            )
+
+
+def find_causes(
+    model: nn.Module,
+    micro_batches: Sequence[Batch],
+    loss_of: Callable[[int], Tensor],
+    topology: Topology,
+    *,
+    with_gradients: bool,
+) -> list[str]:
+    """Compute a step's losses once more and say on which rank what was not finite; every rank must call.
+
+    `loss_of(i)` is the loss of micro-batch i to differentiate, without effect on the optimizer. `with_gradients` false:
+    gradients cannot be taken here (ZeRO-3, activation checkpointing), the activations have to do.
+    """
+    found = [_names("weights", (name for name, p in model.named_parameters() if not _is_finite(_held(p))))]
+    for number, batch in enumerate(micro_batches):
+        with _recorded(model) as outputs, torch.set_grad_enabled(with_gradients):
+            loss = loss_of(number)
+        if not _is_finite(loss.detach()):
+            found.append(f"loss of micro-batch {number}, samples {_some(batch.sample_ids_B.tolist())}")
+            found.append(_names("outputs", outputs))
+        if with_gradients:
+            found.append(_names("gradients", _bad_gradients(model, loss)))
+    of_rank = topology.gather([sentence for sentence in dict.fromkeys(found) if sentence])
+    causes = [f"rank {rank}: {'; '.join(sentences)}" for rank, sentences in enumerate(of_rank) if sentences]
+    return causes or ["computed once more, everything is finite: a fault of hardware or communication"]
+
+
+def _bad_gradients(model: nn.Module, loss: Tensor) -> list[str]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [name for name, g in zip(names, gradients, strict=True) if g is not None and not _is_finite(g)]
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the modules whose output was not finite while inside, in order of computation."""
+    names: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if not all(_is_finite(t.detach()) for t in tensors if isinstance(t, Tensor) and t.is_floating_point()):
+                names.append(name)
+
+        return record
+
+    leaves = ((name, module) for name, module in model.named_modules() if not list(module.children()))
+    handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    cut = _cut(parameter)
+    return parameter.detach() if cut is None else cut.detach()
+
+
+def _is_finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
+
+
+def _names(what: str, names: Iterable[str]) -> str:
+    listed = list(names)
+    return f"{what} of {_some(listed)}" if listed else ""
+
+
+def _some(values: Sequence[object]) -> str:
+    shown = ", ".join(str(value) for value in values[:_SHOWN])
+    return shown + (f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else "")

@@ -1,0 +1,231 @@
+"""Ranks that disagree are found and named; steps whose numbers are not finite change nothing and are bounded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import run_config, whole_weights, with_model, with_train
+from worlds import run_world
+
+from pmlm_dist.config import RunConfig
+from pmlm_dist.training.guards import Skips
+
+pytestmark = pytest.mark.distributed
+
+
+def failure_of_check_batches(tp: int, fault: str) -> str:
+    """What `check_batches` says on this rank about random batches of which rank 1's is wrong."""
+    from batches import random_batch
+
+    from pmlm_dist.parallel import groups
+    from pmlm_dist.training.guards import GuardError, check_batches
+
+    topology = groups.start(tp=tp)
+    batch = random_batch(seed=topology.dp_rank)
+    ids = batch.sample_ids_B + 100 * topology.dp_rank
+    if topology.rank == 1 and fault == "token":
+        batch.tokens_BT[1, 2] += 1
+    if topology.rank == 1 and fault == "sample of rank 0":
+        ids[2] = 1
+    try:
+        check_batches([dataclasses.replace(batch, sample_ids_B=ids)], topology)
+    except GuardError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("tp", "fault", "expected"),
+    [
+        (1, "none", ""),
+        (2, "none", ""),
+        (2, "token", "ranks 0 and 1 share one copy of the model (tensor parallel) but read different batches"),
+        (1, "sample of rank 0", "ranks 0 and 1 both read sample 1 of epoch 0"),
+    ],
+)
+def test_batches_are_compared(tp, fault, expected):
+    for message in run_world(failure_of_check_batches, 2, tp, fault):
+        assert message.startswith(expected)
+        assert bool(message) is bool(expected)
+
+
+def engine_of(config: RunConfig) -> tuple[Any, Any]:
+    from pmlm_dist.parallel import groups
+    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.run import resolve
+
+    topology = groups.start(tp=config.parallel.tp)
+    run = resolve(config, topology)
+    return run, build_engine(run)
+
+
+def failure_of_check_replicas(config: RunConfig, flipped: dict[int, str]) -> str:
+    """What `check_replicas` says on this rank once one bit of a parameter is flipped on the ranks of `flipped`."""
+    from pmlm_dist.training.guards import GuardError, check_replicas
+
+    run, engine = engine_of(config)
+    check_replicas(engine.module, run.topology)
+    name = flipped.get(run.topology.rank)
+    if name:
+        parameter = dict(engine.module.named_parameters())[name]
+        held = getattr(parameter, "ds_tensor", parameter.data)
+        held.view(-1)[:1].view(torch.int32).bitwise_xor_(1)  # the lowest bit of a mantissa
+    try:
+        check_replicas(engine.module, run.topology)
+    except GuardError as error:
+        return str(error)
+    return ""
+
+
+NORM, HEADS = "layers.0.ffn_norm.weight", "layers.0.attention.query.weight"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tp", "zero", "flipped", "expected"),
+    [
+        (2, 1, 1, {1: NORM}, f"{NORM}: ranks 1 differ from ranks 0"),
+        (2, 1, 2, {0: HEADS}, f"{HEADS}: ranks "),
+        (2, 2, 1, {1: NORM}, f"{NORM}: ranks 1 differ from ranks 0"),
+        (2, 2, 1, {1: HEADS}, ""),  # peers hold different heads, nobody can tell
+        (4, 2, 1, {3: HEADS}, f"{HEADS}: ranks 3 differ from ranks 1"),
+        (4, 2, 3, {3: NORM}, f"{NORM}: ranks 3 differ from ranks 2"),
+        (2, 1, 3, {1: NORM}, ""),  # ZeRO-3 has cut it: there is one copy
+    ],
+)
+def test_one_flipped_bit_of_a_replica_is_found_and_named(small_corpus, tmp_path, *, ranks, tp, zero, flipped, expected):
+    config = run_config(small_corpus, tmp_path, tp=tp, zero=zero, micro_batch=2)
+    for message in run_world(failure_of_check_replicas, ranks, config, flipped):
+        assert (expected in message) if expected else message == ""
+
+
+def train_with_fault(config: RunConfig, step: int, fault: str) -> dict[str, Any]:
+    """Train; in the attempt at `step` rank 1 of the world (or the only one) meets `fault`."""
+    from pmlm_dist.data.loader import training_batches
+    from pmlm_dist.training import loop
+    from pmlm_dist.training.checkpoint import RunState
+    from pmlm_dist.training.meter import Stopwatch
+
+    run, engine = engine_of(config)
+    losses_of, state = loop.losses_of, RunState()
+    faulty = run.topology.rank == run.topology.world_size - 1
+
+    def wrong(module: Any, batch: Any, objective: Any) -> Any:
+        sums = losses_of(module, batch, objective)
+        if not (faulty and state.step + 1 == step):
+            return sums
+        factor = math.nan if fault == "loss" else 1.0
+        nll_K = sums.nll_K * factor
+        if fault == "gradient":
+            nll_K = nll_K + 0.0 * torch.sqrt(nll_K.detach() * 0.0 + 0.0 * nll_K)  # derivative: infinity times zero
+        return dataclasses.replace(sums, nll_K=nll_K)
+
+    loop.losses_of = wrong
+    batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=config.data)
+    results, weights = [], []
+    try:
+        for _ in range(config.train.steps):
+            results.append(loop.train_step(run, engine, batches, state, Stopwatch(run.topology.device)))
+            weights.append(whole_weights(engine.module))
+            state = loop.advance(state, run)
+    finally:
+        loop.losses_of = losses_of
+    return {
+        "skipped": [result.skipped for result in results],
+        "causes": [result.causes for result in results],
+        "counts": [result.counts for result in results],
+        "weights": weights,
+    }
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("ranks", "zero", "precision"),
+    [(1, 0, "fp32"), (2, 0, "fp32"), (2, 1, "fp32"), (2, 2, "fp32"), (2, 3, "fp32"), (2, 1, "bf16"), (2, 3, "bf16")],
+)
+def test_a_step_that_is_not_finite_is_left_out_on_all_ranks_and_explained(
+    small_corpus, tmp_path, *, ranks, zero, precision, fault
+):
+    config = run_config(small_corpus, tmp_path, steps=4, zero=zero, precision=precision)
+    answers = run_world(train_with_fault, ranks, config, 2, fault)
+    for answer in answers:
+        assert answer["skipped"] == [False, True, False, False]
+        before, during, after, _ = answer["weights"]
+        assert all(torch.equal(during[name], before[name]) for name in before)
+        assert any(not torch.equal(after[name], before[name]) for name in before)
+        assert all(bool(torch.isfinite(weight).all()) for weight in after.values())
+        assert float(answer["counts"][1].abs().sum()) == 0.0
+        assert answer["causes"] == answers[0]["causes"]
+        assert not any(answer["causes"][step] for step in (0, 2, 3))
+        (cause,) = answer["causes"][1]
+        if fault == "loss":
+            assert f"rank {ranks - 1}: loss of micro-batch 0, samples " in cause
+        elif zero < 3:
+            assert f"rank {ranks - 1}: gradients of embeddings.token.weight" in cause
+        else:  # gradients cannot be taken again
+            assert "everything is finite" in cause
+
+
+def test_with_activation_checkpointing_the_loss_is_named(small_corpus, tmp_path):
+    config = with_model(run_config(small_corpus, tmp_path, steps=3), activation_checkpointing=True)
+    (answer,) = run_world(train_with_fault, 1, config, 1, "loss")
+    assert answer["skipped"] == [True, False, False]
+    assert "rank 0: loss of micro-batch 0" in answer["causes"][0][0]
+
+
+def test_too_many_skips_in_a_row_end_the_run():
+    skips = Skips(limit=3)
+    for skipped in (True, True, False, True, True):
+        skips.count(skipped=skipped, last_good=None)
+    assert (skips.total, skips.in_a_row) == (4, 2)
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        skips.count(skipped=True, last_good=None)
+
+
+def pretrain_with_broken_weights(config: RunConfig, step: int) -> tuple[str, list[str]]:
+    """Pre-train while one weight becomes infinite before `step`; returns what ended the run and what was said."""
+    from pmlm_dist.training import loop
+
+    train_step, said = loop.train_step, []
+    loop.RunLog.say = lambda _, text: said.append(text)
+
+    def broken(run: Any, engine: Any, batches: Any, state: Any, watch: Any, **settings: Any) -> Any:
+        if state.step + 1 == step:
+            engine.module.layers[0].ffn_in.weight.data[0, 0] = math.inf
+        return train_step(run, engine, batches, state, watch, **settings)
+
+    loop.train_step = broken
+    try:
+        loop.pretrain(config)
+    except FloatingPointError as error:
+        return str(error), said
+    finally:
+        loop.train_step = train_step
+    return "", said
+
+
+@pytest.fixture
+def breaking(small_corpus: Path, tmp_path: Path) -> RunConfig:
+    """Six steps, a checkpoint after every second, at most three skips in a row."""
+    config = run_config(small_corpus, tmp_path, steps=6, zero=1)
+    return with_train(config, checkpoint_every=2, max_skipped_steps=3)
+
+
+def test_a_run_with_broken_weights_stops_and_names_them_and_its_last_good_checkpoint(breaking):
+    ((message, said),) = run_world(pretrain_with_broken_weights, 1, breaking, 4)
+    assert message.startswith("3 steps in a row")
+    assert message.endswith(f"the last good checkpoint is {breaking.run_dir / 'checkpoints' / 'step-00000002'}")
+    told = "step 4 was left out, its gradient was not finite: rank 0: weights of layers.0.ffn_in.weight"
+    assert any(text.startswith(told) for text in said)
+
+
+def test_broken_weights_are_not_saved_even_at_the_end(breaking):
+    ((message, _),) = run_world(pretrain_with_broken_weights, 1, breaking, 6)
+    assert message == "the weights of step 6 give logits that are not finite: not saved"
+    kept = sorted(path.name for path in (breaking.run_dir / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000002", "step-00000004"]
+    assert not (breaking.run_dir / "COMPLETE").exists()
