@@ -1,5 +1,6 @@
 # make train   set up, build the demo corpus, train the tiny preset on it; run again: goes on
 # make test    set up, run every test that needs no cluster
+# make test-cluster   set up, install SLURM from Debian if need be (as root), run the tests that submit jobs to it
 # make checks  format, lint, types
 # make bench   every benchmark; reports in benchmarks/results
 # make test-gpu, make bench-gpu   what needs a GPU: its tests, and both training benchmarks at the size of the base model
@@ -14,7 +15,7 @@ DEMO   := data/demo
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train corpus test checks bench format clean gpu test-gpu bench-gpu
+.PHONY: train corpus test test-cluster checks bench format clean gpu test-gpu bench-gpu
 
 train: $(DEMO)/manifest.json
 	$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
@@ -28,6 +29,10 @@ $(DEMO)/manifest.json: | $(VENV)/.train
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-cluster: $(VENV)/.dev
+	tests/cluster/install.sh
+	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 gpu: $(VENV)/.dev
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device here: nothing was run")'
@@ -58,7 +63,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 bench: $(VENV)/.dev
-	for name in step loader attention; do $(BIN)/python benchmarks/run.py $$name --json benchmarks/results/$$name.json; done
+	for name in step loader attention checkpoint; do $(BIN)/python benchmarks/run.py $$name --json benchmarks/results/$$name.json; done
 
 bench-gpu: export DS_ACCELERATOR := cuda
 bench-gpu: gpu

@@ -17,6 +17,7 @@ import tyro
 
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.presets import PRESETS
+from pmlm_dist.training.preemption import Stopped, StopSignals
 
 EXIT_FAILED, EXIT_BAD_CONFIGURATION = 1, 2
 
@@ -61,13 +62,17 @@ def _first_set(names: tuple[str, ...], environ: Mapping[str, str], *, default: s
 
 
 def main() -> int:
-    """Run and return the exit code: 0 done, 1 a damaged shard on the way, 2 bad configuration."""
+    """Run and return the exit code: 0 done, 1 a damaged shard on the way, 2 bad configuration, 75 told to stop."""
+    signals = StopSignals()
+    signals.listen()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads(os.environ, cores=len(os.sched_getaffinity(0)))))
     try:
         config = parse(sys.argv[1:], quiet=not speaks(os.environ))
         from pmlm_dist.training.loop import pretrain  # torch reads OMP_NUM_THREADS when it is imported
 
-        pretrain(config)
+        pretrain(config, signals)
+    except Stopped as stopped:
+        return stopped.exit_code
     except ConfigError as error:
         if speaks(os.environ):
             print(f"\nThis run cannot start:\n{error}\n", file=sys.stderr)

@@ -129,24 +129,52 @@ def memory_of(prepare: Callable[..., Callable[[], object]], *args: Any) -> float
 
 
 def _measure_memory(sender: Any, prepare: Callable[..., Callable[[], object]], args: tuple[Any, ...]) -> None:
-    import torch
-
     step = prepare(*args)
     step()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        sender.send(torch.cuda.max_memory_allocated() - before)
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free but kept does not count as standing
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        step()
-        sender.send(_status("VmHWM") - before)
+    held = Held()
+    step()
+    sender.send(held.peak())
     sender.close()
     os._exit(0)
+
+
+class Held:
+    """Bytes that this process holds beyond those that it held when this was made.
+
+    With a GPU what torch has allocated there, else resident memory (Linux).
+    """
+
+    def __init__(self):
+        self._before = 0.0
+        self._before = self.now()
+        self.reset_peak()
+
+    def now(self) -> float:
+        """What is held; what is free but kept does not count."""
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.memory_allocated() - self._before
+        ctypes.CDLL(None).malloc_trim(0)
+        return _status("VmRSS") - self._before
+
+    def reset_peak(self) -> None:
+        """Count the peak from here on; what is free but kept is given back first."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> float:
+        """The most that was held since `reset_peak`."""
+        import torch
+
+        highest = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+        return highest - self._before
 
 
 def _status(name: str) -> float:

@@ -1,9 +1,13 @@
 """What feeds the training, in samples a second on one core, beside the collators of Hugging Face's users.
 
 one worker              reading, masking, layout, collate in a loader process, as the training receives it
+disk|http, W workers    an epoch as W loader processes deliver it, from its first batch on: from files that the kernel
+                        has not read yet (cold) or has (warm), and from a web server on this machine, cache empty
 masking, layout, collate    on token arrays in memory, ours: spans, factorization order, three slots a position
 transformers, tokens    `DataCollatorForLanguageModeling` on the same arrays: independent tokens
 transformers, words     the same with whole-word masking
+
+`data_wait_share`: of a training step of the tiny preset, the share that is spent waiting for its batches.
 """
 
 from __future__ import annotations
@@ -11,10 +15,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +31,21 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
 import torch
-from harness import Report, interleaved
+from harness import Report, interleaved, synchronize
 from random_text import SHARDS, random_corpus
 
 from pmlm_dist.config import DataConfig, MaskingConfig
 from pmlm_dist.corpus.shards import Manifest, ShardReader
 from pmlm_dist.data.batch import build_batch, special_ids
-from pmlm_dist.data.loader import BatchSource, training_batches
+from pmlm_dist.data.loader import Batches, BatchSource, training_batches
 from pmlm_dist.data.order import BatchShare
+from pmlm_dist.data.stream import CorpusSource
+from pmlm_dist.parallel import groups
+from pmlm_dist.presets import tiny
+from pmlm_dist.training.checkpoint import RunState
+from pmlm_dist.training.loop import advance, build_engine, train_step
+from pmlm_dist.training.meter import Stopwatch
+from pmlm_dist.training.run import resolve
 from pmlm_dist.vocab import Vocabulary
 
 TOKENS_PER_S = 300_000
@@ -53,10 +68,15 @@ class LoaderOptions:
     """Rounds that count."""
     seconds: float = 5.0
     """How long the worker is watched."""
+    workers: tuple[int, ...] = (1, 2, 4)
+    """Numbers of loader processes that read an epoch."""
+    steps: int = 30
+    """Training steps whose waiting is measured."""
 
     def quick(self) -> LoaderOptions:
         """A smoke run."""
-        return dataclasses.replace(self, sequence_length=64, vocabulary=1000, samples=256, repeats=2, seconds=0.5)
+        small = dataclasses.replace(self, sequence_length=64, vocabulary=1000, samples=256, repeats=2)
+        return dataclasses.replace(small, seconds=0.5, workers=(1,), steps=3)
 
 
 def run(options: LoaderOptions) -> Report:
@@ -71,13 +91,16 @@ def run(options: LoaderOptions) -> Report:
         )
         seconds = interleaved(_collators(options, corpus), repeats=options.repeats)
         worker = _worker_rate(options, corpus)
+        epochs = _epoch_rates(options, corpus)
+    waiting = _data_wait_share(options)
     rates = {name: options.batch / statistics.median(times) for name, times in seconds.items()}
-    rows = {name: {"samples/s": rate} for name, rate in {"one worker": worker, **rates}.items()}
+    rows = {name: {"samples/s": rate} for name, rate in {"one worker": worker, **epochs, **rates}.items()}
     ours = rates["masking, layout, collate"]
     figures = {
         "vs_hf_collator": ours / rates["transformers, tokens"],
         "vs_hf_whole_word": ours / rates["transformers, words"],
         "workers_for_300k_tokens": TOKENS_PER_S / options.sequence_length / worker,
+        "data_wait_share": waiting,
     }
     return Report("loader", dataclasses.asdict(options), rows, figures)
 
@@ -134,10 +157,7 @@ def _samples(corpus: Path, count: int) -> list[np.ndarray]:
 
 def _worker_rate(options: LoaderOptions, corpus: Path) -> float:
     """Samples a second of one loader process, watched for a while after it has warmed up."""
-    vocabulary = Vocabulary.load(corpus)
-    source = BatchSource(corpus=corpus, special=special_ids(vocabulary), masking=MaskingConfig(), seed=0)
-    share = BatchShare(global_batch=options.batch, micro_batch=options.batch)
-    batches = training_batches(source, lanes=SHARDS, share=share, loading=DataConfig(workers=1))
+    batches = _batches(options, CorpusSource(corpus), DataConfig(workers=1))
     for _ in range(2 * DataConfig().prefetch):
         next(batches)
     start, count = time.perf_counter(), 0
@@ -145,5 +165,91 @@ def _worker_rate(options: LoaderOptions, corpus: Path) -> float:
         next(batches)
         count += options.batch
     rate = count / (time.perf_counter() - start)
-    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    batches.close()
     return rate
+
+
+def _batches(options: LoaderOptions, source: CorpusSource, loading: DataConfig, *, lanes: int = SHARDS) -> Batches:
+    vocabulary = Vocabulary.load(source.folder)
+    special = special_ids(vocabulary)
+    where = BatchSource(source.folder, special, masking=MaskingConfig(), seed=0, address=source.address)
+    share = BatchShare(global_batch=options.batch, micro_batch=options.batch)
+    return training_batches(where, lanes=lanes, share=share, loading=loading)
+
+
+def _epoch_rates(options: LoaderOptions, corpus: Path) -> dict[str, float]:
+    """Samples a second of an epoch from each place by each number of workers."""
+    rates = {}
+    with served(corpus) as address:
+        for workers in options.workers:
+            disk = DataConfig(workers=workers)
+            _forget(corpus)
+            rates[f"disk, cold, {workers} workers"] = _epoch_rate(options, CorpusSource(corpus), disk)
+            rates[f"disk, warm, {workers} workers"] = _epoch_rate(options, CorpusSource(corpus), disk)
+            with tempfile.TemporaryDirectory() as cache:
+                remote = DataConfig(workers=workers, cache=cache)
+                rates[f"http, {workers} workers"] = _epoch_rate(options, CorpusSource.at(address, remote), remote)
+    return rates
+
+
+def _epoch_rate(options: LoaderOptions, source: CorpusSource, loading: DataConfig) -> float:
+    """From the first batch to the last."""
+    count = Manifest.load(source.folder).splits["train"].samples // options.batch - 1
+    batches = _batches(options, source, loading, lanes=SHARDS // 4)  # three quarters of the shards are opened below
+    next(batches)
+    start = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    rate = count * options.batch / (time.perf_counter() - start)
+    batches.close()
+    return rate
+
+
+def _forget(corpus: Path) -> None:
+    """Make the kernel drop the shards from its memory (Linux)."""
+    for path in corpus.rglob("*.tar"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a web server of `folder`, a process of its own, while inside."""
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        try:
+            port = re.search(r"port (\d+)", server.stdout.readline())
+            assert port is not None, "http.server says where it listens"
+            yield f"http://127.0.0.1:{port[1]}"
+        finally:
+            server.kill()
+
+
+def _data_wait_share(options: LoaderOptions) -> float:
+    """Seconds that steps of the tiny preset wait for their batches, over the seconds of these steps."""
+    config = tiny()
+    with tempfile.TemporaryDirectory() as folder:
+        length = min(options.sequence_length, 128)
+        corpus = random_corpus(
+            Path(folder), vocabulary_size=min(options.vocabulary, 8192), samples=512, sequence_length=length
+        )
+        topology = groups.start()
+        run = resolve(dataclasses.replace(config, corpus=corpus), topology)
+        engine = build_engine(run)
+        batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=run.config.data)
+        watch, state, accumulation = Stopwatch(topology.device), RunState(), run.engine.accumulation(topology.dp)
+        waited = started = 0.0
+        for step in range(options.steps + 2):
+            if step == 2:  # workers have started by then
+                waited, started = 0.0, time.perf_counter()
+            before = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(accumulation)]
+            waited += time.perf_counter() - before
+            train_step(run, engine, iter(micro_batches), state, watch)
+            state = advance(state, run)
+        synchronize()
+        share = waited / (time.perf_counter() - started)
+        batches.close()
+    return share

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import tyro
 
-BENCHMARKS = {"attention": "AttentionOptions", "loader": "LoaderOptions", "step": "StepOptions"}
+BENCHMARKS = {
+    "attention": "AttentionOptions",
+    "checkpoint": "CheckpointOptions",
+    "loader": "LoaderOptions",
+    "plan": "PlanOptions",
+    "scaling": "ScalingOptions",
+    "step": "StepOptions",
+    "zero": "ZeroOptions",
+}
 
 
 def main() -> None:

@@ -64,11 +64,52 @@ def checkpoint(arguments: Sequence[str]) -> None:
     )
 
 
+def plan(arguments: Sequence[str]) -> None:
+    """Say what a run needs before it is queued: memory, step time, communication, days; and what does not fit."""
+    import argparse
+
+    import tyro
+
+    from pmlm_dist.planning import command
+    from pmlm_dist.planning.settings import PlanConfig
+    from pmlm_dist.presets import PRESETS
+
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--preset", default="base")
+    chosen, rest = chooser.parse_known_args(arguments)
+    if chosen.preset not in PRESETS:
+        raise ConfigError([f"--preset ({chosen.preset}) must be one of {', '.join(sorted(PRESETS))}"])
+    description = f"{plan.__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {chosen.preset})."
+    default = PlanConfig.of_preset(chosen.preset)
+    command.run(tyro.cli(PlanConfig, prog="pmlm plan", description=description, args=rest, default=default))
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write a checkpoint for Hugging Face transformers (MPNet, BERT) or as UniLM's; loaded back and compared."""
+    import tyro
+
+    from pmlm_dist.conversion.export import export as write
+
+    tyro.cli(write, prog="pmlm export", description=export.__doc__, args=arguments)
+
+
+def import_weights(arguments: Sequence[str]) -> None:
+    """Read a BERT, MPNet or UniLM checkpoint, to go on pre-training from it with `train.py --init`."""
+    import tyro
+
+    from pmlm_dist.conversion.importing import import_weights as read
+
+    tyro.cli(read, prog="pmlm import", description=import_weights.__doc__, args=arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare-corpus": prepare_corpus,
     "inspect": inspect,
     "curves": curves,
+    "plan": plan,
     "checkpoint": checkpoint,
+    "export": export,
+    "import": import_weights,
 }
 
 

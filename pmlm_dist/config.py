@@ -10,6 +10,7 @@ Every field is documented below itself; the same text is the command line's help
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -118,6 +119,23 @@ class DataConfig:
     """Loader processes of each rank; 0 loads in the training process."""
     prefetch: int = 4
     """Micro-batches that each loader process prepares ahead."""
+    timeout_s: float = 600.0
+    """Seconds that the training waits for a loader process before it counts as stuck, which ends the run."""
+    sources: Mapping[str, float] = field(default_factory=dict)
+    """Corpora that the training reads in a mixture, each a folder or an address with its weight (kept to a thousandth
+    of their sum). None: --corpus alone. Vocabulary and validation samples are always those of --corpus."""
+    retries: int = 3
+    """How often a shard that cannot be read, or is not what its manifest says, is tried again."""
+    retry_wait_s: float = 1.0
+    """Seconds before it is tried again the first time; before each further attempt twice as many."""
+    quarantine_limit: float = 0.001
+    """Share of the training samples that may lie in shards which cannot be read; more end the run (0: one does)."""
+    cache: str | None = None
+    """Folder on a disk of the node for shards that are fetched from an address; its processes share it."""
+    cache_gib: float = 64.0
+    """Size of the cache folder at most, in GiB."""
+    transfer_timeout_s: float = 60.0
+    """Seconds without a byte after which fetching a shard is given up, to be tried again."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +190,8 @@ class TrainConfig:
     """Also keep, for ever, the checkpoints of steps that are multiples of this."""
     save_timeout_s: int = 1800
     """Seconds after which a checkpoint that is still not written is given up; the training goes on."""
+    grace_s: float = 120.0
+    """Seconds after SIGTERM or SIGUSR1 until this process must be gone; a checkpoint that takes longer is given up."""
     peak_tflops: float | None = None
     """Peak of one device in TFLOP/s for the model FLOPs utilisation (mfu). None: by the device's name, if known."""
     guard_every: int = 100
@@ -193,6 +213,9 @@ class RunConfig:
     """Folder of this run: checkpoints, TensorBoard files, resolved settings. An unfinished run is gone on with."""
     ds_config: Path = Path("ds_configs/base.json")
     """DeepSpeed's JSON: batch sizes, precision, ZeRO, clipping, offload."""
+    init: Path | None = None
+    """Weights to start from: a folder that `pmlm import` wrote, or another run's. Once this run has a checkpoint of its
+    own, it goes on from that. None: weights are drawn from the seed."""
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -220,6 +243,7 @@ def problems(config: RunConfig) -> list[str]:
         *_parallel_problems(config.model, tp=config.parallel.tp),
         *_masking_problems(config.masking),
         *_objective_problems(config.objective),
+        *_mixture_problems(config.data.sources),
         *_number_problems(config),
     ]
 
@@ -283,6 +307,13 @@ def _objective_problems(objective: ObjectiveConfig) -> list[str]:
     return [f"{stated} must not be 0: with objective.kind {objective.kind} nothing would be learned; the paper uses 1"]
 
 
+def _mixture_problems(sources: Mapping[str, float]) -> list[str]:
+    weights = list(sources.values())
+    if not weights or 0 < sum(weights) / 1000 <= min(weights) < float("inf") > sum(weights):
+        return []
+    return [f"data.sources ({dict(sources)}): weights must be positive and at least a thousandth of their sum"]
+
+
 _POSITIVE = (
     "model.hidden_size",
     "model.num_layers",
@@ -302,13 +333,19 @@ _POSITIVE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.save_timeout_s",
+    "train.grace_s",
     "train.guard_every",
     "train.max_skipped_steps",
     "train.collective_timeout_s",
     "data.prefetch",
+    "data.timeout_s",
+    "data.cache_gib",
+    "data.transfer_timeout_s",
 )
 _NOT_NEGATIVE = (
     "data.workers",
+    "data.retries",
+    "data.retry_wait_s",
     "optim.warmup_steps",
     "optim.weight_decay",
     "objective.ae_weight",
@@ -319,6 +356,7 @@ _NOT_NEGATIVE = (
 _PROBABILITIES = (
     "model.hidden_dropout",
     "model.attention_dropout",
+    "data.quarantine_limit",
     "optim.beta1",
     "optim.beta2",
 )

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 TERA, GIGA = 1e12, 1e9
+HEAP_SLACK = 0.15
+"""What glibc's heap keeps in pieces of what is freed (training/allocator.py), as a share of what is in use."""
 
 
 @dataclass(frozen=True)

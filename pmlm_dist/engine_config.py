@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,6 @@ _ALLOWED = {
     "dump_state": "print DeepSpeed's state",
     "comms_logger": "log of collectives",
     "flops_profiler": "DeepSpeed's profiler",
-    "aio": "asynchronous I/O for NVMe offload",
     "zero_allow_untested_optimizer": "ZeRO with other optimizers",
     "zero_force_ds_cpu_optimizer": "offload with other optimizers",
 }
@@ -44,7 +44,17 @@ _REFUSED = {
     "checkpoint": "checkpoints are written and reshaped by the training itself: remove the section",
     "tensorboard": "TensorBoard files are written to RUN_DIR/tensorboard: remove the section",
     "amp": "use bf16 or fp16: remove the section",
+    "aio": "it serves offload to NVMe, from which no checkpoint can be made: remove the section",
 }
+_UNSAVABLE = {
+    "zero_optimization.offload_optimizer.device": "nvme",
+    "zero_optimization.offload_param.device": "nvme",
+    "zero_optimization.offload_optimizer.super_offload": True,
+    "bf16.bf16_master_weights_and_grads": True,
+    "bf16.bf16_optimizer_states": True,
+    "fp16.fp16_master_weights_and_grads": True,
+}
+"""Where masters or moments would lie outside memory, or not be fp32: checkpoints hold them as fp32 from memory."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,16 @@ class EngineConfig:
         return self.global_batch // (self.micro_batch * dp)
 
 
-def load_engine_config(path: Path, *, has_accelerator: bool) -> EngineConfig:
-    """Read and check DeepSpeed's JSON at `path`; raises `ConfigError` with everything that is wrong with it."""
+def load_engine_config(
+    path: Path, *, has_accelerator: bool, overrides: Mapping[str, Any] | None = None
+) -> EngineConfig:
+    """Read and check DeepSpeed's JSON at `path`; raises `ConfigError` with everything that is wrong with it.
+
+    `overrides` replace settings of the file; sections are merged.
+    """
     raw = _read(path)
+    for name, value in (overrides or {}).items():
+        raw[name] = {**_section(raw, name), **value} if isinstance(value, dict) else value
     refuse([f"{path}: {problem}" for problem in _problems(raw, has_accelerator=has_accelerator)])
     zero = _section(raw, "zero_optimization")
     return EngineConfig(
@@ -144,6 +161,7 @@ def _problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
         *_clipping_problems(raw),
         *_section_problems(raw),
         *_precision_problems(raw, has_accelerator=has_accelerator),
+        *_layout_problems(raw),
     ]
 
 
@@ -205,6 +223,31 @@ def _precision_problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[s
     if "fp16" in enabled and not has_accelerator:
         found.append("fp16 needs a GPU; there is none here: use bf16 or fp32")
     return found
+
+
+def _layout_problems(raw: dict[str, Any]) -> list[str]:
+    """Ways to hold weights and moments that a checkpoint cannot be made from, or filled into."""
+    found = [
+        f"{name} ({json.dumps(value)}) cannot be saved to a checkpoint: remove it"
+        for name, value in _UNSAVABLE.items()
+        if _setting(raw, name) == value
+    ]
+    ratio = _setting(raw, "zero_optimization.offload_optimizer.ratio")
+    if ratio not in (None, 1):
+        found.append(f"zero_optimization.offload_optimizer.ratio ({ratio}) must be 1: offload all of it or nothing")
+    for name in ("mics_shard_size", "zenflow"):
+        value = _setting(raw, f"zero_optimization.{name}")
+        if value not in (None, -1):
+            found.append(f"zero_optimization.{name} ({value}) cuts weights in a way checkpoints do not know: remove it")
+    return found
+
+
+def _setting(raw: dict[str, Any], name: str) -> Any:
+    """Value of a setting by its dotted name; None where it is not set."""
+    value: Any = raw
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _precision(raw: dict[str, Any]) -> Literal["fp32", "bf16", "fp16"]:

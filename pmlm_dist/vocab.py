@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +143,45 @@ class Vocabulary:
     def fingerprint(self) -> str:
         """sha256 (hexadecimal) over the ordered tokens."""
         return hashlib.sha256("\n".join(self._tokens).encode()).hexdigest()
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """All tokens in the order of their ids."""
+        return tuple(self._tokens)
+
+    def with_ids_exchanged(self, a: int, b: int) -> Vocabulary:
+        """The same tokens, but two of them with each other's ids."""
+        ids = dict(self._ids)
+        ids[self._tokens[a]], ids[self._tokens[b]] = b, a
+        return self._with_ids(ids)
+
+    def renamed(self, names: Mapping[str, str]) -> Vocabulary:
+        """The same ids, with other names for the tokens in `names`; what the tokenizer does to text stays as it is."""
+        return self._with_ids({names.get(token, token): id for token, id in self._ids.items()}, names)
+
+    def _with_ids(self, ids: dict[str, int], names: Mapping[str, str] | None = None) -> Vocabulary:
+        specification = json.loads(self._json)
+        unknown = specification["model"]["unk_token"]
+        specification["model"]["unk_token"] = (names or {}).get(unknown, unknown)
+        specification["model"]["vocab"] = dict(sorted(ids.items(), key=lambda item: item[1]))
+        specification["added_tokens"] = []
+        return Vocabulary(json.dumps(specification, ensure_ascii=False))
+
+    @property
+    def published(self) -> str:
+        """A `tokenizer.json` for other programs: texts get [CLS] and [SEP], special tokens in them are read as such."""
+        specification = json.loads(self._json)
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        special = sorted(SPECIAL_TOKENS, key=self._ids.__getitem__)
+        specification.update(
+            added_tokens=[{"id": self._ids[token], "content": token, **flags} for token in special],
+            truncation=None,
+            padding=None,
+            post_processor={"type": "BertProcessing", "sep": [SEP, self.sep_id], "cls": [CLS, self.cls_id]},
+            decoder={"type": "WordPiece", "prefix": CONTINUATION, "cleanup": True},
+        )
+        specification["model"]["vocab"] = dict(sorted(self._ids.items(), key=lambda item: item[1]))
+        return json.dumps(specification, ensure_ascii=False)
 
     def token(self, id: int) -> str:
         """The token with this id."""

@@ -20,11 +20,12 @@ MODULES = {
 
 LAYERS = (
     ("train.py", "cli.py"),
+    ("conversion/", "planning/"),
     ("training/", "inspection.py"),
     ("objectives.py",),
     ("model/", "data/", "corpus/"),
     ("parallel/", "masking/", "vocab.py"),
-    ("config.py", "presets.py", "engine_config.py"),
+    ("config.py", "presets.py", "engine_config.py", "devices.py"),
 )
 """From the top; a module imports from the lines below its own, and from its own package."""
 
@@ -33,26 +34,39 @@ BESIDES = {("data/", "pmlm_dist.corpus.shards")}
 
 THIRD_PARTIES = {
     "megatron": ("parallel/",),
-    "deepspeed": ("training/loop.py", "training/checkpoint.py", "training/validation.py"),
+    "deepspeed": ("training/loop.py", "training/engine_state.py", "training/validation.py"),
+    "safetensors": ("training/checkpoint_files.py", "conversion/"),
     "webdataset": ("corpus/shards.py",),
+    "fsspec": ("data/cache.py",),
+    "aiohttp": ("data/cache.py",),
     "mpi4py": ("corpus/prepare.py",),
     "tokenizers": ("vocab.py",),
     "torch.utils.tensorboard": ("training/metrics.py",),
-    "transformers": (),
+    "transformers": ("conversion/huggingface.py",),
+    "onnxruntime": ("conversion/onnx.py",),
     "tyro": ("train.py", "cli.py"),
     "numba": ("masking/",),
     "pyarrow": ("corpus/documents.py",),
     "zstandard": ("corpus/documents.py",),
-    "rich": ("corpus/prepare.py", "inspection.py"),
+    "rich": ("corpus/prepare.py", "inspection.py", "planning/report.py"),
     "matplotlib": ("inspection.py", "training/curves.py"),
-    "torch": ("masking/visibility.py", "objectives.py", "data/", "model/", "parallel/", "training/"),
-    "numpy": ("corpus/", "data/", "masking/", "parallel/seeding.py", "inspection.py"),
+    "torch": (
+        *("masking/visibility.py", "objectives.py", "data/", "model/", "parallel/", "training/", "conversion/"),
+        *("planning/command.py", "planning/measure.py"),
+    ),
+    "numpy": (
+        *("corpus/", "data/", "masking/", "parallel/seeding.py", "inspection.py"),
+        *("training/checkpoint_files.py", "training/checkpoint_commands.py"),
+        *("conversion/pretrained.py", "conversion/onnx.py"),
+    ),
 }
 """The only places of each; a dependency that is not listed has no place yet."""
 
 WITHOUT_TORCH = [
     *(name for name in MODULES if name.startswith("pmlm_dist.corpus")),
     *("pmlm_dist.masking.blockwise", "pmlm_dist.masking.layout", "pmlm_dist.data.order", "pmlm_dist.vocab"),
+    *(f"pmlm_dist.training.{name}" for name in ("placement", "checkpoint_files", "checkpoint_folder")),
+    "pmlm_dist.training.checkpoint_commands",
     *("pmlm_dist.config", "pmlm_dist.presets", "pmlm_dist.engine_config", "pmlm_dist.cli", "train"),
 ]
 

@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FIGURES = {
+    "checkpoint": {"stall_share", "bytes_per_parameter"},
     "step": {"vs_hf_bert", "vs_hf_mpnet", "vs_two_passes", "vs_naive", "vs_ae_only", "mfu", "peak_memory_vs_naive"},
-    "loader": {"vs_hf_collator", "vs_hf_whole_word", "workers_for_300k_tokens"},
+    "loader": {"vs_hf_collator", "vs_hf_whole_word", "workers_for_300k_tokens", "data_wait_share"},
     "attention": {
         f"{figure}_{length}"
         for figure in ("split_vs_dense", "flex_vs_dense_forward", "flex_vs_split_forward")

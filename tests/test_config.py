@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -43,7 +44,7 @@ def leaves(config: Any, types: tuple[type, ...]) -> list[str]:
         value = getattr(config, item.name)
         if is_dataclass(value):
             names += [f"{item.name}.{name}" for name in leaves(value, types)]
-        elif {*get_args(hints[item.name]), hints[item.name]} & set(types):
+        elif not isinstance(value, Mapping) and {*get_args(hints[item.name]), hints[item.name]} & set(types):
             names.append(item.name)
     return names
 
@@ -85,6 +86,9 @@ def test_not_a_number_is_refused(name: str):
         ("optim.warmup_steps", 500_000, "must be below train.steps (500000)"),
         ("optim.beta2", 1.0, "below 1"),
         ("optim.peak_lr", 0.0, "positive"),
+        ("data.sources", {"a": 0.0, "b": 1.0}, "weights must be positive"),
+        ("data.sources", {"a": 1e-4, "b": 1.0}, "at least a thousandth of their sum"),
+        ("data.sources", {"a": float("inf")}, "weights must be positive"),
         ("data.lanes", 0, "must be positive, or None"),
         ("train.stop_at", 0, "must be positive, or None"),
         ("parallel.tp", 5, "must divide model.num_heads (12): use one of"),

@@ -73,6 +73,7 @@ def test_shipped_batches_divide_over_the_ranks_they_are_meant_for(name: str, ran
         ("checkpoint", "remove the section"),
         ("tensorboard", "RUN_DIR/tensorboard"),
         ("amp", "use bf16 or fp16"),
+        ("aio", "no checkpoint can be made"),
     ],
 )
 def test_sections_with_another_home_are_refused(tmp_path: Path, section: str, way_out: str):
@@ -94,6 +95,29 @@ def test_an_unknown_setting_is_refused_with_the_closest_known_one(tmp_path: Path
 def test_an_unknown_setting_unlike_any_is_refused(tmp_path: Path):
     (problem,) = refusals(tmp_path, {**SOUND, "zzz": 1})
     assert "unknown setting `zzz`: remove it" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"offload_optimizer": {"device": "nvme"}}, 'offload_optimizer.device ("nvme") cannot be saved'),
+        ({"offload_param": {"device": "nvme"}}, 'zero_optimization.offload_param.device ("nvme") cannot be saved'),
+        ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, "super_offload (true) cannot be saved"),
+        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio (0.5) must be 1"),
+        ({"mics_shard_size": 2}, "zero_optimization.mics_shard_size (2) cuts weights"),
+        ({"zenflow": {}}, "zero_optimization.zenflow ({}) cuts weights"),
+    ],
+)
+def test_ways_to_hold_weights_that_no_checkpoint_knows_are_refused(tmp_path: Path, changes: Any, problem: str):
+    (found,) = refusals(tmp_path, {**SOUND, "zero_optimization": {"stage": 3, **changes}})
+    assert problem in found
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_masters_in_half_precision_are_refused(tmp_path: Path, precision: str):
+    raw = {**SOUND, precision: {"enabled": True, f"{precision}_master_weights_and_grads": True}}
+    (found,) = refusals(tmp_path, raw, has_accelerator=True)
+    assert f"{precision}.{precision}_master_weights_and_grads (true) cannot be saved" in found
 
 
 @pytest.mark.parametrize("zero", [{"stage": 0}, {}, None])

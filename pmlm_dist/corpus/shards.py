@@ -15,9 +15,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import mmap
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
@@ -44,6 +44,13 @@ _WAY_OUT = "copy the shard anew, or remove the folder and run `pmlm prepare-corp
 
 class ShardError(ValueError):
     """A shard is missing or is not what the manifest says."""
+
+    def __init__(self, message: str, *, shard: Shard | None = None, offset: int | None = None):
+        super().__init__(message)
+        self.shard = shard
+        """Its entry in the manifest, where one shard is at fault."""
+        self.offset = offset
+        """Byte at which the file breaks, where that can be told."""
 
 
 def token_dtype(vocabulary_size: int) -> TokenDtype:
@@ -157,6 +164,11 @@ def _sync_folder(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
+def shard_name(split: str, number: int) -> str:
+    """Name of a shard relative to the corpus folder."""
+    return f"{split}/shard-{number:06d}.tar"
+
+
 class _HashingFile(FileIO):
     """A file that takes the sha256 of what is written to it."""
 
@@ -173,11 +185,6 @@ class _HashingFile(FileIO):
         self.sha256.update(view)
         self.size += written
         return written
-
-
-def shard_name(split: str, number: int) -> str:
-    """Name of a shard relative to the corpus folder."""
-    return f"{split}/shard-{number:06d}.tar"
 
 
 def write_shard(folder: Path, name: str, samples: Iterable[np.ndarray], *, first: int, dtype: TokenDtype) -> Shard:
@@ -204,20 +211,32 @@ def write_shard(folder: Path, name: str, samples: Iterable[np.ndarray], *, first
 class ShardReader:
     """Random access to the samples of one verified shard: `len(reader)`, `reader[i]` -> ids, shape [tokens].
 
-    The whole file is read once to check its sha256, then mapped into memory. `folder` is the corpus folder.
-    Raises ShardError, naming file, expected and found, if anything differs from the manifest.
+    The whole file is read once to check its sha256 and stays open. `folder` is the corpus folder; `file`: the shard,
+    opened already, wherever it lies; `longest`: most tokens of a sample. Raises ShardError, naming file, expected and
+    found, if anything differs from the manifest. Nothing is ever unpacked: a member is a range of bytes.
     """
 
-    def __init__(self, folder: Path, shard: Shard, token_dtype: TokenDtype):
-        self.path = Path(folder) / shard.name
+    def __init__(
+        self,
+        folder: Path,
+        shard: Shard,
+        token_dtype: TokenDtype,
+        *,
+        file: FileIO | None = None,
+        longest: int | None = None,
+    ):
+        self.path = Path(folder) / shard.name if file is None else Path(str(file.name))
+        self._shard = shard
         self._dtype = np.dtype(token_dtype).newbyteorder("<")
         self._native = np.dtype(token_dtype)
-        with _opened(self.path) as file:
-            _verify(self.path, file, shard)
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        extension = EXTENSIONS[token_dtype]
-        self._offsets, self._lengths = _index(self.path, self._bytes, extension=extension, samples=shard.samples)
-        _check_sizes(self.path, self._lengths, item=self._dtype.itemsize)
+        most = None if longest is None else longest * self._dtype.itemsize
+        self._file = open_shard(self.path, shard) if file is None else file
+        try:
+            self._offsets, self._lengths = _verified(self._file, shard, extension=EXTENSIONS[token_dtype], most=most)
+            _check_sizes(self.path, shard, self._offsets, self._lengths, item=self._dtype.itemsize)
+        except BaseException:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -225,13 +244,14 @@ class ShardReader:
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has samples 0 to {len(self) - 1}, not {index}")
-        length = int(self._lengths[index]) // self._dtype.itemsize
-        ids = np.frombuffer(self._bytes, self._dtype, count=length, offset=int(self._offsets[index]))
-        return ids.astype(self._native)  # a copy: the mapping can be closed
+        offset, length = int(self._offsets[index]), int(self._lengths[index])
+        # Not through a mapping: where a file was cut after it was opened, that would end the process (SIGBUS).
+        data = _read_at(self._file, offset, length, shard=self._shard)
+        return np.frombuffer(data, self._dtype).astype(self._native)
 
     def close(self) -> None:
-        """Unmap the file."""
-        self._bytes.close()
+        """Close the file."""
+        self._file.close()
 
     def __enter__(self) -> ShardReader:
         return self
@@ -240,22 +260,66 @@ class ShardReader:
         self.close()
 
 
-def _opened(path: Path) -> FileIO:
+def open_shard(path: Path, shard: Shard) -> FileIO:
+    """The file of a shard, for reading. Raises ShardError where it is missing or anything but a file (a pipe, ...)."""
     try:
-        return FileIO(path, "rb")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
     except OSError as error:
-        raise ShardError(f"shard {path} cannot be opened: {error.strerror}; {_WAY_OUT}") from error
+        raise ShardError(f"shard {path} cannot be opened: {error.strerror}; {_WAY_OUT}", shard=shard) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ShardError(f"shard {path} is not a file; {_WAY_OUT}", shard=shard)
+    file = FileIO(descriptor, "rb")
+    file.name = str(path)  # pyright: ignore[reportAttributeAccessIssue]
+    return file
 
 
-def _verify(path: Path, file: FileIO, shard: Shard) -> None:
-    size = os.fstat(file.fileno()).st_size
+def _verified(file: FileIO, shard: Shard, *, extension: str, most: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Check size, sha256 and members; offset and size in bytes of every member."""
+    path, size = file.name, os.fstat(file.fileno()).st_size
     if size != shard.bytes:
-        raise ShardError(f"shard {path}: expected {shard.bytes} bytes, found {size}; {_WAY_OUT}")
+        raise ShardError(
+            f"shard {path}: expected {shard.bytes} bytes, found {size}; {_WAY_OUT}",
+            shard=shard,
+            offset=min(size, shard.bytes),
+        )
     digest = hashlib.sha256()
-    while chunk := file.read(_READ_BYTES):
-        digest.update(chunk)
+    try:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    except OSError as error:
+        message = f"shard {path} cannot be read at byte {file.tell()}: {error.strerror}; {_WAY_OUT}"
+        raise ShardError(message, shard=shard, offset=file.tell()) from error
     if digest.hexdigest() != shard.sha256:
-        raise ShardError(f"shard {path}: expected sha256 {shard.sha256}, found {digest.hexdigest()}; {_WAY_OUT}")
+        offset = _break(file, shard, extension=extension, most=most)
+        where = "inside its samples" if offset is None else f"at byte {offset} first"
+        raise ShardError(
+            f"shard {path}: expected sha256 {shard.sha256}, found {digest.hexdigest()}, damaged {where}; {_WAY_OUT}",
+            shard=shard,
+            offset=offset,
+        )
+    return _index(file, shard, extension=extension, most=most)
+
+
+def _break(file: FileIO, shard: Shard, *, extension: str, most: int | None) -> int | None:
+    """Where the members of a damaged shard stop to make sense, None if they do not."""
+    try:
+        _index(file, shard, extension=extension, most=most)
+    except ShardError as error:
+        return error.offset
+    return None
+
+
+def _read_at(file: FileIO, offset: int, length: int, *, shard: Shard) -> bytes:
+    try:
+        data = os.pread(file.fileno(), length, offset)
+    except OSError as error:
+        message = f"shard {file.name} cannot be read at byte {offset}: {error.strerror}; {_WAY_OUT}"
+        raise ShardError(message, shard=shard, offset=offset) from error
+    if len(data) != length:
+        message = f"shard {file.name} was cut while it was read, at byte {offset + len(data)}; {_WAY_OUT}"
+        raise ShardError(message, shard=shard, offset=offset + len(data))
+    return data
 
 
 def misplaced(folder: Path, manifest: Manifest, *, most: int = 5) -> list[str]:
@@ -274,27 +338,34 @@ def misplaced(folder: Path, manifest: Manifest, *, most: int = 5) -> list[str]:
     return found[:most] + rest
 
 
-def _index(path: Path, data: mmap.mmap, *, extension: str, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Offset and size in bytes of every member of a plain tar."""
+def _index(file: FileIO, shard: Shard, *, extension: str, most: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Offset and size in bytes of every member of a plain tar whose members are samples in order and nothing else."""
     pattern = re.compile(rb"(\d{9})\." + extension.encode())
     offsets, sizes = [], []
-    first, at, end = None, 0, len(data)
-    while at + _BLOCK <= end and data[at]:
-        header = data[at : at + _BLOCK]
-        name, size = header[:100].rstrip(b"\0"), _octal(header[124:136])
+    first, at, end = None, 0, shard.bytes
+    while at + _BLOCK <= end:
+        header = _read_at(file, at, _BLOCK, shard=shard)
+        if not header[0]:
+            break
+        name, folder, size = header[:100].rstrip(b"\0"), header[345:500].rstrip(b"\0"), _octal(header[124:136])
         match = pattern.fullmatch(name)
-        if not match or header[156] not in _REGULAR or size is None:
-            raise ShardError(f"shard {path}: expected a sample NNNNNNNNN.{extension}, found {name!r}; {_WAY_OUT}")
-        first = int(match[1]) if first is None else first
-        if int(match[1]) != first + len(offsets):
-            raise ShardError(f"shard {path}: expected sample {first + len(offsets)}, found {name!r}; {_WAY_OUT}")
-        if at + _BLOCK + size > end:
-            raise ShardError(f"shard {path}: sample {name!r} of {size} bytes reaches past the end; {_WAY_OUT}")
+        wrong = None
+        if not match or folder or header[156] not in _REGULAR or size is None:
+            wrong = f"expected a sample NNNNNNNNN.{extension}, found {folder + b'/' + name if folder else name!r}"
+        elif int(match[1]) != (first := int(match[1]) if first is None else first) + len(offsets):
+            wrong = f"expected sample {first + len(offsets)}, found {name!r}"
+        elif at + _BLOCK + size > end:
+            wrong = f"sample {name!r} of {size} bytes reaches past the end"
+        elif most is not None and size > most:
+            wrong = f"sample {name!r} has {size} bytes, the corpus' sequence length allows {most}"
+        if wrong or size is None:
+            raise ShardError(f"shard {file.name}: {wrong}, at byte {at}; {_WAY_OUT}", shard=shard, offset=at)
         offsets.append(at + _BLOCK)
         sizes.append(size)
         at += _BLOCK + -(-size // _BLOCK) * _BLOCK
-    if len(offsets) != samples:
-        raise ShardError(f"shard {path}: expected {samples} samples, found {len(offsets)}; {_WAY_OUT}")
+    if len(offsets) != shard.samples:
+        message = f"shard {file.name}: expected {shard.samples} samples, found {len(offsets)}; {_WAY_OUT}"
+        raise ShardError(message, shard=shard, offset=at)
     return np.array(offsets, np.int64), np.array(sizes, np.int64)
 
 
@@ -303,10 +374,12 @@ def _octal(digits: bytes) -> int | None:
     return int(text, 8) if re.fullmatch(rb"[0-7]+", text) else None
 
 
-def _check_sizes(path: Path, lengths: np.ndarray, *, item: int) -> None:
+def _check_sizes(path: Path, shard: Shard, offsets: np.ndarray, lengths: np.ndarray, *, item: int) -> None:
     wrong = np.flatnonzero((lengths % item != 0) | (lengths == 0))
     if len(wrong):
         raise ShardError(
             f"shard {path}: expected a multiple of {item} bytes in every sample, found {lengths[wrong[0]]} bytes in "
-            f"the sample at position {wrong[0]}; {_WAY_OUT}"
+            f"the sample at position {wrong[0]}; {_WAY_OUT}",
+            shard=shard,
+            offset=int(offsets[wrong[0]]),
         )

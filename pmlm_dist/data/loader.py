@@ -1,35 +1,31 @@
 """Loader: the batches of a rank, prepared by worker processes.
 
     micro step i --order.py--> sample numbers --stream.py--> token ids --masking/--> Batch
-                 `-------------- one worker builds the whole micro-batch --------------'
+                 `-------- one worker (workers.py) builds the whole micro-batch -------'
 
 Micro-batch i is a function of i, so that workers take turns and the stream of batches is the same for any number of
-them. It depends on (corpus, masking, seed, lanes, share of this rank, samples consumed) alone.
+them. It depends on (corpora, masking, seed, lanes, shards in quarantine, share of this rank, samples consumed) alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import multiprocessing
-import multiprocessing.context
-import os
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from pmlm_dist.config import DataConfig, MaskingConfig, refuse
 from pmlm_dist.corpus.shards import VALIDATION, Manifest, ShardError
 from pmlm_dist.data.batch import Batch, build_batch
+from pmlm_dist.data.cache import CacheError
 from pmlm_dist.data.order import BatchShare, micro_batch_samples
-from pmlm_dist.data.stream import Sample, SplitReader, TrainingStream
+from pmlm_dist.data.stream import Access, CorpusSource, Sample, SplitReader, TrainingStream
+from pmlm_dist.data.workers import InOrder
 from pmlm_dist.masking.blockwise import SpecialIds
 
 VALIDATION_SEED = 0x5EED
@@ -41,13 +37,27 @@ class BatchSource:
     """Where samples come from and how they become batches."""
 
     corpus: Path
-    """Folder with manifest and shards."""
+    """Folder with manifest and vocabulary, and with the shards unless there is an address."""
     special: SpecialIds
     """Special ids of the corpus' vocabulary."""
     masking: MaskingConfig
     """How samples are masked."""
     seed: int
     """Seed of sample order and masks."""
+    address: str | None = None
+    """Where the shards of `corpus` are fetched from."""
+    mixture: tuple[CorpusSource, ...] = ()
+    """What training reads, by weight; empty: `corpus` alone. Validation always reads `corpus`."""
+
+    @property
+    def own(self) -> CorpusSource:
+        """`corpus` as what is read."""
+        return CorpusSource(self.corpus, self.address)
+
+    @property
+    def training(self) -> tuple[CorpusSource, ...]:
+        """What training reads."""
+        return self.mixture or (self.own,)
 
     @cached_property
     def sequence_length(self) -> int:
@@ -67,6 +77,42 @@ class BatchSource:
         )
 
 
+class Batches(Iterator[Batch]):
+    """Micro-batches, in order; `close` ends the workers that build them."""
+
+    def __init__(self, builder: _TrainingBatches | _ValidationBatches, numbers: Iterable[int], loading: Loading):
+        _compile(builder.source)
+        data, self._pin_memory = loading.data, loading.pin_memory
+        self._arrays = InOrder(
+            builder,
+            numbers,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            timeout_s=data.timeout_s,
+            preload=__name__,
+        )
+
+    def __next__(self) -> Batch:
+        try:
+            batch = Batch.from_arrays(next(self._arrays))
+        except BaseException:
+            self.close()
+            raise
+        return batch.pin_memory() if self._pin_memory else batch
+
+    def close(self) -> None:
+        """End the workers; there are no more batches then."""
+        self._arrays.close()
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches are loaded: the settings, and whether into page-locked memory."""
+
+    data: DataConfig
+    pin_memory: bool = False
+
+
 def training_batches(
     source: BatchSource,
     *,
@@ -75,19 +121,21 @@ def training_batches(
     samples_consumed: int = 0,
     loading: DataConfig | None = None,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+    quarantined: Set[str] = frozenset(),
+) -> Batches:
     """This rank's micro-batches, without end, beginning after `samples_consumed` samples of the whole run.
 
-    `lanes` as `choose_lanes` gives them. Workers start at once; close the iterator to end them. Raises ShardError for a
-    shard that is missing or damaged.
+    `lanes` as `choose_lanes` gives them; `quarantined`: sha256 of shards that are not read. Workers start at once;
+    close the batches to end them. Raises ShardError for a shard that is missing or damaged, CacheError, WorkerError.
     """
     if lanes % share.dp_size or share.global_batch % lanes:
         raise ValueError(
             f"lanes ({lanes}) must be a multiple of the data-parallel size ({share.dp_size}) and divide the "
             f"global batch ({share.global_batch})"
         )
-    batches = _TrainingBatches(source, lanes=lanes, share=share, samples_consumed=samples_consumed)
-    return _load(batches, itertools.count(), loading=loading or DataConfig(), pin_memory=pin_memory)
+    data = loading or DataConfig()
+    builder = _TrainingBatches(source, lanes, share, samples_consumed, Access.of(data), frozenset(quarantined))
+    return Batches(builder, itertools.count(), Loading(data, pin_memory))
 
 
 def validation_batches(
@@ -97,7 +145,7 @@ def validation_batches(
     share: BatchShare,
     loading: DataConfig | None = None,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Batches:
     """This rank's share of the first `samples` held-out samples (at most what there is), masked alike in every run.
 
     Every rank yields the same number of batches of the same shape: entries past the last sample repeat it with all
@@ -106,134 +154,81 @@ def validation_batches(
     available = Manifest.load(source.corpus).splits[VALIDATION].samples
     if not available:
         refuse([f"corpus {source.corpus} has no validation samples: prepare one with a validation split"])
-    samples = min(samples, available)
+    samples, data = min(samples, available), loading or DataConfig()
     share = dataclasses.replace(share, global_batch=share.micro_batch * share.dp_size)
-    batches = _ValidationBatches(source, samples=samples, share=share)
-    steps = -(-samples // share.global_batch)
-    return _load(batches, range(steps), loading=loading or DataConfig(), pin_memory=pin_memory)
+    builder = _ValidationBatches(source, samples, share, Access.of(data))
+    return Batches(builder, range(-(-samples // share.global_batch)), Loading(data, pin_memory))
 
 
-class _Batches(Protocol):
-    source: BatchSource
-
-    def __getitem__(self, micro_step: int, /) -> Batch: ...
-
-
+@dataclass(frozen=True)
 class _TrainingBatches:
     """Micro-batch i of the training split; the stream is opened by whoever reads first: the worker."""
 
-    def __init__(self, source: BatchSource, *, lanes: int, share: BatchShare, samples_consumed: int):
-        self.source = source
-        self._lanes = lanes
-        self._share = share
-        self._samples_consumed = samples_consumed
+    source: BatchSource
+    lanes: int
+    share: BatchShare
+    samples_consumed: int
+    access: Access
+    quarantined: frozenset[str]
+
+    expected = (ShardError, CacheError)
 
     @cached_property
     def _stream(self) -> TrainingStream:
-        return TrainingStream(self.source.corpus, lanes=self._lanes, seed=self.source.seed)
+        source = self.source
+        return TrainingStream(
+            source.training, lanes=self.lanes, seed=source.seed, access=self.access, quarantined=self.quarantined
+        )
 
-    def __getitem__(self, micro_step: int) -> Batch:
-        numbers = micro_batch_samples(self._samples_consumed, micro_step, share=self._share)
-        return self.source.batch([self._stream[t] for t in numbers], seed=self.source.seed)
+    def build(self, number: int, *, mark: Callable[[int], None]) -> Arrays:
+        """Micro-batch `number` as arrays."""
+        samples = []
+        for t in micro_batch_samples(self.samples_consumed, number, share=self.share):
+            mark(t)
+            samples.append(self._stream[t])
+        return self.source.batch(samples, seed=self.source.seed).arrays()
+
+    def describe(self, place: int) -> str:
+        """Which sample of which shard global sample `place` is."""
+        return self._stream.describe(place)
 
 
+@dataclass(frozen=True)
 class _ValidationBatches:
     """Micro-batch i of the validation samples, filled up with copies of weight 0."""
 
-    def __init__(self, source: BatchSource, *, samples: int, share: BatchShare):
-        self.source = source
-        self._samples = samples
-        self._share = share
+    source: BatchSource
+    samples: int
+    share: BatchShare
+    access: Access
+
+    expected = (ShardError, CacheError)
 
     @cached_property
     def _reader(self) -> SplitReader:
-        return SplitReader(self.source.corpus, split=VALIDATION)
+        return SplitReader(self.source.own, split=VALIDATION, access=self.access)
 
-    def __getitem__(self, micro_step: int) -> Batch:
-        numbers = micro_batch_samples(0, micro_step, share=self._share)
-        samples = [self._reader.numbered(min(number, self._samples - 1)) for number in numbers]
+    def build(self, number: int, *, mark: Callable[[int], None]) -> Arrays:
+        """Micro-batch `number` as arrays."""
+        samples = []
+        numbers = micro_batch_samples(0, number, share=self.share)
+        for sample in numbers:
+            mark(sample)
+            samples.append(self._reader.numbered(min(sample, self.samples - 1)))
         batch = self.source.batch(samples, seed=VALIDATION_SEED)
-        real_B = torch.tensor([number < self._samples for number in numbers])
-        return dataclasses.replace(batch, weights_BM=batch.weights_BM * real_B[:, None])
+        real_B = torch.tensor([sample < self.samples for sample in numbers])
+        return dataclasses.replace(batch, weights_BM=batch.weights_BM * real_B[:, None]).arrays()
+
+    def describe(self, place: int) -> str:
+        """Which validation sample `place` is."""
+        return f"validation sample {min(place, self.samples - 1)} of {self.source.own.name}"
 
 
 Arrays = dict[str, np.ndarray]
+"""A batch as it goes through the pipe from a worker, by value in one message.
 
-
-class _ArraysOrError(Dataset["Arrays | ShardError"]):
-    """Batches as arrays, or the shard's error as a value: what goes through the pipe from a worker.
-
-    Arrays go by value in one message; tensors would go through shared memory, a file descriptor each, which takes
-    longer than masking them. An error raised in a worker would arrive wrapped in torch's report of it.
-    """
-
-    def __init__(self, batches: _Batches):
-        self._batches = batches
-
-    def __getitem__(self, micro_step: int) -> Arrays | ShardError:
-        try:
-            return self._batches[micro_step].arrays()
-        except ShardError as error:
-            return error
-
-
-def _load(batches: _Batches, micro_steps: Iterable[int], *, loading: DataConfig, pin_memory: bool) -> Iterator[Batch]:
-    _compile(batches.source)
-    loader = DataLoader(
-        _ArraysOrError(batches),
-        collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
-        batch_size=None,
-        sampler=micro_steps,
-        num_workers=loading.workers,
-        prefetch_factor=loading.prefetch if loading.workers else None,
-        multiprocessing_context=_worker_context() if loading.workers else None,
-        worker_init_fn=_end_with_parent,
-        # A generator of its own: the loader draws a seed for its workers; the model's random numbers must not move.
-        generator=torch.Generator(),
-    )
-    return _until_closed(iter(loader), pin_memory=pin_memory)
-
-
-def _as_it_is(arrays: Arrays | ShardError) -> Arrays | ShardError:
-    return arrays
-
-
-def _until_closed(loaded: Iterator[Arrays | ShardError], *, pin_memory: bool) -> Iterator[Batch]:
-    try:
-        for arrays in loaded:
-            if isinstance(arrays, ShardError):
-                raise arrays
-            batch = Batch.from_arrays(arrays)
-            yield batch.pin_memory() if pin_memory else batch
-    finally:
-        # The last reference: torch's iterator ends its workers when it goes.
-        del loaded
-
-
-def _worker_context() -> multiprocessing.context.BaseContext:
-    """How workers are started: forked from a server process that has imported this module and done nothing else.
-
-    `fork` would copy a process with threads (torch, gloo, CUDA, MPI) whose locks may be held at that moment, and the
-    memory that an InfiniBand card has registered. `spawn` would import torch anew in every worker.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def _end_with_parent(_worker: int) -> None:
-    """End this worker when the training process is gone.
-
-    torch's own watchdog looks at the parent by process id, which is the fork server here and outlives a killed trainer.
-    """
-    threading.Thread(target=_watch_parent, name="end-with-parent", daemon=True).start()
-
-
-def _watch_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only a worker has a parent to watch"
-    parent.join()
-    os._exit(1)
+Tensors would go through shared memory, a file descriptor each, which takes longer than masking them.
+"""
 
 
 def _compile(source: BatchSource) -> None:

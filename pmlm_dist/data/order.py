@@ -1,4 +1,4 @@
-"""Sample order: where global sample t lies, and who reads it. A pure function of (shard sizes, lanes, seed, t).
+"""Sample order: where global sample t lies, and who reads it. Pure in (shard sizes, lanes, seed, bad shards, t).
 
     epoch e: shards permuted by (seed, e) -> p0 p1 p2 p3 p4 p5 ...
     lane l of L reads p[l], p[l+L], p[l+2L], ..., each shard as it lies, then goes on with epoch e+1
@@ -7,12 +7,15 @@
 
 One training step consumes samples [t0, t0 + global batch) under any number of ranks, accumulation and loader workers;
 the whole state is the integer `samples_consumed`. Lanes never wait for each other, so their epochs may differ;
-every sample of the split is read exactly once in each epoch, by one lane.
+every sample of the split is read exactly once in each epoch, by one lane. A shard that cannot be read moves nothing:
+its places are filled from the shard that the same lane reads next.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -100,8 +103,30 @@ class SampleOrder:
         # Row e: samples that each lane has read before epoch e.
         self._starts = [np.zeros(lanes, dtype=np.int64)]
 
-    def locate(self, t: int) -> SampleAddress:
-        """Address of global sample `t`, at least 0."""
+    def locate(self, t: int, *, bad: Set[int] = frozenset()) -> SampleAddress:
+        """Address of global sample `t`, at least 0, where the shards `bad` cannot be read.
+
+        The place of a sample of a bad shard goes to the shard that its lane reads next, bad ones passed over: element
+        i of n to its sample i mod n', in the epoch in which the lane comes to it. All other places stay as they are.
+        """
+        epoch, nth, index = self._place(t)
+        shard = int(self._epochs[epoch].shards[t % self.lanes][nth])
+        if shard in bad:
+            epoch, shard = next(self._readable_from(t, epoch, nth, bad=bad))
+        return SampleAddress(epoch, shard, index % int(self._sizes[shard]))
+
+    def next_shard(self, t: int, *, bad: Set[int] = frozenset()) -> int:
+        """The shard that the lane of global sample `t` reads after the one that `t` is read from."""
+        epoch, nth, _ = self._place(t)
+        _, (_, shard) = itertools.islice(self._readable_from(t, epoch, nth, bad=bad), 2)
+        return shard
+
+    def sample_id(self, address: SampleAddress) -> int:
+        """Number of a sample in its split, counted through the shards of the manifest."""
+        return int(self._first_samples[address.shard]) + address.index
+
+    def _place(self, t: int) -> tuple[int, int, int]:
+        """Of global sample `t`: epoch, which of its lane's shards in that epoch, which sample of the shard."""
         element, lane = divmod(t, self.lanes)
         while self._starts[-1][lane] <= element:
             self._add_epoch()
@@ -110,11 +135,18 @@ class SampleOrder:
         ends = self._epochs[epoch].ends[lane]
         nth = int(np.searchsorted(ends, within, side="right"))
         shard = int(self._epochs[epoch].shards[lane][nth])
-        return SampleAddress(epoch, shard, within - int(ends[nth]) + int(self._sizes[shard]))
+        return epoch, nth, within - int(ends[nth]) + int(self._sizes[shard])
 
-    def sample_id(self, address: SampleAddress) -> int:
-        """Number of a sample in its split, counted through the shards of the manifest."""
-        return int(self._first_samples[address.shard]) + address.index
+    def _readable_from(self, t: int, epoch: int, nth: int, *, bad: Set[int]) -> Iterator[tuple[int, int]]:
+        """(epoch, shard) of what the lane of `t` reads from its `nth` shard of `epoch` on, without end or `bad`."""
+        if len(bad) >= len(self._sizes):
+            raise ValueError(f"none of the {len(self._sizes)} shards can be read")
+        for number in itertools.count(epoch):
+            if number == len(self._epochs):
+                self._add_epoch()
+            shards = self._epochs[number].shards[t % self.lanes]
+            rest = shards[nth if number == epoch else 0 :]
+            yield from ((number, shard) for shard in rest.tolist() if shard not in bad)
 
     def _add_epoch(self) -> None:
         permutation = _permutation(len(self._sizes), seed=self.seed, epoch=len(self._epochs))

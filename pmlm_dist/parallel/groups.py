@@ -52,6 +52,13 @@ class Topology:
             dist.all_reduce(values, group=parallel_state.get_tensor_model_parallel_group())
         return values
 
+    def largest(self, *values: int) -> list[int]:
+        """The largest of all ranks' values, one by one. On the host: no accelerator is waited for."""
+        found = torch.tensor(values)
+        if self.world_size > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found.tolist()
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (picklable, small), in order of rank, on every rank."""
         box = [value] * self.world_size

@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from pmlm_dist.devices import Device, device_named
+from pmlm_dist.devices import HEAP_SLACK, Device, device_named
 from pmlm_dist.parallel.groups import Topology
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PRODUCTS = ((2048, 512, 2048), (2048, 2048, 512), (2048, 512, 512), (512, 512, 8192))
 _BATCHED = (16, 512, 64, 512)
 """Products of attention: heads and samples, queries, head size, keys."""
-_PASSED = (2048, 1024)
+_PASSED = (4096, 1024)
 _SENT = 2**24  # bytes
 
 
@@ -54,12 +54,8 @@ def measure_device(precision: str, topology: Topology, *, seconds: float = 2.0) 
         link_share=1.0,
         is_accelerator=on.type == "cuda",
         dispatch=_dispatch(on),
-        slack=0.06 if on.type == "cuda" else _SLACK_OF_GLIBC,
+        slack=0.06 if on.type == "cuda" else HEAP_SLACK,
     )
-
-
-_SLACK_OF_GLIBC = 0.15
-"""The heap keeps what is freed (training/allocator.py), and what it keeps is in pieces."""
 
 
 def _matrix_rate(dtype: torch.dtype, on: torch.device, *, seconds: float) -> float:

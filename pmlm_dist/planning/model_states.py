@@ -55,19 +55,20 @@ class Zero:
     """Numbers up to which ZeRO-3 leaves a parameter whole."""
 
     @classmethod
-    def from_engine(cls, engine: EngineConfig) -> Zero:
-        """The settings of a checked DeepSpeed JSON."""
+    def from_engine(cls, engine: EngineConfig, *, stage: int | None = None) -> Zero:
+        """The settings of a checked DeepSpeed JSON, at another `stage` if one is given."""
+        stage = engine.zero_stage if stage is None else stage
         zero: Mapping[str, Any] = engine.raw.get("zero_optimization", {})
         overlap = zero.get("overlap_comm")
         accumulated = (engine.raw.get("data_types") or {}).get("grad_accum_dtype") or engine.precision
         communicated = engine.raw.get("communication_data_type") or engine.precision
         return cls(
-            stage=engine.zero_stage,
+            stage=stage,
             precision=engine.precision,
             accumulated=ELEMENT[_DTYPES[accumulated]],
             communicated=ELEMENT[_DTYPES[communicated]],
             offload=engine.offload_optimizer,
-            overlap=engine.zero_stage == 3 if overlap is None else bool(overlap),
+            overlap=stage == 3 if overlap is None else bool(overlap),
             reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
             prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
             max_live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),

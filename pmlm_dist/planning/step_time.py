@@ -3,10 +3,10 @@
     step = accumulation * (matrix products + passes over memory) + exposed communication + update
 
 Matrix products take their FLOPs at the attained matrix rate. Everything else between them (bias, dropout, residual
-sums, LayerNorm, GELU, softmax, copies) reads and writes tensors at the attained memory bandwidth and adds up, since eager
-operations run one after another (the roofline model of Williams et al., 2009, with the two roofs in turn). On an
+sums, LayerNorm, GELU, softmax, copies) reads and writes tensors at the attained memory bandwidth and adds up, since
+eager operations run one after another (the roofline model of Williams et al., 2009, with the two roofs in turn). On an
 accelerator the host issues operations ahead; when it is slower than the device, it sets the pace. Communication is
-hidden where DeepSpeed overlaps it with the last backward pass; tensor-parallel communication never is.
+hidden where DeepSpeed overlaps it with a backward pass; tensor-parallel communication never is.
 
 How often a tensor is read or written was counted in `model/` and DeepSpeed's source, operation by operation.
 """

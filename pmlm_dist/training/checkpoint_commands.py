@@ -26,7 +26,7 @@ from pmlm_dist.training.checkpoint_files import (
     write_json,
     write_numbers,
 )
-from pmlm_dist.training.checkpoint_folder import CheckpointFolder
+from pmlm_dist.training.checkpoint_folder import CheckpointFolder, checkpoints_at, newest_whole_at
 
 
 def ls(folder: Path, /) -> None:
@@ -35,14 +35,14 @@ def ls(folder: Path, /) -> None:
     Checksums are left to `pmlm checkpoint verify`.
     """
     print(f"{'step':>10}  {'size':>9}  {'age':>9}  {'written by':32}  files")
-    for path in _checkpoints(folder):
+    for path in checkpoints_at(folder):
         print("  ".join(_row(path)))
 
 
 def verify(folder: Path, /) -> None:
     """Read a checkpoint, or all in a folder: every checksum, and that each number of each tensor is there once."""
     found = []
-    for path in _checkpoints(folder):
+    for path in checkpoints_at(folder):
         faults = faults_of(path)
         print(f"{path}: {'damaged' if faults else 'whole'}")
         found += [f"{path}: {fault}" for fault in faults]
@@ -55,7 +55,7 @@ def reshape(folder: Path, /, *, output: Path) -> None:
     `output`: a folder of checkpoints, as RUN_DIR/checkpoints is; a run goes on from what is written there as from any
     other. It is written under a temporary name first, so half of it never counts.
     """
-    path, target = _newest_whole(folder), CheckpointFolder(output, keep=1)
+    path, target = newest_whole_at(folder), CheckpointFolder(output, keep=1)
     state = read_state(path)
     step = int(state["step"])
     if target.folder(step).exists():
@@ -74,30 +74,9 @@ def reshape(folder: Path, /, *, output: Path) -> None:
 
 def _write_whole_tensors(path: Path, file: Path) -> Written:
     with CheckpointReader(path) as reader:
-        wholes = list(reader.tensors.values())
-        chunks = (reader.read(whole, kind).reshape(-1).view(np.uint8).data for whole in wholes for kind in KINDS)
-        return write_numbers(file, wholes, chunks)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints at `folder`: one, those in it, or those of the run whose folder it is."""
-    if folder.is_dir() and ((folder / STATE).is_file() or folder.name.startswith("step-")):
-        return [folder]
-    for place in (folder, folder / "checkpoints"):
-        found = CheckpointFolder(place, keep=1).steps()
-        if found:
-            return found
-    raise ConfigError([f"there is no checkpoint in {folder}: pass RUN_DIR/checkpoints, or RUN_DIR/checkpoints/step-N"])
-
-
-def _newest_whole(folder: Path) -> Path:
-    found = []
-    for path in reversed(_checkpoints(folder)):
-        faults = faults_of(path)
-        if not faults:
-            return path
-        found += [f"{path}: {fault}" for fault in faults]
-    raise ConfigError(found)
+        wholes, kinds = list(reader.tensors.values()), KINDS if reader.has_moments else KINDS[:1]
+        chunks = (reader.read(whole, kind).reshape(-1).view(np.uint8).data for whole in wholes for kind in kinds)
+        return write_numbers(file, wholes, chunks, kinds=kinds)
 
 
 def _row(path: Path) -> Iterator[str]:

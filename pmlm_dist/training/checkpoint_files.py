@@ -7,8 +7,9 @@
         rank-00001.safetensors     ...
 
 A rank file is plain safetensors: tensors `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, and in its metadata the
-`Placement` of each NAME in the whole tensor. Together the files hold every number of every tensor exactly once. Nothing
-here is ever unpickled, and nothing here needs torch: `read_weights` serves whoever wants whole weights.
+`Placement` of each NAME in the whole tensor. Together the files hold every number of every tensor exactly once; weights
+that were imported have no moments, and no run goes on from them, one starts. Nothing here is ever unpickled, and
+nothing here needs torch: `read_weights` serves whoever wants whole weights.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,14 +59,21 @@ def rank_file(rank: int) -> str:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def write_numbers(path: Path, placements: Iterable[Placement], chunks: Iterable[bytes | memoryview]) -> Written:
+def write_numbers(
+    path: Path,
+    placements: Iterable[Placement],
+    chunks: Iterable[bytes | memoryview],
+    *,
+    kinds: tuple[str, ...] = KINDS,
+) -> Written:
     """Write a rank file, flush it to the disk and read it back.
 
-    `chunks`: the bytes (little-endian fp32) of each placement's weight, exp_avg and exp_avg_sq, one placement after
-    another, cut anywhere. Raises OSError when the disk does not take them or gives back something else.
+    `chunks`: the bytes (little-endian fp32) of each placement's `kinds` (weight, exp_avg and exp_avg_sq, or the weight
+    alone), one placement after another, cut anywhere. Raises OSError when the disk does not take them or gives back
+    something else.
     """
     digest, size = hashlib.sha256(), 0
-    header, expected = _header(list(placements))
+    header, expected = _header(list(placements), kinds)
     with path.open("wb") as file:
         for chunk in itertools.chain([header], chunks):
             file.write(chunk)
@@ -82,14 +90,14 @@ def write_numbers(path: Path, placements: Iterable[Placement], chunks: Iterable[
     return written
 
 
-def _header(placements: list[Placement]) -> tuple[bytes, int]:
+def _header(placements: list[Placement], kinds: tuple[str, ...]) -> tuple[bytes, int]:
     """The head of a rank file, and the size of the whole file."""
     index = json.dumps([placement.as_json() for placement in placements])
     entries: dict[str, Any] = {"__metadata__": {_PLACEMENTS: index}}
     at = 0
     for placement in placements:
         shape = list(placement.shape) if placement.is_whole else [placement.numel]
-        for kind in KINDS:
+        for kind in kinds:
             end = at + placement.numel * BYTES_PER_NUMBER
             entries[f"{kind}/{placement.name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
             at = end
@@ -234,6 +242,14 @@ class CheckpointReader:
         self._files.close()
 
     @property
+    def has_moments(self) -> bool:
+        """Whether there is more than weights."""
+        return all(f"{KINDS[1]}/{source.name}" in file.keys() for file, source in self._all_sources())  # noqa: SIM118
+
+    def _all_sources(self) -> Iterator[tuple[Any, Placement]]:
+        return itertools.chain.from_iterable(self._sources.values())
+
+    @property
     def tensors(self) -> dict[str, Placement]:
         """Every tensor, whole, by name."""
         first = (sources[0][1] for sources in self._sources.values())
@@ -298,10 +314,11 @@ def _placements(file: Any, path: Path) -> list[Placement]:
         found = [Placement.from_json(entry) for entry in index]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise Damaged(f"{path.name} has no readable index of its tensors ({error!r})") from error
-    expected = {f"{kind}/{placement.name}": placement.numel for placement in found for kind in KINDS}
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     sizes = {name: math.prod(tensor.get_shape()) for name, tensor in slices.items() if tensor.get_dtype() == "F32"}
-    if sizes != expected or len(slices) != len(sizes) or len(expected) != len(found) * len(KINDS):
+    kinds = KINDS if any(name.startswith(KINDS[1:]) for name in sizes) else KINDS[:1]
+    expected = {f"{kind}/{placement.name}": placement.numel for placement in found for kind in kinds}
+    if sizes != expected or len(slices) != len(sizes) or len(expected) != len(found) * len(kinds):
         raise Damaged(f"{path.name} holds other tensors than its index says")
     return found
 

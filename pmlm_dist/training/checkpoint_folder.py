@@ -20,6 +20,7 @@ from pathlib import Path
 from pmlm_dist.config import ConfigError
 from pmlm_dist.training.checkpoint_files import (
     MANIFEST,
+    STATE,
     Damaged,
     Written,
     faults_of,
@@ -30,6 +31,8 @@ from pmlm_dist.training.checkpoint_files import (
     write_manifest,
 )
 
+IMPORTED = "weights"
+"""What `pmlm import` calls the folder of its one checkpoint, which holds weights alone."""
 _LATEST = "latest"
 _TEMPORARY = ".tmp-"
 
@@ -128,6 +131,31 @@ class CheckpointFolder:
         except Damaged as error:
             return [f"{self.root}: {error}"]
         return [] if (self.root / str(name)).is_dir() else [f"{path} points to {name}, which is not there"]
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoints at `path`, oldest step first: one, those in it, those of a run's folder, or imported weights.
+
+    Raises `ConfigError` when there is none.
+    """
+    if path.is_dir() and ((path / STATE).is_file() or path.name.startswith("step-")):
+        return [path]
+    for place in (path, path / "checkpoints", path / IMPORTED):
+        found = CheckpointFolder(place, keep=1).steps()
+        if found:
+            return found
+    raise ConfigError([f"there is no checkpoint in {path}: pass RUN_DIR/checkpoints, or RUN_DIR/checkpoints/step-N"])
+
+
+def newest_whole_at(path: Path) -> Path:
+    """The newest checkpoint at `path` that verifies. Raises `ConfigError`, with what is wrong, when none does."""
+    found = []
+    for folder in reversed(checkpoints_at(path)):
+        faults = faults_of(folder)
+        if not faults:
+            return folder
+        found += [f"{folder}: {fault}" for fault in faults]
+    raise ConfigError(found)
 
 
 def step_of(folder: Path) -> int:

@@ -11,12 +11,12 @@ bf16 and fp16 weights are these masters rounded, so they are never stored but ro
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
@@ -114,13 +114,25 @@ class EngineState:
 
         Raises `ConfigError` when the checkpoint is of another model.
         """
+        if not reader.has_moments:
+            raise ConfigError(["the checkpoint holds weights alone, no run can go on from it: start one with --init"])
+        self._fill_from(reader, KINDS)
+        self._restore_counters(counters)
+
+    def start_from(self, reader: CheckpointReader) -> None:
+        """Fill the weights alone, as for a run that is about to start; every rank must call.
+
+        Raises `ConfigError` when the checkpoint is of another model.
+        """
+        self._fill_from(reader, KINDS[:1])
+
+    def _fill_from(self, reader: CheckpointReader, kinds: tuple[str, ...]) -> None:
         refuse(self._misfits(reader))
         _before_filling(self._zero)
         for piece in self.owned():
-            for kind, numbers in piece.numbers.items():
-                _fill(numbers, piece.placement, kind, reader)
+            for kind in kinds:
+                _fill(piece.numbers[kind], piece.placement, kind, reader)
         _round_weights(self._zero)
-        self._restore_counters(counters)
 
     def _restore_counters(self, counters: dict[str, Any]) -> None:
         for flat, _ in self._layout:
@@ -231,8 +243,8 @@ def _partitioned_groups(zero: Any) -> Iterator[tuple[Tensor, list[tuple[Tensor, 
     """Stages 1 and 2: this rank's flat partition of each group, and where each parameter starts in the whole group."""
     if hasattr(zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: stage 1 with bf16 and fp32 gradients
         for group, flat in zip(zero.bf16_groups, zero.fp32_groups_flat_partition, strict=True):
-            ends = np.cumsum([parameter.numel() for parameter in group]).tolist()
-            yield flat, list(zip(group, [0, *ends[:-1]], strict=True))
+            *starts, _ = itertools.accumulate((parameter.numel() for parameter in group), initial=0)
+            yield flat, list(zip(group, starts, strict=True))
     else:
         groups = zip(
             zero.round_robin_bit16_groups,

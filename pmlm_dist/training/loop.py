@@ -26,7 +26,7 @@ from torch import nn
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.data.batch import Batch
-from pmlm_dist.data.loader import training_batches, validation_batches
+from pmlm_dist.data.loader import validation_batches
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.objectives import NUM_COUNTS, loss_scales, target_weights
 from pmlm_dist.parallel import groups, seeding
@@ -38,6 +38,7 @@ from pmlm_dist.training.checkpoint_files import read_state
 from pmlm_dist.training.checkpoint_folder import CheckpointFolder
 from pmlm_dist.training.engine_state import EngineState
 from pmlm_dist.training.guards import Skips, check_batches, check_replicas, find_causes
+from pmlm_dist.training.initial_weights import load_initial_weights
 from pmlm_dist.training.meter import Meter, StepResult, Stopwatch
 from pmlm_dist.training.metrics import RunLog
 from pmlm_dist.training.optimizer import (
@@ -47,6 +48,8 @@ from pmlm_dist.training.optimizer import (
     parameter_groups,
     set_learning_rate,
 )
+from pmlm_dist.training.preemption import STOP_FILE, StopAgreement, Stopped, StopSignals
+from pmlm_dist.training.reading import Reading
 from pmlm_dist.training.run import Run, check, resolve
 from pmlm_dist.training.saver import Saver
 from pmlm_dist.training.validation import losses_of, validate
@@ -54,12 +57,15 @@ from pmlm_dist.training.validation import losses_of, validate
 _COMPLETE = "COMPLETE"
 
 
-def pretrain(config: RunConfig) -> None:
+def pretrain(config: RunConfig, signals: StopSignals | None = None) -> None:
     """Run, or go on with, the pre-training that `config` describes, to its last step; every rank calls this.
 
-    Raises `ConfigError` before anything is computed when the settings, the corpus or a checkpoint do not fit.
+    Raises `ConfigError` before anything is computed when the settings, the corpus or a checkpoint do not fit, and
+    `Stopped` on every rank, with a checkpoint written, when one of them was sent a signal or there is a file `STOP`.
     """
     check(config)
+    signals = signals or StopSignals()
+    signals.grace_s = config.train.grace_s
     topology = groups.start(tp=config.parallel.tp, timeout_s=config.train.collective_timeout_s)
     keep, keep_every = config.train.keep_checkpoints, config.train.keep_every
     folder = CheckpointFolder(config.run_dir / "checkpoints", keep=keep, keep_every=keep_every)
@@ -67,6 +73,7 @@ def pretrain(config: RunConfig) -> None:
     saved = read_state(newest) if newest else None
     run = resolve(config, topology, saved=saved)
     log = RunLog(config.run_dir, enabled=topology.is_first, first_step=saved["step"] if saved else 0)
+    stop = StopAgreement(signals, file=config.run_dir / STOP_FILE, topology=topology)
     try:
         if saved and saved["step"] >= config.train.steps:
             log.say(f"this run is complete: {newest} holds step {saved['step']} of {config.train.steps}; nothing to do")
@@ -75,13 +82,22 @@ def pretrain(config: RunConfig) -> None:
         if saved and saved["step"] >= run.last_step:
             log.say(f"{newest} holds step {saved['step']}: nothing to do before --train.stop-at {config.train.stop_at}")
             return
+        stop.check()
         engine = build_engine(run)
+        stop.check()
         engine_state = EngineState(engine, topology)
         state = load_checkpoint(engine_state, newest) if newest else RunState()
+        if newest is None and config.init is not None:
+            log.say(f"weights: from {load_initial_weights(engine_state, config.init)}")
         _announce(run, engine, state, log)
         about = {"identity": run.identity(), "configuration": run.configuration()}
-        saver = Saver(engine_state, folder, log, about=about, timeout_s=config.train.save_timeout_s)
-        _train(run, engine, saver, state, log)
+        timeout_s = config.train.save_timeout_s
+        saver = Saver(engine_state, folder, log, about=about, timeout_s=timeout_s, limit=signals.deadline)
+        _train(run, engine, saver, state, log, stop=stop)
+    except Stopped as stopped:
+        newest = next(reversed(folder.steps()), None)
+        log.say(f"stopped by {stopped}; started again, it goes on from {newest or 'the beginning'}")
+        raise
     finally:
         log.close()
 
@@ -202,44 +218,48 @@ def _loss_scale(run: Run, micro_batches: list[Batch]) -> torch.Tensor:
     return loss_scales(objective, run.topology.sum_over_dp(targets_K)) * len(micro_batches) * dp
 
 
-def _train(run: Run, engine: DeepSpeedEngine, saver: Saver, state: RunState, log: RunLog) -> None:
+def _train(
+    run: Run, engine: DeepSpeedEngine, saver: Saver, state: RunState, log: RunLog, *, stop: StopAgreement
+) -> None:
     train = run.config.train
     _withdraw_completion(run)
     meter, skips, first_state = Meter(run, log), Skips(limit=train.max_skipped_steps), state
-    is_due = False
+    saved, is_due, is_sound = state, False, True
     check_replicas(_module_of(engine), run.topology)
-    batches = training_batches(
-        run.source,
-        lanes=run.lanes,
-        share=run.share,
-        samples_consumed=state.samples_consumed,
-        loading=run.config.data,
-        pin_memory=run.topology.device.type == "cuda",
-    )
+    reading = Reading(run, state, log)
     try:
         while state.step < run.last_step:
             meter.start_step(state.step + 1)
             guarded = state.step == first_state.step or (state.step + 1) % train.guard_every == 0
-            result = train_step(run, engine, batches, state, meter.watch, guarded=guarded)
-            state = advance(state, run)
+            with meter.watch.phase("data"):
+                batches = reading.next_step(stop)
+            result = train_step(run, engine, iter(batches), state, meter.watch, guarded=guarded)
+            state, is_sound = advance(state, run), not result.skipped  # broken weights are the usual reason for a skip
             is_last = state.step == run.last_step
             for cause in result.causes:
                 log.say(f"step {state.step} was left out, its gradient was not finite: {cause}")
             skips.count(skipped=result.skipped, last_good=saver.newest if result.skipped else None)
             meter.end_step(state.step, result, loss_scale=_fp16_scale(run, engine), skipped_steps=skips.total)
+            if run.is_logged(state.step):
+                reading.report(state.step)
             if guarded:
                 check_replicas(_module_of(engine), run.topology)
             if is_last or state.step % train.validate_every == 0:
-                _validate(run, engine, state, log)
+                _validate(run, engine, state, log, stop=None if is_last else stop)
             saver.report()
             is_due = is_last or is_due or state.step % train.checkpoint_every == 0
-            if is_due and (is_last or not result.skipped):  # broken weights are the usual reason for a skip
+            if is_due and (is_last or is_sound):
                 saver.save(state)
-                is_due = False
+                saved, is_due = state, False
         saver.close()
+    except Stopped:
+        if is_sound and state != saved:
+            saver.save(state)
+        saver.wait()  # where it cannot be written in time the checkpoint before stands
+        raise
     finally:
         saver.leave()
-        batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+        reading.close()
     if state.step < train.steps:
         log.say(f"stopped after step {state.step} of {train.steps}, as --train.stop-at says; started again, it goes on")
     else:
@@ -268,7 +288,8 @@ def advance(state: RunState, run: Run) -> RunState:
     )
 
 
-def _validate(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog) -> None:
+def _validate(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog, *, stop: StopAgreement | None) -> None:
+    """Validate; `stop` may end it midway. None: it is seen through, as the last one, which nobody would make up for."""
     batches = validation_batches(
         run.source,
         samples=run.config.train.validation_samples,
@@ -277,7 +298,7 @@ def _validate(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog) -
     )
     validation = validate(
         engine,
-        batches,
+        stop.checked(batches) if stop else batches,
         run.vocabulary,
         run.topology,
         objective=run.config.objective,

@@ -101,6 +101,11 @@ class RunLog:
         self.say(f"validation at step {step}:  {'  '.join(parts)}")
         self._writer.flush()
 
+    def reading(self, scalars: dict[str, float | None], *, step: int) -> None:
+        """How far the corpora have been read, and what of them cannot be."""
+        if self.enabled:
+            self._scalars(scalars, step=step)
+
     def failed_checkpoints(self, count: int, *, step: int) -> None:
         """How many checkpoints could not be written since the run was started; the last of them at `step`."""
         if self.enabled:

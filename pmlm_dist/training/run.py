@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig,
 from pmlm_dist.corpus.shards import Manifest, misplaced
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.data.loader import BatchSource
+from pmlm_dist.data.mixture import shares_of_period
 from pmlm_dist.data.order import BatchShare, choose_lanes
+from pmlm_dist.data.stream import CorpusSource
 from pmlm_dist.engine_config import EngineConfig, batch_problems, load_engine_config
 from pmlm_dist.masking.blockwise import max_predictions
 from pmlm_dist.objectives import READS
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.training.checkpoint import differences
+from pmlm_dist.training.initial_weights import initial_weights_problems
 from pmlm_dist.vocab import Vocabulary
 
 # Settings that may differ when a run goes on: they change how it is computed, read or logged, not what is learned.
@@ -39,6 +43,10 @@ class Run:
     manifest: Manifest
     vocabulary: Vocabulary
     topology: Topology
+    own: CorpusSource
+    """The corpus of vocabulary and validation."""
+    training: tuple[CorpusSource, ...]
+    """What training reads: `own`, or the sources of a mixture."""
 
     @property
     def share(self) -> BatchShare:
@@ -54,7 +62,9 @@ class Run:
     def source(self) -> BatchSource:
         """Where batches come from."""
         return BatchSource(
-            corpus=self.config.corpus,
+            corpus=self.own.folder,
+            address=self.own.address,
+            mixture=self.training,
             special=special_ids(self.vocabulary),
             masking=self.masking,
             seed=self.config.train.seed,
@@ -108,6 +118,13 @@ class Run:
             "topology": {"world_size": self.topology.world_size, "tp": self.topology.tp, "dp": self.topology.dp},
         }
 
+    def _mixture_identity(self) -> dict[str, Any]:
+        if not self.config.data.sources:
+            return {}
+        shares = shares_of_period([source.weight for source in self.training])
+        fingerprints = [Manifest.load(source.folder).fingerprint for source in self.training]
+        return {"data.sources": [[name, share] for name, share in zip(fingerprints, shares, strict=True)]}
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be gone on from: model, masks, data, order, precision.
 
@@ -125,6 +142,7 @@ class Run:
             "train.seed": self.config.train.seed,
             "data.lanes": self.lanes,
             "corpus": self.manifest.fingerprint,
+            **self._mixture_identity(),
             "vocabulary": self.vocabulary.fingerprint,
             "train_batch_size": self.engine.global_batch,
             "precision": self.engine.precision,
@@ -147,13 +165,19 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     engine = _collect(
         found, lambda: load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
     )
-    manifest = _collect(found, lambda: Manifest.load(config.corpus))
-    vocabulary = None if manifest is None else _collect(found, lambda: Vocabulary.load(config.corpus))
+    own: CorpusSource | None = _collect(found, lambda: CorpusSource.at(config.corpus, config.data))
+    manifest = None if own is None else _collect(found, partial(Manifest.load, own.folder))
+    vocabulary = None if own is None or manifest is None else _collect(found, partial(Vocabulary.load, own.folder))
+    training = () if own is None or manifest is None else (own,)
+    if config.data.sources:
+        training = _mixture(found, config)
     if engine is not None:
         found += batch_problems(engine, dp=topology.dp)
-    if manifest is not None and vocabulary is not None:
+    if own is not None and manifest is not None and vocabulary is not None:
         found += _corpus_problems(config, manifest, vocabulary)
-        found += misplaced(config.corpus, manifest) if topology.local_rank == 0 else []
+        found += _mixture_problems(training, manifest)
+        if topology.local_rank == 0 and not saved:  # what is lost on the way goes into quarantine when it is met
+            found += [problem for source in dict.fromkeys([own, *training]) for problem in _misplaced(source)]
     lanes = None
     if engine is not None and manifest is not None and not found:
         lanes = _collect(
@@ -162,12 +186,14 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
                 config.data.lanes,
                 saved_lanes,
                 global_batch=engine.global_batch,
-                shards=len(manifest.splits["train"].shards),
+                shards=min(len(Manifest.load(source.folder).splits["train"].shards) for source in training),
                 dp=topology.dp,
             ),
         )
+        found += _cache_problems(config, training, lanes=lanes) if lanes else []
     refuse_together(found, topology)
     assert engine is not None
+    assert own is not None
     assert manifest is not None
     assert vocabulary is not None
     completed = dataclasses.replace(
@@ -175,11 +201,57 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
         model=dataclasses.replace(config.model, vocab_size=vocabulary.size),
         data=dataclasses.replace(config.data, lanes=lanes),
     )
-    run = Run(completed, engine, manifest, vocabulary, topology)
+    run = Run(completed, engine, manifest, vocabulary, topology, own, training)
     if saved:
         found += _other_run(saved, run, lanes_are_set=config.data.lanes is not None)
         refuse_together(found, topology)
+    elif config.init is not None:
+        if topology.local_rank == 0:
+            found += initial_weights_problems(config.init, completed.model, vocabulary)
+        refuse_together(found, topology)
     return run
+
+
+def _mixture(found: list[str], config: RunConfig) -> tuple[CorpusSource, ...]:
+    """The sources of a mixture whose manifests can be read."""
+    sources = []
+    for corpus, weight in config.data.sources.items():
+        sources.append(_collect(found, partial(CorpusSource.at, corpus, config.data, weight=weight)))
+    return tuple(s for s in sources if s is not None and _collect(found, partial(Manifest.load, s.folder)) is not None)
+
+
+def _mixture_problems(training: tuple[CorpusSource, ...], manifest: Manifest) -> list[str]:
+    """What keeps the sources from being read as one corpus with that of `manifest`."""
+    found = []
+    for source in training:
+        other = Manifest.load(source.folder)
+        if other.vocabulary["fingerprint"] != manifest.vocabulary["fingerprint"]:
+            found.append(
+                f"data.sources: {source.name} was written with another vocabulary than --corpus: prepare it with "
+                "the tokenizer.json of --corpus"
+            )
+        if other.sequence_length != manifest.sequence_length:
+            found.append(
+                f"data.sources: {source.name} has sequences of {other.sequence_length} tokens, --corpus of "
+                f"{manifest.sequence_length}: prepare it with --sequence-length {manifest.sequence_length}"
+            )
+    return found
+
+
+def _misplaced(source: CorpusSource) -> list[str]:
+    return [] if source.address else misplaced(source.folder, Manifest.load(source.folder))
+
+
+def _cache_problems(config: RunConfig, training: tuple[CorpusSource, ...], *, lanes: int) -> list[str]:
+    """Room for what the lanes of one node may hold: of each the shard before, this one, and the one being fetched."""
+    remote = [Manifest.load(source.folder).splits["train"].shards for source in training if source.address]
+    needed = 3 * lanes * sum(max(shard.bytes for shard in shards) for shards in remote) / 2**30
+    if needed <= config.data.cache_gib:
+        return []
+    return [
+        f"data.cache_gib ({config.data.cache_gib:g}) must be at least {needed:.3g}, three shards for each of the "
+        f"{lanes} lanes: raise it, or use fewer --data.lanes"
+    ]
 
 
 def _choose_lanes(wanted: int | None, saved: int | None, **fitting: int) -> int:

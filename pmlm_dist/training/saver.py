@@ -13,12 +13,13 @@ thread and any shared file system will do. A write that fails on any rank costs 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmlm_dist.config import refuse
+from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.training.checkpoint import RunState, describe
 from pmlm_dist.training.checkpoint_files import (
     STATE,
@@ -44,29 +47,35 @@ _CHUNK_BYTES = 2**24
 _POLL_S = 0.05
 _GRACE_S = 5.0
 _BUSY = "busy"
-_LATE = "it took longer than --train.save-timeout-s"
+_LATE = "it took longer than --train.save-timeout-s, or than a signal to stop left time"
 
 
 class Saver:
     """Saves one engine's checkpoints into one folder; made, and told what to do, by every rank alike.
 
+    Raises `ConfigError` on every rank when rank 0 cannot write there, or another rank does not see what it writes.
     `about`: what `state.json` says of the run (identity, configuration). `timeout_s`: a checkpoint that is not written
-    by then is given up.
+    by then is given up; so is one that is not when `limit()` (`time.monotonic`) is past, which may come nearer.
     """
 
     def __init__(
-        self, engine: EngineState, folder: CheckpointFolder, log: RunLog, *, about: dict[str, Any], timeout_s: float
+        self,
+        engine: EngineState,
+        folder: CheckpointFolder,
+        log: RunLog,
+        *,
+        about: dict[str, Any],
+        timeout_s: float,
+        limit: Callable[[], float] = lambda: math.inf,
     ):
         self.failures = 0
         self.stalled_s = 0.0
         """Seconds that the training has stood still for saving."""
         self._engine, self._folder, self._log = engine, folder, log
-        self._about, self._timeout_s = about, timeout_s
+        self._about, self._timeout_s, self._limit = about, timeout_s, limit
         self._memory = _HostMemory(engine.topology.device)
         self._writer: _Writer | None = None
-        if engine.topology.is_first:
-            folder.remove_leftovers()
-        self._life = engine.topology.broadcast(secrets.token_hex(4))  # nobody writes before the leftovers are gone
+        self._life = _begin_life(folder, engine.topology)
         engine.before_update(self._wait_until_copied)
 
     @property
@@ -88,6 +97,7 @@ class Saver:
                     ranks=self._engine.topology.world_size,
                     document=document,
                     deadline=time.monotonic() + self._timeout_s,
+                    limit=self._limit,
                 ),
                 self._engine,
                 self._memory,
@@ -107,10 +117,15 @@ class Saver:
         elif outcome:
             self._report_failure(writer.order.step, outcome)
 
+    def wait(self) -> bool:
+        """Wait until the last checkpoint is written; whether it could be."""
+        self._settle()
+        return self._writer is None or not self._writer.failed_anywhere
+
     def close(self) -> None:
         """Wait until the last checkpoint is written. Raises RuntimeError when it could not be."""
-        self._settle()
-        if self._writer is not None and self._writer.failed_anywhere:
+        if not self.wait():
+            assert self._writer is not None
             raise RuntimeError(
                 f"the last checkpoint, of step {self._writer.order.step}, could not be written (see above): make room, "
                 "then start the run again"
@@ -160,6 +175,31 @@ class Saver:
         self.stalled_s += time.perf_counter() - start
 
 
+def _begin_life(folder: CheckpointFolder, topology: Topology) -> str:
+    """A name for this start of the run, once nothing of earlier ones is left and all ranks have seen a first sign."""
+    life, problems = secrets.token_hex(4), []
+    if topology.is_first:
+        try:
+            folder.remove_leftovers()
+            folder.temporary(0, life=life).mkdir(parents=True)
+        except OSError as error:
+            problems = [f"no checkpoint can be written: {error}"]
+    life, problems = topology.broadcast((life, problems))
+    refuse(problems)
+    seen = topology.gather(folder.temporary(0, life=life).is_dir())
+    refuse(
+        [
+            f"--run-dir: rank {rank} does not see in {folder.root} what rank 0 writes there: put it on a file system "
+            "that all nodes share"
+            for rank, is_seen in enumerate(seen)
+            if not is_seen
+        ]
+    )
+    if topology.is_first:
+        folder.temporary(0, life=life).rmdir()
+    return life
+
+
 @dataclass(frozen=True)
 class _Order:
     """One checkpoint to be written, as one rank sees it."""
@@ -172,6 +212,11 @@ class _Order:
     document: dict[str, Any]
     """Content of `state.json`; rank 0 writes it."""
     deadline: float
+    limit: Callable[[], float]
+
+    def is_late(self, *, slack_s: float = 0.0) -> bool:
+        """Whether the time to write it is over, and `slack_s` seconds more."""
+        return time.monotonic() > min(self.deadline, self.limit()) + slack_s
 
 
 class _Writer(threading.Thread):
@@ -192,8 +237,7 @@ class _Writer(threading.Thread):
     def state(self) -> str:
         """`busy`, or what went wrong, or nothing when all is done."""
         if self.is_alive():
-            late = time.monotonic() > self.order.deadline + 2 * _POLL_S
-            return _LATE if late else _BUSY
+            return _LATE if self.order.is_late(slack_s=2 * _POLL_S) else _BUSY
         if self.error is not None:
             return repr(self.error)
         return "" if self.path is not None or self.problem is None else self.problem
@@ -266,7 +310,7 @@ class _Writer(threading.Thread):
         """What every other rank has told, or why it has not, by rank."""
         heard: dict[int, dict[str, Any]] = {}
         while len(heard) < self.order.ranks - 1:
-            is_late = time.monotonic() > self.order.deadline
+            is_late = self.order.is_late()
             for rank in set(range(1, self.order.ranks)) - heard.keys():
                 word = self._hear(rank)
                 if word is None and (is_late or rank in self._given_up):

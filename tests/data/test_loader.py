@@ -21,7 +21,7 @@ from pmlm_dist.corpus.shards import TRAIN, VALIDATION, ShardError
 from pmlm_dist.data.batch import Batch, build_batch
 from pmlm_dist.data.loader import VALIDATION_SEED, BatchSource, training_batches, validation_batches
 from pmlm_dist.data.order import BatchShare, micro_batch_samples
-from pmlm_dist.data.stream import SplitReader, TrainingStream
+from pmlm_dist.data.stream import CorpusSource, SplitReader, TrainingStream
 
 ALONE = BatchShare(global_batch=8, micro_batch=4)
 
@@ -44,7 +44,7 @@ def fingerprints(batches: Iterator[Batch], count: int) -> list[int]:
 
 
 def test_batches_equal_those_built_by_hand(source, corpus):
-    stream = TrainingStream(corpus, lanes=4, seed=source.seed)
+    stream = TrainingStream([CorpusSource(corpus)], lanes=4, seed=source.seed)
     for micro_step, batch in enumerate(islice(training(source, start=16), 30)):
         samples = [stream[t] for t in micro_batch_samples(16, micro_step, share=ALONE)]
         expected = build_batch(

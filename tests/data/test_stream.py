@@ -9,14 +9,14 @@ import pytest
 from numbered_corpus import SHARD_SIZES, tokens_of, write_corpus
 
 from pmlm_dist.corpus.shards import TRAIN, VALIDATION, ShardError
-from pmlm_dist.data.stream import SplitReader, TrainingStream
+from pmlm_dist.data.stream import CorpusSource, SplitReader, TrainingStream
 
 TRAIN_SAMPLES = sum(SHARD_SIZES[TRAIN])
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 8])
 def test_training_samples_are_those_written(corpus, lanes):
-    stream = TrainingStream(corpus, lanes=lanes, seed=0)
+    stream = TrainingStream([CorpusSource(corpus)], lanes=lanes, seed=0)
     read = [stream[t] for t in range(20 * TRAIN_SAMPLES)]
     for sample in read:
         assert sample.tokens.tolist() == tokens_of(TRAIN, sample.sample_id).tolist()
@@ -26,9 +26,9 @@ def test_training_samples_are_those_written(corpus, lanes):
 
 
 def test_any_start_gives_the_same_samples(corpus):
-    expected = TrainingStream(corpus, lanes=4, seed=0)
+    expected = TrainingStream([CorpusSource(corpus)], lanes=4, seed=0)
     for start in (0, 1, 37, 1000, 10**5):
-        stream = TrainingStream(corpus, lanes=4, seed=0)
+        stream = TrainingStream([CorpusSource(corpus)], lanes=4, seed=0)
         for t in range(start, start + 10):
             assert stream[t].sample_id == expected[t].sample_id
             assert stream[t].epoch == expected[t].epoch
@@ -65,6 +65,6 @@ def test_a_damaged_shard_is_refused_when_a_lane_opens_it(tmp_path: Path):
     content = bytearray(shard.read_bytes())
     content[600] ^= 1
     shard.write_bytes(content)
-    stream = TrainingStream(folder, lanes=1, seed=0)
+    stream = TrainingStream([CorpusSource(folder)], lanes=1, seed=0)
     with pytest.raises(ShardError, match=r"shard-000001\.tar: expected sha256"):
         [stream[t] for t in range(6)]

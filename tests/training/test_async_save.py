@@ -112,7 +112,7 @@ def check_equal(first: Path, second: Path) -> None:
     assert all(np.array_equal(value, found[name]) for name, value in expected.items())
 
 
-# ---------------------------------------------------------------------------------------------------- going on meanwhile
+# --------------------------------------------------------------------------------------------------- going on meanwhile
 
 
 def steps_during_a_write(config: RunConfig) -> tuple[list[str], list[str], list[str]]:
@@ -295,6 +295,27 @@ def test_a_write_that_hangs_is_given_up_and_never_counts(small_corpus: Path, tmp
     assert faults_of(tmp_path / "checkpoints/step-00000002") == []
 
 
+def folders_apart(config: RunConfig, elsewhere: Path) -> list[str]:
+    """Why rank 1 of a run is refused whose node has a disk of its own at the same place."""
+    from pmlm_dist.config import ConfigError
+
+    if int(os.environ["RANK"]) == 1:
+        config = replace(config, run_dir=elsewhere)
+    try:
+        Training(config)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def test_a_folder_that_not_all_ranks_share_is_refused_at_the_start(small_corpus: Path, tmp_path: Path):
+    config = run_config(small_corpus, tmp_path / "here", steps=9)
+    first, second = run_world(folders_apart, 2, config, tmp_path / "there")
+    assert len(first) == len(second) == 1
+    assert "rank 1 does not see in" in first[0]
+    assert "that all nodes share" in first[0]
+
+
 def broken_program(config: RunConfig) -> None:
     training = Training(config)
     training.steps(1)
@@ -353,6 +374,23 @@ def make(disk: Path, trouble: str) -> None:
                 filler.flush()
     elif trouble == "none":
         (disk / "filler").unlink(missing_ok=True)
+
+
+def onto_a_read_only_disk(config: RunConfig, disk: Path) -> list[str]:
+    from pmlm_dist.config import ConfigError
+
+    make(disk, "read-only")
+    with pytest.raises(ConfigError) as caught:
+        Training(replace(config, run_dir=disk / "run"))
+    return caught.value.problems
+
+
+def test_a_read_only_disk_is_refused_at_the_start(small_corpus: Path, tmp_path: Path):
+    with small_disk(tmp_path / "disk", kilobytes=100):
+        config = run_config(small_corpus, tmp_path / "run", steps=9, micro_batch=8)
+        ((problem,),) = run_world(onto_a_read_only_disk, 1, config, tmp_path / "disk")
+    assert problem.startswith("no checkpoint can be written: ")
+    assert "Read-only file system" in problem
 
 
 @pytest.mark.parametrize("trouble", ["full", "read-only"])

@@ -191,7 +191,11 @@ def pretrain_with_broken_weights(config: RunConfig, step: int) -> tuple[str, lis
     from pmlm_dist.training import loop
 
     train_step, said = loop.train_step, []
-    loop.RunLog.say = lambda _, text: said.append(text)
+
+    def say(self: loop.RunLog, text: str) -> None:
+        said.append(text)
+
+    loop.RunLog.say = say
 
     def broken(run: Any, engine: Any, batches: Any, state: Any, watch: Any, **settings: Any) -> Any:
         if state.step + 1 == step:

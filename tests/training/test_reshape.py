@@ -72,7 +72,9 @@ def whole_state(engine: Any) -> dict[str, np.ndarray]:
         else:
             moments = [safe_get_full_optimizer_state(parameter, kind) for kind in KINDS[1:]]
             parts = [safe_get_full_fp32_param(parameter), *moments]
-        found |= {f"{kind}/{name}": part.clone() for kind, part in zip(KINDS, parts, strict=True)}
+        for kind, part in zip(KINDS, parts, strict=True):
+            assert part is not None, (kind, name)
+            found[f"{kind}/{name}"] = part.clone()
     found |= {f"computing/{name}": weight for name, weight in whole_weights(engine.module).items()}
     return {name: tensor.numpy() for name, tensor in found.items()}
 
@@ -165,7 +167,8 @@ def write_sources(corpus: Path, folder: Path, topologies: list[Topology]) -> dic
         answers = run_world(save_some, tp * dp, configs)
         for number, (topology, config) in enumerate(zip(here, configs, strict=True)):
             expected = folder / f"{topology}.npz"
-            np.savez(expected, **assemble([answer[number] for answer in answers], tp=tp))
+            whole: dict[str, Any] = assemble([answer[number] for answer in answers], tp=tp)
+            np.savez(expected, **whole)
             sources[topology] = Source(topology, config.run_dir / "checkpoints" / f"step-{BEFORE:08d}", expected)
     return sources
 

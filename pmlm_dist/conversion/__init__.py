@@ -1,0 +1,1 @@
+"""Other systems' formats: weights out to them, and in from them."""

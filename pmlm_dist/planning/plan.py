@@ -1,0 +1,165 @@
+"""The plan of a run: everything that `pmlm plan` says, warnings included.
+
+PlanConfig + DeepSpeed's JSON + device  ->  Job  ->  Estimate  ->  Plan
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.devices import DEVICES, Device
+from pmlm_dist.engine_config import EngineConfig, load_engine_config
+from pmlm_dist.masking.blockwise import max_predictions
+from pmlm_dist.objectives import READS
+from pmlm_dist.planning.advice import advice
+from pmlm_dist.planning.communication import Cluster
+from pmlm_dist.planning.estimate import Estimate, Job, Layout
+from pmlm_dist.planning.parameters import model_parameters
+from pmlm_dist.planning.reliability import Checkpoints, checkpoints
+from pmlm_dist.planning.settings import PlanConfig
+
+DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs."""
+
+    config: PlanConfig
+    cluster: Cluster
+    estimate: Estimate
+    parameters: int
+    """Of the whole model, rows that pad the vocabulary included."""
+    checkpoints: Checkpoints
+    alternatives: tuple[Estimate, ...]
+    """For each ZeRO stage the fastest layout that fits, fastest first."""
+    warnings: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps, without failures."""
+        return self.config.steps * self.estimate.time.total
+
+    @property
+    def days(self) -> float:
+        """From start to end, with saving and failures."""
+        return self.seconds / self.checkpoints.effective / DAY if self.checkpoints.effective else float("inf")
+
+    @property
+    def slots(self) -> int:
+        """Slots of a step, over all ranks."""
+        return self.estimate.work.slots * self.estimate.global_batch
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values; bytes, seconds and FLOPs throughout."""
+        estimate = self.estimate
+        return {
+            "nodes": self.cluster.nodes,
+            "gpus_per_node": self.cluster.gpus_per_node,
+            "device": {**dataclasses.asdict(self.cluster.device), "peak": dict(self.cluster.device.peak)},
+            "parameters": self.parameters,
+            **_summary(estimate),
+            "global_batch": estimate.global_batch,
+            "precision": estimate.job.engine.precision,
+            "sequence_length": estimate.work.context,
+            "predictions": estimate.work.predictions,
+            "flops": estimate.flops,
+            "slots": self.slots,
+            "memory": {**dataclasses.asdict(estimate.memory), "device": estimate.memory.device},
+            "time": dataclasses.asdict(estimate.time),
+            "traffic": [
+                {
+                    **dataclasses.asdict(sent.collective),
+                    "inside": sent.inside,
+                    "outside": sent.outside,
+                    "s": sent.seconds,
+                }
+                for sent in estimate.traffics
+            ],
+            "steps": self.config.steps,
+            "days": self.days,
+            "checkpoints": dataclasses.asdict(self.checkpoints),
+            "warnings": list(self.warnings),
+            "alternatives": [_summary(alternative) for alternative in self.alternatives],
+        }
+
+
+def _summary(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "tp": estimate.layout.tp,
+        "dp": estimate.dp,
+        "zero": estimate.layout.zero,
+        "micro_batch": estimate.layout.micro_batch,
+        "accumulation": estimate.accumulation,
+        "activation_checkpointing": estimate.layout.recompute,
+        "memory_per_gpu": estimate.memory.device,
+        "fits": estimate.fits,
+        "step_s": estimate.time.total,
+        "mfu": estimate.mfu,
+    }
+
+
+def make_plan(config: PlanConfig, *, measured: Device | None = None) -> Plan:
+    """The plan of `config`, on its device or on the `measured` one.
+
+    Raises `ConfigError` with everything that keeps the run from being laid out as asked.
+    """
+    found = config.problems()
+    device = measured or DEVICES.get(config.device)
+    engine = _engine(config, found, has_accelerator=device is None or device.is_accelerator)
+    if engine is not None and device is not None and engine.precision not in device.peak:
+        found.append(
+            f"{device.name} has no {engine.precision} products: choose DeepSpeed's JSON with one of "
+            f"{', '.join(sorted(device.peak))} (--ds-config)"
+        )
+    refuse(found)
+    assert engine is not None
+    assert device is not None
+    job = _job(config, engine, config.assumed(device))
+    layout = Layout(config.tp, engine.zero_stage, engine.micro_batch, config.model.activation_checkpointing)
+    alternatives = job.alternatives(layout)
+    estimate = job.estimate(layout)
+    saving = _checkpoints(config, estimate)
+    return Plan(
+        config=config,
+        cluster=job.cluster,
+        estimate=estimate,
+        parameters=model_parameters(estimate.work).total,
+        checkpoints=saving,
+        alternatives=tuple(alternatives),
+        warnings=tuple(advice(estimate, saving, alternatives, checkpoint_every=config.checkpoint_every)),
+    )
+
+
+def _engine(config: PlanConfig, found: list[str], *, has_accelerator: bool) -> EngineConfig | None:
+    try:
+        return load_engine_config(config.ds_config, has_accelerator=has_accelerator, overrides=config.overrides)
+    except ConfigError as error:
+        found += error.problems
+        return None
+
+
+def _job(config: PlanConfig, engine: EngineConfig, device: Device) -> Job:
+    return Job(
+        model=config.model,
+        context=config.context,
+        predictions=max_predictions(config.context, config.masking),
+        reads=READS[config.objective.kind],
+        engine=engine,
+        cluster=Cluster(device, config.nodes, config.in_node),
+    )
+
+
+def _checkpoints(config: PlanConfig, estimate: Estimate) -> Checkpoints:
+    assume = config.assume
+    return checkpoints(
+        model_parameters(estimate.work).total,
+        gpus=config.gpus,
+        gpu_hours=assume.failure_hours,
+        bytes_per_s=1e9 * assume.storage_gb_per_s,
+        restart_s=60 * assume.restart_minutes,
+        step_s=estimate.time.total,
+    )

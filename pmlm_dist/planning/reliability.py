@@ -1,0 +1,46 @@
+"""How often to save against failures, and what share of the time then goes into training.
+
+With delta seconds for a checkpoint and M seconds between failures of the whole job, saving every tau = sqrt(2 delta M)
+loses least (Young, 1974; Daly, 2006, first order). Of the time, delta / tau goes into saving, and every M seconds half
+an interval is done again and a restart waited for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+LLAMA_3_HOURS = 54 * 24 * 16_384 / 419
+"""Hours between failures for each GPU: 419 unexpected interruptions in 54 days on 16,384 GPUs (Llama 3, 2024)."""
+BYTES_OF_PARAMETER = 12
+"""fp32 weight and both moments, each once over all ranks (training/checkpoint_files.py)."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Checkpoints of a run; seconds and bytes."""
+
+    bytes: float
+    """Of one checkpoint, over all ranks."""
+    seconds: float
+    """To write it, every rank its part: an upper bound of what the training is held up, since it saves beside it."""
+    interval: float
+    """Between two of them, so that least is lost."""
+    between_failures: float
+    """Mean, of all devices together."""
+    effective: float
+    """Share of the time that goes into training."""
+
+
+def checkpoints(
+    parameters: int, *, gpus: int, gpu_hours: float, bytes_per_s: float, restart_s: float, step_s: float
+) -> Checkpoints:
+    """Checkpoints of a run of `parameters` on `gpus` devices; each fails every `gpu_hours` and writes `bytes_per_s`.
+
+    The interval is at least one step.
+    """
+    size = float(BYTES_OF_PARAMETER * parameters)
+    delta, between = size / gpus / bytes_per_s, 3600 * gpu_hours / gpus
+    tau = max(step_s, math.sqrt(2 * delta * between))
+    lost = delta / tau + (tau / 2 + restart_s) / between
+    return Checkpoints(size, delta, tau, between, max(0.0, 1 - lost))

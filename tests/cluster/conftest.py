@@ -1,0 +1,52 @@
+"""One cluster for all tests of this folder, and a run on it that nothing happens to."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from runs import write_engine_config
+from slurm_cluster import Cluster, missing_programs, running
+from submissions import Submission
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of this folder are `cluster` tests; they are skipped where SLURM is not installed."""
+    missing = missing_programs()
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+            if missing:
+                reason = f"{', '.join(missing)} not found: `make test-cluster` installs SLURM"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A cluster of two nodes, in a folder that munge's own user may enter."""
+    folder = Path(tempfile.mkdtemp(prefix="pmlm-slurm-"))
+    folder.chmod(0o755)
+    try:
+        with running(folder) as started:
+            yield started
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def submit(cluster: Cluster, small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Submission:
+    engine = write_engine_config(tmp_path_factory.mktemp("engine") / "ds.json", micro_batch=2)
+    return Submission(cluster, small_corpus, engine)
+
+
+@pytest.fixture(scope="session")
+def straight(submit: Submission, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run over two nodes that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    job = submit.pretrain(run_dir)
+    assert job.wait_for_end() == "COMPLETED", job.printed()
+    assert job.restarts() == 0
+    return run_dir

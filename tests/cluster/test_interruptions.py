@@ -1,0 +1,97 @@
+"""What ends jobs on a cluster, and that a run goes on afterwards as if nothing had been: every step is compared."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from slurm_cluster import wait_until
+from submissions import Submission, check_equal, learned
+
+
+def steps_saved(run_dir: Path) -> list[int]:
+    found = [path.name[5:] for path in (run_dir / "checkpoints").glob("step-*")]
+    return sorted(int(number) for number in found if number.isdecimal())
+
+
+def starts(printed: str) -> list[int]:
+    """The steps after which the lives of a job went on."""
+    return [int(step) for step in re.findall(r"going on after step (\d+);", printed)]
+
+
+def test_signals_and_requeues_cost_no_step(submit: Submission, straight: Path, tmp_path: Path):
+    """`scancel --signal=USR1` reaches all processes of the step, loader workers too; `scontrol requeue` sends TERM."""
+    run_dir, cluster = tmp_path / "run", submit.cluster
+    job = submit.pretrain(run_dir)
+    job.wait_for_print("step  20/")
+    cluster.ask("scancel", "--signal=USR1", job.number)
+    job.wait_for_print("stopped by a signal to stop")
+    job.wait_for_restart(1)
+    job.wait_for_print("going on after step")
+    (first,) = starts(job.printed())
+    assert first >= 20
+    cluster.ask("scontrol", "requeue", job.number)
+    job.wait_for_restart(2)
+    assert job.wait_for_end() == "COMPLETED", job.printed()
+    printed = job.printed()
+    assert printed.count("stopped by a signal to stop") == 2
+    second = starts(printed)[1]
+    assert second >= first
+    assert "Traceback" not in printed
+    assert job.restarts() == 2
+    check_equal(run_dir, straight)
+
+
+def test_at_the_time_limit_a_job_saves_and_goes_on_in_a_new_life(submit: Submission, straight: Path, tmp_path: Path):
+    run_dir, cluster = tmp_path / "run", submit.cluster
+    job = submit.pretrain(run_dir, options=("--time=1", "--signal=B:USR1@5"), GRACE_S="20")
+    job.wait_for_print("USR1: the time is nearly over", timeout_s=100)
+    job.wait_for_restart(1)
+    cluster.ask("scontrol", "update", f"jobid={job.number}", "TimeLimit=10")
+    assert job.wait_for_end() == "COMPLETED", job.printed()
+    assert job.printed().count("USR1: the time is nearly over") == 1
+    check_equal(run_dir, straight)
+
+
+def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(
+    submit: Submission, straight: Path, tmp_path: Path
+):
+    run_dir, cluster = tmp_path / "run", submit.cluster
+    job = submit.pretrain(run_dir)
+    job.wait_for_print("step  60/")
+    cluster.ask("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    try:
+        job.wait_for_restart(1)
+        assert job.state() == "PENDING"
+    finally:
+        cluster.ask("scontrol", "update", "nodename=n2", "state=resume")
+    assert job.wait_for_end() == "COMPLETED", job.printed()
+    assert starts(job.printed())[0] >= 50
+    check_equal(run_dir, straight)
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(submit: Submission, tmp_path: Path):
+    run_dir, cluster = tmp_path / "run", submit.cluster
+    job = submit.pretrain(run_dir)
+    job.wait_for_print("step  10/")
+    cluster.ask("scancel", job.number)
+    assert job.wait_for_end() == "CANCELLED"
+    assert "stopped by a signal to stop" in job.printed()
+    (saved,) = steps_saved(run_dir)
+    assert saved == max(learned(run_dir))
+    assert not (run_dir / "COMPLETE").exists()
+    assert job.restarts() == 0
+
+
+def test_a_chain_of_jobs_ends_when_training_is_done(submit: Submission, straight: Path, tmp_path: Path):
+    run_dir, cluster = tmp_path / "run", submit.cluster
+    job = submit.pretrain(run_dir, options=("--array=1-4%1",))
+    job.wait_for_print("step  20/")
+    running = cluster.ask("squeue", "-h", "-t", "RUNNING", "-o", "%A", "-j", job.number).strip()
+    cluster.ask("scancel", "--signal=USR1", running)
+    job.wait_for_print("going on after step")
+    wait_until(lambda: not cluster.ask("squeue", "-h", "-j", job.number).strip(), timeout_s=120, what=job.printed)
+    printed = job.printed()
+    assert len(re.findall(r" job \d+, life 0,", printed)) == 2, printed
+    assert starts(printed)[0] >= 20
+    check_equal(run_dir, straight)

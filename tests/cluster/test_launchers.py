@@ -1,0 +1,51 @@
+"""Launchers that are told of two nodes otherwise than by srun learn the same as the shipped script."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from submissions import ROOT, SMALL, Submission, learned
+
+BESIDE_PYTHON = Path(sys.executable).parent
+STEPS = 5
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "deepspeed"])
+def test_other_launchers_train_over_the_same_two_nodes(
+    submit: Submission, straight: Path, tmp_path: Path, launcher: str
+):
+    """mpirun in an allocation, and DeepSpeed's launcher with a hostfile (which starts the ranks through srun here)."""
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("n1 slots=1\nn2 slots=1\n")
+    nodes = ["--nodes=2", "--ntasks-per-node=1"]
+    commands: dict[str, list[str | Path]] = {
+        "mpirun": ["salloc", *nodes, BESIDE_PYTHON / "mpirun", "--bind-to", "none", sys.executable],
+        "deepspeed": [
+            *(BESIDE_PYTHON / "deepspeed", "--hostfile", hostfile, "--launcher", "slurm", "--no_ssh_check"),
+            *("--master_addr", "127.0.0.1", "--launcher_args", " ".join(nodes)),
+        ],
+    }
+    settings: list[str | Path] = ["--preset", "tiny", "--corpus", submit.corpus, "--run-dir", tmp_path / "run"]
+    submit.cluster.ask(
+        *commands[launcher],
+        ROOT / "train.py",
+        *settings,
+        *("--ds-config", submit.engine, *SMALL, "--train.stop-at", str(STEPS)),
+        environ={
+            "PATH": f"{BESIDE_PYTHON}:{os.environ['PATH']}",
+            "MASTER_ADDR": "127.0.0.1",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        },
+        timeout_s=150,
+    )
+    found, expected = learned(tmp_path / "run"), learned(straight)
+    assert list(found) == list(range(1, STEPS + 1))
+    for step in range(1, STEPS):  # the last one is validated, too
+        assert found[step] == expected[step]
+    assert found[STEPS]["train/total"] == expected[STEPS]["train/total"]

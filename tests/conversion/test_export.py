@@ -1,0 +1,229 @@
+"""Exports are what stock `transformers` makes of them: same numbers, same tokens, from any topology's checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from random_models import MODEL, WORDS, own_answers, random_pretrained, random_text, saved
+from runs import run_config
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
+from worlds import run_world
+
+from pmlm_dist import cli
+from pmlm_dist.conversion import export as exporting
+from pmlm_dist.conversion.export import Format, export
+from pmlm_dist.conversion.pretrained import open_pretrained
+from pmlm_dist.conversion.tensors import join_key_value, own_shapes, split_key_value
+from pmlm_dist.model.transformer import build_model
+from pmlm_dist.parallel import groups
+from pmlm_dist.training.checkpoint_files import read_weights
+
+FORMATS: list[tuple[Format, bool]] = [("mpnet", True), ("mpnet", False), ("bert", False)]
+SWAPPED = torch.tensor([1, 0, *range(2, len(WORDS))])
+"""MPNet's ids: [PAD] and [UNK] in each other's place."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
+    """Exports of every format, with and without relative position bias."""
+    root = tmp_path_factory.mktemp("exports")
+    for relative_bias in (True, False):
+        saved(root / f"own-{relative_bias}", relative_bias=relative_bias)
+    found = {}
+    for format, relative_bias in FORMATS:
+        found[format, relative_bias] = root / f"{format}-{relative_bias}"
+        export(root / f"own-{relative_bias}", format=format, output=found[format, relative_bias])
+    return found
+
+
+def test_shapes_are_those_of_the_model():
+    groups.start()
+    for relative_bias in (True, False):
+        config = replace(MODEL, relative_bias=relative_bias)
+        model = build_model(config, padded_vocab_size=len(WORDS))
+        assert own_shapes(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def test_keys_and_values_come_apart_and_together():
+    both = torch.arange(2 * 32 * 3).view(64, 3)
+    key, value = split_key_value(both, MODEL)
+    assert torch.equal(join_key_value(key, value, MODEL), both)
+    assert torch.equal(key[:8], both[:8])  # the first head's keys
+    assert torch.equal(value[:8], both[8:16])
+
+
+@pytest.mark.parametrize(("format", "relative_bias"), FORMATS)
+def test_states_and_logits_are_the_models(folders, format: str, relative_bias: bool):
+    folder = folders[format, relative_bias]
+    ids_BT, segments_BT, valid_BT = random_text(length=MODEL.max_positions)
+    is_mpnet = format == "mpnet"
+    segments = {} if is_mpnet else {"token_type_ids": segments_BT}
+    asked = {"input_ids": SWAPPED[ids_BT] if is_mpnet else ids_BT, "attention_mask": valid_BT.long(), **segments}
+    with torch.no_grad():
+        logits = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float64).eval()(**asked).logits
+        states = AutoModel.from_pretrained(folder, dtype=torch.float64).eval()(**asked).last_hidden_state
+    own = random_pretrained(relative_bias=relative_bias)
+    own_segments_BT = torch.zeros_like(segments_BT) if is_mpnet else segments_BT
+    own_states, own_logits = own_answers(own, ids_BT, own_segments_BT, valid_BT)
+    # rtol for fp32: positions and segment 0 were added up in it
+    torch.testing.assert_close(states[valid_BT], own_states[valid_BT], rtol=0, atol=1e-6 if is_mpnet else 1e-12)
+    moved = logits[..., SWAPPED] if is_mpnet else logits
+    torch.testing.assert_close(moved[valid_BT], own_logits[valid_BT], rtol=0, atol=1e-5 if is_mpnet else 1e-12)
+    assert own_logits[valid_BT].std() > 0.5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_answer_on_either_side(folders, side: str):
+    folder = folders["mpnet", True]
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float64).eval()
+    texts = ["w1 w2 zzz w3", "red teas, w30 w31 w32 w33 w34 w35"]  # zzz is [UNK], which has the id that MPNet pads with
+    with torch.no_grad():
+        alone = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in texts]
+        asked = tokenizer(texts, padding=True, return_tensors="pt")
+        together = model(**asked).last_hidden_state
+    for row, expected in enumerate(alone):
+        torch.testing.assert_close(together[row][asked["attention_mask"][row].bool()], expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("format", "relative_bias"), FORMATS)
+def test_the_tokenizer_reads_as_the_vocabulary_does(folders, format: str, relative_bias: bool):
+    tokenizer = AutoTokenizer.from_pretrained(folders[format, relative_bias])
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("Red TEAS, [MASK] zzz w3", "w4").input_ids)
+    assert tokens == ["[CLS]", "red", "tea", "##s", ",", "[MASK]", "[UNK]", "w3", "[SEP]", "w4", "[SEP]"]
+    assert tokenizer.model_max_length == MODEL.max_positions
+    assert ("token_type_ids" in tokenizer("w1")) == (format == "bert")
+    assert tokenizer.convert_tokens_to_ids("[PAD]") == tokenizer.pad_token_id == (1 if format == "mpnet" else 0)
+
+
+@pytest.mark.parametrize(("format", "relative_bias"), FORMATS)
+def test_fill_mask_fills_in_what_the_model_would(folders, format: str, relative_bias: bool):
+    fill = pipeline("fill-mask", model=str(folders[format, relative_bias]), device="cpu")
+    found = fill("w1 red [MASK] tea", top_k=3)
+    own = random_pretrained(relative_bias=relative_bias)
+    ids = torch.tensor(
+        [[2, *own.vocabulary.encode_batch(["w1 red"])[0], 4, *own.vocabulary.encode_batch(["tea"])[0], 3]]
+    )
+    _, logits = own_answers(own, ids, torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool))
+    scores, best = logits[0, 3].softmax(0).topk(3)
+    assert [row["token_str"] for row in found] == [own.vocabulary.token(int(id)) for id in best]
+    np.testing.assert_allclose([row["score"] for row in found], scores, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("format", "relative_bias"), FORMATS)
+def test_sentence_transformers_takes_the_mean_of_the_states(folders, format: str, relative_bias: bool):
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    texts = ["w1 w2 w3", "red tea, w9 w10 w11 w12"]
+    found = library.SentenceTransformer(str(folders[format, relative_bias]), device="cpu").encode(texts)
+    own = random_pretrained(relative_bias=relative_bias)
+    for text, vector in zip(texts, found, strict=True):
+        ids = torch.tensor([[2, *own.vocabulary.encode_batch([text])[0], 3]])
+        states, _ = own_answers(own, ids, torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool))
+        np.testing.assert_allclose(vector, states[0].mean(0), atol=1e-5)
+
+
+def write_run(config: Any) -> None:
+    from pmlm_dist.training.loop import pretrain
+
+    pretrain(config)
+
+
+@pytest.mark.distributed
+def test_any_topologys_checkpoint_is_exported_with_its_facts(small_corpus, tmp_path, capsys):
+    config = run_config(small_corpus, tmp_path / "run", tp=2, steps=4, zero=1)
+    run_world(write_run, 4, config)
+    assert cli.main(["export", str(tmp_path / "run"), "--format", "mpnet"]) == 0
+    folder = tmp_path / "run" / "export" / "mpnet-00000004"
+    assert f"written: {folder}" in capsys.readouterr().out
+    weights = read_weights(tmp_path / "run" / "checkpoints" / "step-00000004")
+    mpnet = AutoModelForMaskedLM.from_pretrained(folder).state_dict()
+    np.testing.assert_array_equal(mpnet["lm_head.dense.weight"], weights["head.dense.weight"])
+    np.testing.assert_array_equal(
+        mpnet["mpnet.encoder.layer.1.output.dense.weight"], weights["layers.1.ffn_out.weight"]
+    )
+    np.testing.assert_array_equal(
+        mpnet["mpnet.encoder.relative_attention_bias.weight"], weights["relative_bias.weight"].T
+    )
+    card = (folder / "README.md").read_text()
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
+    for fact in ("| optimizer steps | 4 of 4 |", "| sequences | 32 |", "ae+par", state["identity"]["corpus"]):
+        assert fact in card
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def refused(*arguments: Any, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `pmlm` says when it ends with exit code 2."""
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_bert_is_refused_with_relative_bias(tmp_path, capsys):
+    saved(tmp_path / "own")
+    message = refused("export", tmp_path / "own", "--format", "bert", "--output", tmp_path / "out", capsys=capsys)
+    assert "BERT has no relative position bias" in message
+    assert "--format mpnet" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]
+
+
+def test_mpnet_is_refused_with_other_buckets(tmp_path, capsys):
+    saved(tmp_path / "own", relative_buckets=16, relative_max_distance=64)
+    message = refused("export", tmp_path / "own", "--format", "mpnet", "--output", tmp_path / "out", capsys=capsys)
+    assert "model.relative_buckets 32, this model with 16" in message
+    assert "model.relative_max_distance 128, this model with 64" in message
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    saved(tmp_path / "own")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    message = refused("export", tmp_path / "own", "--format", "mpnet", "--output", tmp_path / "out", capsys=capsys)
+    assert "is there already" in message
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("format", ["mpnet", "unilm"])
+def test_an_export_that_answers_otherwise_is_not_written(tmp_path, capsys, monkeypatch, format: str):
+    saved(tmp_path / "own")
+    right = exporting._FORMATS[format]
+
+    def wrong(pretrained):
+        exported = right(pretrained)
+        (name,) = [name for name in exported.tensors if name.endswith("layer.1.output.LayerNorm.bias")]
+        return replace(exported, tensors={**exported.tensors, name: exported.tensors[name] + 0.01})
+
+    monkeypatch.setitem(exporting._FORMATS, format, wrong)
+    message = refused("export", tmp_path / "own", "--format", format, "--output", tmp_path / "out", capsys=capsys)
+    assert "the export's logits differ by" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]
+
+
+def test_another_vocabulary_is_refused(tmp_path, capsys, small_corpus):
+    saved(tmp_path / "own")
+    message = refused("export", tmp_path / "own", "--format", "mpnet", "--vocabulary", small_corpus, capsys=capsys)
+    assert "is not that of" in message
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
+    file = saved(tmp_path / "own") / "weights" / "step-00000000" / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    message = refused("export", tmp_path / "own", "--format", "mpnet", "--output", tmp_path / "out", capsys=capsys)
+    assert "another checksum" in message
+
+
+def test_imported_weights_are_read_back_as_they_were(tmp_path):
+    own = random_pretrained()
+    again = open_pretrained(saved(tmp_path / "own"))
+    assert again.model == own.model
+    assert again.vocabulary.fingerprint == own.vocabulary.fingerprint
+    for name, weight in own.weights.items():
+        assert torch.equal(again.weights[name], weight)

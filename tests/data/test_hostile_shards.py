@@ -1,0 +1,135 @@
+"""Tars that nobody's writer writes, vouched for by a manifest of their own: each is refused, none touches a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pmlm_dist.corpus.shards import Shard, ShardError, ShardReader
+
+IDS = np.array([2, 7, 8, 3, 9, 3], dtype="<u2").tobytes()
+LONGEST = 32
+
+
+def member(name: str, data: bytes = IDS, **changes) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in changes.items():
+        setattr(info, field, value)
+    return info, data
+
+
+def write(folder: Path, members: list[tuple[tarfile.TarInfo, bytes]], *, form: int = tarfile.USTAR_FORMAT) -> Shard:
+    """A shard of `members` and the entry that a manifest would have for it."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=form) as tar:
+        for info, data in members:
+            tar.addfile(info, io.BytesIO(data))
+    (folder / "x.tar").write_bytes(content.getvalue())
+    sha256 = hashlib.sha256(content.getvalue()).hexdigest()
+    return Shard("x.tar", samples=len(members), bytes=len(content.getvalue()), sha256=sha256)
+
+
+def read(folder: Path, shard: Shard) -> list[list[int]]:
+    with ShardReader(folder, shard, "uint16", longest=LONGEST) as reader:
+        return [reader[i].tolist() for i in range(len(reader))]
+
+
+GOOD = [member("000000000.u16"), member("000000001.u16")]
+
+
+def test_a_good_one_is_read(tmp_path):
+    assert read(tmp_path, write(tmp_path, GOOD)) == [[2, 7, 8, 3, 9, 3]] * 2
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        member("/000000002.u16"),
+        member("../000000002.u16"),
+        member("a/000000002.u16"),
+        member("../" * 40 + "000000002.u16"),  # so long that its folder stands in another field of the header
+        member("000000002.pyd"),
+        member("000000002.u16", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        member("000000002.u16", b"", type=tarfile.LNKTYPE, linkname="000000000.u16"),
+        member("000000002.u16", b"", type=tarfile.DIRTYPE),
+        member("000000002.u16", b"", type=tarfile.CHRTYPE),
+        member("000000002.u16", b"", type=tarfile.FIFOTYPE),
+        member("000000002.u16", bytes(2 * LONGEST + 2)),
+        member("000000002.u16", b""),
+        member("000000002.u16", b"odd"),
+        member("000000001.u16"),
+        member("000000003.u16"),
+    ],
+    ids=lambda bad: f"{bad[0].name[-16:]}-{bad[0].type.decode()}-{bad[0].size}",
+)
+def test_a_bad_member_is_refused_at_its_offset(tmp_path, bad):
+    shard = write(tmp_path, [*GOOD, bad])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ShardError, match=r"x\.tar: ") as caught:
+        read(tmp_path, shard)
+    assert caught.value.shard == shard
+    assert caught.value.offset in (2048, 2048 + 512)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_extended_headers_are_refused(tmp_path, form):
+    with pytest.raises(ShardError, match="expected a sample"):
+        read(tmp_path, write(tmp_path, [*GOOD, member("x" * 200)], form=form))
+
+
+@pytest.mark.parametrize("size", [b"77777777777\0", b"\x80" + bytes(10) + b"\x0c", b"-0000000001\0"])
+def test_sizes_beyond_the_file_are_refused_before_anything_is_read(tmp_path, size):
+    shard = write(tmp_path, GOOD)
+    content = bytearray((tmp_path / "x.tar").read_bytes())
+    content[1024 + 124 : 1024 + 136] = size
+    (tmp_path / "x.tar").write_bytes(content)
+    with pytest.raises(ShardError) as caught:
+        read(tmp_path, dataclasses.replace(shard, sha256=hashlib.sha256(content).hexdigest()))
+    assert caught.value.offset == 1024
+
+
+@pytest.mark.parametrize(
+    ("damage", "offset"),
+    [
+        (lambda content: content[: 1024 + 100], 1124),  # amid a member
+        (lambda content: content[:1024], 1024),  # between two members: whole, for a reader of tars
+        (lambda content: content[:520] + b"\xff" + content[521:], None),  # a byte of a sample
+        (lambda content: content[:1024] + b"\xff" + content[1025:], 1024),  # a byte of a header
+        (lambda content: content + bytes(512), None),
+        (lambda content: b"", 0),
+    ],
+)
+def test_damage_is_found_and_its_place_told(tmp_path, damage, offset):
+    shard = write(tmp_path, GOOD)
+    (tmp_path / "x.tar").write_bytes(damage((tmp_path / "x.tar").read_bytes()))
+    with pytest.raises(ShardError) as caught:
+        read(tmp_path, shard)
+    assert caught.value.offset == (shard.bytes if len(damage(bytes(shard.bytes))) > shard.bytes else offset)
+
+
+def test_a_file_that_is_cut_while_it_is_open_is_an_error_and_no_signal(tmp_path):
+    shard = write(tmp_path, GOOD)
+    with ShardReader(tmp_path, shard, "uint16") as reader:
+        os.truncate(tmp_path / "x.tar", 1024)
+        assert reader[0].tolist() == [2, 7, 8, 3, 9, 3]
+        with pytest.raises(ShardError, match="was cut while it was read") as caught:
+            reader[1]
+    assert caught.value.offset == 1536
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_at_once(tmp_path, make):
+    shard = write(tmp_path, GOOD)
+    (tmp_path / "x.tar").unlink()
+    make(tmp_path / "x.tar")
+    with pytest.raises(ShardError, match="is not a file"):
+        read(tmp_path, shard)

@@ -1,0 +1,163 @@
+"""A shard that breaks on the way is left out on every rank alike, in this run and when it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import run_config, with_train
+from worlds import RankFailed, run_world
+
+from pmlm_dist.config import ConfigError, DataConfig, RunConfig
+from pmlm_dist.corpus.shards import TRAIN, Manifest
+from pmlm_dist.data.order import SampleOrder
+from pmlm_dist.training.metrics import read_metrics
+from pmlm_dist.training.reading import BadShard, load_quarantine, save_quarantine
+
+pytestmark = pytest.mark.distributed
+
+STEPS, BATCH, LANES, SEED = 12, 8, 4, 7
+FOUND_AT = 7
+"""The step that reads the first sample of the lanes' second shards: 12 samples a shard, 2 of each lane a step."""
+
+
+def pretrained(config: RunConfig) -> None:
+    from pmlm_dist.training.loop import pretrain
+
+    pretrain(config)
+
+
+def configured(corpus: Path, run_dir: Path, **engine) -> RunConfig:
+    data = DataConfig(lanes=LANES, workers=0, retries=1, retry_wait_s=0.0, quarantine_limit=0.2)
+    config = replace(run_config(corpus, run_dir, steps=STEPS, **engine), data=data)
+    return with_train(config, validate_every=STEPS)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {step: scalars["train/total"] for step, scalars in read_metrics(run_dir).items() if "train/total" in scalars}
+
+
+@pytest.fixture(scope="module")
+def bad() -> int:
+    """A shard that the run comes to at step 7."""
+    return SampleOrder((12,) * 8, lanes=LANES, seed=SEED).locate((FOUND_AT - 1) * BATCH + 1).shard
+
+
+@pytest.fixture
+def corpus(small_corpus: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_corpus, tmp_path / "corpus"))
+
+
+def damage(corpus: Path, number: int) -> None:
+    shard = corpus / Manifest.load(corpus).splits[TRAIN].shards[number].name
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def whole(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of the run on the corpus as it was written."""
+    config = configured(small_corpus, tmp_path_factory.mktemp("whole"))
+    run_world(pretrained, 1, config)
+    return losses(config.run_dir)
+
+
+@pytest.mark.parametrize(("ranks", "engine"), [(2, {}), (2, {"tp": 2})], ids=["dp2", "tp2"])
+def test_a_bad_shard_is_left_out_by_one_rule_also_after_a_resume(corpus, tmp_path, bad, whole, *, ranks, engine):
+    damage(corpus, bad)
+    straight = configured(corpus, tmp_path / "straight", **engine)
+    run_world(pretrained, ranks, straight)
+    (shard,) = load_quarantine(straight.run_dir)
+    expected = Manifest.load(corpus).splits[TRAIN].shards[bad]
+    assert (shard.shard, shard.sha256, shard.samples) == (expected.name, expected.sha256, 12)
+    assert "sha256" in shard.error
+    found = losses(straight.run_dir)
+    assert len(found) == STEPS
+    before = [step for step in found if step < FOUND_AT]
+    assert [found[step] for step in before] == pytest.approx([whole[step] for step in before], rel=1e-4)
+    assert found[FOUND_AT] != pytest.approx(whole[FOUND_AT], rel=1e-4)
+    scalars = read_metrics(straight.run_dir)
+    assert [scalars[step]["data/quarantined_samples"] for step in (FOUND_AT - 1, FOUND_AT, STEPS)] == [0, 12, 12]
+
+    stopped = configured(corpus, tmp_path / "stopped", **engine)
+    run_world(pretrained, ranks, with_train(stopped, stop_at=FOUND_AT + 2))
+    run_world(pretrained, 1, replace(stopped, parallel=replace(stopped.parallel, tp=1)))
+    assert losses(stopped.run_dir) == pytest.approx(found, rel=1e-4)
+
+
+def test_a_run_that_begins_with_a_quarantine_never_opens_the_shard(corpus, tmp_path, bad):
+    shard = Manifest.load(corpus).splits[TRAIN].shards[bad]
+    config = configured(corpus, tmp_path / "run")
+    config.run_dir.mkdir(exist_ok=True)
+    record = BadShard(str(corpus), shard.name, shard.sha256, shard.samples, None, "said so")
+    save_quarantine(config.run_dir, (record,))
+    run_world(pretrained, 1, config)
+    assert load_quarantine(config.run_dir) == (record,)
+    known = losses(config.run_dir)
+    damage(corpus, bad)
+    found_on_the_way = configured(corpus, tmp_path / "found")
+    run_world(pretrained, 1, found_on_the_way)
+    assert losses(found_on_the_way.run_dir) == known
+
+
+def test_above_the_limit_all_ranks_stop_and_say_why(corpus, tmp_path, bad):
+    damage(corpus, bad)
+    config = configured(corpus, tmp_path / "run")
+    config = replace(config, data=replace(config.data, quarantine_limit=0.1))
+    with pytest.raises(RankFailed) as caught:
+        run_world(pretrained, 2, config)
+    assert str(caught.value).count("12 of 96 training samples (12.50%) lie in shards that cannot be read") == 2
+    assert "data.quarantine_limit (10.00%)" in str(caught.value)
+
+
+def _with_a_killer(config: RunConfig) -> None:
+    """Pre-train, with the loader worker of rank 1 killed after the first step."""
+    from pmlm_dist.training import loop
+
+    plain = loop.train_step
+
+    def train_step(run, *args, **kwargs):
+        if os.environ["RANK"] == "1":
+            for server in psutil.Process().children():
+                for worker in server.children():
+                    worker.send_signal(signal.SIGKILL)
+        return plain(run, *args, **kwargs)
+
+    loop.train_step = train_step
+    loop.pretrain(config)
+
+
+def test_a_killed_worker_ends_the_run_on_every_rank_with_its_name(corpus, tmp_path):
+    config = configured(corpus, tmp_path / "run")
+    config = replace(config, data=replace(config.data, workers=1))
+    with pytest.raises(RankFailed) as caught:
+        run_world(_with_a_killer, 2, config)
+    of_rank_0, of_rank_1 = str(caught.value).split("rank 1:\n", 1)
+    assert "ReadingError: rank 1 cannot go on reading: loader worker 0" in of_rank_0
+    assert "WorkerError: loader worker 0" in of_rank_1
+    assert "died by signal SIGKILL" in of_rank_1
+
+
+def test_a_shard_that_is_lost_while_a_run_is_stopped_goes_into_quarantine(corpus, tmp_path, bad):
+    config = configured(corpus, tmp_path / "run")
+    run_world(pretrained, 1, with_train(config, stop_at=3))
+    (corpus / Manifest.load(corpus).splits[TRAIN].shards[bad].name).unlink()
+    run_world(pretrained, 1, config)
+    (shard,) = load_quarantine(config.run_dir)
+    assert "cannot be opened: No such file or directory" in shard.error
+    assert max(losses(config.run_dir)) == STEPS
+
+
+def test_a_quarantine_that_cannot_be_read_is_refused(tmp_path):
+    assert load_quarantine(tmp_path) == ()
+    for content in ("{", "[]", json.dumps({"shards": [{"shard": "x"}]})):
+        (tmp_path / "quarantine.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"quarantine\.json cannot be read"):
+            load_quarantine(tmp_path)
