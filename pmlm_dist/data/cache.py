@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from pmlm_dist.corpus.shards import MANIFEST, Shard, ShardError, open_shard
 
 SCHEMES = ("http", "https", "s3", "gs", "file", "memory")
 _CHUNK = 1 << 20
+_POLL_S = 0.02
 
 
 class CacheError(RuntimeError):
@@ -121,7 +123,10 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self._path(shard).with_suffix(".part")
         with _locked(part, wait=wait) as out:
-            if out is None or self._path(shard).exists():
+            if out is None:
+                return
+            if self._path(shard).exists():  # another process has fetched it meanwhile
+                part.unlink()
                 return
             try:
                 self._reserve(shard, out)
@@ -192,29 +197,35 @@ class ShardCache:
 
 @contextmanager
 def _locked(path: Path, *, wait: bool, create: bool = True) -> Iterator[FileIO | None]:
-    """`path`, opened for writing and locked for this process alone; None if another holds it, or it is not there."""
-    file = None
-    while file is None:
-        try:
-            file = FileIO(os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644), "r+b")
-        except FileNotFoundError:
-            break
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.close()
-            file = None
-            break
-        if not _is_at(file, path):  # renamed or removed while this process waited
-            file.close()
-            file = None
-            if not wait:
-                break
+    """`path`, opened for writing and locked for this process alone; None if another holds it, or it is not there.
+
+    `wait` looks again and again: who slept on the lock itself could go on sleeping after the file was renamed, on a
+    shard that another process reads for as long as it waits for this one.
+    """
+    file = _lock(path, create=create)
+    while wait and file is None:
+        time.sleep(_POLL_S)
+        file = _lock(path, create=create)
     try:
         yield file
     finally:
         if file is not None:
             file.close()
+
+
+def _lock(path: Path, *, create: bool) -> FileIO | None:
+    try:
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644), "r+b")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(file, path):  # not renamed or removed since it was opened
+            return file
+    except BlockingIOError:
+        pass
+    file.close()
+    return None
 
 
 def _is_at(file: FileIO, path: Path) -> bool:

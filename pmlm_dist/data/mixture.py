@@ -25,35 +25,35 @@ class Mixture:
     def __init__(self, weights: Sequence[float], *, lanes: int):
         self.shares = shares_of_period(weights)
         self._lanes = lanes
-        self._pattern = _even_pattern(self.shares)
-        taken = np.eye(len(weights), dtype=np.int64)[self._pattern].cumsum(axis=0)
-        # Row i: samples of each source among the first i of a period.
-        self._before = np.concatenate([np.zeros((1, len(weights)), dtype=np.int64), taken])
+        pattern = _even_pattern(self.shares)
+        self._pattern: list[int] = pattern.tolist()
+        # For each source: how many of the first i samples of a period are its own. Lists: single numbers are looked up.
+        self._before = [[0, *np.cumsum(pattern == source).tolist()] for source in range(len(weights))]
 
     def locate(self, t: int) -> tuple[int, int]:
         """Source of global sample `t`, and which global sample it is of a run on that source alone."""
         element, lane = divmod(t, self._lanes)
         start = self._start(lane)
-        source = int(self._pattern[(start + element) % PERIOD])
-        number = self._count(start + element)[source] - self._count(start)[source]
-        return source, int(number) * self._lanes + lane
+        source = self._pattern[(start + element) % PERIOD]
+        number = self._count(source, start + element) - self._count(source, start)
+        return source, number * self._lanes + lane
 
     def counts(self, samples: int) -> list[int]:
         """Samples of each source among the global samples 0 .. `samples` - 1."""
         elements, further = divmod(samples, self._lanes)
-        total = np.zeros(len(self.shares), dtype=np.int64)
-        for lane in range(self._lanes):
-            start = self._start(lane)
-            total += self._count(start + elements + (lane < further)) - self._count(start)
-        return total.tolist()
+        stretches = [(self._start(lane), elements + (lane < further)) for lane in range(self._lanes)]
+        return [
+            sum(self._count(source, start + length) - self._count(source, start) for start, length in stretches)
+            for source in range(len(self.shares))
+        ]
 
     def _start(self, lane: int) -> int:
         return lane * PERIOD // self._lanes
 
-    def _count(self, place: int) -> np.ndarray:
-        """Samples of each source among the first `place` of the endless pattern."""
+    def _count(self, source: int, place: int) -> int:
+        """Samples of `source` among the first `place` of the endless pattern."""
         periods, rest = divmod(place, PERIOD)
-        return periods * self._before[PERIOD] + self._before[rest]
+        return periods * self.shares[source] + self._before[source][rest]
 
 
 def shares_of_period(weights: Sequence[float]) -> tuple[int, ...]:

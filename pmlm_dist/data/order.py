@@ -133,7 +133,7 @@ class SampleOrder:
         epoch = bisect.bisect_right(self._starts, element, key=lambda starts: starts[lane]) - 1
         within = element - int(self._starts[epoch][lane])
         ends = self._epochs[epoch].ends[lane]
-        nth = int(np.searchsorted(ends, within, side="right"))
+        nth = int(ends.searchsorted(within, side="right"))
         shard = int(self._epochs[epoch].shards[lane][nth])
         return epoch, nth, within - int(ends[nth]) + int(self._sizes[shard])
 

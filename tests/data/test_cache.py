@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -198,6 +201,26 @@ def test_a_process_killed_amid_a_transfer_leaves_nothing_in_the_way(server, corp
     reader = reader_of(server.address, settings(tmp_path))
     assert reader.numbered(0).tokens.tolist() == tokens_of(TRAIN, 0).tolist()
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_who_waits_for_a_transfer_does_not_wait_for_the_reader_after_it(corpus, tmp_path):
+    """Who fetched a shard reads it at once, and may do so until the one that waited has read it as well."""
+    shard = shards_of(corpus)[0]
+    cache, part = ShardCache(tmp_path, limit=1 << 30, timeout_s=5), tmp_path / f"{shard.sha256}.part"
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(cache.open("http://127.0.0.1:1", shard)), daemon=True)
+    with part.open("wb") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)
+        waiting.start()
+        time.sleep(0.2)
+        out.write((corpus / shard.name).read_bytes())
+        out.flush()
+        part.rename(part.with_suffix(".tar"))
+        fcntl.flock(out, fcntl.LOCK_SH)  # without a moment in between in which another could take it
+        waiting.join(10)
+        assert found
+    found[0].close()
+    assert not part.exists()
 
 
 def test_leavings_of_a_crash_make_room(server, corpus, tmp_path):
