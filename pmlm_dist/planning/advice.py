@@ -11,8 +11,8 @@ from pmlm_dist.planning.reliability import Checkpoints
 
 _MUCH = 0.2
 """Share of a step that communication or waiting may take before it is warned of."""
-_FAR = 4
-"""How far the interval between checkpoints may be from the best one, as a ratio."""
+_NOTICEABLE = 0.01
+"""Share of the time that a bad interval between checkpoints may lose before it is warned of."""
 
 
 def advice(
@@ -89,10 +89,11 @@ def _time(estimate: Estimate) -> list[str]:
 
 def _intervals(estimate: Estimate, saving: Checkpoints, *, checkpoint_every: int) -> list[str]:
     now = checkpoint_every * estimate.time.total
-    if saving.interval / _FAR <= now <= saving.interval * _FAR:
+    lost, least = saving.lost(now), saving.lost(saving.interval)
+    if lost - least < _NOTICEABLE:
         return []
     best = max(1, round(saving.interval / estimate.time.total))
     return [
-        f"checkpoints every {checkpoint_every} steps are {now / 60:.0f} minutes apart; the best interval is "
-        f"{saving.interval / 60:.0f} minutes: --train.checkpoint-every {best}"
+        f"checkpoints every {checkpoint_every} steps ({now / 60:.0f} minutes) lose {lost:.1%} of the time to failures "
+        f"and saving, every {best} steps {least:.1%}: --train.checkpoint-every {best}"
     ]

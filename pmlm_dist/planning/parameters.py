@@ -76,7 +76,8 @@ def uncut_numbers(work: Workload, *, threshold: int) -> int:
     own = size // tp
     norms_and_biases = [*[size] * 6, own, 2 * own, inner]
     matrices = [size * own, 2 * size * own, size * own, size * inner, size * inner]
-    outside = [*[size] * 5, size * size, model.max_positions * size, model.segment_types * size, work.vocabulary]
+    tables = [rows * size for rows in (work.vocabulary, model.max_positions, model.segment_types)]
+    outside = [*[size] * 5, size * size, *tables, work.vocabulary]
     return sum(numel for numel in outside if numel <= threshold) + model.num_layers * sum(
         numel for numel in norms_and_biases + matrices if numel <= threshold
     )

@@ -81,7 +81,7 @@ class Plan:
             ],
             "steps": self.config.steps,
             "days": self.days,
-            "checkpoints": dataclasses.asdict(self.checkpoints),
+            "checkpoints": {**dataclasses.asdict(self.checkpoints), "effective": self.checkpoints.effective},
             "warnings": list(self.warnings),
             "alternatives": [_summary(alternative) for alternative in self.alternatives],
         }

@@ -24,12 +24,21 @@ class Checkpoints:
     """Of one checkpoint, over all ranks."""
     seconds: float
     """To write it, every rank its part: an upper bound of what the training is held up, since it saves beside it."""
-    interval: float
-    """Between two of them, so that least is lost."""
     between_failures: float
     """Mean, of all devices together."""
-    effective: float
-    """Share of the time that goes into training."""
+    restart: float
+    """From a failure to the first new step."""
+    interval: float
+    """Between two checkpoints, so that least is lost."""
+
+    def lost(self, interval: float) -> float:
+        """Share of the time that does not go into training, saving every `interval` seconds."""
+        return min(1.0, self.seconds / interval + (interval / 2 + self.restart) / self.between_failures)
+
+    @property
+    def effective(self) -> float:
+        """Share of the time that goes into training, with the best interval."""
+        return 1.0 - self.lost(self.interval)
 
 
 def checkpoints(
@@ -41,6 +50,4 @@ def checkpoints(
     """
     size = float(BYTES_OF_PARAMETER * parameters)
     delta, between = size / gpus / bytes_per_s, 3600 * gpu_hours / gpus
-    tau = max(step_s, math.sqrt(2 * delta * between))
-    lost = delta / tau + (tau / 2 + restart_s) / between
-    return Checkpoints(size, delta, tau, between, max(0.0, 1 - lost))
+    return Checkpoints(size, delta, between, restart_s, interval=max(step_s, math.sqrt(2 * delta * between)))

@@ -64,9 +64,9 @@ def _memory(plan: Plan) -> Rows:
     device = plan.cluster.device
     fits = "fits" if plan.estimate.fits else "DOES NOT FIT"
     yield "together", _gigabytes(memory.device), f"of {device.memory / 1e9:.1f}: {fits}; highest: {memory.moment}"
-    if memory.host:
-        in_node = memory.host * plan.cluster.gpus_per_node
-        yield "host, offloaded", _gigabytes(memory.host), f"{in_node / 1e9:.0f} per node"
+    host = memory.host + plan.checkpoints.bytes / plan.cluster.gpus
+    in_node = f"{_gigabytes(host * plan.cluster.gpus_per_node)} per node, for offloading and the copy that is saved"
+    yield "in the host", _gigabytes(host), in_node
 
 
 def _step(plan: Plan) -> Rows:

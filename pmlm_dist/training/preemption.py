@@ -39,6 +39,7 @@ EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again."""
 
 LISTENED_FOR = (signal.SIGTERM, signal.SIGUSR1)
+_ECHO_S = 1.0
 _POLL_S = 0.1
 _LONGEST_MARGIN_S = 10.0
 
@@ -73,6 +74,7 @@ class StopSignals:
     def __init__(self, *, grace_s: float = 120.0):
         self.grace_s = grace_s
         self._since: float | None = None
+        self._heard_at: float | None = None
 
     @property
     def requested(self) -> bool:
@@ -111,9 +113,12 @@ class StopSignals:
     def _hear(self, number: int) -> None:
         if number not in LISTENED_FOR:  # Python writes every signal that has a handler into the pipe
             return
-        if self.requested:
+        if self._heard_at is None:
+            self._heard_at = time.monotonic()
+            self.request()
+        elif time.monotonic() > self._heard_at + _ECHO_S:
+            # Before, it is one request that came by two ways: a launcher passes on what its process group was sent too.
             _leave(128 + number, f"{signal.Signals(number).name} is the second signal to stop")
-        self.request()
 
 
 def _do_nothing(_number: int, _frame: object) -> None:

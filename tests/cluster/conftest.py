@@ -36,6 +36,13 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder)
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left(cluster: Cluster) -> Iterator[None]:
+    """Jobs of a test that failed do not run into the next one."""
+    yield
+    cluster.end_all_jobs()
+
+
 @pytest.fixture(scope="session")
 def submit(cluster: Cluster, small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Submission:
     engine = write_engine_config(tmp_path_factory.mktemp("engine") / "ds.json", micro_batch=2)

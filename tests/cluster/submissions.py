@@ -16,7 +16,7 @@ STEPS = 200
 SMALL = [
     *("--model.hidden-size", "32", "--model.num-layers", "2", "--model.num-heads", "4", "--model.ffn-size", "64"),
     *("--model.max-positions", "64", "--model.hidden-dropout", "0", "--model.attention-dropout", "0"),
-    *("--optim.warmup-steps", "5", "--train.steps", str(STEPS), "--train.log-every", "1"),
+    *("--optim.warmup-steps", "5", "--optim.peak-lr", "5e-3", "--train.steps", str(STEPS), "--train.log-every", "1"),
     *("--train.validate-every", "100", "--train.validation-samples", "8", "--train.checkpoint-every", "50"),
     *("--data.workers", "1"),
 ]

@@ -38,6 +38,9 @@ LISTENING = """
 import signal, sys, threading, time
 from pmlm_dist.training.preemption import StopSignals
 signals = StopSignals(grace_s=float(sys.argv[1]))
+if len(sys.argv) > 2:
+    signals.request()
+    time.sleep(1.5)
 signals.listen()
 print("listening", flush=True)
 while not signals.requested:
@@ -48,11 +51,10 @@ lock = threading.Lock(); lock.acquire(); lock.acquire()
 
 
 @contextlib.contextmanager
-def listening(*, grace_s: float) -> Iterator[subprocess.Popen[str]]:
+def listening(*arguments: str, grace_s: float) -> Iterator[subprocess.Popen[str]]:
     """A process that listens for signals, and hangs for ever, deaf to Python's handlers, after the first."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", LISTENING, str(grace_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", LISTENING, str(grace_s), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "listening\n"
@@ -72,12 +74,32 @@ def test_the_first_signal_is_a_request_and_the_second_ends_the_process_at_once(n
     with listening(grace_s=600) as process:
         process.send_signal(number)
         assert said(process) == "requested True\n"
+        time.sleep(1.5)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=20)
         assert process.returncode == 128 + signal.SIGTERM
         assert "SIGTERM is the second signal to stop" in error
         assert "the last checkpoint stands" in error
+
+
+def test_the_same_request_by_two_ways_is_one():
+    """As when a process group gets a signal, and the launcher in it passes it on to the ranks."""
+    with listening(grace_s=600) as process:
+        for _ in range(3):
+            process.send_signal(signal.SIGTERM)
+        assert said(process) == "requested True\n"
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(1.5)
+        assert process.poll() is None
+
+
+def test_a_signal_that_comes_after_another_ranks_is_this_ranks_first():
+    with listening("requested by another rank", grace_s=600) as process:
+        assert said(process) == "requested True\n"
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
+        assert process.poll() is None
 
 
 def test_when_the_time_after_a_signal_is_over_the_process_ends_wherever_it_is():
@@ -97,6 +119,9 @@ def test_other_signals_are_none_of_it():
         process.send_signal(signal.SIGCHLD)
         process.send_signal(signal.SIGUSR1)
         assert said(process) == "requested True\n"
+        time.sleep(1.5)
+        process.send_signal(signal.SIGCHLD)
+        time.sleep(0.2)
         assert process.poll() is None
     finally:
         process.kill()

@@ -37,10 +37,7 @@ class Topology:
 
 
 FP32 = [Topology(tp, dp, zero) for tp, dp in WORLDS for zero in (1, 2, 3)] + [Topology(1, 2, 0), Topology(2, 2, 0)]
-BF16 = [
-    Topology(tp, dp, zero, "bf16")
-    for tp, dp, zero in ((1, 1, 1), (1, 2, 2), (1, 4, 3), (2, 1, 3), (2, 2, 1), (4, 1, 2))
-]
+BF16 = [Topology(tp, 2, zero, "bf16") for tp in (1, 2) for zero in (1, 2, 3)]
 
 
 def config_of(topology: Topology, corpus: Path, folder: Path) -> RunConfig:
@@ -161,7 +158,7 @@ class Source:
 def write_sources(corpus: Path, folder: Path, topologies: list[Topology]) -> dict[Topology, Source]:
     """Checkpoints of step `BEFORE` written by each of `topologies`."""
     sources = {}
-    for tp, dp in WORLDS:
+    for tp, dp in sorted({(topology.tp, topology.dp) for topology in topologies}):
         here = [topology for topology in topologies if (topology.tp, topology.dp) == (tp, dp)]
         configs = [config_of(topology, corpus, folder) for topology in here]
         answers = run_world(save_some, tp * dp, configs)
@@ -250,7 +247,7 @@ def test_every_fp32_topology_opens_what_any_wrote(small_corpus, tmp_path, source
         np.testing.assert_allclose(norms, straight.norms[BEFORE:], rtol=1e-5)
 
 
-@pytest.mark.parametrize("world", WORLDS, ids=lambda world: f"tp{world[0]}-dp{world[1]}")
+@pytest.mark.parametrize("world", [(1, 2), (2, 2)], ids=lambda world: f"tp{world[0]}-dp{world[1]}")
 def test_every_bf16_topology_opens_what_any_wrote(small_corpus, tmp_path, sources, uninterrupted, world):
     """bf16 rounds to 8 bits, so sums in another order differ; what is filled in is equal to the bit."""
     straight = uninterrupted["bf16"]

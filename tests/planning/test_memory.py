@@ -1,0 +1,168 @@
+"""Planned bytes against those that torch hands out in the real training path, by model, engine and ranks.
+
+torch's profiler reports every allocation and release of the process: the most that stood at once is known to the byte.
+Noise comes from what Python's collector has not yet taken, and from what gloo keeps of a tensor until the next call.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_runs import BF16, BF16_SUMMED_IN_FP32, Case, zero, zero_settings
+from worlds import run_world
+
+from pmlm_dist.config import RunConfig
+from pmlm_dist.devices import DEVICES, Device
+from pmlm_dist.planning.memory import Memory, memory, moments
+from pmlm_dist.planning.model_states import model_states
+from pmlm_dist.planning.workload import Workload
+
+CPU = Device("cpu", math.inf, {}, 1.0, 1.0, 1.0, is_accelerator=False, slack=0.0)
+LARGE = {"hidden_size": 192, "num_layers": 3, "num_heads": 4, "ffn_size": 768}
+CUT_ALMOST_ALL = {"stage3_param_persistence_threshold": 1000}
+CASES = {
+    "plain": Case(),
+    "wide batch": Case(micro_batch=16),
+    "one sample": Case(micro_batch=1),
+    "long": Case(sequence_length=192, micro_batch=2),
+    "no relative positions": Case({"relative_bias": False}),
+    "dropout": Case({"hidden_dropout": 0.1, "attention_dropout": 0.1}),
+    "dense": Case({"attention": "dense"}),
+    "dense, dropout": Case({"attention": "dense", "attention_dropout": 0.1}),
+    "checkpointing": Case({"activation_checkpointing": True}),
+    "one layer": Case({"num_layers": 1}),
+    "accumulation": Case(accumulation=2),
+    "ZeRO 1": Case(engine=zero(1), tolerance=0.08),
+    "bf16, ZeRO 1": Case(engine={**zero(1), **BF16}, tolerance=0.08),
+    "bf16 in fp32, ZeRO 1": Case(engine={**zero(1), **BF16_SUMMED_IN_FP32}),
+    "bf16, ZeRO 2": Case(engine={**zero(2), **BF16}, tolerance=0.1),
+    "bf16, ZeRO 1, overlap": Case(engine={**zero(1, overlap_comm=True), **BF16}, tolerance=0.1),
+    "2 ranks": Case(dp=2),
+    "2 ranks, ZeRO 1": Case(LARGE, zero(1), dp=2, tolerance=0.1),
+    "2 ranks, bf16, ZeRO 1": Case(LARGE, {**zero(1), **BF16}, dp=2, tolerance=0.1),
+    "2 ranks, bf16 in fp32, ZeRO 1": Case(LARGE, {**zero(1), **BF16_SUMMED_IN_FP32}, dp=2, tolerance=0.1),
+    "2 ranks, bf16, ZeRO 2": Case(LARGE, {**zero(2), **BF16}, dp=2, tolerance=0.1),
+    "2 ranks, bf16 in fp32, ZeRO 2, accumulation": Case(
+        LARGE, {**zero(2), **BF16_SUMMED_IN_FP32}, dp=2, accumulation=2, tolerance=0.1
+    ),
+    # DeepSpeed's hooks leave circles that hold gathered weights until Python's collector comes by.
+    "2 ranks, bf16, ZeRO 3": Case(LARGE, {**zero(3, **CUT_ALMOST_ALL), **BF16}, dp=2, tolerance=0.15),
+    "2 tensor-parallel ranks": Case(tp=2),
+    "2 tensor-parallel ranks, bf16": Case(LARGE, {**zero(1), **BF16_SUMMED_IN_FP32}, tp=2),
+}
+
+
+def most_allocated(configs: list[RunConfig]) -> list[float]:
+    """For each run the most bytes that torch has handed out at once in its third step, those of the model included."""
+    kept: list[Any] = []  # else the engines of earlier runs would be released while a later one is counted
+    return [_most_of_a_run(config, kept) for config in configs]
+
+
+def _most_of_a_run(config: RunConfig, kept: list[Any]) -> float:
+    import gc
+
+    from runs import start_run, take_steps
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from pmlm_dist.training.checkpoint import RunState
+    from pmlm_dist.training.loop import build_engine
+
+    run = start_run(config)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        engine = build_engine(run)
+        kept.append(engine)
+        state, *_ = take_steps(run, engine, RunState(), steps=2)
+        gc.collect()
+        with record_function("counted"):
+            take_steps(run, engine, state, steps=1)
+    return _most(profiler.profiler.kineto_results.events())  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _most(events: Any) -> float:
+    """The most that stood during the event `counted`, of what was allocated since the profiler began."""
+    ordered = sorted(events, key=lambda event: event.start_ns())
+    (counted,) = (event for event in ordered if event.name() == "counted")
+    live, most = 0, 0
+    for event in ordered:
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            if counted.start_ns() <= event.start_ns() <= counted.start_ns() + counted.duration_ns():
+                most = max(most, live)
+    return float(most)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
+    """Planned bytes and those that were handed out, by case; one world for all cases of its kind."""
+    folders = {name: tmp_path_factory.mktemp("run") for name in CASES}
+    found = {}
+    for dp, tp in sorted({(case.dp, case.tp) for case in CASES.values()}):
+        names = [name for name, case in CASES.items() if (case.dp, case.tp) == (dp, tp)]
+        configs = [CASES[name].write(folders[name]) for name in names]
+        by_rank = run_world(most_allocated, dp * tp, configs, timeout_s=300)
+        for name, most in zip(names, map(max, zip(*by_rank, strict=True)), strict=True):
+            found[name] = (planned_memory(CASES[name], folders[name]).allocated, most)
+    return found
+
+
+def planned_memory(case: Case, folder: Path) -> Memory:
+    work, engine = case.planned(folder)
+    return memory(work, engine, dp=case.dp, accumulation=case.accumulation, device=CPU)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_what_torch_hands_out(runs: dict[str, tuple[float, float]], name: str):
+    planned, handed_out = runs[name]
+    assert planned == pytest.approx(handed_out, rel=CASES[name].tolerance)
+
+
+BASE = Workload(CASES["plain"].shape, context=64, predictions=10, micro_batch=4, precision="bf16")
+
+
+@pytest.mark.parametrize(("stage", "theory"), [(1, (2, 0, 12)), (2, (2, 0, 12)), (3, (0, 2, 14))])
+def test_what_always_stands_follows_the_theory(stage: int, theory: tuple[int, int, int]):
+    """ZeRO, section 3: what is whole on every rank and what is cut; gradients of stages 1 and 2 come and go."""
+    whole, cut_weights, cut = theory
+    parameters = model_states(BASE, zero_settings(stage), dp=1).weights / 2
+    for dp in (1, 4, 64):
+        states = model_states(BASE, zero_settings(stage), dp=dp)
+        standing = states.weights + states.optimizer + states.gradients
+        assert standing == pytest.approx(parameters * (whole + (cut if stage < 3 else cut_weights + 12 + 2) / dp))
+
+
+def test_offloading_moves_the_optimizer_to_the_host():
+    for stage in (1, 2, 3):
+        here = memory(BASE, zero_settings(stage), dp=2, accumulation=1, device=DEVICES["a100-40gb"])
+        there = memory(BASE, zero_settings(stage, offload=True), dp=2, accumulation=1, device=DEVICES["a100-40gb"])
+        assert here.host == 0
+        assert there.host >= here.optimizer > 0
+        assert there.optimizer == 0
+        assert there.device < here.device
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_peak_is_the_highest_moment(stage: int):
+    states = model_states(BASE, zero_settings(stage), dp=2)
+    found = memory(BASE, zero_settings(stage), dp=2, accumulation=1, device=CPU)
+    highest = max(moment.total for moment in moments(BASE, states, accumulation=1))
+    assert found.allocated == pytest.approx(states.weights + states.optimizer + states.host + highest)
+    assert found.standing < found.allocated
+
+
+def test_memory_grows_with_the_batch_and_shrinks_with_what_is_meant_to_shrink_it():
+    def needed(work: Workload, stage: int = 1, dp: int = 8) -> float:
+        return memory(work, zero_settings(stage), dp=dp, accumulation=1, device=CPU).allocated
+
+    wide = replace(BASE, micro_batch=64)
+    assert needed(wide) > needed(BASE)
+    assert needed(replace(wide, tp=2)) < needed(wide)
+    assert needed(replace(wide, model=replace(wide.model, activation_checkpointing=True))) < needed(wide)
+    assert needed(wide, stage=3) < needed(wide, stage=1) < needed(wide, stage=1, dp=1)
+    assert needed(replace(wide, model=replace(wide.model, attention="flex"))) < needed(wide)
+    assert needed(wide) < needed(replace(wide, model=replace(wide.model, attention="dense")))
