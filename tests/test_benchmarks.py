@@ -12,6 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FIGURES = {
     "checkpoint": {"stall_share", "bytes_per_parameter"},
+    "plan": {"memory_error", "time_error", "heap"},
+    "scaling": {"dp2_weak", "dp2_strong", "tp2_weak", "tp2_strong", "deepspeed_overhead"},
+    "zero": {*(f"zero{stage}_standing_vs_theory" for stage in range(4)), "plan_error"},
     "step": {"vs_hf_bert", "vs_hf_mpnet", "vs_two_passes", "vs_naive", "vs_ae_only", "mfu", "peak_memory_vs_naive"},
     "loader": {"vs_hf_collator", "vs_hf_whole_word", "workers_for_300k_tokens", "data_wait_share"},
     "attention": {
@@ -32,4 +35,5 @@ def test_a_smoke_run_writes_its_figures(name, tmp_path):
     assert set(report) == {"benchmark", "machine", "versions", "shapes", "rows", "figures"}
     assert report["benchmark"] == name
     assert FIGURES[name] <= set(report["figures"])
-    assert all(value > 0 for value in report["figures"].values())
+    # DeepSpeed may cost less than nothing in a single round of a tiny model.
+    assert all(value > 0 or "overhead" in name for name, value in report["figures"].items())

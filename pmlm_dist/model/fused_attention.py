@@ -188,7 +188,10 @@ def _flat(tensor_HBXD: Tensor, part: Part) -> Tensor:
 
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
-    torch.baddbmm(to, left, right, out=to)
+    if to.is_contiguous():
+        torch.baddbmm(to, left, right, out=to)
+    else:  # on a CPU one product after the other would be taken
+        to += torch.bmm(left, right)
 
 
 def _narrowed(part: Part, shape: torch.Size) -> Part:

@@ -50,7 +50,8 @@ def _measured(config: PlanConfig, topology: Topology) -> Device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // topology.world_size))
     has_accelerator = topology.device.type != "cpu"
     engine = load_engine_config(config.ds_config, has_accelerator=has_accelerator, overrides=config.overrides)
-    device = measure_device(engine.precision, topology)
+    tokens = engine.micro_batch * config.context
+    device = measure_device(engine.precision, topology, model=config.model, tokens=tokens)
     if config.gpus > 1 and topology.world_size == 1:
         if config.assume.link_gb_per_s is None:
             raise ConfigError(

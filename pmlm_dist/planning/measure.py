@@ -1,6 +1,6 @@
 """The device of this process, measured: what it attains, so that all shares of its peaks are 1.
 
-    matrix rate     products of the shapes that a Transformer has, attention's small ones among them, after one another
+    matrix rate     products of the shapes that the model has, attention's small ones among them, after one another
     bandwidth       bytes a second of the passes between the products: copy, sum, GELU, LayerNorm, softmax
     dispatch        seconds of an operation on nothing
     link            bytes a second of an all-reduce over all ranks of this world, by the ring formula
@@ -19,22 +19,29 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from pmlm_dist.config import ModelConfig
 from pmlm_dist.devices import HEAP_SLACK, Device, device_named
 from pmlm_dist.parallel.groups import Topology
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PRODUCTS = ((2048, 512, 2048), (2048, 2048, 512), (2048, 512, 512), (512, 512, 8192))
-_BATCHED = (16, 512, 64, 512)
-"""Products of attention: heads and samples, queries, head size, keys."""
+_MOST_TOKENS = 4096
+"""Of a product: with more its rate stays the same."""
+_BATCHED = (16, 512, 512)
+"""Products of attention: heads and samples, queries, keys."""
 _PASSED = (4096, 1024)
 _SENT = 2**24  # bytes
 
 
-def measure_device(precision: str, topology: Topology, *, seconds: float = 2.0) -> Device:
-    """What this rank's device attains in `precision`, with all ranks of the world at work; every rank must call."""
+def measure_device(
+    precision: str, topology: Topology, *, model: ModelConfig, tokens: int, seconds: float = 2.0
+) -> Device:
+    """What this rank's device attains in `precision`, with all ranks of the world at work; every rank must call.
+
+    Its matrix rate is that of `model`'s products with `tokens` slots at a time: small ones are slower.
+    """
     dtype, on = _DTYPES[precision], topology.device
     topology.barrier()
-    rate = _matrix_rate(dtype, on, seconds=seconds)
+    rate = _matrix_rate(dtype, on, model=model, tokens=min(tokens, _MOST_TOKENS), seconds=seconds)
     bandwidth = _bandwidth(dtype, on, seconds=seconds)
     link = _link(topology, seconds=seconds) if topology.world_size > 1 else float("nan")
     worst = torch.tensor([rate, bandwidth], dtype=torch.float64, device=on)
@@ -58,14 +65,15 @@ def measure_device(precision: str, topology: Topology, *, seconds: float = 2.0) 
     )
 
 
-def _matrix_rate(dtype: torch.dtype, on: torch.device, *, seconds: float) -> float:
+def _matrix_rate(dtype: torch.dtype, on: torch.device, *, model: ModelConfig, tokens: int, seconds: float) -> float:
     """FLOP/s over all the shapes together: each is timed alone, the best round counts."""
     flops = spent = 0.0
-    for m, k, n in _PRODUCTS:
+    size, inner = model.hidden_size, model.ffn_size
+    for m, k, n in ((tokens, size, inner), (tokens, inner, size), (tokens, size, size), (size, tokens, inner)):
         a, b, out = (torch.randn(shape, device=on, dtype=dtype) for shape in ((m, k), (k, n), (m, n)))
         flops += 2.0 * m * k * n
         spent += _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), on, seconds=seconds / 5)
-    batch, q, d, k = _BATCHED
+    (batch, q, k), d = _BATCHED, model.head_dim
     a, b, out = (torch.randn(shape, device=on, dtype=dtype) for shape in ((batch, q, d), (batch, d, k), (batch, q, k)))
     flops += 2.0 * batch * q * d * k
     spent += _fastest(lambda: torch.bmm(a, b, out=out), on, seconds=seconds / 5)

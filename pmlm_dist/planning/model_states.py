@@ -150,7 +150,7 @@ def _bf16(work: Workload, zero: Zero, dp: int) -> ModelStates:
         grown=work.element * numbers,
         carried=work.element * numbers,
         averaging=(FULL + rounded) * min(numbers, _FLATTENED),
-        updating=work.element * numbers,
+        updating=work.element * numbers + _copied_to_gather(work, work.element * numbers, dp),
     )
 
 
@@ -170,9 +170,14 @@ def _cutting(work: Workload, zero: Zero, dp: int) -> ModelStates:
         carried=kept * numbers if zero.stage == 1 else own,
         buckets=(2 if zero.overlap else 1) * bucket,
         averaging=own + flattened if whole else flattened,
-        updating=own + _converted(kept, averaged) * share,
+        updating=max(own + _converted(kept, averaged) * share, _copied_to_gather(work, w * numbers, dp)),
     )
     return _offloaded(states, work, share) if zero.offload else states
+
+
+def _copied_to_gather(work: Workload, weights: float, dp: int) -> float:
+    """Bytes of the copy into which gloo gathers updated weights: all of them, whatever the bucket; NCCL makes none."""
+    return weights if dp > 1 and not work.on_accelerator else 0.0
 
 
 def _converted(kept: int, averaged: int) -> int:

@@ -17,7 +17,7 @@ from pmlm_dist.planning.communication import Cluster, Collective, collectives, t
 from pmlm_dist.planning.workload import Workload
 
 H100 = replace(DEVICES["h100-80gb"], link_share=1.0, network_share=1.0, latency=0.0)
-KINDS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
+KINDS: dict[str, str] = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 ZERO_3 = {**zero(3, stage3_param_persistence_threshold=20_000), **BF16}
 CASES = {
     "ZeRO 0": Case(dp=2),
