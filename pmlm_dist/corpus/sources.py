@@ -14,6 +14,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
+import tempfile
 import urllib.parse
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from pmlm_dist.config import ConfigError, refuse
 DATASETS = "datasets://"
 _KINDS = "use .txt, .jsonl (also .gz, .zst) or .parquet"
 _SUFFIXES = ("txt", "jsonl")
+_EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}
 
 
 @dataclass(frozen=True)
@@ -86,23 +88,25 @@ def local_file(path: Path | str) -> SourceFile:
 
 
 def open_source(name: str) -> BinaryIO:
-    """The bytes of a file, for reading; errors while it is open are for `damage_named`."""
+    """The bytes of a file, for reading, at any place; errors while it is open are for `read_errors_named`.
+
+    What a web server gives as a whole only is fetched into a temporary file first.
+    """
     if not is_address(name):
         return Path(name).open("rb")
-    with _unreadable_named(name):
+    with read_errors_named(name):
         system, path = _file_system(name)
+        if not _seekable(name):
+            whole = tempfile.TemporaryFile()  # noqa: SIM115 (closed by whoever reads it)
+            system.get_file(path, whole)
+            whole.seek(0)
+            return cast(BinaryIO, whole)
         return cast(BinaryIO, system.open(path, "rb"))
 
 
 @contextmanager
 def read_errors_named(name: str) -> Iterator[None]:
     """Turn what a disk or a network raises while `name` is read into an error that names it."""
-    with _unreadable_named(name):
-        yield
-
-
-@contextmanager
-def _unreadable_named(name: str) -> Iterator[None]:
     try:
         yield
     except _network_errors() as error:
@@ -140,20 +144,21 @@ def _matches(pattern: str) -> list[SourceFile]:
 
 def _file_system(address: str) -> tuple[Any, str]:
     """The fsspec file system of an address, and the path in it."""
-    import fsspec.core
-
     protocol = address.partition("://")[0]
     try:
+        import fsspec.core
+
         return fsspec.core.url_to_fs(address)
     except ImportError as error:
-        raise ConfigError([f"source {address}: {protocol}:// needs more: pip install 'pmlm_dist[remote]'"]) from error
+        extra = _EXTRAS.get(protocol, "http")
+        raise ConfigError([f"source {address}: {protocol}:// needs more: pip install 'pmlm_dist[{extra}]'"]) from error
     except ValueError as error:
         raise ConfigError([f"source {address}: {error}: use http, https, s3, gs or another of fsspec's"]) from error
 
 
 def _remote_files(pattern: str) -> list[SourceFile]:
     try:
-        with _unreadable_named(pattern):
+        with read_errors_named(pattern):
             system, path = _file_system(pattern)
             paths = sorted(system.glob(path)) if any(sign in path for sign in "*[") else [path]
             infos = [system.info(path) for path in paths]
@@ -164,14 +169,31 @@ def _remote_files(pattern: str) -> list[SourceFile]:
     return [_remote_file(system, info) for info in infos if info["type"] == "file"]
 
 
+@lru_cache(maxsize=1 << 16)
+def _seekable(address: str) -> bool:
+    """Whether a file is given in parts: of the web servers those that send the last byte alone."""
+    system, path = _file_system(address)
+    if "http" not in system.protocol:
+        return True
+    size = system.info(path)["size"]
+    if not size or size == 1:
+        return False
+    try:
+        with system.open(path, "rb") as file:
+            file.seek(size - 1)
+            return len(file.read(1)) == 1
+    except ValueError:  # it would have sent the file from its beginning
+        return False
+
+
 def _remote_file(system: Any, info: dict[str, Any]) -> SourceFile:
-    web = "http" in system.protocol
-    stamps = (info.get(key) for key in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created"))
+    name = system.unstrip_protocol(info["name"])
+    stamps = (info.get(key) for key in ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime", "created"))
     return SourceFile(
-        system.unstrip_protocol(info["name"]),
+        name,
         info["size"] or 0,
         stamp=str(next((stamp for stamp in stamps if stamp), "")),
-        seekable=bool(info["size"]) and (not web or bool(info.get("partial"))),
+        seekable=_seekable(name),
     )
 
 
