@@ -12,6 +12,7 @@ cache, which ranks on other nodes must see too, or fill for themselves.
 from __future__ import annotations
 
 import glob
+import io
 import os
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from pmlm_dist.config import ConfigError, refuse
 
 DATASETS = "datasets://"
 _KINDS = "use .txt, .jsonl (also .gz, .zst) or .parquet"
+_READ_BYTES = 1 << 20
 _SUFFIXES = ("txt", "jsonl")
 _EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}
 
@@ -101,7 +103,7 @@ def open_source(name: str) -> BinaryIO:
             system.get_file(path, whole)
             whole.seek(0)
             return cast(BinaryIO, whole)
-        return cast(BinaryIO, system.open(path, "rb"))
+        return cast(BinaryIO, io.BufferedReader(system.open(path, "rb"), _READ_BYTES))
 
 
 @contextmanager

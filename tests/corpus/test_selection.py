@@ -38,10 +38,11 @@ def test_texts_for_the_vocabulary_do_not_depend_on_how_units_are_dealt():
     tables = [rows(*("x" * ((unit + number) % 50 + 1) for number in range(500))) for unit in range(6)]
 
     def sampled(ranks: int) -> list[set[int]]:
-        bins = [
-            sum(vocabulary_bins(tables[unit], seed=0, unit=unit) for unit in range(rank, 6, ranks))
+        dealt = [
+            [vocabulary_bins(tables[unit], seed=0, unit=unit) for unit in range(rank, 6, ranks)]
             for rank in range(ranks)
         ]
+        bins = [np.sum(own, axis=0) for own in dealt]
         below = cutoff(np.sum(bins, axis=0), budget=5000)
         found = [chosen(tables[unit], seed=0, unit=unit, below=below) for unit in range(6)]
         lengths = sum(int(table["length"][list(numbers)].sum()) for table, numbers in zip(tables, found, strict=True))
