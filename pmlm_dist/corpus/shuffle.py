@@ -20,7 +20,7 @@ import numpy as np
 from pmlm_dist.corpus.shards import TokenDtype
 
 BUFFER_BYTES = 32 << 20
-BUCKET_BYTES = 64 << 20
+BUCKET_BYTES = 32 << 20
 INDEX_DTYPE = np.dtype([("key", "<u8"), ("start", "<u8"), ("unit", "<u4"), ("number", "<u4"), ("length", "<u4")])
 _Origin = tuple[int, int, int]
 
