@@ -48,7 +48,9 @@ def test_memory_of_words_is_bounded(vocabulary: Vocabulary, monkeypatch: pytest.
     monkeypatch.setattr(tokenise, "_REMEMBERED", 50)
     encoder = Encoder(vocabulary)
     for start in range(0, 1000, 20):
-        texts = [" ".join(f"word{number}" for number in range(start, start + 20)) + " a" * 50 + " " + "x" * 99]
+        texts = [
+            " ".join(f"word{number}" for number in range(start, start + 20)) + " a" * 50 + f" {'x' * 99} {'y' * 40},"
+        ]
         assert encoder.encode(texts)[0].tolist() == vocabulary.encode_batch(texts)[0]
         assert len(encoder._known) <= 50
         assert all(len(word) <= 32 for word in encoder._known)
