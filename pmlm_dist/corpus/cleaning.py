@@ -84,8 +84,7 @@ class Cleaner:
             if reason is None:
                 yield cleaned
             else:
-                place = f"unit {document.unit}, record {document.number}"
-                self.skips.add(reason, unit=document.unit, place=place)
+                self.skips.add(reason, unit=document.unit, place=document.place)
 
     def _refusal(self, text: str) -> str | None:
         if len(text) < self.min_characters:

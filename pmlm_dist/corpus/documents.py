@@ -85,6 +85,13 @@ class Document:
     number: int
     """Position in its unit; records that are left out count."""
     text: str
+    source: str = ""
+    """Path or address of the file or data set."""
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for people."""
+        return f"{self.source}, record {self.number} of unit {self.unit}"
 
 
 @dataclass
@@ -133,7 +140,7 @@ def read_unit(unit: Unit, *, text_field: str = "text", skips: Skips) -> Iterator
             number += 1
             continue
         for part in cut_text(text, least=PART_BYTES - _SKIP_CHUNK, most=PART_BYTES):
-            yield Document(unit.number, number, part)
+            yield Document(unit.number, number, part, unit.name)
             number += 1
     skips.records += number
 

@@ -102,8 +102,7 @@ class Packing:
         return True
 
     def _skip(self, document: Document, reason: str) -> None:
-        place = f"unit {document.unit}, record {document.number}"
-        self._tally.skips.add(reason, unit=document.unit, place=place)
+        self._tally.skips.add(reason, unit=document.unit, place=document.place)
 
     def _close(self, unit: Unit, streams: dict[str, _Stream]) -> None:
         for split, stream in streams.items():

@@ -11,7 +11,7 @@ TEXTS = ["plain", "e\u0301te\u0301", "\u00e9t\u00e9", "\ufb01ne", "x"]
 
 
 def cleaned(cleaner: Cleaner) -> list[str]:
-    documents = [Document(3, number, text) for number, text in enumerate(TEXTS)]
+    documents = [Document(3, number, text, "a.txt") for number, text in enumerate(TEXTS)]
     return [document.text for document in cleaner.clean(documents)]
 
 
@@ -28,7 +28,7 @@ def test_short_texts_and_those_of_other_languages_are_counted_with_the_first_pla
     cleaner = Cleaner(unicode="nfc", min_characters=3, keeps=lambda text: "é" not in text)
     assert cleaned(cleaner) == ["plain", "\ufb01ne"]
     assert cleaner.skips.counts == {TOO_FEW: 1, LANGUAGE: 2}
-    assert cleaner.skips.first[LANGUAGE] == (3, "unit 3, record 1")
+    assert cleaner.skips.first[LANGUAGE] == (3, "a.txt, record 1 of unit 3")
 
 
 def test_a_language_filter_comes_from_a_file_or_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
