@@ -109,7 +109,7 @@ class _Preparation:
             units, settings = self._begin()
         with self._phase("scan"):
             found = self.scan.run(units)
-        self._refuse(refuse_nothing, found)
+        self._judge(refuse_nothing, found)
         with self._phase("duplicates"):
             self.scan.find_duplicates(units)
         with self._phase("vocabulary"):
@@ -117,7 +117,7 @@ class _Preparation:
         with self._phase("pack"):
             runs = self._pack(units, vocabulary)
         totals = merged([Tally.from_json(run["tally"]) for run in runs.values()])
-        self._refuse(refuse_too_little, totals)
+        self._judge(refuse_too_little, totals)
         with self._phase("write"):
             shards = self._write(runs, totals, vocabulary)
         totals.merge(found)
@@ -140,15 +140,21 @@ class _Preparation:
         wait(self.comm)
         self.seconds[name] = time.perf_counter() - began
 
-    def _refuse(self, check: Callable[[PrepareConfig, Tally], None], counts: Tally) -> None:
-        """Let rank 0 judge while the others wait. What is done under settings that cannot be goes."""
+    def _judge(self, check: Callable[[PrepareConfig, Tally], None], counts: Tally) -> None:
+        """Let rank 0 judge while the others wait."""
         if self.comm.rank == 0:
-            try:
+            with self._useless_if_refused():
                 check(self.config, counts)
-            except ConfigError:
-                self.work.remove()
-                raise
         wait(self.comm)
+
+    @contextmanager
+    def _useless_if_refused(self) -> Iterator[None]:
+        """On rank 0: what is done under settings that cannot be goes, so that better ones are not refused for it."""
+        try:
+            yield
+        except ConfigError:
+            self.work.remove()
+            raise
 
     # 0
 
@@ -191,7 +197,8 @@ class _Preparation:
         vocabulary = None
         if self.comm.rank == 0:
             if trains:
-                vocabulary = Vocabulary.train(texts, self.config.vocabulary_size or 0)
+                with self._useless_if_refused():
+                    vocabulary = Vocabulary.train(texts, self.config.vocabulary_size or 0)
                 vocabulary.save(temporary := folder.with_name(f".{_VOCABULARY}"))
                 temporary.replace(folder)
             else:

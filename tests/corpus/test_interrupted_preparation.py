@@ -147,5 +147,7 @@ def test_changed_input_is_refused_between_runs(unfinished: Path, corpus: Path):
 def test_settings_that_turn_out_to_be_wrong_can_be_mended(source: Path, corpus: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="exceeds the"):
         prepare_corpus(config(source, tmp_path / "corpus", shards=100_000))
+    with pytest.raises(ConfigError, match=r"vocabulary_size .*use more"):
+        prepare_corpus(config(source, tmp_path / "corpus", vocabulary_size=20))
     prepare_corpus(config(source, tmp_path / "corpus"))
     assert content(tmp_path / "corpus") == content(corpus)
