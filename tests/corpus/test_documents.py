@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pmlm_dist.config import ConfigError
@@ -24,7 +24,6 @@ def jsonl(texts: list[str]) -> bytes:
 
 
 @given(st.text("ab \n\r", max_size=80), st.integers(1, 30))
-@settings(deadline=None)
 def test_units_of_any_size_give_the_same_text_documents(tmp_path_factory, content, unit_bytes):
     path = tmp_path_factory.mktemp("txt") / "a.txt"
     path.write_bytes(content.encode())
@@ -40,7 +39,6 @@ def test_units_of_any_size_give_the_same_text_documents(tmp_path_factory, conten
 
 
 @given(st.lists(st.text(min_size=1, max_size=30).filter(str.strip), max_size=8), st.integers(1, 60))
-@settings(deadline=None)
 def test_units_of_any_size_give_the_same_json_documents(tmp_path_factory, texts, unit_bytes):
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
     path.write_bytes(jsonl(texts))
