@@ -36,9 +36,7 @@ def write_source(folder: Path) -> Path:
 def config(source: Path, output: Path, **changes) -> PrepareConfig:
     """The files in a folder, or one file: a vocabulary of 150, samples of 32 tokens, 5 shards, units of 3000 bytes."""
     pattern = f"{source}/*" if source.is_dir() else str(source)
-    plain = PrepareConfig(
-        source=(pattern,), output=output, vocabulary_size=150, sequence_length=32, shards=5, unit_bytes=3000
-    )
+    plain = PrepareConfig((pattern,), output, vocabulary_size=150, sequence_length=32, shards=5, unit_bytes=3000)
     return dataclasses.replace(plain, **changes)
 
 

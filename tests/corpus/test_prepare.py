@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty_server import serving
 from preparations import command, config, content, samples, texts, write_source
 
 from pmlm_dist.config import ConfigError
@@ -113,6 +114,16 @@ def test_one_validation_document_at_least(source: Path, tmp_path: Path):
     manifest = prepare_corpus(config(source, tmp_path / "corpus", validation_fraction=1e-12))
     assert manifest.counts["documents"]["validation"] == 1
     assert manifest.splits["validation"].samples >= 1
+
+
+def test_a_corpus_from_a_web_server_is_that_of_the_files(source: Path, corpus: Path, tmp_path: Path):
+    with serving(source) as server:
+        server.ranges = True
+        addresses = tuple(f"{server.address}/{path.name}" for path in sorted(source.iterdir()))
+        prepare_corpus(dataclasses.replace(config(source, tmp_path / "corpus"), source=addresses))
+    verify(tmp_path / "corpus")
+    for part in ("train", "validation"):
+        assert content(tmp_path / "corpus" / part) == content(corpus / part)
 
 
 def test_texts_without_spaces_are_split_too(tmp_path: Path):
