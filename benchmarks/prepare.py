@@ -67,7 +67,8 @@ class _Job:
 
     @property
     def name(self) -> str:
-        return f"{self.ranks} ranks, {self.copies} x" if self.ranks else "tokenizer alone"
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        return f"{ranks}, {self.copies} x" if self.ranks else "tokenizer alone"
 
 
 @dataclass(frozen=True)
