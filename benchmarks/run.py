@@ -17,6 +17,7 @@ BENCHMARKS = {
     "checkpoint": "CheckpointOptions",
     "loader": "LoaderOptions",
     "plan": "PlanOptions",
+    "prepare": "PrepareOptions",
     "scaling": "ScalingOptions",
     "step": "StepOptions",
     "zero": "ZeroOptions",

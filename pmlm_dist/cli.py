@@ -31,6 +31,17 @@ def prepare_corpus(arguments: Sequence[str]) -> None:
     prepare.prepare_corpus(config)
 
 
+def corpus(arguments: Sequence[str]) -> None:
+    """Prove that a corpus is whole: `pmlm corpus verify DIR`."""
+    import tyro
+
+    from pmlm_dist.corpus.verify import verify
+
+    tyro.extras.subcommand_cli_from_dict(
+        {"verify": verify}, prog="pmlm corpus", description=corpus.__doc__, args=list(arguments)
+    )
+
+
 def inspect(arguments: Sequence[str]) -> None:
     """Show one sample of a corpus as the model reads it: spans, factorization order, slots, visibility."""
     import tyro
@@ -104,6 +115,7 @@ def import_weights(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare-corpus": prepare_corpus,
+    "corpus": corpus,
     "inspect": inspect,
     "curves": curves,
     "plan": plan,

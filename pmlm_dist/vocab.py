@@ -187,6 +187,13 @@ class Vocabulary:
         """The token with this id."""
         return self._tokens[id]
 
+    @cached_property
+    def reads_words_alone(self) -> bool:
+        """Whether the ids of a text are those of its words between spaces, one after another: BERT's tokenizers."""
+        specification = json.loads(self._json)
+        steps = [(specification.get(step) or {}).get("type") for step in ("normalizer", "pre_tokenizer")]
+        return steps == ["BertNormalizer", "BertPreTokenizer"]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens around or in them."""
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]

@@ -4,7 +4,7 @@
 #   SOURCE='texts/*.jsonl' sbatch slurm/prepare_corpus.sh
 #   SOURCE='texts/*.txt.gz' OUTPUT=/data/corpus sbatch --nodes=8 slurm/prepare_corpus.sh --vocabulary vocab.txt
 #
-# A job that is killed leaves no manifest; submitted again, it begins anew. One that is done does nothing.
+# A job that is killed leaves no manifest; submitted again, it goes on where it stopped. One that is done does nothing.
 
 #SBATCH --job-name=pmlm-corpus
 #SBATCH --nodes=2
@@ -20,7 +20,7 @@ set -euo pipefail
 # ----------------------------------------------------------------------------------------------------------- settings
 
 PROJECT=${PROJECT:-$SLURM_SUBMIT_DIR} # checkout of this repository, on a file system that all nodes see
-SOURCE=${SOURCE:?files or a quoted glob: .txt, .jsonl, .parquet, also .gz or .zst}
+SOURCE=${SOURCE:?files or a quoted glob: .txt, .jsonl, .parquet, also .gz or .zst, or an address: docs/data.md}
 OUTPUT=${OUTPUT:-data/corpus}          # on a file system that all nodes see
 VOCABULARY_SIZE=${VOCABULARY_SIZE:-30522} # of the vocabulary that is trained; not used with --vocabulary
 

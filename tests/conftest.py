@@ -8,11 +8,14 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # `make test-gpu` says cuda
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 from corpora import write_corpus
 from worlds import start_server
 
 start_server()
+hypothesis.settings.register_profile("busy machine", deadline=None)  # no test asserts a time
+hypothesis.settings.load_profile("busy machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,6 +17,7 @@ FIGURES = {
     "zero": {*(f"zero{stage}_standing_vs_theory" for stage in range(4)), "plan_error"},
     "step": {"vs_hf_bert", "vs_hf_mpnet", "vs_two_passes", "vs_naive", "vs_ae_only", "mfu", "peak_memory_vs_naive"},
     "loader": {"vs_hf_collator", "vs_hf_whole_word", "workers_for_300k_tokens", "data_wait_share"},
+    "prepare": {"vs_tokenizer", "two_ranks", "memory_at_twice_the_text"},
     "attention": {
         f"{figure}_{length}"
         for figure in ("split_vs_dense", "flex_vs_dense_forward", "flex_vs_split_forward")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from pmlm_dist.vocab import Vocabulary
 
 @dataclass
 class Tally:
-    """Counts of one rank, or of all."""
+    """Counts of one piece of work, of one rank, or of all."""
 
     documents: Counter[str] = field(default_factory=Counter)
     """By split."""
@@ -27,23 +27,56 @@ class Tally:
     """By split."""
     samples: Counter[str] = field(default_factory=Counter)
     """By split."""
+    digests: Counter[str] = field(default_factory=Counter)
+    """By split: see proof.py; modulo 2**64."""
+    changed: Counter[str] = field(default_factory=Counter)
+    """Documents, by what changed them."""
     characters: int = 0
     skips: Skips = field(default_factory=Skips)
 
     def merge(self, other: Tally) -> None:
-        """Add another rank's counts."""
-        self.documents.update(other.documents)
-        self.content_tokens.update(other.content_tokens)
-        self.samples.update(other.samples)
+        """Add another's counts."""
+        for name in _COUNTERS:
+            getattr(self, name).update(getattr(other, name))
         self.characters += other.characters
         self.skips.merge(other.skips)
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        counters = {name: dict(getattr(self, name)) for name in _COUNTERS}
+        skips = {"records": self.skips.records, "counts": dict(self.skips.counts), "first": self.skips.first}
+        return {**counters, "characters": self.characters, "skips": skips}
 
-def refuse_nothing(config: PrepareConfig, documents: int, skips: Skips) -> None:
-    """Raise ConfigError if no document was found, saying why."""
-    if documents == 0:
-        found = "; ".join(_skip_lines(skips)) or "the files are empty"
-        refuse([f"source {' '.join(config.source)} holds no usable document ({found}): check the files, --text-field"])
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Tally:
+        """What `as_json` gave."""
+        first = {reason: (unit, place) for reason, (unit, place) in plain["skips"]["first"].items()}
+        return cls(
+            **{name: Counter(plain[name]) for name in _COUNTERS},
+            characters=plain["characters"],
+            skips=Skips(plain["skips"]["records"], Counter(plain["skips"]["counts"]), first),
+        )
+
+
+_COUNTERS = ("documents", "content_tokens", "samples", "digests", "changed")
+
+
+def merged(tallies: Iterable[Tally]) -> Tally:
+    """The sum."""
+    total = Tally()
+    for tally in tallies:
+        total.merge(tally)
+    return total
+
+
+def refuse_nothing(config: PrepareConfig, found: Tally) -> None:
+    """Raise ConfigError if the scan found no document, saying why."""
+    skips = found.skips
+    if skips.records == skips.counts.total():
+        found_only = "; ".join(_skip_lines(skips)) or "the files are empty"
+        refuse(
+            [f"source {' '.join(config.source)} holds no usable document ({found_only}): check the files, --text-field"]
+        )
 
 
 def refuse_too_little(config: PrepareConfig, totals: Tally) -> None:
@@ -87,10 +120,13 @@ def build_manifest(
         splits={split: Split(tuple(shards[split]), totals.samples[split], tokens[split]) for split in SPLITS},
         unigram_entropy=unigram_entropy,
         counts={
+            "records": totals.skips.records,
             "documents": {split: totals.documents[split] for split in SPLITS},
             "content_tokens": {split: totals.content_tokens[split] for split in SPLITS},
             "characters": totals.characters,
             "skipped": dict(sorted(totals.skips.counts.items())),
+            "changed": {what: count for what, count in sorted(totals.changed.items()) if count},
+            "digests": {split: f"{totals.digests[split] % (1 << 64):016x}" for split in SPLITS},
         },
         settings=settings,
     )
@@ -107,6 +143,7 @@ def summary(config: PrepareConfig, manifest: Manifest, totals: Tally, seconds: M
             f"{split.tokens:>16,} tokens {len(split.shards):>7,} shards"
         )
     lines.append(f"  unigram entropy {manifest.unigram_entropy:.4f} nats")
+    lines += [f"  changed {count:,} x {what}" for what, count in manifest.counts["changed"].items()]
     lines += [f"  skipped {line}" for line in _skip_lines(totals.skips)]
     phases = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
     return "\n".join([*lines, f"  seconds {sum(seconds.values()):.1f} ({phases})"])

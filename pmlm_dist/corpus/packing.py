@@ -3,7 +3,8 @@
     document  document  document            documents of one unit and one split, in order
     |--------------------------|
     | C tokens | C tokens | ...             C = sequence_length - 3 content tokens a sample
-    [CLS] S1 [SEP] S2 [SEP]                 S1 ends at a document boundary if the sample has one, else anywhere
+    [CLS] S1 [SEP] S2 [SEP]                 S1 ends at a document boundary if the sample has one, else at the end of a
+                                            sentence if it has one, else anywhere
 
 Every token of every document is in exactly one sample, in order. A sample has at least two content tokens, so that both
 segments hold text: where a single token would be left over at the end, the sample before gives up its last one.
@@ -21,6 +22,7 @@ SPECIAL_TOKENS_PER_SAMPLE = 3
 MIN_CONTENT = 2
 MIN_SEQUENCE_LENGTH = 8
 _WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
 
 Joined = Literal["join", "pad"]
 
@@ -29,11 +31,24 @@ def draw(*numbers: int) -> int:
     """A pseudo-random number in 0 .. 2**64 - 1 that depends on `numbers` alone (splitmix64 chained over them)."""
     state = 0
     for number in numbers:
-        state = (state + (number & _WORD) + 0x9E3779B97F4A7C15) & _WORD
+        state = (state + (number & _WORD) + _GOLDEN) & _WORD
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
         state ^= state >> 31
     return state
+
+
+def draws(*numbers: int, last: np.ndarray) -> np.ndarray:
+    """`draw(*numbers, n)` for every n of `last`, shape [n], uint64."""
+    return continued(np.uint64(draw(*numbers)), last)
+
+
+def continued(drawn: np.ndarray | np.uint64, last: np.ndarray) -> np.ndarray:
+    """`draw(*numbers, n)` for every n of `last`, from `drawn` = `draw(*numbers)`: one number, or one for every n."""
+    state = drawn + last.astype(np.uint64) + np.uint64(_GOLDEN)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -60,8 +75,13 @@ class _Content:
     """The text of one sample."""
 
     tokens: np.ndarray
-    boundaries: list[int]
-    """Positions, each above 0, at which another document begins."""
+    documents: np.ndarray
+    """Sorted positions, each above 0, at which another document begins."""
+    sentences: np.ndarray
+    """Sorted positions, each above 0, at which another sentence of the same document begins."""
+
+
+_NOTHING = np.empty(0, np.int64)
 
 
 class Packer:
@@ -76,14 +96,17 @@ class Packer:
             raise ValueError(f"sequence_length ({config.sequence_length}) must be at least {MIN_SEQUENCE_LENGTH}")
         self._config = config
         self._seed = seed
-        self._rest = _Content(np.empty(0, np.int64), [])
+        self._rest = _Content(_NOTHING, _NOTHING, _NOTHING)
         self._samples = 0
 
-    def add(self, document: np.ndarray) -> Iterator[np.ndarray]:
-        """Take the ids of one document, shape [tokens]; the samples that are full now, special tokens included."""
+    def add(self, document: np.ndarray, *, sentences: np.ndarray = _NOTHING) -> Iterator[np.ndarray]:
+        """Take the ids of one document, shape [tokens]; the samples that are full now, special tokens included.
+
+        `sentences`: sorted positions at which another sentence begins, where that is known.
+        """
         if len(document) < MIN_CONTENT:
             raise ValueError(f"a document of {len(document)} tokens cannot be packed: leave out what is below two")
-        self._rest = _append(self._rest, document)
+        self._rest = _append(self._rest, document, sentences)
         # While at least capacity + 2 tokens wait, two or more are left after a full sample.
         while len(self._rest.tokens) >= self._config.capacity + MIN_CONTENT:
             yield self._take(self._config.capacity)
@@ -111,24 +134,37 @@ def pack(documents: Iterable[np.ndarray], config: PackingConfig, *, seed: tuple[
     yield from packer.finish()
 
 
-def _append(content: _Content, document: np.ndarray) -> _Content:
-    if not len(content.tokens):
-        return _Content(document, [])
+def _append(content: _Content, document: np.ndarray, sentences: np.ndarray) -> _Content:
+    sentences = sentences[(sentences > 0) & (sentences < len(document))]
+    length = len(content.tokens)
+    if not length:
+        return _Content(document, _NOTHING, sentences)
     return _Content(
         np.concatenate([content.tokens, document]),
-        [*content.boundaries, len(content.tokens)],
+        np.append(content.documents, length),
+        np.concatenate([content.sentences, sentences + length]),
     )
 
 
 def _cut(content: _Content, length: int) -> tuple[_Content, _Content]:
-    before = [position for position in content.boundaries if position < length]
-    after = [position - length for position in content.boundaries if position > length]
-    return _Content(content.tokens[:length], before), _Content(content.tokens[length:], after)
+    documents, documents_after = _cut_positions(content.documents, length)
+    sentences, sentences_after = _cut_positions(content.sentences, length)
+    return (
+        _Content(content.tokens[:length], documents, sentences),
+        _Content(content.tokens[length:], documents_after, sentences_after),
+    )
+
+
+def _cut_positions(positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """What lies within the first `length` tokens and behind them; a boundary where the cut is, is none."""
+    before, after = np.searchsorted(positions, [length, length + 1])
+    return positions[:before], positions[after:] - length
 
 
 def _sample(content: _Content, config: PackingConfig, *, random: int) -> np.ndarray:
-    tokens, boundaries = content.tokens, content.boundaries
-    split = boundaries[random % len(boundaries)] if boundaries else 1 + random % (len(tokens) - 1)
+    tokens = content.tokens
+    places = content.documents if len(content.documents) else content.sentences
+    split = int(places[random % len(places)]) if len(places) else 1 + random % (len(tokens) - 1)
     sample = np.empty(len(tokens) + SPECIAL_TOKENS_PER_SAMPLE, tokens.dtype)
     sample[0] = config.cls_id
     sample[1 : split + 1] = tokens[:split]

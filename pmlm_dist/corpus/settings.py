@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pmlm_dist.config import refuse
-from pmlm_dist.corpus.documents import UNIT_BYTES, find_files
+from pmlm_dist.corpus.cleaning import Unicode, language_filter
+from pmlm_dist.corpus.documents import UNIT_BYTES
 from pmlm_dist.corpus.packing import MIN_SEQUENCE_LENGTH, Joined
 from pmlm_dist.corpus.shards import MANIFEST, Manifest
+from pmlm_dist.corpus.sources import find_files
 from pmlm_dist.vocab import Vocabulary
 
 PYTHON_DOCS = "python-docs"
+_ABSENT = {"unicode": "none", "min_characters": 0, "language_filter": None, "near_duplicates": None}
+"""What manifests stand for that were written before there were these settings."""
+_SHORT = 200
 SAMPLES_PER_SHARD = 8192
 FEWEST_SHARDS = 64
 
@@ -25,7 +31,8 @@ class PrepareConfig:
     """Raw text to a corpus of packed samples."""
 
     source: tuple[str, ...] = ()
-    """Files or quoted globs of .txt (blank line between documents), .jsonl, either also .gz or .zst, and .parquet; or
+    """Files or quoted globs of .txt (blank line between documents), .jsonl, either also .gz or .zst, and .parquet; also
+    at http(s)://, s3://, gs://; `datasets://NAME?config=C&split=S`: a data set of Hugging Face's `datasets`; or
     `python-docs`: the docstrings of this Python installation."""
     output: Path = Path("data/corpus")
     """Folder of the corpus."""
@@ -48,6 +55,15 @@ class PrepareConfig:
     """Share of the documents that is held out; at least one is."""
     deduplicate: bool = True
     """Leave out documents whose text was there before."""
+    near_duplicates: float | None = None
+    """Leave out documents that share this much of their five-word sequences with an earlier one (Jaccard index,
+    estimated by MinHash; 0.8 is usual). Needs the extra `near-duplicates`."""
+    unicode: Unicode = "none"
+    """Normal form of Unicode that texts are brought into before anything else."""
+    min_characters: int = 0
+    """Leave out shorter documents."""
+    language_filter: str | None = None
+    """`package.module:function` or `file.py:function` that takes a text and says whether to keep it."""
     text_field: str = "text"
     """Field of a JSON object, or column of a parquet file, that holds the text."""
     unit_bytes: int = UNIT_BYTES
@@ -69,6 +85,10 @@ def problems(config: PrepareConfig) -> list[str]:
         found.append(f"sequence_length ({config.sequence_length}) must be at least {MIN_SEQUENCE_LENGTH}: use 512")
     if not 0.0 < config.validation_fraction < 1.0:
         found.append(f"validation_fraction ({config.validation_fraction}) must lie between 0 and 1: use 0.01")
+    if config.near_duplicates is not None and not 0.0 < config.near_duplicates <= 1.0:
+        found.append(f"near_duplicates ({config.near_duplicates}) must lie above 0 and at most at 1: use 0.8")
+    if config.min_characters < 0:
+        found.append(f"min_characters ({config.min_characters}) must not be negative: use 0")
     for name in ("shards", "samples_per_shard", "vocabulary_size", "vocabulary_sample_bytes", "unit_bytes"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -83,16 +103,25 @@ def standing(config: PrepareConfig) -> Manifest | None:
     if not (config.output / MANIFEST).exists():
         return None
     manifest = Manifest.load(config.output)
-    found = manifest.settings
+    refuse_other(config.output, {**_ABSENT, **manifest.settings}, wanted, holds="a corpus")
+    return manifest
+
+
+def refuse_other(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], *, holds: str) -> None:
+    """Raise ConfigError with everything in which what `folder` holds differs from what is wanted."""
     differing = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
     refuse(
         [
-            f"{config.output} holds a corpus with {name} {found.get(name)!r}, not {wanted.get(name)!r}: "
+            f"{folder} holds {holds} with {name} {_short(found.get(name))}, not {_short(wanted.get(name))}: "
             "remove the folder or give another --output"
             for name in differing
         ]
     )
-    return manifest
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHORT else f"{text[:_SHORT]}..."
 
 
 def recorded(config: PrepareConfig) -> dict[str, Any]:
@@ -100,10 +129,12 @@ def recorded(config: PrepareConfig) -> dict[str, Any]:
     plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     del plain["output"]
     files = find_files(patterns(config))
-    listing = "".join(f"{path}\t{path.stat().st_size}\n" for path in files)
+    listing = "".join(f"{file.name}\t{file.size}\n" for file in files)
     plain["input_files"] = hashlib.sha256(listing.encode()).hexdigest()
     if config.vocabulary is not None:
         plain["vocabulary_fingerprint"] = Vocabulary.load(config.vocabulary).fingerprint
+    if config.language_filter is not None:
+        plain["language_filter_fingerprint"] = language_filter(config.language_filter).fingerprint
     return plain
 
 

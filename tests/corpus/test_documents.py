@@ -4,16 +4,18 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.corpus.documents import Skips, find_files, list_units, read_unit
+from pmlm_dist.corpus import documents
+from pmlm_dist.corpus.documents import Skips, list_units, read_unit
+from pmlm_dist.corpus.sources import local_file
 
 
 def read(*paths: Path, unit_bytes: int = 1 << 20, text_field: str = "text", skips: Skips | None = None) -> list[str]:
     skips = Skips() if skips is None else skips
-    units = list_units(paths, unit_bytes=unit_bytes)
+    units = list_units([local_file(path) for path in paths], unit_bytes=unit_bytes)
     return [d.text for unit in units for d in read_unit(unit, text_field=text_field, skips=skips)]
 
 
@@ -22,7 +24,6 @@ def jsonl(texts: list[str]) -> bytes:
 
 
 @given(st.text("ab \n\r", max_size=80), st.integers(1, 30))
-@settings(deadline=None)
 def test_units_of_any_size_give_the_same_text_documents(tmp_path_factory, content, unit_bytes):
     path = tmp_path_factory.mktemp("txt") / "a.txt"
     path.write_bytes(content.encode())
@@ -38,7 +39,6 @@ def test_units_of_any_size_give_the_same_text_documents(tmp_path_factory, conten
 
 
 @given(st.lists(st.text(min_size=1, max_size=30).filter(str.strip), max_size=8), st.integers(1, 60))
-@settings(deadline=None)
 def test_units_of_any_size_give_the_same_json_documents(tmp_path_factory, texts, unit_bytes):
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
     path.write_bytes(jsonl(texts))
@@ -48,7 +48,7 @@ def test_units_of_any_size_give_the_same_json_documents(tmp_path_factory, texts,
 def test_identities_are_unit_and_record_number(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\nbroken\n{"text": "two"}\n')
-    found = [d for unit in list_units([path]) for d in read_unit(unit, skips=Skips())]
+    found = [d for unit in list_units([local_file(path)]) for d in read_unit(unit, skips=Skips())]
     assert [(d.unit, d.number, d.text) for d in found] == [(0, 0, "one"), (0, 2, "two")]
 
 
@@ -72,7 +72,7 @@ def test_parquet_row_groups_are_units(tmp_path: Path):
     path, texts = tmp_path / "a.parquet", [f"text {number}" for number in range(100)]
     parquet.write_table(pyarrow.table({"body": [*texts, None, ""]}), path, row_group_size=30)
     skips = Skips()
-    assert len(list_units([path])) == 4
+    assert len(list_units([local_file(path)])) == 4
     assert read(path, text_field="body", skips=skips) == texts
     assert skips.counts == {"no text field": 1, "empty": 1}
     with pytest.raises(ConfigError, match=r"no column 'text': set --text-field to one of \['body'\]"):
@@ -125,7 +125,7 @@ def test_a_long_line_is_read_once_and_whole(tmp_path: Path):
 
 def test_empty_files_have_no_units(tmp_path: Path):
     (tmp_path / "a.txt").touch()
-    assert list_units([tmp_path / "a.txt"]) == []
+    assert list_units([local_file(tmp_path / "a.txt")]) == []
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst", "parquet"])
@@ -137,16 +137,31 @@ def test_damaged_files_are_named(tmp_path: Path, suffix: str):
         read(path)
 
 
-def test_files_are_sorted_and_each_once(tmp_path: Path):
-    for name in ("b.txt", "a.jsonl", "c [1].txt"):
-        (tmp_path / name).write_text("x")
-    found = find_files([f"{tmp_path}/*.txt", f"{tmp_path}/c [1].txt", f"{tmp_path}/*"])
-    assert [path.name for path in found] == ["a.jsonl", "b.txt", "c [1].txt"]
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_document_longer_than_a_part_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    """Cut between words and never within a character; together the parts are the document."""
+    monkeypatch.setattr(documents, "PART_BYTES", 1000)
+    monkeypatch.setattr(documents, "_SKIP_CHUNK", 100)
+    words, unbroken = " ".join(f"wörd{number}" for number in range(2000)), "日本語" * 2000
+    texts = ["short before", words, unbroken, "short after"]
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes("\n\n".join(texts).encode() if kind == "txt" else jsonl(texts))
+    for unit_bytes in (1 << 20, 700):
+        skips = Skips()
+        found = read(path, unit_bytes=unit_bytes, skips=skips)
+        assert len(found) == skips.records > 12
+        assert max(map(len, found)) <= 1100
+        assert [found[0], found[-1]] == [texts[0], texts[-1]]
+        assert "".join(found).replace(" ", "") == "".join(texts).replace(" ", "")
+        assert not skips.counts
+        assert {word for part in found for word in part.split()} >= set(words.split())
 
 
-def test_unusable_sources_are_all_listed(tmp_path: Path):
-    (tmp_path / "a.pdf").touch()
-    with pytest.raises(ConfigError) as caught:
-        find_files([f"{tmp_path}/*.txt", f"{tmp_path}/a.pdf"])
-    assert "matches no file" in caught.value.problems[0]
-    assert "unknown kind of file: use .txt, .jsonl" in caught.value.problems[1]
+def test_a_line_that_is_too_long_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(documents, "PART_BYTES", 64)
+    monkeypatch.setattr(documents, "LONGEST_LINE", 500)
+    path, skips = tmp_path / "a.jsonl", Skips()
+    path.write_bytes(jsonl(["before", "x" * 600, "after"]))
+    assert read(path, skips=skips) == ["before", "after"]
+    assert dict(skips.counts) == {documents.TOO_LONG: 1}
+    assert "byte 19: 613 bytes" in skips.first[documents.TOO_LONG][1]

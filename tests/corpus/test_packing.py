@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmlm_dist.corpus.packing import Joined, PackingConfig, draw, pack
+from pmlm_dist.corpus.packing import Joined, Packer, PackingConfig, draw, draws, pack
 
 CLS, SEP = 2, 3
 FIRST = 10
@@ -77,6 +77,25 @@ def test_padded_samples_hold_one_document(lengths):
         assert not starts & set((first + second)[1:])
 
 
+@given(st.lists(st.tuples(st.integers(2, 60), st.sets(st.integers(1, 59))), min_size=1, max_size=8))
+def test_a_sentence_s_end_is_the_split_where_no_document_ends(documents):
+    lengths = [length for length, _ in documents]
+    ends = np.cumsum([0, *lengths])
+    boundaries = {int(FIRST + start) for start in ends}
+    sentences = {
+        int(FIRST + ends[i] + at) for i, (length, starts) in enumerate(documents) for at in starts if at < length
+    }
+    packer = Packer(PackingConfig(16, cls_id=CLS, sep_id=SEP), seed=(0,))
+    samples = []
+    for ids, (_, starts) in zip(documents_of(lengths), documents, strict=True):
+        samples += packer.add(ids, sentences=np.array(sorted(starts), np.int64))
+    for sample in [*samples, *packer.finish()]:
+        first, second = segments(sample)
+        inside = set((first + second)[1:])
+        wanted = (boundaries & inside) or (sentences & inside)
+        assert not wanted or second[0] in wanted
+
+
 def test_split_points_follow_the_seed_and_reach_everywhere():
     def splits(seed: int) -> list[int]:
         return [len(segments(sample)[0]) for sample in packed([13 * 2000], seed=seed)]
@@ -101,3 +120,8 @@ def test_draws_are_splitmix64_and_spread():
     assert len(set(draws.tolist())) == 4000
     assert abs(np.mean(draws / 2.0**64) - 0.5) < 0.02
     assert draw(1, 2) != draw(2, 1)
+
+
+def test_draws_of_many_are_those_of_each():
+    last = np.array([0, 5, 2**40], np.int64)
+    assert draws(3, 4, last=last).tolist() == [draw(3, 4, number) for number in last.tolist()]

@@ -1,71 +1,29 @@
 import dataclasses
-import gzip
 import json
 import random
 import shutil
 import subprocess
-import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty_server import serving
+from preparations import command, config, content, samples, texts, write_source
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.corpus import prepare
 from pmlm_dist.corpus.outcome import entropy
 from pmlm_dist.corpus.prepare import even_cuts, prepare_corpus
 from pmlm_dist.corpus.settings import PrepareConfig, problems
-from pmlm_dist.corpus.shards import Manifest, ShardReader
+from pmlm_dist.corpus.shards import Manifest
+from pmlm_dist.corpus.verify import verify
 from pmlm_dist.vocab import Vocabulary
-
-BIN = Path(sys.executable).parent
-WORDS = ["the", "model", "reads", "masked", "spans", "and", "predicts", "every", "one", "of", "them", "from", "text"]
-
-
-def texts(count: int = 300) -> list[str]:
-    choose = random.Random(1)
-    return [" ".join(choose.choices(WORDS, k=choose.randint(2, 60))) + f" {number}" for number in range(count)]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    documents = texts()
-    lines = [json.dumps({"text": text}) for text in documents[:150]]
-    (folder / "a.jsonl").write_text("\n".join([*lines, "broken", lines[3], '{"text": "\\u0000"}']))
-    (folder / "b.txt").write_text("\n\n".join(documents[150:250]) + "\n\n\n")
-    (folder / "c.txt.gz").write_bytes(gzip.compress("\n\n".join(documents[250:]).encode()))
-    (folder / "d.txt").touch()
-    return folder
-
-
-def config(source: Path, output: Path, **changes) -> PrepareConfig:
-    plain = PrepareConfig(
-        source=(f"{source}/*",), output=output, vocabulary_size=150, sequence_length=32, shards=5, unit_bytes=3000
-    )
-    return dataclasses.replace(plain, **changes)
-
-
-def command(config: PrepareConfig, *, ranks: int) -> list[str]:
-    settings = [
-        *("--source", *config.source, "--output", str(config.output)),
-        *("--vocabulary-size", str(config.vocabulary_size), "--sequence-length", str(config.sequence_length)),
-        *("--shards", str(config.shards), "--unit-bytes", str(config.unit_bytes)),
-    ]
-    program = [sys.executable, "-m", "pmlm_dist.cli", "prepare-corpus", *settings]
-    launcher = [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
-    return [*launcher, *program] if ranks else program
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def samples(folder: Path, split: str) -> list[list[int]]:
-    manifest = Manifest.load(folder)
-    readers = [ShardReader(folder, shard, manifest.token_dtype) for shard in manifest.splits[split].shards]
-    return [reader[number].tolist() for reader in readers for number in range(len(reader))]
+    return write_source(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +75,9 @@ def test_manifest_describes_the_folder(corpus: Path):
     counts = Counter(id for ids in samples(corpus, "train") for id in ids if id not in vocabulary.special_ids)
     total = counts.total()
     assert manifest.unigram_entropy == pytest.approx(-sum(c / total * np.log(c / total) for c in counts.values()))
-    assert not (corpus / ".spill").exists()
+    assert sorted(path.name for path in corpus.iterdir()) == [
+        *("manifest.json", "origins.npy", "tokenizer.json", "train", "validation", "vocab.txt")
+    ]
 
 
 def test_validation_holds_whole_documents_out(corpus: Path):
@@ -156,6 +116,16 @@ def test_one_validation_document_at_least(source: Path, tmp_path: Path):
     assert manifest.splits["validation"].samples >= 1
 
 
+def test_a_corpus_from_a_web_server_is_that_of_the_files(source: Path, corpus: Path, tmp_path: Path):
+    with serving(source) as server:
+        server.ranges = True
+        addresses = tuple(f"{server.address}/{path.name}" for path in sorted(source.iterdir()))
+        prepare_corpus(dataclasses.replace(config(source, tmp_path / "corpus"), source=addresses))
+    verify(tmp_path / "corpus")
+    for part in ("train", "validation"):
+        assert content(tmp_path / "corpus" / part) == content(corpus / part)
+
+
 def test_texts_without_spaces_are_split_too(tmp_path: Path):
     (tmp_path / "a.txt").write_text("\n\n".join(f"日本語{number}" for number in range(300)))
     manifest = prepare_corpus(config(tmp_path, tmp_path / "corpus", validation_fraction=0.1))
@@ -183,27 +153,6 @@ def test_changed_input_is_not_taken_for_the_same(source: Path, corpus: Path, tmp
     (input / "b.txt").write_text("something else")
     with pytest.raises(ConfigError, match="input_files"):
         prepare_corpus(config(input, copy))
-
-
-def test_an_interrupted_run_leaves_no_manifest_and_the_next_one_is_whole(
-    source: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    output, write = tmp_path / "corpus", prepare.write_shard
-
-    def interrupted(folder, name, *rest, **more):
-        if "000002" in name:
-            (folder / "train/shard-000099.tar").write_bytes(b"left over")
-            raise KeyboardInterrupt
-        return write(folder, name, *rest, **more)
-
-    monkeypatch.setattr(prepare, "write_shard", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_corpus(config(source, output))
-    assert not (output / "manifest.json").exists()
-    assert not (output / ".spill").exists()
-    monkeypatch.undo()
-    prepare_corpus(config(source, output))
-    assert content(output) == content(corpus)
 
 
 @pytest.mark.distributed
@@ -263,3 +212,58 @@ def test_a_small_corpus_still_has_shards_for_many_ranks(source: Path, tmp_path: 
     train = manifest.splits["train"]
     assert len(train.shards) == min(64, train.samples)
     assert len(manifest.splits["validation"].shards) <= len(train.shards)
+
+
+# ----------------------------------------------------------------------------------------------------------- cleaning
+
+
+def test_cleaning_is_counted_and_every_record_accounted_for(tmp_path: Path):
+    pytest.importorskip("datasketch")
+    choose = random.Random(5)
+    long = [" ".join(f"{word}{choose.randint(0, 99)}" for word in texts(1)[0].split() * 5) for _ in range(40)]
+    near = [text + " end" for text in long[:6]]
+    other = [f"ein deutscher Satz Nummer {number}" for number in range(9)]
+    decomposed = [unicodedata.normalize("NFD", f"déjà vu et été numéro {number}") for number in range(4)]
+    documents = [*long, *near, *other, *decomposed, *long[:3], unicodedata.normalize("NFC", decomposed[0]), "a b"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    (tmp_path / "languages.py").write_text("def wanted(text):\n    return 'deutsch' not in text\n")
+    wanted = config(
+        *(tmp_path / "a.jsonl", tmp_path / "corpus"),
+        near_duplicates=0.8,
+        unicode="nfc",
+        min_characters=5,
+        language_filter=f"{tmp_path}/languages.py:wanted",
+    )
+    manifest = prepare_corpus(wanted)
+    assert manifest.counts["records"] == len(documents)
+    assert manifest.counts["skipped"] == {
+        "duplicate": 4,
+        "fewer than min_characters": 1,
+        "near duplicate": 6,
+        "refused by the language filter": 9,
+    }
+    assert manifest.counts["changed"] == {"Unicode normalisation": 4}
+    assert sum(manifest.counts["documents"].values()) == len(documents) - 20
+    verify(tmp_path / "corpus")
+    (tmp_path / "languages.py").write_text("def wanted(text):\n    return True\n")
+    with pytest.raises(ConfigError, match="language_filter_fingerprint"):
+        prepare_corpus(wanted)
+
+
+def test_kept_duplicates_are_all_there(source: Path, tmp_path: Path):
+    manifest = prepare_corpus(config(source, tmp_path / "corpus", deduplicate=False))
+    assert sum(manifest.counts["documents"].values()) == 301
+    assert "duplicate" not in manifest.counts["skipped"]
+    verify(tmp_path / "corpus")
+
+
+@pytest.mark.distributed
+def test_near_duplicates_do_not_depend_on_the_number_of_ranks(tmp_path: Path):
+    pytest.importorskip("datasketch")
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{text} {text} {number}" for text in texts(60) for number in (1, 2)))
+    wanted = config(tmp_path / "a.txt", tmp_path / "one", near_duplicates=0.7)
+    assert prepare_corpus(wanted).counts["skipped"]["near duplicate"] > 20
+    started = [*command(dataclasses.replace(wanted, output=tmp_path / "two"), ranks=2), "--near-duplicates", "0.7"]
+    done = subprocess.run(started, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "two") == content(tmp_path / "one")

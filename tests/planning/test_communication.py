@@ -81,7 +81,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Counter[st
         for name, operations in zip(names, counted, strict=True):
             seen: Counter[str] = Counter()
             for operation, size in operations.items():
-                seen[KINDS.get(operation, operation)] += size
+                seen[KINDS[operation] if operation in KINDS else operation] += size
             found[name] = (planned_bytes(CASES[name], folders[name]), seen)
     return found
 

@@ -1,0 +1,42 @@
+"""The programs in docs/data.md run, and do what the text around them says."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from preparations import config, samples, write_source
+
+from pmlm_dist.corpus.prepare import prepare_corpus
+from pmlm_dist.corpus.verify import verify
+
+DOCUMENT = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+FILTER, READ, WRITE = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
+
+
+def test_the_language_filter_of_the_document():
+    names: dict[str, Any] = {}
+    exec(FILTER, names)
+    assert names["german"]("Das ist der Satz, und nicht die Ausnahme")
+    assert not names["german"]("This is the sentence and not the exception")
+
+
+def test_any_webdataset_program_reads_and_writes_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """In a process of its own: `pmlm_dist` makes webdataset refuse what others may want."""
+    prepare_corpus(config(write_source(tmp_path), tmp_path / "corpus", shards=4))
+    shown = READ + "    print(ids.tolist())\n"
+    program = f"{shown}\n{WRITE}\nprint([ids.tolist() for ids in samples])"
+    environment = {name: value for name, value in os.environ.items() if name != "WDS_SECURE"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *read, written = map(json.loads, done.stdout.splitlines())
+    assert read == samples(tmp_path / "corpus", "train")
+    verify(tmp_path / "mine")
+    assert "8 train samples, 8 validation samples: checked in itself" in capsys.readouterr().out
+    assert written == samples(tmp_path / "mine", "train")
