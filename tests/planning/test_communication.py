@@ -17,7 +17,7 @@ from pmlm_dist.planning.communication import Cluster, Collective, collectives, t
 from pmlm_dist.planning.workload import Workload
 
 H100 = replace(DEVICES["h100-80gb"], link_share=1.0, network_share=1.0, latency=0.0)
-KINDS: dict[str, str] = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
+KINDS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 ZERO_3 = {**zero(3, stage3_param_persistence_threshold=20_000), **BF16}
 CASES = {
     "ZeRO 0": Case(dp=2),
@@ -81,7 +81,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Counter[st
         for name, operations in zip(names, counted, strict=True):
             seen: Counter[str] = Counter()
             for operation, size in operations.items():
-                seen[KINDS[operation] if operation in KINDS else operation] += size
+                seen[str(KINDS.get(operation, operation))] += size
             found[name] = (planned_bytes(CASES[name], folders[name]), seen)
     return found
 
