@@ -19,6 +19,7 @@ from worlds import free_port, run_world
 import train
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.presets import PRESETS, base, tiny
+from pmlm_dist.training.exit_codes import ExitCode
 from pmlm_dist.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,7 @@ def test_a_mistake_ends_with_exit_code_2_and_the_setting_that_is_meant(
 ):
     with pytest.raises(SystemExit) as caught:
         train.parse(arguments)
-    assert caught.value.code == train.EXIT_BAD_CONFIGURATION
+    assert caught.value.code == ExitCode.BAD_CONFIGURATION
     printed = capsys.readouterr()
     assert hint in printed.out + printed.err
     assert arguments[-1] in printed.out + printed.err
@@ -253,7 +254,7 @@ def test_a_missing_corpus_ends_all_ranks_with_one_message_that_names_the_remedy(
     with contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(started(command, srun(rank, port=port))) for rank in range(2))
         (first_code, first_printed), (second_code, second_printed) = finish(first), finish(second)
-    assert (first_code, second_code) == (train.EXIT_BAD_CONFIGURATION, train.EXIT_BAD_CONFIGURATION)
+    assert (first_code, second_code) == (ExitCode.BAD_CONFIGURATION, ExitCode.BAD_CONFIGURATION)
     assert first_printed.count("This run cannot start") == 1
     (problem,) = (line for line in first_printed.splitlines() if line.startswith("- "))
     assert problem.startswith(f"- no corpus in {tmp_path / 'nowhere'}")

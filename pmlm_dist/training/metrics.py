@@ -9,17 +9,22 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from pmlm_dist.objectives import LossMeans
+from pmlm_dist.training.stragglers import RankTimes
 
 if TYPE_CHECKING:
     from pmlm_dist.training.validation import Validation
+
+_RANKS_SHOWN = 64
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,18 @@ class RunLog:
         ]
         self.say(f"validation at step {step}:  {'  '.join(parts)}")
         self._writer.flush()
+
+    def ranks(self, of_rank: Sequence[RankTimes], *, step: int) -> None:
+        """Data, compute and step time of each rank, by its number; of a large world the median and the largest."""
+        if not self.enabled:
+            return
+        scalars: dict[str, float | None] = {}
+        for name in ("data_s", "compute_s", "step_s"):
+            values = [getattr(times, name) for times in of_rank]
+            scalars |= {f"ranks/{name}/median": median(values), f"ranks/{name}/largest": max(values)}
+            if len(values) <= _RANKS_SHOWN:
+                scalars |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(values)}
+        self._scalars(scalars, step=step)
 
     def reading(self, scalars: dict[str, float | None], *, step: int) -> None:
         """How far the corpora have been read, and what of them cannot be."""
