@@ -16,7 +16,8 @@ import time
 import traceback
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from pmlm_dist.config import WatchConfig
 from pmlm_dist.training.exit_codes import code_of, is_of_peers
@@ -112,8 +113,9 @@ class Heartbeat:
         """Say what error ends this rank."""
         line = "".join(traceback.format_exception_only(error)).strip()
         trace = "".join(traceback.format_exception(error))
-        known = asdict(self._words) | {"failure": line[:2000], "traceback": trace[-8000:]}
-        self._tell(Words(**known | {"code": int(code_of(error)), "of_peers": is_of_peers(error)}))
+        code, of_peers = int(code_of(error)), is_of_peers(error)
+        told: dict[str, Any] = {"failure": line[:2000], "traceback": trace[-8000:], "code": code, "of_peers": of_peers}
+        self._tell(replace(self._words, **told))
 
     def read(self) -> Beat | None:
         """The last beat; None while it is being written."""

@@ -38,7 +38,7 @@ from pmlm_dist.training.checkpoint_files import read_state
 from pmlm_dist.training.checkpoint_folder import CheckpointFolder
 from pmlm_dist.training.engine_state import EngineState
 from pmlm_dist.training.exit_codes import ExitCode, code_of
-from pmlm_dist.training.guards import Skips, check_batches, check_replicas, find_causes
+from pmlm_dist.training.guards import Skips, check_batches, check_engine, check_replicas, find_causes
 from pmlm_dist.training.heartbeat import SAVE, VALIDATION, Heartbeat, phase_limits
 from pmlm_dist.training.initial_weights import load_initial_weights
 from pmlm_dist.training.lives import LifeLog
@@ -154,6 +154,7 @@ def build_engine(run: Run) -> DeepSpeedEngine:
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
+    check_engine(engine.dp_world_size, run.topology)
     if run.engine.zero_stage == 0:  # a single rank would copy all gradients to and fro for nothing
         engine.enable_backward_allreduce = run.topology.dp > 1
     return engine

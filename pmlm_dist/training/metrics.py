@@ -51,6 +51,8 @@ class RunLog:
 
     def __init__(self, run_dir: Path, *, enabled: bool, first_step: int):
         self.enabled = enabled
+        self.lost_lines = 0
+        """Lines that could not be written."""
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -59,9 +61,12 @@ class RunLog:
         self._lines = _open_lines(run_dir / "metrics.jsonl")
 
     def say(self, text: str) -> None:
-        """Print `text` once for the whole run."""
+        """Print `text` once for the whole run; a terminal or disk that is gone does not end the training."""
         if self.enabled:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except (OSError, ValueError):
+                self.lost_lines += 1
 
     def write_configuration(self, configuration: dict[str, Any]) -> None:
         """The resolved configuration as RUN_DIR/config.json and as TensorBoard text."""
@@ -73,7 +78,8 @@ class RunLog:
         """A console line and the training scalars of an interval."""
         if not self.enabled:
             return
-        scalars = {f"train/{name}": value for name, value in vars(progress.losses).items()}
+        scalars: dict[str, float | None] = {"log/lost_lines": self.lost_lines or None}
+        scalars |= {f"train/{name}": value for name, value in vars(progress.losses).items()}
         scalars |= {f"seconds/{name}": value for name, value in progress.seconds.items()}
         scalars |= {
             "train/learning_rate": progress.learning_rate,
@@ -138,8 +144,11 @@ class RunLog:
         present = {name: value for name, value in scalars.items() if value is not None}
         for name, value in present.items():
             self._writer.add_scalar(name, value, step)
-        self._lines.write(json.dumps({"step": step, **present}) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.write(json.dumps({"step": step, **present}) + "\n")
+            self._lines.flush()
+        except OSError:
+            self.lost_lines += 1
 
 
 def _open_lines(path: Path) -> TextIO:

@@ -79,7 +79,7 @@ class Saver:
         self._about, self._timeout_s, self._limit, self._alive = about, timeout_s, limit, alive
         self._memory = _HostMemory(engine.topology.device)
         self._writer: _Writer | None = None
-        self._life = _begin_life(folder, engine.topology, life=life)
+        self._life = _begin_life(folder, engine.topology, life=life or secrets.token_hex(4))
         engine.before_update(self._wait_until_copied)
 
     @property
@@ -180,9 +180,9 @@ class Saver:
         self.stalled_s += time.perf_counter() - start
 
 
-def _begin_life(folder: CheckpointFolder, topology: Topology, *, life: str | None) -> str:
+def _begin_life(folder: CheckpointFolder, topology: Topology, *, life: str) -> str:
     """A name for this start of the run, once nothing of earlier ones is left and all ranks have seen a first sign."""
-    life, problems = life or secrets.token_hex(4), []
+    problems: list[str] = []
     if topology.is_first:
         try:
             folder.remove_leftovers()

@@ -157,6 +157,7 @@ class Supervisor:
             cause = self._own_end()
         if cause is not None:
             cause = self._declare(cause)
+            self._let_others_report(cause)
             self._report()
             self._end_rank()
         code = self._code if cause is None else cause.code
@@ -262,6 +263,12 @@ class Supervisor:
             _say(f"the cause could not be written: {error}")
         return read_cause(self._folder) or cause
 
+    def _let_others_report(self, cause: Cause) -> None:
+        """Who waits for a rank that hung shows where, while it still hangs: asking it for its stack can wake it."""
+        words = self._heart.words()
+        if cause.code == ExitCode.HUNG and cause.rank == words.rank and self._folder is not None:
+            self._gather(words.world_size - 1)
+
     def _report(self) -> None:
         """Write where this rank is, with the stacks of its threads."""
         process = _state_of(self._child) if self._status is None else f"ended with {self._code}"
@@ -311,11 +318,11 @@ class Supervisor:
                 if known := lives.read_lives(Path(words.run_dir)):
                     print(lives.effective(known), flush=True)
 
-    def _gather(self, world_size: int) -> list[Report]:
-        """The reports of all ranks, as far as they come in time."""
+    def _gather(self, count: int) -> list[Report]:
+        """The reports of `count` ranks, as far as they come in time."""
         assert self._folder is not None
         deadline, found = time.monotonic() + _REPORTS_S, []
-        while len(found) < world_size and time.monotonic() < deadline:
+        while len(found) < count and time.monotonic() < deadline:
             found = read_reports(self._folder)
             time.sleep(_POLL_S / 5)
         return found
