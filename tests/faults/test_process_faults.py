@@ -506,3 +506,20 @@ def test_an_engine_that_does_not_know_the_groups_is_refused_before_the_first_ste
     assert ended.codes == [ExitCode.FAILED] * 2
     assert "DeepSpeed averages gradients over 2 ranks, but 1 are data-parallel" in ended.printed
     assert "step  1/" not in ended.printed
+
+
+# ---------------------------------------------------------------------------------------------------------- no fault
+
+
+@pytest.mark.fault("F78")
+def test_a_run_that_nothing_happens_to_is_the_same_every_time(small_corpus: Path, tmp_path: Path, straight: RunConfig):
+    assert learned(straight_run(small_corpus, tmp_path / "run")) == learned(straight)
+
+
+@pytest.mark.nightly
+@pytest.mark.fault("F77")
+def test_replicas_on_tensor_parallel_peers_stay_equal_over_200_steps_in_bf16(small_corpus: Path, tmp_path: Path):
+    """They are compared bit for bit before and after every step; a difference ends the run."""
+    config = small_run(small_corpus, tmp_path / "run", steps=200, every=200, tp=2, precision="bf16")
+    ended = live(replace(config, train=replace(config.train, guard_every=1)), within_s=120)
+    assert ended.codes == [0, 0], ended.printed
