@@ -37,7 +37,7 @@ class GuardError(RuntimeError):
     """Ranks do not agree on what they must hold in common: going on would train another model than the one wanted."""
 
 
-def check_engine(averages_over: int, topology: Topology) -> None:
+def check_engine(averages_over: int | None, topology: Topology) -> None:
     """Compare the number of ranks that an engine averages gradients over with the data-parallel ones."""
     if averages_over != topology.dp:
         raise GuardError(

@@ -86,7 +86,7 @@ def test_another_ranks_cause_ends_this_one_with_its_code(tmp_path: Path):
 def test_what_the_rank_has_started_is_ended_with_it(tmp_path: Path):
     token = f"PMLM_TEST_{time.monotonic_ns()}"
     body = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); os.kill(os.getpid(), 9)"
-    assert run(body, tmp_path, **{token: "1"}).returncode == 137
+    assert run(body, tmp_path, TOKEN=token).returncode == 137
     alive = [path for path in Path("/proc").glob("[0-9]*/environ") if token.encode() in read(path)]
     assert not alive
 
