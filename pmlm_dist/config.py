@@ -208,7 +208,8 @@ class WatchConfig:
     """How long a rank may show no progress before its supervisor ends the run (training/supervisor.py)."""
 
     startup_s: float = 1800.0
-    """Seconds from one sign of life to the next until the first step: reading a checkpoint, building the engine."""
+    """Seconds from one sign of life to the next in start-up and the first step: reading a checkpoint, building the
+    engine, finding the other ranks, compiling."""
     data_s: float = 900.0
     """Seconds that a rank waits for its own data; more than data.timeout_s, which tells more when it comes first."""
     step_s: float = 240.0

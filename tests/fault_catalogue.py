@@ -88,7 +88,6 @@ FAULTS: dict[str, tuple[int, str, str]] = {
 }
 
 REASONS = {
-    "F13": "not injected: a cut link looks to a rank like one that stands still (F03) or is gone (F01)",
     "F58": "batches come through pipes, so the loader needs no room in /dev/shm",
     "F74": "nothing is rolled back by itself: docs/operations.md says what to do by hand",
 }

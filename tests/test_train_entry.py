@@ -23,6 +23,7 @@ from pmlm_dist.training.exit_codes import ExitCode
 from pmlm_dist.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
+SECRET = "a-token-that-nobody-may-read"
 PYTHON = sys.executable
 BESIDE_PYTHON = Path(sys.executable).parent
 
@@ -135,7 +136,7 @@ def started(command: Sequence[str | Path], environ: Mapping[str, str]) -> Iterat
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
-        env={**shell, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environ},
+        env={**shell, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_TOKEN": SECRET, **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -196,6 +197,7 @@ def launch(launcher: str, arguments: list[str]) -> None:
         for process in processes:
             code, printed = finish(process)
             assert code == 0, printed
+            assert SECRET not in printed
 
 
 def learned(run_dir: Path) -> dict[int, dict[str, float]]:
@@ -219,6 +221,7 @@ def launched(launcher: str, corpus: Path, folder: Path) -> dict[int, dict[str, f
     launch(launcher, ["--corpus", str(corpus), "--run-dir", str(run_dir), "--ds-config", str(engine), *SMALL])
     topology = json.loads((run_dir / "config.json").read_text())["topology"]
     assert topology["world_size"] == (1 if launcher == "python" else 2)
+    assert not [path for path in run_dir.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     return learned(run_dir)
 
 

@@ -34,15 +34,16 @@ _LENGTH = struct.Struct("<II")  # bytes, check sum
 _SIZE = 16 * mmap.PAGESIZE
 
 
-def phase_limits(watch: WatchConfig) -> dict[str, float]:
-    """Seconds that each phase may pass in silence."""
-    return {
+def phase_limits(watch: WatchConfig, *, warm: bool) -> dict[str, float]:
+    """Seconds that each phase may pass in silence; all is start-up until ranks are `warm`, after their first step."""
+    limits = {
         START_UP: watch.startup_s,
         DATA: watch.data_s,
         STEP: watch.step_s,
         SAVE: watch.save_s,
         VALIDATION: watch.validation_s,
     }
+    return limits if warm else {phase: max(limit, watch.startup_s) for phase, limit in limits.items()}
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def pretrain(config: RunConfig, signals: StopSignals | None = None, heart: Heart
     check(config)
     signals, heart = signals or StopSignals(), heart or Heartbeat()
     signals.grace_s = config.train.grace_s
-    heart.limit(phase_limits(config.watch))
+    heart.limit(phase_limits(config.watch, warm=False))
     topology = groups.start(tp=config.parallel.tp, timeout_s=config.train.collective_timeout_s)
     with claimed(config.run_dir, topology) as claim:
         heart.introduce(
@@ -204,7 +204,7 @@ def train_step(
             norm = _update(run, engine, is_boundary=number == accumulation - 1)
     if math.isfinite(norm):
         return StepResult(counts, norm)
-    causes = _causes(run, engine, micro_batches, scale_K, state)
+    causes = _causes(run, engine, micro_batches, scale_K, state, heart=watch.heart)
     return StepResult(torch.zeros_like(counts), None, skipped=True, causes=tuple(causes))
 
 
@@ -225,7 +225,13 @@ def _update(run: Run, engine: DeepSpeedEngine, *, is_boundary: bool) -> float:
 
 
 def _causes(
-    run: Run, engine: DeepSpeedEngine, micro_batches: list[Batch], scale_K: torch.Tensor, state: RunState
+    run: Run,
+    engine: DeepSpeedEngine,
+    micro_batches: list[Batch],
+    scale_K: torch.Tensor,
+    state: RunState,
+    *,
+    heart: Heartbeat,
 ) -> list[str]:
     """Why the step after `state` was left out. With fp16 that is how the loss scale finds its place: no causes."""
     if run.engine.precision == "fp16":
@@ -233,6 +239,7 @@ def _causes(
     module = _module_of(engine)
 
     def loss_of(number: int) -> torch.Tensor:
+        heart.go_on()
         _seed_dropout(run, state, number)
         return (losses_of(module, micro_batches[number], run.config.objective).nll_K * scale_K).sum()
 
@@ -296,8 +303,10 @@ def _train(
                 check_replicas(_module_of(engine), run.topology)
             if is_last or state.step % train.validate_every == 0:
                 stop.heart.enter(VALIDATION)
-                _validate(run, engine, state, log, stop=None if is_last else stop)
+                _validate(run, engine, state, log, stop=stop, heed=not is_last)
             stop.heart.enter(SAVE)
+            if state.step == first_state.step + 1:
+                stop.heart.limit(phase_limits(run.config.watch, warm=True))
             saver.report()
             is_due = is_last or is_due or state.step % train.checkpoint_every == 0
             if is_due and (is_last or is_sound):
@@ -314,13 +323,16 @@ def _train(
         accounts.ended(state.step, useful_s=meter.total_s, code=_code_now())
         saver.leave()
         reading.close()
-    if state.step < train.steps:
-        log.say(f"stopped after step {state.step} of {train.steps}, as --train.stop-at says; started again, it goes on")
+    _conclude(run, state, log)
+
+
+def _conclude(run: Run, state: RunState, log: RunLog) -> None:
+    steps = run.config.train.steps
+    if state.step < steps:
+        log.say(f"stopped after step {state.step} of {steps}, as --train.stop-at says; started again, it goes on")
     else:
         _record_completion(run, state.step)
-        log.say(
-            f"complete: step {state.step} of {train.steps}; TensorBoard files in {run.config.run_dir / 'tensorboard'}"
-        )
+        log.say(f"complete: step {state.step} of {steps}; TensorBoard files in {run.config.run_dir / 'tensorboard'}")
 
 
 def _save(state: RunState, saver: Saver, meter: Meter, accounts: LifeLog) -> None:
@@ -353,8 +365,10 @@ def advance(state: RunState, run: Run) -> RunState:
     )
 
 
-def _validate(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog, *, stop: StopAgreement | None) -> None:
-    """Validate; `stop` may end it midway. None: it is seen through, as the last one, which nobody would make up for."""
+def _validate(
+    run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog, *, stop: StopAgreement, heed: bool
+) -> None:
+    """Validate; `stop` may end it midway, unless `heed` is false: nobody would make up for the last one."""
     batches = validation_batches(
         run.source,
         samples=run.config.train.validation_samples,
@@ -363,7 +377,7 @@ def _validate(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog, *
     )
     validation = validate(
         engine,
-        stop.checked(batches) if stop else batches,
+        stop.checked(batches, heed=heed),
         run.vocabulary,
         run.topology,
         objective=run.config.objective,

@@ -313,7 +313,7 @@ class Supervisor:
                     _say(line)
                 _say(f"stacks of every rank: {self._folder}")
         if words.rank == 0 and words.run_dir and words.life:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 lives.close(Path(words.run_dir), life=words.life, code=code)
                 if known := lives.read_lives(Path(words.run_dir)):
                     print(lives.effective(known), flush=True)
@@ -360,7 +360,8 @@ def _is_stopped(report: Report) -> bool:
 
 
 def _say(text: str) -> None:
-    print(f"supervisor: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+        print(f"supervisor: {text}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- processes

@@ -133,7 +133,7 @@ def test_without_a_supervisor_the_rank_is_the_process(tmp_path: Path):
 
 def test_a_beat_says_where_the_rank_is():
     heart = Heartbeat()
-    heart.limit(phase_limits(WatchConfig(data_s=7.0)))
+    heart.limit(phase_limits(WatchConfig(data_s=7.0), warm=True))
     heart.enter(DATA, step=5)
     first = heart.read()
     assert first is not None
@@ -146,8 +146,9 @@ def test_a_beat_says_where_the_rank_is():
 
 def test_every_phase_has_a_limit_of_its_own():
     watch = WatchConfig()
-    assert phase_limits(watch).keys() == set(PHASES)
-    assert phase_limits(watch)[STEP] == watch.step_s
+    assert phase_limits(watch, warm=True).keys() == set(PHASES)
+    assert phase_limits(watch, warm=True)[STEP] == watch.step_s
+    assert set(phase_limits(watch, warm=False).values()) == {watch.startup_s}
 
 
 def test_a_long_traceback_fits():
