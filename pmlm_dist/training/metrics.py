@@ -6,6 +6,7 @@ RUN_DIR/metrics.jsonl    the same scalars, one JSON object a line; after a resum
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
@@ -138,7 +139,8 @@ class RunLog:
         """Write out what is buffered."""
         if self.enabled:
             self._writer.close()
-            self._lines.close()
+            with contextlib.suppress(OSError):
+                self._lines.close()
 
     def _scalars(self, scalars: dict[str, float | None], *, step: int) -> None:
         present = {name: value for name, value in scalars.items() if value is not None}

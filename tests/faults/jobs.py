@@ -28,7 +28,7 @@ from pmlm_dist.training.restarts import Decision, History, Limits, newest_step, 
 
 RANKS = 2
 STEPS, EVERY = 20, 5
-LIMIT_S = 4.0
+LIMIT_S = 6.0
 """How long a rank may be silent here: long for a step of milliseconds, also on a busy machine."""
 IDS = "ids.jsonl"
 
