@@ -68,7 +68,7 @@ WITHOUT_TORCH = [
     *(f"pmlm_dist.training.{name}" for name in ("placement", "checkpoint_files", "checkpoint_folder")),
     *(
         f"pmlm_dist.training.{name}"
-        for name in ("exit_codes", "heartbeat", "supervisor", "run_lock", "lives", "restarts")
+        for name in ("exit_codes", "heartbeat", "supervisor", "causes", "processes", "run_lock", "lives", "restarts")
     ),
     "pmlm_dist.training.checkpoint_commands",
     *("pmlm_dist.config", "pmlm_dist.presets", "pmlm_dist.engine_config", "pmlm_dist.cli", "train"),

@@ -116,8 +116,6 @@ class Effective:
     failures: int
     """Lives that ended unexpectedly."""
     steps: int
-    repeated_steps: int
-    """Steps that were logged in a life and done again in a later one, as far as saves tell."""
     save_s: float
     """What a checkpoint holds the training up for."""
     world_size: int
@@ -174,7 +172,6 @@ def effective(lives: list[Life]) -> Effective:
         starts=len(lives),
         failures=len(unexpected) + (last.code is not None and last.code not in _EXPECTED),
         steps=last.last_step - first,
-        repeated_steps=sum(max(0, life.last_step - after.first_step) for life, after in pairwise(lives)),
         save_s=sum(life.stalled_s for life in lives) / saves if saves else 0.0,
         world_size=last.world_size,
         every=last.every,

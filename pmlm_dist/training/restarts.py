@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pmlm_dist.training import lives
+from pmlm_dist.training.causes import LOGS, read_cause
 from pmlm_dist.training.checkpoint_folder import CheckpointFolder, step_of
 from pmlm_dist.training.exit_codes import SIGNALLED, Again, ExitCode, again_after, describe
-from pmlm_dist.training.supervisor import LOGS, read_cause
 
 _GO_ON, _GIVE_UP = 0, 1
 

@@ -6,8 +6,7 @@
                  ^ heartbeat (shared memory): phase, step       | silent for longer than its phase may take,
                  |                                              | an error, a signal, no memory
                  `-- RUN_DIR/logs/LIFE/ <-----------------------'
-                       cause.json        whoever writes it first names what ended this start of the run
-                       rank-00001.txt    of every rank: where it was, its error, the stacks of its threads
+                       what ended this start of the run, where each rank was (causes.py)
 
 `train.py` parts into both by itself, so every launcher starts supervised ranks and a debugger can do without
 (`PMLM_SUPERVISOR=off`). A supervisor works alone: on trouble with its own rank it writes the cause; it looks for other
@@ -19,28 +18,32 @@ its rank with it. Imports neither torch nor DeepSpeed: a rank that holds the int
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
-import json
 import os
-import re
 import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from pmlm_dist.training import lives
+from pmlm_dist.training import lives, processes
+from pmlm_dist.training.causes import (
+    LOGS,
+    Cause,
+    Report,
+    read_cause,
+    read_reports,
+    summary,
+    write_cause,
+    write_report,
+)
 from pmlm_dist.training.exit_codes import SIGNALLED, ExitCode, describe
 from pmlm_dist.training.heartbeat import Beat, Heartbeat
 
 SWITCH = "PMLM_SUPERVISOR"
-LOGS = "logs"
-CAUSE = "cause.json"
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 _HEARD = (*_FORWARDED, signal.SIGCHLD)
@@ -51,44 +54,10 @@ _ROOT_CAUSE_S = 3.0
 """How long an error that tells of other ranks waits for theirs."""
 _REPORTS_S = 3.0
 _TERM_S = 5.0
-_LEFTOVERS_S = 2.0
 _AGREED = (ExitCode.DONE, ExitCode.BAD_CONFIGURATION, ExitCode.PREEMPTED, ExitCode.IN_USE)
 """What all ranks end with together, which needs no cause."""
-_SHOWN = 8
 # Of torchrun and deepspeed, Open MPI, MPICH, srun: the first that is set counts (see parallel/launch.py).
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-
-
-@dataclass(frozen=True)
-class Cause:
-    """What ended a start of the run."""
-
-    rank: int
-    code: int
-    what: str
-    step: int
-    phase: str
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} {self.what}, in step {self.step} ({self.phase})"
-
-
-@dataclass(frozen=True)
-class Report:
-    """Where a rank was when its start of the run ended."""
-
-    rank: int
-    step: int
-    phase: str
-    last_beat: float
-    """Time of its last sign of life, by the host's clock."""
-    process: str
-    """State of its process, as the kernel has it."""
-
-    def __str__(self) -> str:
-        silent_s = max(0.0, time.time() - self.last_beat)
-        return f"rank {self.rank}: step {self.step}, {self.phase} for {silent_s:.0f} s, process {self.process}"
 
 
 def rank_in(environ: Mapping[str, str]) -> int:
@@ -105,16 +74,16 @@ def supervised(main: Callable[[Heartbeat], int]) -> int:
     if os.environ.get(SWITCH) == "off":
         return _run(main, heart)
     stacks = tempfile.TemporaryFile()  # noqa: SIM115  # the rank writes into it as long as it lives
-    kills_before = out_of_memory_kills()
+    kills_before = processes.out_of_memory_kills()
     sys.stdout.flush()
     sys.stderr.flush()
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    processes.adopt_orphans()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
     parent, child = os.getpid(), os.fork()
     if child:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the rank as well
         return Supervisor(child, heart, stacks, kills_before=kills_before).watch()
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    processes.die_with_parent()
     if os.getppid() != parent:
         os._exit(SIGNALLED + signal.SIGKILL)
     faulthandler.enable(stacks)
@@ -161,8 +130,8 @@ class Supervisor:
             self._report()
             self._end_rank()
         code = self._code if cause is None else cause.code
-        _end_descendants()
-        _clear_shared_memory(self._began)
+        processes.end_descendants()
+        processes.clear_shared_memory(self._began)
         self._conclude(cause, code)
         return code
 
@@ -173,7 +142,7 @@ class Supervisor:
         if self._status is None:
             heard = signal.sigtimedwait(_HEARD, within_s)
             if heard is not None and heard.si_signo in _FORWARDED:
-                _send(self._child, signal.Signals(heard.si_signo))
+                processes.send(self._child, signal.Signals(heard.si_signo))
             self._reap()
         return self._status is not None
 
@@ -214,10 +183,10 @@ class Supervisor:
             if words.of_peers and (cause := self._wait_for_cause(_ROOT_CAUSE_S)):
                 return cause
             return self._cause(code, f"failed: {words.failure}")
-        if code == SIGNALLED + signal.SIGKILL and out_of_memory_kills() > self._kills_before:
+        if code == SIGNALLED + signal.SIGKILL and processes.out_of_memory_kills() > self._kills_before:
             return self._cause(ExitCode.OUT_OF_MEMORY, "was killed by the kernel for want of memory")
         if code > SIGNALLED:
-            return self._cause(code, f"was ended by {_name_of(code - SIGNALLED)}")
+            return self._cause(code, f"was ended by {processes.name_of(code - SIGNALLED)}")
         return self._cause(code, f"ended with code {code}")
 
     def _cause(self, code: int, what: str) -> Cause:
@@ -253,15 +222,10 @@ class Supervisor:
         if self._folder is None:
             return cause
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            own = self._folder / f".cause-{os.getpid()}-{cause.rank}"
-            own.write_text(json.dumps(asdict(cause)) + "\n", encoding="utf-8")
-            with contextlib.suppress(FileExistsError):
-                os.link(own, self._folder / CAUSE)
-            own.unlink()
+            return write_cause(self._folder, cause)
         except OSError as error:
             _say(f"the cause could not be written: {error}")
-        return read_cause(self._folder) or cause
+            return cause
 
     def _let_others_report(self, cause: Cause) -> None:
         """Who waits for a rank that hung shows where, while it still hangs: asking it for its stack can wake it."""
@@ -271,24 +235,21 @@ class Supervisor:
 
     def _report(self) -> None:
         """Write where this rank is, with the stacks of its threads."""
-        process = _state_of(self._child) if self._status is None else f"ended with {self._code}"
+        process = processes.state_of(self._child) if self._status is None else f"ended with {self._code}"
         words, stacks = self._heart.words(), self._dump_stacks()
         if self._folder is None or words.rank is None:
             _say(f"the rank's threads:\n{stacks}" if stacks else "the rank left no stack")
             return
         last_beat = time.time() - (time.monotonic() - self._beat.at)
         report = Report(words.rank, self._beat.step, self._beat.phase, last_beat, process)
-        text = f"{json.dumps(asdict(report))}\n\n{words.traceback}\n{stacks}"
         with contextlib.suppress(OSError):
-            whole, part = self._folder / f"rank-{words.rank:05d}.txt", self._folder / f".rank-{words.rank:05d}"
-            part.write_text(text, encoding="utf-8")
-            part.rename(whole)
+            write_report(self._folder, report, details=f"{words.traceback}\n{stacks}")
 
     def _dump_stacks(self) -> str:
         """What the rank's threads were at: its last words where it crashed, else as it says when it is asked."""
         if self._status is None and self._heart.words().traceback == "":
-            _send(self._child, signal.SIGUSR2)
-            _send(self._child, signal.SIGCONT)  # a process that somebody has stopped tells nothing
+            processes.send(self._child, signal.SIGUSR2)
+            processes.send(self._child, signal.SIGCONT)  # a process that somebody has stopped tells nothing
             size, deadline = -1, time.monotonic() + 1.0
             while time.monotonic() < deadline and (size <= 0 or size != os.fstat(self._stacks.fileno()).st_size):
                 size = os.fstat(self._stacks.fileno()).st_size
@@ -298,7 +259,7 @@ class Supervisor:
     def _end_rank(self) -> None:
         for number, seconds in ((signal.SIGTERM, _TERM_S), (signal.SIGKILL, _TERM_S)):
             if self._status is None:
-                _send(self._child, number)
+                processes.send(self._child, number)
             deadline = time.monotonic() + seconds
             while self._status is None and time.monotonic() < deadline:
                 self._has_ended(within_s=_POLL_S)
@@ -328,118 +289,6 @@ class Supervisor:
         return found
 
 
-# ------------------------------------------------------------------------------------------------------------ reports
-
-
-def read_cause(folder: Path) -> Cause | None:
-    """What ended the life whose folder of logs this is, once that is known."""
-    try:
-        return Cause(**json.loads((folder / CAUSE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def read_reports(folder: Path) -> list[Report]:
-    """The reports that ranks have left, by rank."""
-    paths = sorted(folder.glob("rank-*.txt"))
-    return [Report(**json.loads(path.read_text(encoding="utf-8").partition("\n")[0])) for path in paths]
-
-
-def summary(reports: list[Report], *, world_size: int) -> list[str]:
-    """Who is missing or furthest behind, and where the ranks were: all of a small world, else the last ones."""
-    missing = sorted(set(range(world_size)) - {report.rank for report in reports})
-    behind = sorted(reports, key=lambda report: (not _is_stopped(report), report.step, report.last_beat))
-    lines = [f"without a report: ranks {', '.join(map(str, missing))}"] if missing else []
-    if behind:
-        lines.append(f"furthest behind: rank {behind[0].rank}")
-    return lines + [str(report) for report in behind[:_SHOWN]]
-
-
-def _is_stopped(report: Report) -> bool:
-    return "stop" in report.process
-
-
 def _say(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
         print(f"supervisor: {text}", file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------- processes
-
-
-def out_of_memory_kills() -> int:
-    """Processes that the kernel has killed in this control group for want of memory, where it counts them."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
-            _, controllers, group = line.split(":", 2)
-            version_1 = "memory" in controllers.split(",")
-            root = Path("/sys/fs/cgroup/memory" if version_1 else "/sys/fs/cgroup")
-            events = root / group.lstrip("/") / ("memory.oom_control" if version_1 else "memory.events")
-            if (version_1 or not controllers) and events.exists():
-                return count_of_kills(events.read_text(encoding="ascii"))
-    return 0
-
-
-def count_of_kills(events: str) -> int:
-    """The number after `oom_kill` in a control group's file."""
-    found = re.search(r"^oom_kill (\d+)$", events, flags=re.MULTILINE)
-    return int(found[1]) if found else 0
-
-
-def _state_of(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        found = re.search(r"^State:\s+\S+ \((.*)\)$", Path(f"/proc/{pid}/status").read_text(), flags=re.MULTILINE)
-        return found[1] if found else "unknown"
-    return "gone"
-
-
-def _children() -> list[int]:
-    """Processes whose parent this one is, also those it has inherited."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if entry.read_text(errors="replace").rpartition(")")[2].split()[1] == str(os.getpid()):
-                found.append(int(entry.parent.name))
-    return found
-
-
-def _end_descendants() -> None:
-    """What the rank has started comes to its supervisor when the rank is gone; it ends by itself, or is killed."""
-    began = time.monotonic()
-    while time.monotonic() < began + _LEFTOVERS_S + _TERM_S:
-        try:
-            ended, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not ended:
-            if time.monotonic() > began + _LEFTOVERS_S:
-                for pid in _children():
-                    _send(pid, signal.SIGKILL)
-            time.sleep(_POLL_S / 10)
-
-
-def _clear_shared_memory(since: float) -> None:
-    """Remove what torch's processes, now dead, have left in /dev/shm since then: the names say whose it is."""
-    for path in Path("/dev/shm").glob("torch_[0-9]*"):
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(path.name.split("_")[1])
-            if (
-                path.stat().st_uid == os.getuid()
-                and path.stat().st_mtime >= since
-                and not Path(f"/proc/{pid}").exists()
-            ):
-                path.unlink()
-
-
-def _send(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def _name_of(number: int) -> str:
-    return signal.Signals(number).name if number in {int(known) for known in signal.Signals} else f"signal {number}"
-
-
-def _prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl")
