@@ -134,13 +134,17 @@ class Effective:
             interval = best_interval(self.save_s, between)
             steps = max(1, round(interval / (self.useful_s / self.steps)))
             advice = (
-                f"; a checkpoint costs {self.save_s:.3g} s, so with an unexpected end every {between / 3600:.3g} h, "
-                f"{basis}, one every {interval:.0f} s ({steps} steps) loses least (now every {self.every} steps)"
+                f"; a checkpoint costs {self.save_s:.3g} s, so with an unexpected end every {_span(between)}, "
+                f"{basis}, one every {_span(interval)} ({steps} steps) loses least (now every {self.every} steps)"
             )
         return (
-            f"effective training time {self.share:.1%} of {self.whole_s:.0f} s since the first of {self.starts} starts "
+            f"effective training time {self.share:.1%} of {_span(self.whole_s)} since the first of {self.starts} starts "
             f"({self.failures} unexpected ends){advice}"
         )
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 10_000 else f"{seconds / 3600:.3g} h"
 
 
 def close(run_dir: Path, *, life: str, code: int) -> None:
