@@ -138,8 +138,8 @@ class Effective:
                 f"{basis}, one every {_span(interval)} ({steps} steps) loses least (now every {self.every} steps)"
             )
         return (
-            f"effective training time {self.share:.1%} of {_span(self.whole_s)} since the first of {self.starts} starts "
-            f"({self.failures} unexpected ends){advice}"
+            f"effective training time {self.share:.1%} of {_span(self.whole_s)} since the first of "
+            f"{self.starts} starts ({self.failures} unexpected ends){advice}"
         )
 
 
