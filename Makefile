@@ -1,6 +1,7 @@
 # make train   set up, build the demo corpus, train the tiny preset on it; run again: goes on
-# make test    set up, run every test that needs no cluster
+# make test    set up, run every test that needs no cluster, but for the faults that ranks are injected with
 # make test-cluster   set up, install SLURM from Debian if need be (as root), run the tests that submit jobs to it
+# make test-faults   inject the faults of docs/reliability.md that take seconds; make test-faults-all: all, and write its table
 # make checks  format, lint, types
 # make bench   every benchmark; reports in benchmarks/results
 # make test-gpu, make bench-gpu   what needs a GPU: its tests, and both training benchmarks at the size of the base model
@@ -15,7 +16,7 @@ DEMO   := data/demo
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train corpus test test-cluster checks bench format clean gpu test-gpu bench-gpu
+.PHONY: train corpus test test-cluster test-faults test-faults-all checks bench format clean gpu test-gpu bench-gpu
 
 train: $(DEMO)/manifest.json
 	$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
@@ -28,11 +29,24 @@ $(DEMO)/manifest.json: | $(VENV)/.train
 	    --vocabulary-size 8192 --sequence-length 64 --shards 64
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --ignore tests/faults $(ARGS)
 
 test-cluster: $(VENV)/.dev
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
+
+test-faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "fault and not nightly and not cluster" $(ARGS)
+
+FAULTS := build/faults.json
+RECORD := PYTHONPATH=tests $(BIN)/python -m pytest -p fault_record --record-faults $(FAULTS)
+
+test-faults-all: $(VENV)/.dev
+	tests/cluster/install.sh
+	rm -f $(FAULTS)
+	$(RECORD) -m "fault and not cluster"
+	$(RECORD) -m "fault and cluster" tests/cluster
+	$(BIN)/python tests/fault_record.py $(FAULTS)
 
 gpu: $(VENV)/.dev
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device here: nothing was run")'

@@ -17,12 +17,12 @@ import tyro
 
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.presets import PRESETS
+from pmlm_dist.training.exit_codes import ExitCode
+from pmlm_dist.training.heartbeat import Heartbeat
 from pmlm_dist.training.preemption import Stopped, StopSignals
+from pmlm_dist.training.run_lock import FolderInUse
+from pmlm_dist.training.supervisor import rank_in, supervised
 
-EXIT_FAILED, EXIT_BAD_CONFIGURATION = 1, 2
-
-# Of torchrun and deepspeed, Open MPI, MPICH, srun: the first that is set counts (see parallel/launch.py).
-_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _RANKS_OF_THIS_HOST = (
     *("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
     *("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
@@ -48,21 +48,18 @@ def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
 
 def speaks(environ: Mapping[str, str]) -> bool:
     """Whether this process, before it has joined its world, is the one that prints."""
-    return _first_set(_RANK, environ, default="0") == "0"
+    return rank_in(environ) == 0
 
 
 def threads(environ: Mapping[str, str], *, cores: int) -> int:
     """Threads of one rank when `cores` are divided among the ranks of this host."""
-    ranks = re.match(r"\d+", _first_set(_RANKS_OF_THIS_HOST, environ, default="1"))  # Slurm writes "8(x4)" for 4 hosts
+    told = next((environ[name] for name in _RANKS_OF_THIS_HOST if environ.get(name)), "1")
+    ranks = re.match(r"\d+", told)  # Slurm writes "8(x4)" for 4 hosts
     return max(1, cores // max(1, int(ranks[0]) if ranks else 1))
 
 
-def _first_set(names: tuple[str, ...], environ: Mapping[str, str], *, default: str) -> str:
-    return next((environ[name] for name in names if environ.get(name)), default)
-
-
-def main() -> int:
-    """Run and return the exit code: 0 done, 1 a damaged shard on the way, 2 bad configuration, 75 told to stop."""
+def main(heart: Heartbeat) -> int:
+    """Run as a rank, with signs of life on `heart`, and return the exit code (training/exit_codes.py)."""
     signals = StopSignals()
     signals.listen()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads(os.environ, cores=len(os.sched_getaffinity(0)))))
@@ -70,25 +67,30 @@ def main() -> int:
         config = parse(sys.argv[1:], quiet=not speaks(os.environ))
         from pmlm_dist.training.loop import pretrain  # torch reads OMP_NUM_THREADS when it is imported
 
-        pretrain(config, signals)
+        pretrain(config, signals, heart)
     except Stopped as stopped:
         return stopped.exit_code
     except ConfigError as error:
         if speaks(os.environ):
             print(f"\nThis run cannot start:\n{error}\n", file=sys.stderr)
-        return EXIT_BAD_CONFIGURATION
+        return ExitCode.BAD_CONFIGURATION
+    except FolderInUse as error:
+        if speaks(os.environ):
+            print(f"\nThis run cannot start: {error}\n", file=sys.stderr)
+        return ExitCode.IN_USE
     except ValueError as error:
         from pmlm_dist.corpus.shards import ShardError
 
         if not isinstance(error, ShardError):
             raise
+        heart.fail(error)
         print(f"\nThis run cannot go on: {error}\n", file=sys.stderr)  # whichever rank met it
-        return EXIT_FAILED
-    return 0
+        return ExitCode.FAILED
+    return ExitCode.DONE
 
 
 if __name__ == "__main__":
-    code = main()
+    code = supervised(main)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a finished ZeRO-3 run on gloo can abort in its destructors

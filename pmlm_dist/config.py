@@ -199,8 +199,28 @@ class TrainConfig:
     ranks, equal replicas of the parameters. The first step of every start is checked, too."""
     max_skipped_steps: int = 20
     """Steps in a row whose gradient is not finite, after which the run ends. Each is left out: no weight changes."""
-    collective_timeout_s: int = 600
-    """Seconds after which a collective without an answer ends the run."""
+    collective_timeout_s: int = 300
+    """Seconds after which a collective without an answer ends the run; torch's own limit is 600 to 1800."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """How long a rank may show no progress before its supervisor ends the run (training/supervisor.py)."""
+
+    startup_s: float = 1800.0
+    """Seconds from one sign of life to the next in start-up and the first step: reading a checkpoint, building the
+    engine, finding the other ranks, compiling."""
+    data_s: float = 900.0
+    """Seconds that a rank waits for its own data; more than data.timeout_s, which tells more when it comes first."""
+    step_s: float = 240.0
+    """Seconds for a forward pass, a backward pass or an update, with what it waits for other ranks in it; less than
+    train.collective_timeout_s, so that the rank that hangs is named before those that wait for it give up."""
+    save_s: float = 600.0
+    """Seconds between two signs of life while the training waits for a checkpoint."""
+    validation_s: float = 240.0
+    """Seconds for a batch of a validation."""
+    slow_ratio: float = 1.5
+    """A rank that takes so many times as long as the others for its own work, three log lines in a row, is named."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +243,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -341,6 +362,12 @@ _POSITIVE = (
     "data.timeout_s",
     "data.cache_gib",
     "data.transfer_timeout_s",
+    "watch.startup_s",
+    "watch.data_s",
+    "watch.step_s",
+    "watch.save_s",
+    "watch.validation_s",
+    "watch.slow_ratio",
 )
 _NOT_NEGATIVE = (
     "data.workers",

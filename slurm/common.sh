@@ -66,48 +66,19 @@ run_step() {
 EXIT_BAD_CONFIGURATION=2
 EXIT_PREEMPTED=75
 
-# Step of the newest checkpoint in RUN_DIR, 0 without one.
-newest_step() {
-    local newest
-    newest=$(find "$RUN_DIR/checkpoints" -maxdepth 1 -regex '.*/step-[0-9]+' 2>/dev/null | sort | tail -n 1)
-    echo $((10#0${newest##*step-}))
-}
-
 # What the job does after its ranks have ended with `code`: a new life, the next job of the chain, or the end.
-#   0                 complete, or ended by hand (STOP) or by --train.stop-at: the end, also of a chain
-#   2                 a wrong setting: the end
-#   75                told to stop: a new life; after MAX_IDLE_PREEMPTIONS lives in a row that gained no step, the end
-#   anything else     failed: a new life, at most MAX_FAILURES times, and only if steps were gained since the last one
+# The rule is pmlm_dist/training/restarts.py's, the meaning of the codes that of exit_codes.py beside it. In short: done
+# or set wrongly is the end; told to stop is a new life, unless MAX_IDLE_PREEMPTIONS lives in a row gained no step; a
+# failure is a new life, at most MAX_FAILURES times, and only if steps were gained since the last one.
 next_life() {
-    local code=$1 record step failures=0 last=-1 idle=0
+    local code=$1
     if [[ -n $cancelled ]]; then exit "$code"; fi
     if [[ -n $asked && $code -ne 0 && $code -ne $EXIT_BAD_CONFIGURATION ]]; then code=$EXIT_PREEMPTED; fi
-    if [[ $code -eq 0 || $code -eq $EXIT_BAD_CONFIGURATION ]]; then end_chain "$code"; fi
-
-    record=$RUN_DIR/.restarts-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
-    step=$(newest_step)
-    if [[ -f $record ]]; then read -r failures last idle <"$record"; fi
-    if ((step > last)); then idle=0; else idle=$((idle + 1)); fi
-    if [[ $code -ne $EXIT_PREEMPTED ]]; then failures=$((failures + 1)); fi
-    mkdir -p "$RUN_DIR"
-    echo "$failures $step $idle" >"$record"
-
-    if [[ $code -eq $EXIT_PREEMPTED ]]; then
-        if ((idle >= MAX_IDLE_PREEMPTIONS)); then give_up "$code" "$idle lives in a row gained no step"; fi
-    elif ((failures > MAX_FAILURES)); then
-        give_up "$code" "this was failure $failures"
-    elif ((idle > 0)); then
-        give_up "$code" "no step was gained since the last restart"
-    fi
-    echo "$(date -Is) exit code $code at step $step: going on"
+    "${PYTHON[@]}" -m pmlm_dist.training.restarts decide "$RUN_DIR" --key "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" \
+        --code "$code" --max-failures "$MAX_FAILURES" --max-idle-preemptions "$MAX_IDLE_PREEMPTIONS" || end_chain "$code"
     if [[ $ON_STOP == next ]]; then exit 0; fi
     scontrol requeue "$SLURM_JOB_ID"
     exit "$EXIT_PREEMPTED"
-}
-
-give_up() {
-    echo "$(date -Is) exit code $1: not started again, $2" >&2
-    end_chain "$1"
 }
 
 # The jobs of an array that have not begun have nothing left to do.

@@ -68,6 +68,10 @@ WITHOUT_TORCH = [
     *(name for name in MODULES if name.startswith("pmlm_dist.corpus")),
     *("pmlm_dist.masking.blockwise", "pmlm_dist.masking.layout", "pmlm_dist.data.order", "pmlm_dist.vocab"),
     *(f"pmlm_dist.training.{name}" for name in ("placement", "checkpoint_files", "checkpoint_folder")),
+    *(
+        f"pmlm_dist.training.{name}"
+        for name in ("exit_codes", "heartbeat", "supervisor", "causes", "processes", "run_lock", "lives", "restarts")
+    ),
     "pmlm_dist.training.checkpoint_commands",
     *("pmlm_dist.config", "pmlm_dist.presets", "pmlm_dist.engine_config", "pmlm_dist.cli", "train"),
 ]

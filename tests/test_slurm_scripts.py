@@ -109,6 +109,14 @@ def test_the_ranks_get_the_settings_and_the_arguments_of_sbatch(batch: Batch):
     assert call.endswith("MASTER_ADDR=localhost")
 
 
+def test_fine_tuning_gets_the_arguments_of_sbatch_and_is_restarted_by_the_same_rule(batch: Batch):
+    life = batch.end(batch.start(137, script="finetune.sh", GAINED="00000003"))
+    (call, *_) = [call for call in life.calls if call.startswith("srun")]
+    assert "/.venv/bin/python -m pmlm_dist.cli finetune --train.seed 3 MASTER_ADDR=localhost" in call
+    assert life.requeued
+    assert not batch.end(batch.start(137, script="finetune.sh")).requeued
+
+
 def test_a_container_image_replaces_the_environment(batch: Batch):
     calls = batch.live(0, CONTAINER="pmlm.sif").calls
     assert any(f"apptainer exec --nv --bind {ROOT} pmlm.sif python train.py" in call for call in calls)

@@ -19,9 +19,11 @@ from worlds import free_port, run_world
 import train
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.presets import PRESETS, base, tiny
+from pmlm_dist.training.exit_codes import ExitCode
 from pmlm_dist.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
+SECRET = "a-token-that-nobody-may-read"
 PYTHON = sys.executable
 BESIDE_PYTHON = Path(sys.executable).parent
 
@@ -80,7 +82,7 @@ def test_a_mistake_ends_with_exit_code_2_and_the_setting_that_is_meant(
 ):
     with pytest.raises(SystemExit) as caught:
         train.parse(arguments)
-    assert caught.value.code == train.EXIT_BAD_CONFIGURATION
+    assert caught.value.code == ExitCode.BAD_CONFIGURATION
     printed = capsys.readouterr()
     assert hint in printed.out + printed.err
     assert arguments[-1] in printed.out + printed.err
@@ -134,7 +136,7 @@ def started(command: Sequence[str | Path], environ: Mapping[str, str]) -> Iterat
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
-        env={**shell, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environ},
+        env={**shell, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_TOKEN": SECRET, **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -195,6 +197,7 @@ def launch(launcher: str, arguments: list[str]) -> None:
         for process in processes:
             code, printed = finish(process)
             assert code == 0, printed
+            assert SECRET not in printed
 
 
 def learned(run_dir: Path) -> dict[int, dict[str, float]]:
@@ -218,6 +221,7 @@ def launched(launcher: str, corpus: Path, folder: Path) -> dict[int, dict[str, f
     launch(launcher, ["--corpus", str(corpus), "--run-dir", str(run_dir), "--ds-config", str(engine), *SMALL])
     topology = json.loads((run_dir / "config.json").read_text())["topology"]
     assert topology["world_size"] == (1 if launcher == "python" else 2)
+    assert not [path for path in run_dir.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     return learned(run_dir)
 
 
@@ -253,7 +257,7 @@ def test_a_missing_corpus_ends_all_ranks_with_one_message_that_names_the_remedy(
     with contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(started(command, srun(rank, port=port))) for rank in range(2))
         (first_code, first_printed), (second_code, second_printed) = finish(first), finish(second)
-    assert (first_code, second_code) == (train.EXIT_BAD_CONFIGURATION, train.EXIT_BAD_CONFIGURATION)
+    assert (first_code, second_code) == (ExitCode.BAD_CONFIGURATION, ExitCode.BAD_CONFIGURATION)
     assert first_printed.count("This run cannot start") == 1
     (problem,) = (line for line in first_printed.splitlines() if line.startswith("- "))
     assert problem.startswith(f"- no corpus in {tmp_path / 'nowhere'}")

@@ -63,6 +63,11 @@ def run_world(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: f
     return [answer for _, answer in answers]
 
 
+def process(function: Callable[..., Any], *args: Any) -> Any:
+    """A process, not started yet, that will call `function` with `args`; forked from the server like a rank."""
+    return _CONTEXT.Process(target=function, args=args)
+
+
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:

@@ -7,11 +7,10 @@ an interval is done again and a restart waited for.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-LLAMA_3_HOURS = 54 * 24 * 16_384 / 419
-"""Hours between failures for each GPU: 419 unexpected interruptions in 54 days on 16,384 GPUs (Llama 3, 2024)."""
+from pmlm_dist.training.lives import best_interval
+
 BYTES_OF_PARAMETER = 12
 """fp32 weight and both moments, each once over all ranks (training/checkpoint_files.py)."""
 
@@ -50,4 +49,4 @@ def checkpoints(
     """
     size = float(BYTES_OF_PARAMETER * parameters)
     delta, between = size / gpus / bytes_per_s, 3600 * gpu_hours / gpus
-    return Checkpoints(size, delta, between, restart_s, interval=max(step_s, math.sqrt(2 * delta * between)))
+    return Checkpoints(size, delta, between, restart_s, interval=max(step_s, best_interval(delta, between)))

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pmlm_dist.config import MaskingConfig, ModelConfig, ObjectiveConfig, ParallelConfig, RunConfig, divisors, problems
 from pmlm_dist.devices import DEVICES, GIGA, Device
-from pmlm_dist.planning.reliability import LLAMA_3_HOURS
 from pmlm_dist.presets import PRESETS
+from pmlm_dist.training.lives import LLAMA_3_HOURS
 
 MEASURE = "measure"
 _GPUS_PER_NODE = 8

@@ -11,9 +11,11 @@ ends the process between two operations, a whole checkpoint is left and nothing 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,12 +43,14 @@ _TEMPORARY = ".tmp-"
 class CheckpointFolder:
     """The checkpoints below `root`, seen from one process.
 
-    The newest `keep` stay, and every one whose step is a multiple of `keep_every`.
+    The newest `keep` stay, and every one whose step is a multiple of `keep_every`. `fence` is called right before a
+    checkpoint gets its name; it raises when this process may not commit any more (`run_lock.py`).
     """
 
     root: Path
     keep: int
     keep_every: int | None = None
+    fence: Callable[[], None] = lambda: None
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies (None if there is none at all), and what is wrong with newer ones.
@@ -79,9 +83,15 @@ class CheckpointFolder:
         return self.root / f"step-{step:08d}{_TEMPORARY}{life}"
 
     def remove_leftovers(self) -> None:
-        """Remove what earlier lives left half written or half removed."""
+        """Remove what earlier lives left half written or half removed.
+
+        It loses its name first, at once: an old rank that is about to commit it finds nothing, or has committed it.
+        """
         for path in self.root.glob(f"step-*{_TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            doomed = path.with_name(f"{path.name.partition(_TEMPORARY)[0]}{_TEMPORARY}removed-{secrets.token_hex(4)}")
+            with contextlib.suppress(OSError):
+                path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def commit(self, step: int, temporary: Path, files: Mapping[str, Written]) -> Path:
         """Make what was written into `temporary` the checkpoint of `step`. Raises `Damaged` when it is not complete.
@@ -93,6 +103,7 @@ class CheckpointFolder:
         if faults:
             raise Damaged(f"{temporary} is not complete: {faults[0]}")
         flush(temporary)
+        self.fence()
         final = self.folder(step)
         if final.exists():  # of an earlier life, and not whole: else this run would have gone on from it
             self._remove(final)

@@ -30,15 +30,18 @@ from pmlm_dist.data.loader import validation_batches
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.objectives import NUM_COUNTS, loss_scales, target_weights
 from pmlm_dist.parallel import groups, seeding
-from pmlm_dist.parallel.groups import ModelParallelUnit
+from pmlm_dist.parallel.groups import ModelParallelUnit, Topology
 from pmlm_dist.parallel.layers import count_parameters
 from pmlm_dist.training.allocator import keep_freed_memory
 from pmlm_dist.training.checkpoint import RunState, find_checkpoint, load_checkpoint
 from pmlm_dist.training.checkpoint_files import read_state
 from pmlm_dist.training.checkpoint_folder import CheckpointFolder
 from pmlm_dist.training.engine_state import EngineState
-from pmlm_dist.training.guards import Skips, check_batches, check_replicas, find_causes
+from pmlm_dist.training.exit_codes import ExitCode, code_of
+from pmlm_dist.training.guards import Skips, check_batches, check_engine, check_replicas, find_causes
+from pmlm_dist.training.heartbeat import SAVE, VALIDATION, Heartbeat, phase_limits
 from pmlm_dist.training.initial_weights import load_initial_weights
+from pmlm_dist.training.lives import LifeLog
 from pmlm_dist.training.meter import Meter, StepResult, Stopwatch
 from pmlm_dist.training.metrics import RunLog
 from pmlm_dist.training.optimizer import (
@@ -50,30 +53,54 @@ from pmlm_dist.training.optimizer import (
 )
 from pmlm_dist.training.preemption import STOP_FILE, StopAgreement, Stopped, StopSignals
 from pmlm_dist.training.reading import Reading
-from pmlm_dist.training.run import Run, check, resolve
+from pmlm_dist.training.run import Claim, Run, check, claimed, resolve
 from pmlm_dist.training.saver import Saver
 from pmlm_dist.training.validation import losses_of, validate
 
 _COMPLETE = "COMPLETE"
 
 
-def pretrain(config: RunConfig, signals: StopSignals | None = None) -> None:
+def pretrain(config: RunConfig, signals: StopSignals | None = None, heart: Heartbeat | None = None) -> None:
     """Run, or go on with, the pre-training that `config` describes, to its last step; every rank calls this.
 
     Raises `ConfigError` before anything is computed when the settings, the corpus or a checkpoint do not fit, and
-    `Stopped` on every rank, with a checkpoint written, when one of them was sent a signal or there is a file `STOP`.
+    `Stopped` on every rank, with a checkpoint written, when one of them was sent a signal or there is a file `STOP`;
+    `FolderInUse` when another start of this run is at work. Signs of life go to `heart`.
     """
     check(config)
-    signals = signals or StopSignals()
+    signals, heart = signals or StopSignals(), heart or Heartbeat()
     signals.grace_s = config.train.grace_s
+    heart.limit(phase_limits(config.watch, warm=False))
     topology = groups.start(tp=config.parallel.tp, timeout_s=config.train.collective_timeout_s)
-    keep, keep_every = config.train.keep_checkpoints, config.train.keep_every
-    folder = CheckpointFolder(config.run_dir / "checkpoints", keep=keep, keep_every=keep_every)
+    with claimed(config.run_dir, topology) as claim:
+        heart.introduce(
+            rank=topology.rank,
+            world_size=topology.world_size,
+            run_dir=str(config.run_dir.absolute()),
+            life=claim.life,
+        )
+        _pretrain(config, topology, claim, signals=signals, heart=heart)
+
+
+def _pretrain(config: RunConfig, topology: Topology, claim: Claim, *, signals: StopSignals, heart: Heartbeat) -> None:
+    train = config.train
+    accounts = LifeLog(
+        config.run_dir,
+        life=claim.life,
+        world_size=topology.world_size,
+        every=train.checkpoint_every,
+        enabled=topology.is_first,
+    )
+    folder = CheckpointFolder(
+        config.run_dir / "checkpoints", keep=train.keep_checkpoints, keep_every=train.keep_every, fence=claim.check
+    )
+    if topology.is_first:
+        folder.remove_leftovers()
     newest = find_checkpoint(folder, topology)
     saved = read_state(newest) if newest else None
     run = resolve(config, topology, saved=saved)
     log = RunLog(config.run_dir, enabled=topology.is_first, first_step=saved["step"] if saved else 0)
-    stop = StopAgreement(signals, file=config.run_dir / STOP_FILE, topology=topology)
+    stop = StopAgreement(signals, file=config.run_dir / STOP_FILE, topology=topology, heart=heart)
     try:
         if saved and saved["step"] >= config.train.steps:
             log.say(f"this run is complete: {newest} holds step {saved['step']} of {config.train.steps}; nothing to do")
@@ -91,9 +118,18 @@ def pretrain(config: RunConfig, signals: StopSignals | None = None) -> None:
             log.say(f"weights: from {load_initial_weights(engine_state, config.init)}")
         _announce(run, engine, state, log)
         about = {"identity": run.identity(), "configuration": run.configuration()}
-        timeout_s = config.train.save_timeout_s
-        saver = Saver(engine_state, folder, log, about=about, timeout_s=timeout_s, limit=signals.deadline)
-        _train(run, engine, saver, state, log, stop=stop)
+        saver = Saver(
+            engine_state,
+            folder,
+            log,
+            about=about,
+            timeout_s=train.save_timeout_s,
+            limit=signals.deadline,
+            alive=heart.go_on,
+            life=claim.life,
+        )
+        accounts.started(state.step)
+        _train(run, engine, saver, state, log, stop=stop, accounts=accounts)
     except Stopped as stopped:
         newest = next(reversed(folder.steps()), None)
         log.say(f"stopped by {stopped}; started again, it goes on from {newest or 'the beginning'}")
@@ -118,6 +154,7 @@ def build_engine(run: Run) -> DeepSpeedEngine:
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
+    check_engine(engine.dp_world_size, run.topology)
     if run.engine.zero_stage == 0:  # a single rank would copy all gradients to and fro for nothing
         engine.enable_backward_allreduce = run.topology.dp > 1
     return engine
@@ -167,7 +204,7 @@ def train_step(
             norm = _update(run, engine, is_boundary=number == accumulation - 1)
     if math.isfinite(norm):
         return StepResult(counts, norm)
-    causes = _causes(run, engine, micro_batches, scale_K, state)
+    causes = _causes(run, engine, micro_batches, scale_K, state, heart=watch.heart)
     return StepResult(torch.zeros_like(counts), None, skipped=True, causes=tuple(causes))
 
 
@@ -188,7 +225,13 @@ def _update(run: Run, engine: DeepSpeedEngine, *, is_boundary: bool) -> float:
 
 
 def _causes(
-    run: Run, engine: DeepSpeedEngine, micro_batches: list[Batch], scale_K: torch.Tensor, state: RunState
+    run: Run,
+    engine: DeepSpeedEngine,
+    micro_batches: list[Batch],
+    scale_K: torch.Tensor,
+    state: RunState,
+    *,
+    heart: Heartbeat,
 ) -> list[str]:
     """Why the step after `state` was left out. With fp16 that is how the loss scale finds its place: no causes."""
     if run.engine.precision == "fp16":
@@ -196,6 +239,7 @@ def _causes(
     module = _module_of(engine)
 
     def loss_of(number: int) -> torch.Tensor:
+        heart.go_on()
         _seed_dropout(run, state, number)
         return (losses_of(module, micro_batches[number], run.config.objective).nll_K * scale_K).sum()
 
@@ -219,11 +263,18 @@ def _loss_scale(run: Run, micro_batches: list[Batch]) -> torch.Tensor:
 
 
 def _train(
-    run: Run, engine: DeepSpeedEngine, saver: Saver, state: RunState, log: RunLog, *, stop: StopAgreement
+    run: Run,
+    engine: DeepSpeedEngine,
+    saver: Saver,
+    state: RunState,
+    log: RunLog,
+    *,
+    stop: StopAgreement,
+    accounts: LifeLog,
 ) -> None:
     train = run.config.train
     _withdraw_completion(run)
-    meter, skips, first_state = Meter(run, log), Skips(limit=train.max_skipped_steps), state
+    meter, skips, first_state = Meter(run, log, stop.heart), Skips(limit=train.max_skipped_steps), state
     saved, is_due, is_sound = state, False, True
     check_replicas(_module_of(engine), run.topology)
     reading = Reading(run, state, log)
@@ -239,34 +290,60 @@ def _train(
             for cause in result.causes:
                 log.say(f"step {state.step} was left out, its gradient was not finite: {cause}")
             skips.count(skipped=result.skipped, last_good=saver.newest if result.skipped else None)
-            meter.end_step(state.step, result, loss_scale=_fp16_scale(run, engine), skipped_steps=skips.total)
+            meter.end_step(
+                state.step,
+                result,
+                loss_scale=_fp16_scale(run, engine),
+                skipped_steps=skips.total,
+                own_data_s=stop.waited_s,
+            )
             if run.is_logged(state.step):
                 reading.report(state.step)
             if guarded:
                 check_replicas(_module_of(engine), run.topology)
             if is_last or state.step % train.validate_every == 0:
-                _validate(run, engine, state, log, stop=None if is_last else stop)
+                stop.heart.enter(VALIDATION)
+                _validate(run, engine, state, log, stop=stop, heed=not is_last)
+            stop.heart.enter(SAVE)
+            if state.step == first_state.step + 1:
+                stop.heart.limit(phase_limits(run.config.watch, warm=True))
             saver.report()
             is_due = is_last or is_due or state.step % train.checkpoint_every == 0
             if is_due and (is_last or is_sound):
-                saver.save(state)
+                _save(state, saver, meter, accounts)
                 saved, is_due = state, False
         saver.close()
     except Stopped:
+        stop.heart.enter(SAVE)
         if is_sound and state != saved:
-            saver.save(state)
+            _save(state, saver, meter, accounts)
         saver.wait()  # where it cannot be written in time the checkpoint before stands
         raise
     finally:
+        accounts.ended(state.step, useful_s=meter.total_s, code=_code_now())
         saver.leave()
         reading.close()
-    if state.step < train.steps:
-        log.say(f"stopped after step {state.step} of {train.steps}, as --train.stop-at says; started again, it goes on")
+    _conclude(run, state, log)
+
+
+def _conclude(run: Run, state: RunState, log: RunLog) -> None:
+    steps = run.config.train.steps
+    if state.step < steps:
+        log.say(f"stopped after step {state.step} of {steps}, as --train.stop-at says; started again, it goes on")
     else:
         _record_completion(run, state.step)
-        log.say(
-            f"complete: step {state.step} of {train.steps}; TensorBoard files in {run.config.run_dir / 'tensorboard'}"
-        )
+        log.say(f"complete: step {state.step} of {steps}; TensorBoard files in {run.config.run_dir / 'tensorboard'}")
+
+
+def _save(state: RunState, saver: Saver, meter: Meter, accounts: LifeLog) -> None:
+    saver.save(state)
+    accounts.saved(state.step, useful_s=meter.total_s, stalled_s=saver.stalled_s)
+
+
+def _code_now() -> int:
+    """The exit code that what is being raised leads to; to be called while it is."""
+    error = sys.exc_info()[1]
+    return int(ExitCode.DONE if error is None else code_of(error))
 
 
 def _module_of(engine: DeepSpeedEngine) -> nn.Module:
@@ -288,8 +365,10 @@ def advance(state: RunState, run: Run) -> RunState:
     )
 
 
-def _validate(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog, *, stop: StopAgreement | None) -> None:
-    """Validate; `stop` may end it midway. None: it is seen through, as the last one, which nobody would make up for."""
+def _validate(
+    run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog, *, stop: StopAgreement, heed: bool
+) -> None:
+    """Validate; `stop` may end it midway, unless `heed` is false: nobody would make up for the last one."""
     batches = validation_batches(
         run.source,
         samples=run.config.train.validation_samples,
@@ -298,7 +377,7 @@ def _validate(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog, *
     )
     validation = validate(
         engine,
-        stop.checked(batches) if stop else batches,
+        stop.checked(batches, heed=heed),
         run.vocabulary,
         run.topology,
         objective=run.config.objective,

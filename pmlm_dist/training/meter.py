@@ -11,9 +11,11 @@ import torch
 
 from pmlm_dist.objectives import NUM_COUNTS, READS, LossMeans
 from pmlm_dist.training.flops import peak_tflops, training_flops
+from pmlm_dist.training.heartbeat import DATA, STEP, Heartbeat
 from pmlm_dist.training.metrics import Progress, RunLog
 from pmlm_dist.training.optimizer import learning_rate
 from pmlm_dist.training.run import Run
+from pmlm_dist.training.stragglers import RankTimes, Stragglers
 
 PHASES = ("data", "forward", "backward", "step")
 
@@ -23,15 +25,18 @@ class Stopwatch:
     """Seconds spent in each phase of the steps since the last reading.
 
     On an accelerator work is queued and a phase's time is that of queueing it, unless `exact` waits for the device.
+    Each phase begins with a sign of life on `heart`.
     """
 
     device: torch.device
+    heart: Heartbeat = field(default_factory=Heartbeat)
     exact: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what runs inside as `name`."""
+        self.heart.enter(DATA if name == "data" else STEP)
         start = time.perf_counter()
         yield
         if self.exact and self.device.type == "cuda":
@@ -60,8 +65,11 @@ class StepResult:
 class Meter:
     """Turns steps into log lines, every `train.log_every` of them. Validation and checkpoints do not count as time."""
 
-    def __init__(self, run: Run, log: RunLog):
-        self.watch = Stopwatch(run.topology.device)
+    def __init__(self, run: Run, log: RunLog, heart: Heartbeat):
+        self.watch = Stopwatch(run.topology.device, heart)
+        self.total_s = 0.0
+        """Seconds of all steps so far."""
+        self._stragglers = Stragglers(ratio=run.config.watch.slow_ratio)
         self._run, self._log = run, log
         self._peak = peak_tflops(run.config.train.peak_tflops, run.topology.device)
         self._flops = training_flops(
@@ -75,21 +83,37 @@ class Meter:
 
     def start_step(self, step: int) -> None:
         """Begin to time `step`; phases are timed exactly in the step that is logged, the others run unhindered."""
+        self.watch.heart.enter(DATA, step=step)
         if self._run.is_logged(step):
             self.watch.reset()
             self.watch.exact = True
         self._step_start = time.perf_counter()
 
-    def end_step(self, step: int, result: StepResult, *, loss_scale: float | None, skipped_steps: int) -> None:
-        """Count `step`; write a line when it is due."""
-        self._seconds += time.perf_counter() - self._step_start
+    def end_step(
+        self, step: int, result: StepResult, *, loss_scale: float | None, skipped_steps: int, own_data_s: float = 0.0
+    ) -> None:
+        """Count `step`, for which this rank waited `own_data_s` for its own data; write a line when it is due."""
+        step_s = time.perf_counter() - self._step_start
+        self._seconds += step_s
+        self.total_s += step_s
         self._counts += result.counts
         self._steps += 1
         if not self._run.is_logged(step):
             return
         progress = self._progress(step, result, loss_scale=loss_scale, skipped_steps=skipped_steps)
         self._log.progress(progress, self._run.topology.device)
+        self._compare_ranks(step, own_data_s=own_data_s, step_s=step_s)
         self._reset()
+
+    def _compare_ranks(self, step: int, *, own_data_s: float, step_s: float) -> None:
+        """What each rank measured in the step that is logged; every rank must call."""
+        seconds = self.watch.seconds
+        compute_s = seconds["forward"] + seconds["backward"]
+        own = RankTimes(data_s=own_data_s, compute_s=compute_s, forward_s=seconds["forward"], step_s=step_s)
+        of_rank = self._run.topology.gather(own)
+        self._log.ranks(of_rank, step=step)
+        for sentence in self._stragglers.look(of_rank):
+            self._log.say(f"warning: step {step}: {sentence}")
 
     def _progress(self, step: int, result: StepResult, *, loss_scale: float | None, skipped_steps: int) -> Progress:
         run, train = self._run, self._run.config.train

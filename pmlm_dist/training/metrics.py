@@ -6,20 +6,26 @@ RUN_DIR/metrics.jsonl    the same scalars, one JSON object a line; after a resum
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from pmlm_dist.objectives import LossMeans
+from pmlm_dist.training.stragglers import RankTimes
 
 if TYPE_CHECKING:
     from pmlm_dist.training.validation import Validation
+
+_RANKS_SHOWN = 64
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class RunLog:
 
     def __init__(self, run_dir: Path, *, enabled: bool, first_step: int):
         self.enabled = enabled
+        self.lost_lines = 0
+        """Lines that could not be written."""
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -54,9 +62,12 @@ class RunLog:
         self._lines = _open_lines(run_dir / "metrics.jsonl")
 
     def say(self, text: str) -> None:
-        """Print `text` once for the whole run."""
+        """Print `text` once for the whole run; a terminal or disk that is gone does not end the training."""
         if self.enabled:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except (OSError, ValueError):
+                self.lost_lines += 1
 
     def write_configuration(self, configuration: dict[str, Any]) -> None:
         """The resolved configuration as RUN_DIR/config.json and as TensorBoard text."""
@@ -68,7 +79,8 @@ class RunLog:
         """A console line and the training scalars of an interval."""
         if not self.enabled:
             return
-        scalars = {f"train/{name}": value for name, value in vars(progress.losses).items()}
+        scalars: dict[str, float | None] = {"log/lost_lines": self.lost_lines or None}
+        scalars |= {f"train/{name}": value for name, value in vars(progress.losses).items()}
         scalars |= {f"seconds/{name}": value for name, value in progress.seconds.items()}
         scalars |= {
             "train/learning_rate": progress.learning_rate,
@@ -101,6 +113,18 @@ class RunLog:
         self.say(f"validation at step {step}:  {'  '.join(parts)}")
         self._writer.flush()
 
+    def ranks(self, of_rank: Sequence[RankTimes], *, step: int) -> None:
+        """Data, compute and step time of each rank, by its number; of a large world the median and the largest."""
+        if not self.enabled:
+            return
+        scalars: dict[str, float | None] = {}
+        for name in ("data_s", "compute_s", "step_s"):
+            values = [getattr(times, name) for times in of_rank]
+            scalars |= {f"ranks/{name}/median": median(values), f"ranks/{name}/largest": max(values)}
+            if len(values) <= _RANKS_SHOWN:
+                scalars |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(values)}
+        self._scalars(scalars, step=step)
+
     def reading(self, scalars: dict[str, float | None], *, step: int) -> None:
         """How far the corpora have been read, and what of them cannot be."""
         if self.enabled:
@@ -115,14 +139,18 @@ class RunLog:
         """Write out what is buffered."""
         if self.enabled:
             self._writer.close()
-            self._lines.close()
+            with contextlib.suppress(OSError):
+                self._lines.close()
 
     def _scalars(self, scalars: dict[str, float | None], *, step: int) -> None:
         present = {name: value for name, value in scalars.items() if value is not None}
         for name, value in present.items():
             self._writer.add_scalar(name, value, step)
-        self._lines.write(json.dumps({"step": step, **present}) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.write(json.dumps({"step": step, **present}) + "\n")
+            self._lines.flush()
+        except OSError:
+            self.lost_lines += 1
 
 
 def _open_lines(path: Path) -> TextIO:

@@ -29,14 +29,17 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from pmlm_dist.training.exit_codes import ExitCode
+from pmlm_dist.training.heartbeat import STEP, Heartbeat
+
 if TYPE_CHECKING:
     from pmlm_dist.parallel.groups import Topology
 
 T = TypeVar("T")
 
 STOP_FILE = "STOP"
-EXIT_PREEMPTED = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again."""
+EXIT_PREEMPTED = int(ExitCode.PREEMPTED)
+"""Nothing is wrong, start it again."""
 
 LISTENED_FOR = (signal.SIGTERM, signal.SIGUSR1)
 _ECHO_S = 1.0
@@ -178,28 +181,38 @@ class Arriving(Generic[T]):
 class StopAgreement:
     """What all ranks together know about stopping. Every rank calls the same methods in the same order.
 
-    `signals` are those of this process, `file` ends the run when it exists.
+    `signals` are those of this process, `file` ends the run when it exists. Each look is a sign of life on `heart`.
     """
 
-    def __init__(self, signals: StopSignals, *, file: Path, topology: Topology):
+    def __init__(self, signals: StopSignals, *, file: Path, topology: Topology, heart: Heartbeat | None = None):
         self._signals, self._file, self._topology = signals, file, topology
+        self.heart = heart or Heartbeat()
+        self.waited_s = 0.0
+        """Seconds that this rank's own items were waited for, the last time."""
 
     def check(self) -> None:
         """Raise `Stopped` on all ranks when any has a reason to."""
+        self.heart.go_on()
         (reason,) = self._topology.largest(self._reason())
         self._stop_for(Reason(reason))
 
-    def checked(self, items: Iterable[T]) -> Iterator[T]:
-        """`items`, as many on every rank, with a check before each."""
+    def checked(self, items: Iterable[T], *, heed: bool = True) -> Iterator[T]:
+        """`items`, as many on every rank, with a check before each; `heed` false: with a sign of life alone."""
         for item in items:
-            self.check()
+            if heed:
+                self.check()
+            self.heart.go_on()
             yield item
 
     def wait_for(self, arriving: Arriving[T]) -> list[T]:
         """What has arrived, once it has on every rank. Raises `Stopped` as `check` does, also if it never arrives."""
-        missing = 1
+        missing, is_missing, began = 1, True, time.monotonic()
         while missing:
-            is_missing = not arriving.are_there(within_s=_POLL_S)
+            if is_missing:
+                is_missing = not arriving.are_there(within_s=_POLL_S)
+                self.waited_s = time.monotonic() - began
+            if not is_missing:  # from here on it is others that this rank waits for
+                self.heart.enter(STEP)
             reason, missing = self._topology.largest(self._reason(), int(is_missing))
             self._stop_for(Reason(reason))
         return arriving.take()

@@ -6,6 +6,8 @@ RunConfig + DeepSpeed's JSON + corpus manifest + topology  ->  Run      (every p
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from pmlm_dist.objectives import READS
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.training.checkpoint import differences
 from pmlm_dist.training.initial_weights import initial_weights_problems
+from pmlm_dist.training.run_lock import FolderInUse, RunLock
 from pmlm_dist.vocab import Vocabulary
 
 # Settings that may differ when a run goes on: they change how it is computed, read or logged, not what is learned.
@@ -210,6 +213,45 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
             found += initial_weights_problems(config.init, completed.model, vocabulary)
         refuse_together(found, topology)
     return run
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What makes this start of a run the one that may write into its folder."""
+
+    life: str
+    """The name of this start."""
+    check: Callable[[], None]
+    """Raises `Superseded` when another start has taken over; asked on rank 0 before a checkpoint is committed."""
+
+
+@contextmanager
+def claimed(run_dir: Path, topology: Topology) -> Iterator[Claim]:
+    """Hold the lock of `run_dir` (`run_lock.py`), by rank 0 for all; every rank must call.
+
+    Raises on every rank `FolderInUse` when another start is at work there, ConfigError when nothing can be written.
+    """
+    lock, in_use, problems = None, "", []
+    if topology.is_first:
+        try:
+            lock = RunLock.claim(run_dir)
+        except FolderInUse as error:
+            in_use = str(error)
+        except OSError as error:
+            problems = [f"--run-dir ({run_dir}) cannot be written to: {error}"]
+    life, in_use, problems = topology.broadcast((lock.life if lock else "", in_use, problems))
+    refuse(problems)
+    if in_use:
+        raise FolderInUse(in_use)
+    try:
+        yield Claim(life, check=lock.check if lock else _nothing)
+    finally:
+        if lock:
+            lock.release()
+
+
+def _nothing() -> None:
+    """The lock is rank 0's."""
 
 
 def _mixture(found: list[str], config: RunConfig) -> tuple[CorpusSource, ...]:

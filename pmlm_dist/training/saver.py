@@ -56,6 +56,8 @@ class Saver:
     Raises `ConfigError` on every rank when rank 0 cannot write there, or another rank does not see what it writes.
     `about`: what `state.json` says of the run (identity, configuration). `timeout_s`: a checkpoint that is not written
     by then is given up; so is one that is not when `limit()` (`time.monotonic`) is past, which may come nearer.
+    `alive` is called again and again while the training waits for a checkpoint. `life`: name of this start of the run,
+    the same on all ranks; drawn when there is none.
     """
 
     def __init__(
@@ -67,15 +69,17 @@ class Saver:
         about: dict[str, Any],
         timeout_s: float,
         limit: Callable[[], float] = lambda: math.inf,
+        alive: Callable[[], None] = lambda: None,
+        life: str | None = None,
     ):
         self.failures = 0
         self.stalled_s = 0.0
         """Seconds that the training has stood still for saving."""
         self._engine, self._folder, self._log = engine, folder, log
-        self._about, self._timeout_s, self._limit = about, timeout_s, limit
+        self._about, self._timeout_s, self._limit, self._alive = about, timeout_s, limit, alive
         self._memory = _HostMemory(engine.topology.device)
         self._writer: _Writer | None = None
-        self._life = _begin_life(folder, engine.topology)
+        self._life = _begin_life(folder, engine.topology, life=life or secrets.token_hex(4))
         engine.before_update(self._wait_until_copied)
 
     @property
@@ -156,6 +160,7 @@ class Saver:
             problems = {rank: state for rank, state in enumerate(states) if state not in ("", _BUSY)}
             if problems:
                 writer.give_up(problems)
+            self._alive()
             time.sleep(_POLL_S)
         writer.settled, writer.failed_anywhere = True, states[0] != ""
         if writer.is_alive():  # past its time and still at it: leave it its copy, and never its name to what it writes
@@ -175,9 +180,9 @@ class Saver:
         self.stalled_s += time.perf_counter() - start
 
 
-def _begin_life(folder: CheckpointFolder, topology: Topology) -> str:
+def _begin_life(folder: CheckpointFolder, topology: Topology, *, life: str) -> str:
     """A name for this start of the run, once nothing of earlier ones is left and all ranks have seen a first sign."""
-    life, problems = secrets.token_hex(4), []
+    problems: list[str] = []
     if topology.is_first:
         try:
             folder.remove_leftovers()

@@ -105,6 +105,14 @@ class Cluster:
             self._daemon("slurmd", "-N", node, "-f", self.folder / "slurm.conf")
         wait_until(lambda: self.nodes() == dict.fromkeys(NODES, "idle"), timeout_s=timeout_s, what=self.nodes)
 
+    def restart_controller(self) -> None:
+        """Kill the controller as a machine that fails would, and start it again."""
+        pid = int((self.folder / "slurmctld.pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), timeout_s=10, what=lambda: f"{pid} is still there")
+        self._daemon("slurmctld", "-f", self.folder / "slurm.conf")
+        wait_until(lambda: set(self.nodes()) == set(NODES), timeout_s=30, what=self.nodes)
+
     def end_all_jobs(self) -> None:
         """Cancel what waits and kill what runs; returns when nothing is left of it."""
         if not self.ask("squeue", "-h").strip():
@@ -197,6 +205,19 @@ class Job:
 
     def _wait(self, condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
         wait_until(condition, timeout_s=timeout_s, what=lambda: f"{what}; {self.state()}\n{self.printed()}")
+
+
+def rank_process(job: str, *, rank: int) -> int:
+    """The process of a rank of train.py in `job`: the one below its supervisor, which is alike but for its parent."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environ = (folder / "environ").read_bytes().split(b"\0")
+            asked = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+            if asked <= set(environ) and b"train.py" in (folder / "cmdline").read_bytes().split(b"\0"):
+                found[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    (pid,) = (pid for pid, parent in found.items() if parent in found)
+    return pid
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: Callable[[], object]) -> None:

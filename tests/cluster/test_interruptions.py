@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from pathlib import Path
 
-from slurm_cluster import wait_until
+import pytest
+from slurm_cluster import rank_process, wait_until
 from submissions import Submission, check_equal, learned
 
 
@@ -19,6 +22,7 @@ def starts(printed: str) -> list[int]:
     return [int(step) for step in re.findall(r"going on after step (\d+);", printed)]
 
 
+@pytest.mark.fault("F80", "F81")
 def test_signals_and_requeues_cost_no_step(submit: Submission, straight: Path, tmp_path: Path):
     """`scancel --signal=USR1` reaches all processes of the step, loader workers too; `scontrol requeue` sends TERM."""
     run_dir, cluster = tmp_path / "run", submit.cluster
@@ -42,6 +46,7 @@ def test_signals_and_requeues_cost_no_step(submit: Submission, straight: Path, t
     check_equal(run_dir, straight)
 
 
+@pytest.mark.fault("F80")
 def test_at_the_time_limit_a_job_saves_and_goes_on_in_a_new_life(submit: Submission, straight: Path, tmp_path: Path):
     run_dir, cluster = tmp_path / "run", submit.cluster
     job = submit.pretrain(run_dir, options=("--time=1", "--signal=B:USR1@5"), GRACE_S="20")
@@ -57,6 +62,7 @@ def test_at_the_time_limit_a_job_saves_and_goes_on_in_a_new_life(submit: Submiss
     check_equal(run_dir, straight)
 
 
+@pytest.mark.fault("F83")
 def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(
     submit: Submission, straight: Path, tmp_path: Path
 ):
@@ -73,6 +79,34 @@ def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(
     check_equal(run_dir, straight)
 
 
+@pytest.mark.fault("F01", "F87")
+def test_a_rank_that_is_killed_is_named_and_the_job_goes_on(submit: Submission, straight: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    job = submit.pretrain(run_dir)
+    job.wait_for_print("step  60/")
+    os.kill(rank_process(job.number, rank=1), signal.SIGKILL)
+    job.wait_for_restart(1)
+    assert job.wait_for_end() == "COMPLETED", job.printed()
+    printed = job.printed()
+    assert "rank 1 was ended by SIGKILL" in printed
+    assert "exit code 137 at step" in printed
+    assert starts(printed)[0] >= 50
+    assert "(1 unexpected ends)" in printed
+    check_equal(run_dir, straight)
+
+
+@pytest.mark.fault("F85")
+def test_a_controller_that_fails_leaves_the_job_alone(submit: Submission, straight: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    job = submit.pretrain(run_dir)
+    job.wait_for_print("step  20/")
+    submit.cluster.restart_controller()
+    assert job.wait_for_end() == "COMPLETED", job.printed()
+    assert starts(job.printed()) == []
+    check_equal(run_dir, straight)
+
+
+@pytest.mark.fault("F82")
 def test_a_cancelled_job_saves_and_stays_cancelled(submit: Submission, tmp_path: Path):
     run_dir, cluster = tmp_path / "run", submit.cluster
     job = submit.pretrain(run_dir)

@@ -87,6 +87,7 @@ def test_equal_samples_give_equal_bytes(tmp_path: Path):
     assert shard == vouched(tmp_path / "a", shard.name, samples=len(SAMPLES))
 
 
+@pytest.mark.fault("F52", "F53")
 def test_any_flipped_bit_is_noticed(tmp_path: Path):
     shard = written(tmp_path)
     path = tmp_path / shard.name
@@ -97,6 +98,7 @@ def test_any_flipped_bit_is_noticed(tmp_path: Path):
             ShardReader(tmp_path, shard, "uint16")
 
 
+@pytest.mark.fault("F51")
 def test_a_cut_at_a_member_boundary_is_noticed(tmp_path: Path):
     shard = written(tmp_path)
     path = tmp_path / shard.name
@@ -105,6 +107,7 @@ def test_a_cut_at_a_member_boundary_is_noticed(tmp_path: Path):
         ShardReader(tmp_path, shard, "uint16")
 
 
+@pytest.mark.fault("F54")
 def test_a_missing_shard_is_named(tmp_path: Path):
     shard = written(tmp_path)
     (tmp_path / shard.name).unlink()
@@ -127,6 +130,7 @@ def test_members_that_are_no_samples_are_refused(tmp_path: Path, members: list[t
         ShardReader(tmp_path, tar_with(tmp_path, *members), "uint16")
 
 
+@pytest.mark.fault("F63")
 def test_links_are_refused(tmp_path: Path):
     with pytest.raises(ShardError, match="expected a sample"):
         ShardReader(tmp_path, tar_with(tmp_path, ("000000000.u16", b""), kind=tarfile.SYMTYPE), "uint16")

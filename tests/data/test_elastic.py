@@ -98,6 +98,7 @@ def case(request: pytest.FixtureRequest, corpus: Path, mixture: tuple[CorpusSour
 
 @settings(max_examples=40, deadline=None)
 @given(parts=interrupted(workers=st.just(0)))
+@pytest.mark.fault("F60")
 def test_every_step_has_the_samples_of_the_uninterrupted_run(case, parts):
     source, quarantined, expected = case
     assert read(source, parts, quarantined=quarantined) == expected

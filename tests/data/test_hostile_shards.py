@@ -70,6 +70,7 @@ def test_a_good_one_is_read(tmp_path):
     ],
     ids=lambda bad: f"{bad[0].name[-16:]}-{bad[0].type.decode()}-{bad[0].size}",
 )
+@pytest.mark.fault("F61", "F63")
 def test_a_bad_member_is_refused_at_its_offset(tmp_path, bad):
     shard = write(tmp_path, [*GOOD, bad])
     before = sorted(tmp_path.rglob("*"))
@@ -87,6 +88,7 @@ def test_extended_headers_are_refused(tmp_path, form):
 
 
 @pytest.mark.parametrize("size", [b"77777777777\0", b"\x80" + bytes(10) + b"\x0c", b"-0000000001\0"])
+@pytest.mark.fault("F64")
 def test_sizes_beyond_the_file_are_refused_before_anything_is_read(tmp_path, size):
     shard = write(tmp_path, GOOD)
     content = bytearray((tmp_path / "x.tar").read_bytes())
@@ -108,6 +110,7 @@ def test_sizes_beyond_the_file_are_refused_before_anything_is_read(tmp_path, siz
         (lambda content: b"", 0),
     ],
 )
+@pytest.mark.fault("F50")
 def test_damage_is_found_and_its_place_told(tmp_path, damage, offset):
     shard = write(tmp_path, GOOD)
     (tmp_path / "x.tar").write_bytes(damage((tmp_path / "x.tar").read_bytes()))
@@ -127,6 +130,7 @@ def test_a_file_that_is_cut_while_it_is_open_is_an_error_and_no_signal(tmp_path)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.fault("F65")
 def test_what_is_no_file_is_refused_at_once(tmp_path, make):
     shard = write(tmp_path, GOOD)
     (tmp_path / "x.tar").unlink()

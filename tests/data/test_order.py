@@ -162,6 +162,7 @@ def test_choose_lanes(wanted, global_batch, shards, dp, lanes):
         (0, 64, 30, 4, r"data.lanes \(0\) must divide the global batch \(64\)"),
     ],
 )
+@pytest.mark.fault("F55")
 def test_lanes_that_do_not_fit_are_refused(wanted, global_batch, shards, dp, message):
     with pytest.raises(ConfigError, match=message):
         choose_lanes(wanted, global_batch=global_batch, shards=shards, dp=dp)

@@ -70,6 +70,7 @@ def test_items_come_in_order_and_end(workers):
         ("bug", 60.0, r"worker 1 \(pid \d+\), at sample 103 of shard x, failed:\n(.*\n)*ZeroDivisionError: oh"),
     ],
 )
+@pytest.mark.fault("F56", "F57")
 def test_what_happens_to_a_worker_is_told(happens, timeout_s, message):
     loaded = items(Scripted(3, happens), timeout_s=timeout_s)
     try:
@@ -101,6 +102,7 @@ class Large:
         return f"process {place}"
 
 
+@pytest.mark.fault("F57")
 def test_a_worker_that_is_stopped_amid_an_item_is_stuck():
     loaded = items(Large(), workers=1, timeout_s=2.0)
     next(loaded)
@@ -135,6 +137,7 @@ def test_a_killed_worker_of_the_loader_names_shard_and_sample(tmp_path: Path):
         [next(batches) for _ in range(5)]
 
 
+@pytest.mark.fault("F65")
 def test_a_worker_at_a_pipe_instead_of_a_shard_does_not_hang(tmp_path: Path):
     folder = write_corpus(tmp_path, {TRAIN: (8, 8), VALIDATION: (1,)})
     for shard in (folder / "train").iterdir():

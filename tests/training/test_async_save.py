@@ -189,6 +189,7 @@ def slow_storage(config: RunConfig) -> list[str]:
     return training.left()
 
 
+@pytest.mark.fault("F30")
 def test_a_disk_slower_than_the_collectives_timeout_does_not_end_the_run(small_corpus: Path, tmp_path: Path):
     config = with_train(run_config(small_corpus, tmp_path, steps=9), collective_timeout_s=3)
     assert run_world(slow_storage, 2, config)[0] == ["latest", "step-00000001", "step-00000002"]
@@ -242,6 +243,7 @@ def fails_once(config: RunConfig, rank: int, *, dumb: bool) -> Failed:
 
 
 @pytest.mark.parametrize(("rank", "dumb"), [(0, False), (1, False), (1, True)])
+@pytest.mark.fault("F28")
 def test_a_full_disk_costs_one_checkpoint_and_is_said_and_counted(
     small_corpus: Path, tmp_path: Path, rank: int, dumb: bool
 ):
@@ -287,6 +289,7 @@ def hangs(config: RunConfig) -> tuple[list[str], list[str]]:
     return training.left(), training.said.lines
 
 
+@pytest.mark.fault("F31")
 def test_a_write_that_hangs_is_given_up_and_never_counts(small_corpus: Path, tmp_path: Path):
     (left, said), _ = run_world(hangs, 2, run_config(small_corpus, tmp_path, steps=9))
     assert [name for name in left if ".tmp" not in name] == ["latest", "step-00000002"]
@@ -324,6 +327,7 @@ def broken_program(config: RunConfig) -> None:
         training.saver.close()
 
 
+@pytest.mark.fault("F31")
 def test_a_fault_of_the_program_ends_the_run(small_corpus: Path, tmp_path: Path):
     with pytest.raises(RankFailed, match="ZeroDivisionError"):
         run_world(broken_program, 1, run_config(small_corpus, tmp_path, steps=9, micro_batch=8))
@@ -394,6 +398,7 @@ def test_a_read_only_disk_is_refused_at_the_start(small_corpus: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
+@pytest.mark.fault("F28", "F29")
 def test_a_real_disk_that_is_full_or_read_only(small_corpus: Path, tmp_path: Path, trouble: str):
     disk = tmp_path / "disk"
     with small_disk(disk, kilobytes=1500):
@@ -436,6 +441,7 @@ def dying(config: RunConfig, rank: int, moment: str) -> None:
 @pytest.mark.parametrize(
     ("rank", "moment"), [(1, "write_numbers"), (1, "write_json"), (0, "write_json"), (0, "read_json")]
 )
+@pytest.mark.fault("F20")
 def test_a_kill_during_a_save_costs_the_steps_since_the_one_before(
     small_corpus: Path, tmp_path: Path, rank: int, moment: str
 ):

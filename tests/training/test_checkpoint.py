@@ -273,6 +273,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.fault("F25", "F26", "F27", "F41")
 def test_a_damaged_checkpoint_is_passed_over_and_the_damage_named(
     tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -341,6 +342,7 @@ POSITION, MASK = st.floats(0, 1, exclude_max=True), st.integers(1, 255)
 
 @given(where=POSITION, mask=MASK, name=st.sampled_from(FILES))
 @settings(max_examples=300, deadline=None)
+@pytest.mark.fault("F26")
 def test_a_changed_byte_anywhere_is_noticed(two: CheckpointFolder, where: float, mask: int, name: str):
     with flipped(two.folder(20) / name, where, mask):
         newest, (complaint,) = two.newest_whole()
@@ -374,6 +376,7 @@ def test_a_changed_byte_in_the_manifest_never_ends_the_search(two: CheckpointFol
         ('{"checkpoint": "step-00000020"}', None),  # the process ended just before it moved on
     ],
 )
+@pytest.mark.fault("F22", "F23", "F24")
 def test_the_pointer_does_not_decide_and_is_named_when_it_is_wrong(
     tmp_path: Path, pointer: str | None, complaint: str | None
 ):
@@ -412,6 +415,7 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path):
     assert folder.newest_whole() == (tmp_path / "step-100000000", [])
 
 
+@pytest.mark.fault("F24")
 def test_when_none_is_whole_all_are_named_and_nothing_starts_anew(tmp_path: Path):
     folder = three(tmp_path)
     for step in (10, 20, 30):
@@ -424,6 +428,7 @@ def test_when_none_is_whole_all_are_named_and_nothing_starts_anew(tmp_path: Path
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.fault("F32")
 def test_the_newest_are_kept(tmp_path: Path, keep: int):
     folder = CheckpointFolder(tmp_path, keep=keep)
     for step in range(1, 8):
@@ -521,6 +526,7 @@ def commit_over_a_broken_one(root: Path, monkeypatch: pytest.MonkeyPatch, *, at:
     return killer
 
 
+@pytest.mark.fault("F21", "F32")
 def test_an_end_between_any_two_operations_of_a_commit_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -153,6 +153,7 @@ def test_reshape_onto_a_full_disk_leaves_nothing(
     assert pmlm("reshape", run_dir, "--output", tmp_path / "out") == 0
 
 
+@pytest.mark.fault("F42")
 def test_a_reshape_that_was_killed_leaves_nothing_that_counts(run_dir: Path, tmp_path: Path):
     program = (
         "import os, signal, sys; from pmlm_dist.training import checkpoint_commands as c;"

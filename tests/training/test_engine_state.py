@@ -89,6 +89,7 @@ def check_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.fault("F40")
 def test_fp16_goes_on_with_its_loss_scale_and_its_skipped_steps(small_corpus: Path, tmp_path: Path, zero: int):
     """The scale begins at 2^32, which overflows; it is halved by each skipped step, and grows again after a window."""
     fp16 = {"enabled": True, "initial_scale_power": 32, "loss_scale_window": 2, "hysteresis": 1}

@@ -48,6 +48,7 @@ def failure_of_check_batches(tp: int, fault: str) -> str:
         (1, "sample of rank 0", "ranks 0 and 1 both read sample 1 of epoch 0"),
     ],
 )
+@pytest.mark.fault("F17")
 def test_batches_are_compared(tp, fault, expected):
     for message in run_world(failure_of_check_batches, 2, tp, fault):
         assert message.startswith(expected)
@@ -97,6 +98,7 @@ NORM, HEADS = "layers.0.ffn_norm.weight", "layers.0.attention.query.weight"
         (2, 1, 3, {1: NORM}, ""),  # ZeRO-3 has cut it: there is one copy
     ],
 )
+@pytest.mark.fault("F75")
 def test_one_flipped_bit_of_a_replica_is_found_and_named(small_corpus, tmp_path, *, ranks, tp, zero, flipped, expected):
     config = run_config(small_corpus, tmp_path, tp=tp, zero=zero, micro_batch=2)
     for message in run_world(failure_of_check_replicas, ranks, config, flipped):
@@ -147,6 +149,7 @@ def train_with_fault(config: RunConfig, step: int, fault: str) -> dict[str, Any]
     ("ranks", "zero", "precision"),
     [(1, 0, "fp32"), (2, 0, "fp32"), (2, 1, "fp32"), (2, 2, "fp32"), (2, 3, "fp32"), (2, 1, "bf16"), (2, 3, "bf16")],
 )
+@pytest.mark.fault("F71")
 def test_a_step_that_is_not_finite_is_left_out_on_all_ranks_and_explained(
     small_corpus, tmp_path, *, ranks, zero, precision, fault
 ):
@@ -177,6 +180,7 @@ def test_with_activation_checkpointing_the_loss_is_named(small_corpus, tmp_path)
     assert "rank 0: loss of micro-batch 0" in answer["causes"][0][0]
 
 
+@pytest.mark.fault("F72")
 def test_too_many_skips_in_a_row_end_the_run():
     skips = Skips(limit=3)
     for skipped in (True, True, False, True, True):
@@ -219,6 +223,7 @@ def breaking(small_corpus: Path, tmp_path: Path) -> RunConfig:
     return with_train(config, checkpoint_every=2, max_skipped_steps=3)
 
 
+@pytest.mark.fault("F72")
 def test_a_run_with_broken_weights_stops_and_names_them_and_its_last_good_checkpoint(breaking):
     ((message, said),) = run_world(pretrain_with_broken_weights, 1, breaking, 4)
     assert message.startswith("3 steps in a row")

@@ -70,6 +70,7 @@ def said(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.fault("F81")
 def test_the_first_signal_is_a_request_and_the_second_ends_the_process_at_once(number: signal.Signals):
     with listening(grace_s=600) as process:
         process.send_signal(number)
@@ -349,6 +350,7 @@ def straight(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     ("where", "at", "saved"),
     [("find_checkpoint", 1, []), ("build_engine", 1, []), ("train_step", 2, [2]), ("_validate", 1, [2])],
 )
+@pytest.mark.fault("F81")
 def test_a_run_that_was_told_to_stop_goes_on_as_if_nothing_had_been(
     straight: RunConfig, tmp_path: Path, where: str, at: int, saved: list[int]
 ):
@@ -385,6 +387,7 @@ def test_the_last_validation_is_seen_through(straight: RunConfig, tmp_path: Path
 
 
 @pytest.mark.distributed
+@pytest.mark.fault("F89")
 def test_a_stop_file_saves_and_ends_and_holds_until_it_is_removed(straight: RunConfig, tmp_path: Path):
     config = replace(straight, run_dir=tmp_path / "run")
     code, printed = run_world(stopped_by_file_at, 2, config, 2)[0]

@@ -70,6 +70,7 @@ def whole(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.parametrize(("ranks", "engine"), [(2, {}), (2, {"tp": 2})], ids=["dp2", "tp2"])
+@pytest.mark.fault("F50", "F54")
 def test_a_bad_shard_is_left_out_by_one_rule_also_after_a_resume(corpus, tmp_path, bad, whole, *, ranks, engine):
     damage(corpus, bad)
     straight = configured(corpus, tmp_path / "straight", **engine)
@@ -107,6 +108,7 @@ def test_a_run_that_begins_with_a_quarantine_never_opens_the_shard(corpus, tmp_p
     assert losses(found_on_the_way.run_dir) == known
 
 
+@pytest.mark.fault("F50")
 def test_above_the_limit_all_ranks_stop_and_say_why(corpus, tmp_path, bad):
     damage(corpus, bad)
     config = configured(corpus, tmp_path / "run")
@@ -134,6 +136,7 @@ def _with_a_killer(config: RunConfig) -> None:
     loop.pretrain(config)
 
 
+@pytest.mark.fault("F56")
 def test_a_killed_worker_ends_the_run_on_every_rank_with_its_name(corpus, tmp_path):
     config = configured(corpus, tmp_path / "run")
     config = replace(config, data=replace(config.data, workers=1))

@@ -113,6 +113,7 @@ def interrupted_copy(config: RunConfig, run_dir: Path) -> RunConfig:
     ],
     ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
 )
+@pytest.mark.fault("F40", "F59")
 def test_a_run_that_was_interrupted_equals_one_that_was_not(
     small_corpus: Path, tmp_path: Path, ranks: int, settings: dict[str, Any]
 ):
@@ -202,6 +203,7 @@ def with_engine(config: RunConfig, path: Path, **engine: Any) -> RunConfig:
     return replace(config, ds_config=write_engine_config(path, **engine))
 
 
+@pytest.mark.fault("F38")
 def test_each_difference_is_refused_by_its_name_alone(finished: Finished, tmp_path: Path):
     run = finished.stopped
     other_text = write_corpus(tmp_path / "other text", seed=1)

@@ -1,0 +1,97 @@
+"""What a process of a run ends with, by cause, and whether the run is then started again: the one table of it.
+
+The ranks' supervisors (`supervisor.py`) give every rank of a run the code of what ended it first; the batch scripts and
+`restarts.py` decide by it; docs/operations.md shows it to people.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+
+from pmlm_dist.config import ConfigError
+
+SIGNALLED = 128
+"""Added to the number of the signal that ended a process, as shells and SLURM do."""
+
+
+class Again(enum.Enum):
+    """Whether a run is started again by itself."""
+
+    NO = "no"
+    YES = "yes"
+    """As often as it takes, as long as steps are gained."""
+    ONCE = "once"
+    """Once in a row: with the same settings it will most likely happen again."""
+    BOUNDED = "if steps were gained"
+    """At most so many times, and only if steps were gained since the last time."""
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of train.py; 75 is EX_TEMPFAIL of sysexits.h."""
+
+    meaning: str
+    again: Again
+
+    def __new__(cls, code: int, meaning: str, again: Again) -> ExitCode:  # noqa: D102
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning, member.again = meaning, again
+        return member
+
+    DONE = 0, "complete; or ended by `STOP` or `--train.stop-at`", Again.NO
+    FAILED = 1, "failed: a Python error, or a corpus that cannot be read", Again.BOUNDED
+    BAD_CONFIGURATION = 2, "a wrong setting, or a checkpoint that does not fit; nothing was computed", Again.NO
+    PREEMPTED = 75, "told to stop; the last checkpoint stands", Again.YES
+    HUNG = 80, "a rank made no progress for as long as its phase may take (`--watch`)", Again.BOUNDED
+    OUT_OF_MEMORY = 81, "out of memory, of the device or of the node (the kernel or SLURM killed a rank)", Again.ONCE
+    NOT_FINITE = 82, "too many steps in a row with gradients that are not finite, or no loss scale left", Again.NO
+    IN_USE = 83, "another job is at work in this run folder; nothing was changed", Again.NO
+    SUPERSEDED = 84, "another start has taken over the run folder; this one must not write to it any more", Again.NO
+
+
+_BY_CODE = {int(code): code for code in ExitCode}
+
+
+def again_after(code: int) -> Again:
+    """Whether a run that ended with `code` is started again; any code that is no `ExitCode` is a failure."""
+    return _BY_CODE[code].again if code in _BY_CODE else Again.BOUNDED
+
+
+def describe(code: int) -> str:
+    """What `code` means."""
+    if code in _BY_CODE:
+        return _BY_CODE[code].meaning
+    return f"ended by signal {code - SIGNALLED}" if code > SIGNALLED else "unknown"
+
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|no host memory", re.IGNORECASE)
+_NO_SCALE_LEFT = "loss scale already at minimum"
+_OF_PEERS = re.compile(
+    r"\b(gloo|nccl|TCPStore|torch\.distributed|ReadingError)\b|connection (closed|reset)|timed out waiting",
+    re.IGNORECASE,
+)
+
+
+def code_of(error: BaseException) -> ExitCode:
+    """The code for an error that ends a rank; an error of this package may carry its own as `exit_code`."""
+    if isinstance(error, ConfigError):
+        return ExitCode.BAD_CONFIGURATION
+    if isinstance(getattr(error, "exit_code", None), int):
+        return _BY_CODE[error.exit_code]  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(error, MemoryError) or (
+        isinstance(error, (OSError, RuntimeError)) and _matches(_OUT_OF_MEMORY, error)
+    ):
+        return ExitCode.OUT_OF_MEMORY
+    if isinstance(error, FloatingPointError) or _NO_SCALE_LEFT in str(error):
+        return ExitCode.NOT_FINITE
+    return ExitCode.FAILED
+
+
+def is_of_peers(error: BaseException) -> bool:
+    """Whether an error tells that other ranks could not be talked to, so that its cause is likely elsewhere."""
+    return isinstance(error, (OSError, RuntimeError)) and _matches(_OF_PEERS, error)
+
+
+def _matches(pattern: re.Pattern[str], error: BaseException) -> bool:
+    return bool(pattern.search(f"{type(error).__module__}.{type(error).__name__}: {error}"))

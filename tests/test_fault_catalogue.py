@@ -1,0 +1,45 @@
+"""Every fault of the catalogue has a test or a reason, and the document tells of the tests that there are."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from fault_catalogue import FAULTS, REASONS
+from fault_record import DOCUMENT, table_rows
+
+TESTS = Path(__file__).parent
+
+
+def marked_faults() -> dict[str, list[str]]:
+    """Names of the tests that inject each fault, as their decorators say."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(TESTS.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                for number in _faults_of(node):
+                    found.setdefault(number, []).append(node.name)
+    return found
+
+
+def _faults_of(function: ast.FunctionDef) -> list[str]:
+    calls = [node for node in function.decorator_list if isinstance(node, ast.Call)]
+    marks = [call for call in calls if ast.unparse(call.func) == "pytest.mark.fault"]
+    return [ast.literal_eval(argument) for mark in marks for argument in mark.args]
+
+
+def test_every_fault_has_a_test_or_a_reason_and_none_is_unknown():
+    marked = marked_faults()
+    assert marked.keys() - FAULTS.keys() == set()
+    assert marked.keys() & REASONS.keys() == set()
+    assert FAULTS.keys() - marked.keys() == REASONS.keys()
+
+
+def test_the_document_has_a_row_for_every_fault_with_the_tests_that_there_are():
+    rows = table_rows(DOCUMENT.read_text(encoding="utf-8"))
+    assert list(rows) == list(FAULTS)
+    marked = marked_faults()
+    for number, row in rows.items():
+        assert FAULTS[number][1] in row
+        for test in marked.get(number, []):
+            assert f"`{test}`" in row, f"{number}: run `make test-faults-all` to record {test}"
