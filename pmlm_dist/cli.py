@@ -102,6 +102,30 @@ def import_weights(arguments: Sequence[str]) -> None:
     tyro.cli(read, prog="pmlm import", description=import_weights.__doc__, args=arguments)
 
 
+def finetune(arguments: Sequence[str]) -> None:
+    """Fine-tune a model on a task: GLUE, SQuAD or your own; `pmlm finetune --task list` shows all."""
+    import tyro
+
+    from pmlm_dist.config import refuse
+    from pmlm_dist.downstream.settings import RECIPES, FinetuneConfig
+    from pmlm_dist.parallel.launch import one_thread_a_share
+
+    one_thread_a_share()
+    from pmlm_dist.downstream import finetune as driver
+    from pmlm_dist.downstream.tasks import TASKS
+
+    chooser, rest = _chooser("--preset", arguments)
+    task = _chooser("--task", arguments)[0]
+    if task == "list":
+        print("\n".join(f"{name:16}{kind.about}" for name, kind in TASKS.items()))
+        return
+    preset = chooser or (TASKS[task].preset if task in TASKS else "glue")
+    refuse([] if preset in RECIPES else [f"--preset ({preset}) must be one of {', '.join(RECIPES)}"])
+    defaults = {"preset": preset, "recipe": RECIPES[preset]}
+    description = f"{finetune.__doc__}\n--preset {'|'.join(RECIPES)}: where the recipe comes from (now: {preset})."
+    driver.finetune(tyro.cli(FinetuneConfig, prog="pmlm finetune", description=description, args=rest))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare-corpus": prepare_corpus,
     "inspect": inspect,
