@@ -26,7 +26,8 @@ import torch
 from harness import Report, device, interleaved, ratio
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.decoding.writing import DecodingConfig, search_of, write
+from pmlm_dist.decoding.settings import DecodingConfig
+from pmlm_dist.decoding.writing import search_of, write
 from pmlm_dist.masking.blockwise import SpecialIds
 from pmlm_dist.model.transformer import build_model
 from pmlm_dist.training.allocator import keep_freed_memory

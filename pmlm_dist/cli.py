@@ -126,6 +126,55 @@ def finetune(arguments: Sequence[str]) -> None:
     driver.finetune(tyro.cli(FinetuneConfig, prog="pmlm finetune", description=description, args=rest))
 
 
+def generate(arguments: Sequence[str]) -> None:
+    """Write answers to a file of sources with a model that was fine-tuned for it."""
+    import argparse
+    from pathlib import Path
+
+    import tyro
+
+    from pmlm_dist.downstream import generate as answers
+
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--model", type=Path)
+    chooser.add_argument("--vocabulary", type=Path)
+    chosen, _ = chooser.parse_known_args(arguments)
+    default = answers.GenerateConfig(model=tyro.MISSING, input=tyro.MISSING, output=tyro.MISSING)
+    if chosen.model is not None:
+        decoding = answers.saved_decoding(chosen.model, vocabulary=chosen.vocabulary)
+        default = dataclasses.replace(default, decoding=decoding)
+    config = tyro.cli(
+        answers.GenerateConfig,
+        prog="pmlm generate",
+        description=f"{generate.__doc__}\nWith --model the settings of its fine-tuning are the defaults.",
+        args=arguments,
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    answers.generate(config)
+
+
+def fill(arguments: Sequence[str]) -> None:
+    """Fill the masks of a text in any order: pmlm fill "text with [MASK] and [MASK:3]" --model DIR."""
+    import tyro
+
+    from pmlm_dist.downstream.generate import FillConfig, fill_masks
+
+    def command(text: Annotated[str, tyro.conf.Positional], config: FillConfig) -> None:
+        fill_masks(text, config)
+
+    tyro.cli(command, prog="pmlm fill", description=fill.__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def lengthen(arguments: Sequence[str]) -> None:
+    """Give a model more positions, for longer sources and targets than it was pre-trained on."""
+    import tyro
+
+    from pmlm_dist.downstream.generate import lengthen as write
+
+    tyro.cli(write, prog="pmlm lengthen", description=lengthen.__doc__, args=arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare-corpus": prepare_corpus,
     "inspect": inspect,
@@ -134,6 +183,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "checkpoint": checkpoint,
     "export": export,
     "import": import_weights,
+    "generate": generate,
+    "fill": fill,
+    "lengthen": lengthen,
 }
 
 
