@@ -6,11 +6,14 @@ What it needs is imported inside it, so that `pmlm --help` and a mistyped comman
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from pmlm_dist.config import ConfigError
+from pmlm_dist.ranks import share_cores, speaks
 
 USER_ERROR = 2
 
@@ -66,21 +69,17 @@ def checkpoint(arguments: Sequence[str]) -> None:
 
 def plan(arguments: Sequence[str]) -> None:
     """Say what a run needs before it is queued: memory, step time, communication, days; and what does not fit."""
-    import argparse
-
     import tyro
 
     from pmlm_dist.planning import command
     from pmlm_dist.planning.settings import PlanConfig
     from pmlm_dist.presets import PRESETS
 
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--preset", default="base")
-    chosen, rest = chooser.parse_known_args(arguments)
-    if chosen.preset not in PRESETS:
-        raise ConfigError([f"--preset ({chosen.preset}) must be one of {', '.join(sorted(PRESETS))}"])
-    description = f"{plan.__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {chosen.preset})."
-    default = PlanConfig.of_preset(chosen.preset)
+    preset, rest = _chosen("preset", arguments) or "base", _without("preset", arguments)
+    if preset not in PRESETS:
+        raise ConfigError([f"--preset ({preset}) must be one of {', '.join(sorted(PRESETS))}"])
+    description = f"{plan.__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
+    default = PlanConfig.of_preset(preset)
     command.run(tyro.cli(PlanConfig, prog="pmlm plan", description=description, args=rest, default=default))
 
 
@@ -106,24 +105,80 @@ def finetune(arguments: Sequence[str]) -> None:
     """Fine-tune a model on a task: GLUE, SQuAD or your own; `pmlm finetune --task list` shows all."""
     import tyro
 
-    from pmlm_dist.config import refuse
     from pmlm_dist.downstream.settings import RECIPES, FinetuneConfig
-    from pmlm_dist.parallel.launch import one_thread_a_share
 
-    one_thread_a_share()
+    share_cores()
     from pmlm_dist.downstream import finetune as driver
     from pmlm_dist.downstream.tasks import TASKS
 
-    chooser, rest = _chooser("--preset", arguments)
-    task = _chooser("--task", arguments)[0]
+    task, rest = _chosen("task", arguments), _without("preset", _without("local_rank", arguments))
     if task == "list":
         print("\n".join(f"{name:16}{kind.about}" for name, kind in TASKS.items()))
         return
-    preset = chooser or (TASKS[task].preset if task in TASKS else "glue")
-    refuse([] if preset in RECIPES else [f"--preset ({preset}) must be one of {', '.join(RECIPES)}"])
-    defaults = {"preset": preset, "recipe": RECIPES[preset]}
+    preset = _chosen("preset", arguments) or (TASKS[task].preset if task in TASKS else "glue")
+    if preset not in RECIPES:
+        raise ConfigError([f"--preset ({preset}) must be one of {', '.join(RECIPES)}"])
+    default = FinetuneConfig(
+        task=tyro.MISSING, model=tyro.MISSING, output=tyro.MISSING, preset=preset, recipe=RECIPES[preset]
+    )
     description = f"{finetune.__doc__}\n--preset {'|'.join(RECIPES)}: where the recipe comes from (now: {preset})."
-    driver.finetune(tyro.cli(FinetuneConfig, prog="pmlm finetune", description=description, args=rest))
+    driver.finetune(
+        tyro.cli(
+            FinetuneConfig,
+            prog="pmlm finetune",
+            description=description,
+            args=rest,
+            default=default,
+            console_outputs=speaks(os.environ),
+        )
+    )
+    _leave_world()
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Score a fine-tuned model on a split, and write its predictions."""
+    import tyro
+
+    from pmlm_dist.downstream.settings import EvaluateConfig
+
+    share_cores()
+    from pmlm_dist.downstream.finetune import evaluate_saved
+
+    rest = _without("local_rank", arguments)
+    evaluate_saved(
+        tyro.cli(
+            EvaluateConfig,
+            prog="pmlm evaluate",
+            description=evaluate.__doc__,
+            args=rest,
+            console_outputs=speaks(os.environ),
+        )
+    )
+    _leave_world()
+
+
+def _chosen(name: str, arguments: Sequence[str]) -> str | None:
+    """Value of the setting `--name` among `arguments`, if it is there."""
+    return getattr(_only(name).parse_known_args(arguments)[0], name)
+
+
+def _without(name: str, arguments: Sequence[str]) -> list[str]:
+    """`arguments` without the setting `--name`, which a launcher has appended or which has been read."""
+    return _only(name).parse_known_args(arguments)[1]
+
+
+def _only(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    return parser
+
+
+def _leave_world() -> None:
+    """End a rank of several at once: after ZeRO-3 on gloo it can abort in its destructors."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -134,6 +189,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "checkpoint": checkpoint,
     "export": export,
     "import": import_weights,
+    "finetune": finetune,
+    "evaluate": evaluate,
 }
 
 
@@ -171,7 +228,8 @@ def _closest(name: str) -> str:
 
 
 def _failed(message: str) -> int:
-    print(f"pmlm: {message}", file=sys.stderr)
+    if speaks(os.environ):
+        print(f"pmlm: {message}", file=sys.stderr, flush=True)
     return USER_ERROR
 
 
