@@ -9,24 +9,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
-from collections.abc import Mapping
 
 import tyro
 
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.presets import PRESETS
+from pmlm_dist.ranks import share_cores, speaks
 from pmlm_dist.training.preemption import Stopped, StopSignals
 
 EXIT_FAILED, EXIT_BAD_CONFIGURATION = 1, 2
-
-# Of torchrun and deepspeed, Open MPI, MPICH, srun: the first that is set counts (see parallel/launch.py).
-_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-_RANKS_OF_THIS_HOST = (
-    *("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
-    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
-)
 
 
 def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
@@ -46,26 +38,11 @@ def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
     )
 
 
-def speaks(environ: Mapping[str, str]) -> bool:
-    """Whether this process, before it has joined its world, is the one that prints."""
-    return _first_set(_RANK, environ, default="0") == "0"
-
-
-def threads(environ: Mapping[str, str], *, cores: int) -> int:
-    """Threads of one rank when `cores` are divided among the ranks of this host."""
-    ranks = re.match(r"\d+", _first_set(_RANKS_OF_THIS_HOST, environ, default="1"))  # Slurm writes "8(x4)" for 4 hosts
-    return max(1, cores // max(1, int(ranks[0]) if ranks else 1))
-
-
-def _first_set(names: tuple[str, ...], environ: Mapping[str, str], *, default: str) -> str:
-    return next((environ[name] for name in names if environ.get(name)), default)
-
-
 def main() -> int:
     """Run and return the exit code: 0 done, 1 a damaged shard on the way, 2 bad configuration, 75 told to stop."""
     signals = StopSignals()
     signals.listen()
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads(os.environ, cores=len(os.sched_getaffinity(0)))))
+    share_cores()
     try:
         config = parse(sys.argv[1:], quiet=not speaks(os.environ))
         from pmlm_dist.training.loop import pretrain  # torch reads OMP_NUM_THREADS when it is imported

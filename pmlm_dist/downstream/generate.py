@@ -54,9 +54,10 @@ class GenerateConfig:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
 
-def saved_decoding(model: Path, *, vocabulary: Path | None = None) -> DecodingConfig:
+def saved_decoding(model: str, *, vocabulary: str | None = None) -> DecodingConfig:
     """How the model at `model` was decoded when it was fine-tuned; the defaults where it was not."""
-    saved = find_pretrained(model, vocabulary=vocabulary).state["configuration"].get("task")
+    found = find_pretrained(Path(model), vocabulary=Path(vocabulary) if vocabulary else None)
+    saved = found.state["configuration"].get("task")
     return writing_of(saved["settings"]).decoding if _writes(saved) else DecodingConfig()
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import write_engine_config
 from slurm_cluster import Cluster, missing_programs, running
 from submissions import Submission
+
+from runs import write_engine_config
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

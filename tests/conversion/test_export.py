@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from random_models import MODEL, WORDS, own_answers, random_pretrained, random_text, saved
-from runs import run_config
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
 from worlds import run_world
 
@@ -23,6 +22,7 @@ from pmlm_dist.conversion.tensors import join_key_value, own_shapes, split_key_v
 from pmlm_dist.model.transformer import build_model
 from pmlm_dist.parallel import groups
 from pmlm_dist.training.checkpoint_files import read_weights
+from runs import run_config
 
 FORMATS: list[tuple[Format, bool]] = [("mpnet", True), ("mpnet", False), ("bert", False)]
 SWAPPED = torch.tensor([1, 0, *range(2, len(WORDS))])

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from random_models import saved
-from runs import MODEL, run_config, start_run, take_steps, whole_weights, with_model, with_train
 from worlds import run_world
 
 from pmlm_dist.config import ConfigError, RunConfig
@@ -20,6 +19,7 @@ from pmlm_dist.conversion.pretrained import Pretrained, save_pretrained
 from pmlm_dist.conversion.tensors import own_shapes
 from pmlm_dist.training.checkpoint import RunState
 from pmlm_dist.vocab import Vocabulary
+from runs import MODEL, run_config, start_run, take_steps, whole_weights, with_model, with_train
 
 ROW_PARALLEL = ("attention.output.weight", "ffn_out.weight")
 REPLICATED = ("norm.weight", "norm.bias", "output.bias", "ffn_out.bias", "position.weight", "segment.weight")

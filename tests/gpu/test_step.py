@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from corpora import write_corpus
-from runs import Trained, run_config, train, with_model, with_train, write_engine_config
 from worlds import run_world
 
 from pmlm_dist.config import DataConfig, OptimConfig, RunConfig
 from pmlm_dist.presets import base
+from runs import Trained, run_config, train, with_model, with_train, write_engine_config
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention
 from batches import MODEL, PADDED, logits_of, model_of, random_batch
-from runs import Trained, run_config, train, with_model
 from torch import Tensor
 from worlds import run_world
 
@@ -26,6 +25,7 @@ from pmlm_dist.model.attention import ATTENTION, AttentionPlan, Slots
 from pmlm_dist.model.flex_attention import BlockGroup
 from pmlm_dist.parallel import groups
 from pmlm_dist.training.run import resolve
+from runs import Trained, run_config, train, with_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 

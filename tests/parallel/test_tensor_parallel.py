@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import MODEL
 from worlds import run_world
+
+from runs import MODEL
 
 pytestmark = pytest.mark.distributed
 

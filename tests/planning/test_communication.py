@@ -44,12 +44,12 @@ def bytes_of_steps(configs: list[RunConfig]) -> list[Counter[str]]:
 def _bytes_of_a_step(config: RunConfig) -> Counter[str]:
     """Of the longer side of a gather."""
     import torch
-    from runs import start_run, take_steps
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
     from pmlm_dist.training.checkpoint import RunState
     from pmlm_dist.training.loop import build_engine
+    from runs import start_run, take_steps
 
     counted: Counter[str] = Counter()
 

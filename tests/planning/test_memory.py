@@ -65,11 +65,11 @@ def most_allocated(configs: list[RunConfig]) -> list[float]:
 def _most_of_a_run(config: RunConfig, kept: list[Any]) -> float:
     import gc
 
-    from runs import start_run, take_steps
     from torch.profiler import ProfilerActivity, profile, record_function
 
     from pmlm_dist.training.checkpoint import RunState
     from pmlm_dist.training.loop import build_engine
+    from runs import start_run, take_steps
 
     run = start_run(config)
     gc.collect()

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import run_config, start_run, take_steps, with_train
 from safetensors.numpy import load_file
 from worlds import RankFailed, run_world
 
@@ -29,6 +28,7 @@ from pmlm_dist.training.checkpoint import RunState
 from pmlm_dist.training.checkpoint_files import faults_of
 from pmlm_dist.training.checkpoint_folder import CheckpointFolder
 from pmlm_dist.training.metrics import read_metrics
+from runs import run_config, start_run, take_steps, with_train
 
 pytestmark = pytest.mark.distributed
 

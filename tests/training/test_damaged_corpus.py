@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import run_config, train
 from worlds import RankFailed, run_world
+
+from runs import run_config, train
 
 pytestmark = pytest.mark.distributed
 

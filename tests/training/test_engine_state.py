@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import run_config, start_run, take_steps, with_model
 from worlds import run_world
 
 from pmlm_dist.config import ConfigError, RunConfig
@@ -21,6 +20,7 @@ from pmlm_dist.training.engine_state import EngineState
 from pmlm_dist.training.fingerprint import TOLERANCES, differences_of_fingerprints
 from pmlm_dist.training.metrics import RunLog
 from pmlm_dist.training.saver import Saver
+from runs import run_config, start_run, take_steps, with_model
 
 pytestmark = pytest.mark.distributed
 

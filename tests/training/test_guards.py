@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from runs import run_config, whole_weights, with_model, with_train
 from worlds import run_world
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.training.guards import Skips
+from runs import run_config, whole_weights, with_model, with_train
 
 pytestmark = pytest.mark.distributed
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from corpora import write_corpus
 from faulty_server import serving
-from runs import run_config, start_run, with_train
 from worlds import RankFailed, run_world
 
 from pmlm_dist.config import ConfigError, DataConfig, RunConfig
 from pmlm_dist.data.mixture import Mixture
 from pmlm_dist.training.metrics import read_metrics
+from runs import run_config, start_run, with_train
 
 pytestmark = pytest.mark.distributed
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Trained, run_config, train
 from worlds import run_world
 
 from pmlm_dist.config import ObjectiveConfig, RunConfig
 from pmlm_dist.objectives import READS
+from runs import Trained, run_config, train
 
 pytestmark = pytest.mark.distributed
 

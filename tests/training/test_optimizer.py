@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import MODEL
 from torch import nn
 from worlds import run_world
 
 from pmlm_dist.config import OptimConfig
 from pmlm_dist.training.optimizer import learning_rate, parameter_groups, set_learning_rate
+from runs import MODEL
 
 
 def rates(*, steps: int, warmup: int, peak: float) -> list[float]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from runs import run_config, train
 from worlds import run_world
+
+from runs import run_config, train
 
 pytestmark = pytest.mark.distributed
 

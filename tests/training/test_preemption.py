@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import run_config, with_train
 from worlds import run_world
 
 from pmlm_dist.config import RunConfig
@@ -31,6 +30,7 @@ from pmlm_dist.training.preemption import (
     StopSignals,
     deaf_children,
 )
+from runs import run_config, with_train
 
 # ------------------------------------------------------------------------------------------------------- one process
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import run_config, with_train
 from worlds import RankFailed, run_world
 
 from pmlm_dist.config import ConfigError, DataConfig, RunConfig
@@ -19,6 +18,7 @@ from pmlm_dist.corpus.shards import TRAIN, Manifest
 from pmlm_dist.data.order import SampleOrder
 from pmlm_dist.training.metrics import read_metrics
 from pmlm_dist.training.reading import BadShard, load_quarantine, save_quarantine
+from runs import run_config, with_train
 
 pytestmark = pytest.mark.distributed
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import run_config, start_run, take_steps, train, whole_weights
 from worlds import run_world
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.training.checkpoint_files import KINDS, CheckpointReader, read_state, read_weights
+from runs import run_config, start_run, take_steps, train, whole_weights
 
 pytestmark = pytest.mark.distributed
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Trained, run_config, train, with_model
 from worlds import run_world
 
 from pmlm_dist.config import RunConfig
+from runs import Trained, run_config, train, with_model
 
 pytestmark = pytest.mark.distributed
 
