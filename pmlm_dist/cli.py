@@ -12,7 +12,6 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.ranks import share_cores, speaks
@@ -213,12 +212,11 @@ def fill(arguments: Sequence[str]) -> None:
     """Fill the masks of a text in any order: pmlm fill "text with [MASK] and [MASK:3]" --model DIR."""
     import tyro
 
-    from pmlm_dist.downstream.generate import FillConfig, fill_masks
+    from pmlm_dist.downstream.generate import fill_masks
 
-    def command(text: Annotated[str, tyro.conf.Positional], config: FillConfig) -> None:
-        fill_masks(text, config)
-
-    tyro.cli(command, prog="pmlm fill", description=fill.__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+    tyro.cli(
+        fill_masks, prog="pmlm fill", description=fill.__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+    )
 
 
 def lengthen(arguments: Sequence[str]) -> None:

@@ -212,8 +212,13 @@ def read_masks(text: str, vocabulary: Vocabulary) -> MaskedText:
     return MaskedText([*ids, *vocabulary.encode_batch([text[end:]])[0], vocabulary.sep_id], spans)
 
 
-def fill_masks(text: str, config: FillConfig) -> None:
-    """Print `text` with its masks filled, and the likeliest tokens of each."""
+def fill_masks(text: str, /, config: FillConfig) -> None:
+    """Print `text` with its masks filled, and the likeliest tokens of each.
+
+    Args:
+        text: The text, with [MASK] where a token is missing and [MASK:3] where three are.
+        config: How to fill it.
+    """
     refuse([] if config.alternatives > 0 else [f"--alternatives ({config.alternatives}) must be positive"])
     pretrained = open_pretrained(config.model, vocabulary=config.vocabulary)
     refuse_checkpoint(pretrained.facts["configuration"], pretrained.facts["folder"])
