@@ -50,7 +50,7 @@ RECIPES: dict[str, Recipe] = {
     "cnn_dm": Recipe(lr=7e-5, batch=64, epochs=14, warmup=0.02),
     "xsum": Recipe(lr=7e-5, batch=64, epochs=14, warmup=0.02),
     "qg": Recipe(lr=2e-5, batch=48, epochs=16, warmup=0.1),
-    "demo_summary": Recipe(lr=5e-4, batch=32, epochs=4, dropout=None),
+    "demo_summary": Recipe(lr=1e-3, batch=32, epochs=3, warmup=0.1, dropout=None),
 }
 """glue: from the paper's grid; squad: the paper's; demo: for the tiny model, whose learning rates are larger."""
 
