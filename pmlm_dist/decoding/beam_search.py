@@ -13,7 +13,8 @@ K best that are no ends live on. The K best finished ones are kept in a pool. Wh
              token certain, its score would not exceed that of the worst hypothesis that is asked for
     first    as soon as K hypotheses have finished
 
-Scores are log-probabilities of the whole vocabulary; what the rules forbid is left out and its share not given to others.
+Scores are log-probabilities of the whole vocabulary; what the rules forbid is left out, its share
+is not given to others.
 
 Legend: B samples, K beams, L tokens so far, M longest length, V vocabulary, N candidates.
 """
@@ -199,8 +200,8 @@ def forbid(scores_BKV: Tensor, tokens_BKL: Tensor, rules: Rules) -> None:
 def best_of(scores_BX: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
     """The `count` best scores and their indices [B, count], best first; minus infinity where there are fewer.
 
-    Wide rows are first narrowed down to the blocks with the highest maxima: what is among the `count` best of a row lies
-    in one of its `count` best blocks. One pass of maxima replaces most of the sorting.
+    Wide rows are first narrowed down to the blocks with the highest maxima: what is among the `count` best of a row
+    lies in one of its `count` best blocks. One pass of maxima replaces most of the sorting.
     """
     batch, width = scores_BX.shape
     if width > 4 * count * _BLOCK:

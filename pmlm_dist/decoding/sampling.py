@@ -1,6 +1,6 @@
 """One hypothesis a sample: always the likeliest token (greedy), or one drawn. Pure: tensors in, tensors out.
 
-    logits --/ temperature--> the `top_k` likeliest --> of these the likeliest that together have `top_p` --> one is drawn
+    logits --/ temperature--> the `top_k` likeliest --> of these the likeliest that together have `top_p` --> one drawn
 
 What is drawn for a sample follows from (seed, number of the sample, step) alone, so it does not depend on the batch.
 

@@ -9,8 +9,8 @@ originals of step k order +k, pseudo masks of step k order -k. Text that is writ
 a step; infilling has any positions in any order.
 
 Beams are hypotheses of one sample that share its context. What a step adds is written once, into the columns of its
-beam, and never moved: a hypothesis is the list of the beams in which its columns lie (`_Columns.home_BKC`), so that a new
-order of beams changes small integers and no key or value:
+beam, and never moved: a hypothesis is the list of the beams in which its columns lie (`_Columns.home_BKC`), so that a
+new order of beams changes small integers and no key or value:
 
     keys of a sample    [ context S | step 1: beams 0..K-1 | step 2: beams 0..K-1 | ... | pseudo masks of this step ]
     seen by a beam        all         its own ancestor       its own ancestor             its own
@@ -148,7 +148,7 @@ class Session:
         )
 
     def _bias(self, appended: Appended, order_Q: Tensor, columns: _Columns) -> Tensor:
-        """What is added to the scores of the queries X = Q * K towards context and columns: [B, H | 1, X, S + C * K]."""
+        """Added to the scores of the queries X = Q * K towards context and columns: [B, H | 1, X, S + C * K]."""
         beams, dtype = appended.originals_BAK.shape[2], self._model.embeddings.norm.weight.dtype
         seen_QC = visible(order_Q[:, None], columns.order_C[None])
         beam_J = torch.arange(beams, device=order_Q.device)
@@ -199,7 +199,7 @@ def _encode(model: PseudoMaskedLM, context: Context, *, room: int) -> list[Tenso
 def _layer(
     layer: Layer, x_BXE: Tensor, queries_BYE: Tensor, cache_2BHTD: Tensor, *, start: int, bias: Tensor
 ) -> Tensor:
-    """New states [B, Y, E] of the queries; keys and values of the slots `x` [B, X, E] go into the cache from `start`."""
+    """New states [B, Y, E] of the queries; keys and values of the slots `x` [B, X, E] are cached from `start` on."""
     attention, end = layer.attention, start + x_BXE.shape[1]
     kv_BXH2D = attention.key_value(x_BXE).unflatten(-1, (-1, 2, attention.head_dim))
     cache_2BHTD[..., start:end, :] = kv_BXH2D.permute(3, 0, 2, 1, 4)

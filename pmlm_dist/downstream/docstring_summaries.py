@@ -7,8 +7,8 @@
        | held-out pairs                                     whose target or source training has, too, are dropped
     FOLDER/train.jsonl validation.jsonl test.jsonl          {"id", "src", "tgt"}
 
-Baselines that read the source alone, scored like a model (`overlap.py`): its first sentence; and the sentence that holds
-most of the source's frequent words, of those not longer than a target.
+Baselines that read the source alone, scored like a model (`overlap.py`): its first sentence, and the sentence with
+the most frequent words of the source, both cut to the length of a target.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-# ------------------------------------------------------------------------------------------------------------- baselines
+# ------------------------------------------------------------------------------------------------------------ baselines
 
 
 def first_sentence(source: str) -> str:

@@ -62,7 +62,7 @@ def saved_decoding(model: str, *, vocabulary: str | None = None) -> DecodingConf
 
 
 def generate(config: GenerateConfig) -> None:
-    """Write an answer to every source of a file. Raises `ConfigError` with what is wrong, before anything is written."""
+    """Write an answer to every source of a file. Raises `ConfigError`, and has written nothing then."""
     problems = decoding_problems(config.decoding)
     if config.batch < 1:
         problems.append(f"--batch ({config.batch}) must be positive")
@@ -112,8 +112,8 @@ def _sources(config: GenerateConfig, rows: list[dict[str, Any]], pretrained: Pre
         print("note: this model was not fine-tuned to write; it goes on as its pre-training has taught it", flush=True)
     if room < 3 or pretrained.model.segment_types < 2:
         raise ConfigError(
-            [f"a model of {pretrained.model.max_positions} positions and {pretrained.model.segment_types} segment types "
-             f"cannot write answers of {config.decoding.max_length} tokens: lower --max-length, or use another model"]
+            [f"a model of {pretrained.model.max_positions} positions and {pretrained.model.segment_types} segment "
+             f"types cannot write answers of {config.decoding.max_length} tokens: lower --max-length, or use another model"]
         )  # fmt: skip
     words = vocabulary.encode_batch(texts)
     if config.too_long == "refuse":
@@ -168,7 +168,7 @@ def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- infilling
+# ------------------------------------------------------------------------------------------------------------ infilling
 
 _MASK = re.compile(r"\[MASK(?::(\d+))?\]")
 
@@ -180,8 +180,8 @@ class FillConfig:
     model: Path
     """A pre-trained model: a run's folder, one of its checkpoints, or what `pmlm import` wrote."""
     order: str = "confidence"
-    """`ae`: all masks at once; `left`, `right`: token after token from there; `confidence`: the surest first; or numbers
-    of masks, `2,1`: in that order, all tokens of a [MASK:n] at once."""
+    """`ae`: all masks at once; `left`, `right`: token after token from there; `confidence`: the surest first; or
+    numbers of masks, `2,1`: in that order, all tokens of a [MASK:n] at once."""
     alternatives: int = 5
     """Tokens that are shown of each mask."""
     json: bool = False
@@ -244,7 +244,8 @@ def _order(wanted: str, spans: int) -> Any:
     if sorted(numbers) != list(range(spans)):
         raise ConfigError(
             [
-                f"--order ({wanted}) must be ae, left, right, confidence, or the numbers 1 to {spans} of the masks in any order"
+                f"--order ({wanted}) must be ae, left, right, confidence, or the numbers 1 to {spans} of the masks in "
+                "any order"
             ]
         )
     return numbers
@@ -273,7 +274,7 @@ def _print(masked: MaskedText, found: list[Guess], vocabulary: Vocabulary, *, as
         print(f"  mask {mask['mask']}, step {mask['step']}: {choices}")
 
 
-# ---------------------------------------------------------------------------------------------------------- more positions
+# ------------------------------------------------------------------------------------------------------- more positions
 
 
 def lengthen(model: Path, /, *, positions: int, output: Path, vocabulary: Path | None = None) -> None:

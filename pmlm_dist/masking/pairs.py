@@ -7,12 +7,12 @@
     position   0 .. n-1          | n + t - 1         | n + t - 1      (n: the source's own length)
     segment    0                 | 1                 | 1
 
-It is the layout of pre-training (`masking/layout.py`) with every token of the target a factorization step of its own, and
-no base slots. Decoding step t feeds token t - 1 and the pseudo mask of step t, at the same places.
+It is the layout of pre-training (`masking/layout.py`) with every token of the target a factorization step of its own,
+and no base slots. Decoding step t feeds token t - 1 and the pseudo mask of step t, at the same places.
 
 Noise, against learning to copy and against trusting every token written before: a pseudo mask is [MASK] in 80 % of the
-places, a random token in 10 %, the true one in 10 %; and a token of the target (not its closing [SEP]) is shown as what was
-drawn for its pseudo mask with `target_mask_prob`. Both are a function of (seed, epoch, sample id) alone.
+places, a random token in 10 %, the true one in 10 %; and a token of the target (not its closing [SEP]) is shown as what
+was drawn for its pseudo mask with `target_mask_prob`. Both are a function of (seed, epoch, sample id) alone.
 
 Shapes: B samples, S source slots, M target slots, T = S + 2M.
 """

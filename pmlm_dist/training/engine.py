@@ -91,8 +91,8 @@ def module_of(engine: DeepSpeedEngine) -> nn.Module:
 def whole_module(engine: nn.Module, build: Callable[[], nn.Module]) -> Iterator[Any]:
     """The model in an engine, in evaluation mode and with whole weights, for calling its parts one by one.
 
-    With ZeRO-3, which gathers weights only while the whole is called, it is a copy in a fresh module that `build` makes;
-    every rank must call then.
+    With ZeRO-3, which gathers weights only while the whole is called, it is a copy in a fresh module that `build`
+    makes; every rank must call then.
     """
     if not isinstance(engine, DeepSpeedEngine) or engine.zero_optimization_stage() < 3:
         yield engine.module if isinstance(engine, DeepSpeedEngine) else engine

@@ -67,7 +67,7 @@ def step_by_step(
     session = Session(model, context, mask_id=SPECIAL.mask, beams=beams, capacity=M + 1)
     batch, lengths_B = len(context.tokens_BS), context.valid_BS.sum(1)
     random = torch.Generator().manual_seed(0)
-    read, before = [], None
+    read, before = [], torch.tensor(0)
     for m in range(M):
         if m == 0:
             tokens = layout["tokens_BT"].new_empty(batch, 0, 1)

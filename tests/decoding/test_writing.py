@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,7 @@ def model():
 def without_cache(source: np.ndarray, config: DecodingConfig) -> list[Hypothesis]:
     """The same search, with the whole of every hypothesis laid out and computed anew at each step."""
     network, search = model(), search_of(config, SPECIAL)
-    state = search.start(1)
+    state: Any = search.start(1)
     for length in range(config.max_length):
         logits = []
         for tokens in state.tokens_BKL[0].tolist():
