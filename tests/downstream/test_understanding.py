@@ -269,4 +269,4 @@ def test_a_score_is_learned(tmp_path: Path):
     wanted = config(model, tmp_path / "data", tmp_path / "out", task="stsb", recipe=recipe, evaluate_every=60)
     ((trials, again),) = run_world(learn, 1, wanted)
     assert trials[0].scores["validation"]["pearson"] > 0.8
-    assert trials[0].scores == again
+    assert again["validation"] == pytest.approx(trials[0].scores["validation"], rel=1e-4)  # other micro-batches
