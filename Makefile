@@ -63,7 +63,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 bench: $(VENV)/.dev
-	for name in step loader attention checkpoint; do $(BIN)/python benchmarks/run.py $$name --json benchmarks/results/$$name.json; done
+	for name in step loader attention checkpoint generate; do $(BIN)/python benchmarks/run.py $$name --json benchmarks/results/$$name.json; done
 
 bench-gpu: export DS_ACCELERATOR := cuda
 bench-gpu: gpu

@@ -7,6 +7,7 @@ What it needs is imported inside it, so that `pmlm --help` and a mistyped comman
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import os
 import sys
@@ -105,7 +106,7 @@ def finetune(arguments: Sequence[str]) -> None:
     """Fine-tune a model on a task: GLUE, SQuAD or your own; `pmlm finetune --task list` shows all."""
     import tyro
 
-    from pmlm_dist.downstream.settings import RECIPES, FinetuneConfig
+    from pmlm_dist.downstream.settings import RECIPES, WRITING, FinetuneConfig, WritingConfig
 
     share_cores()
     from pmlm_dist.downstream import finetune as driver
@@ -119,7 +120,12 @@ def finetune(arguments: Sequence[str]) -> None:
     if preset not in RECIPES:
         raise ConfigError([f"--preset ({preset}) must be one of {', '.join(RECIPES)}"])
     default = FinetuneConfig(
-        task=tyro.MISSING, model=tyro.MISSING, output=tyro.MISSING, preset=preset, recipe=RECIPES[preset]
+        task=tyro.MISSING,
+        model=tyro.MISSING,
+        output=tyro.MISSING,
+        preset=preset,
+        recipe=RECIPES[preset],
+        writing=WRITING.get(preset, WritingConfig()),
     )
     description = f"{finetune.__doc__}\n--preset {'|'.join(RECIPES)}: where the recipe comes from (now: {preset})."
     driver.finetune(
@@ -181,6 +187,47 @@ def _leave_world() -> None:
         os._exit(0)
 
 
+def generate(arguments: Sequence[str]) -> None:
+    """Write answers to a file of sources with a model that was fine-tuned for it."""
+    import tyro
+
+    from pmlm_dist.downstream import generate as answers
+
+    default = answers.GenerateConfig(model=tyro.MISSING, input=tyro.MISSING, output=tyro.MISSING)
+    model, vocabulary = (_chosen(name, arguments) for name in ("model", "vocabulary"))
+    if model is not None:
+        default = dataclasses.replace(default, decoding=answers.saved_decoding(model, vocabulary=vocabulary))
+    config = tyro.cli(
+        answers.GenerateConfig,
+        prog="pmlm generate",
+        description=f"{generate.__doc__}\nWith --model the settings of its fine-tuning are the defaults.",
+        args=arguments,
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    answers.generate(config)
+
+
+def fill(arguments: Sequence[str]) -> None:
+    """Fill the masks of a text in any order: pmlm fill "text with [MASK] and [MASK:3]" --model DIR."""
+    import tyro
+
+    from pmlm_dist.downstream.generate import fill_masks
+
+    tyro.cli(
+        fill_masks, prog="pmlm fill", description=fill.__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def lengthen(arguments: Sequence[str]) -> None:
+    """Give a model more positions, for longer sources and targets than it was pre-trained on."""
+    import tyro
+
+    from pmlm_dist.downstream.generate import lengthen as write
+
+    tyro.cli(write, prog="pmlm lengthen", description=lengthen.__doc__, args=arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare-corpus": prepare_corpus,
     "inspect": inspect,
@@ -191,6 +238,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "import": import_weights,
     "finetune": finetune,
     "evaluate": evaluate,
+    "generate": generate,
+    "fill": fill,
+    "lengthen": lengthen,
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FIGURES = {
     "checkpoint": {"stall_share", "bytes_per_parameter"},
+    "generate": {"vs_hf_generate", "vs_hf_encoder_decoder", "vs_hf_greedy"},
     "step": {"vs_hf_bert", "vs_hf_mpnet", "vs_two_passes", "vs_naive", "vs_ae_only", "mfu", "peak_memory_vs_naive"},
     "loader": {"vs_hf_collator", "vs_hf_whole_word", "workers_for_300k_tokens", "data_wait_share"},
     "attention": {

@@ -39,7 +39,7 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     elif (folder / "dataset_dict.json").is_file() or (folder / split / "dataset_info.json").is_file():
         rows = _read_saved(folder, split)
     elif folder.is_dir():
-        rows = _read_file(_find(folder, split))
+        rows = read_file(_find(folder, split))
     else:
         raise ConfigError([f"--data ({source}) is a file: give the folder that holds {split}.jsonl and the others"])
     if not rows:
@@ -63,7 +63,8 @@ def _find(folder: Path, split: str) -> Path:
     return found[0]
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """All rows of one file. Raises `ConfigError` when it cannot be read as what its suffix says."""
     try:
         if path.suffix == ".jsonl":
             return list(_json_lines(path))

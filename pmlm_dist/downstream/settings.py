@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, refuse
+from pmlm_dist.decoding.settings import DecodingConfig
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ RECIPES: dict[str, Recipe] = {
     "glue": Recipe(),
     "squad": Recipe(epochs=4),
     "demo": Recipe(lr=3e-4, epochs=4, dropout=None),
+    "cnn_dm": Recipe(lr=7e-5, batch=64, epochs=14, warmup=0.02),
+    "xsum": Recipe(lr=7e-5, batch=64, epochs=14, warmup=0.02),
+    "qg": Recipe(lr=2e-5, batch=48, epochs=16, warmup=0.1),
+    "demo_summary": Recipe(lr=1e-3, batch=32, epochs=3, warmup=0.1, dropout=None),
 }
 """glue: from the paper's grid; squad: the paper's; demo: for the tiny model, whose learning rates are larger."""
 
@@ -75,6 +80,32 @@ class InputConfig:
     """Spans: the longest answer that is predicted."""
     null_threshold: float = 0.0
     """Spans: a question is answered when its best span scores at least this much above [CLS], "no answer"."""
+
+
+@dataclass(frozen=True)
+class WritingConfig:
+    """Sources, targets and answers of `--task seq2seq`."""
+
+    max_source: int = 464
+    """Tokens of a source with [CLS] and [SEP]; more are cut off at the end."""
+    max_target: int = 48
+    """Tokens of a target with its [SEP]; more are cut off at the end."""
+    target_mask_prob: float = 0.5
+    """Probability that a token of the target is shown as what was drawn for its pseudo mask."""
+    label_smoothing: float = 0.1
+    """Share of the wanted probability that is spread over the whole vocabulary."""
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+
+
+WRITING: dict[str, WritingConfig] = {
+    "cnn_dm": WritingConfig(608, 160, decoding=DecodingConfig(beam=5, length_penalty=0.7, max_length=160)),
+    "xsum": WritingConfig(720, 48, decoding=DecodingConfig(beam=5, length_penalty=0.6, max_length=48)),
+    "qg": WritingConfig(464, 48, decoding=DecodingConfig(beam=8, length_penalty=1.3, max_length=48)),
+    "demo_summary": WritingConfig(
+        48, 16, decoding=DecodingConfig(beam=4, length_penalty=0.7, max_length=16, min_length=3)
+    ),
+}
+"""Lengths and decoding of a preset: the paper's data sets, and the demo, whose model has seen 64 positions."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +141,10 @@ class FinetuneConfig:
     """Steps between console lines."""
     recipe: Recipe = field(default_factory=Recipe)
     inputs: InputConfig = field(default_factory=InputConfig)
+    writing: WritingConfig = field(default_factory=WritingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     preset: str = "glue"
-    """Where the recipe's defaults come from: glue, squad or demo."""
+    """Where the recipe's defaults come from: glue, squad, demo; cnn_dm, xsum, qg, demo_summary for seq2seq."""
     max_skipped_steps: int = 20
     """Steps in a row whose gradient is not finite, after which the run ends."""
     collective_timeout_s: int = 600

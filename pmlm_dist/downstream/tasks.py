@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from pmlm_dist.downstream.classification import Classification, Shape
+from pmlm_dist.downstream.generation import Seq2Seq
 from pmlm_dist.downstream.spans import Spans
 from pmlm_dist.downstream.task import TaskKind
 
@@ -107,6 +108,9 @@ TASKS: dict[str, TaskKind] = {
     "regression": _texts(
         "your own: a score of a text or of a pair",
         Shape(label=("label", "score"), is_score=True, metrics=("pearson", "spearman", "rmse")),
+    ),
+    "seq2seq": TaskKind(
+        "your own: write the target of a source (columns src, tgt)", Seq2Seq.make, Seq2Seq.restore, preset="qg"
     ),
     "spans": _spans("your own: a span of a passage, or none, in SQuAD's columns"),
 }

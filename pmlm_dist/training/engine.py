@@ -9,6 +9,9 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import deepspeed
 import torch
@@ -82,3 +85,21 @@ def module_of(engine: DeepSpeedEngine) -> nn.Module:
     """The model in the engine."""
     assert isinstance(engine.module, nn.Module)
     return engine.module
+
+
+@contextmanager
+def whole_module(engine: nn.Module, build: Callable[[], nn.Module]) -> Iterator[Any]:
+    """The model in an engine, in evaluation mode and with whole weights, for calling its parts one by one.
+
+    With ZeRO-3, which gathers weights only while the whole is called, it is a copy in a fresh module that `build` makes;
+    every rank must call then.
+    """
+    if not isinstance(engine, DeepSpeedEngine) or engine.zero_optimization_stage() < 3:
+        yield engine.module if isinstance(engine, DeepSpeedEngine) else engine
+        return
+    own = module_of(engine)
+    copy = build().to(device=engine.device, dtype=next(own.parameters()).dtype).eval()
+    for to, parameter in zip(copy.parameters(), own.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            to.data.copy_(parameter.data)
+    yield copy
