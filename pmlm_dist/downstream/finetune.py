@@ -171,13 +171,19 @@ def prepare(config: FinetuneConfig, topology: Topology) -> Session:
     train = _split(task, kind.train, rows, training=True)
     refuse([] if train.features else [f"{source}: the split {kind.train} gives nothing to learn from"])
     scored = tuple(_split(task, name, read_rows(source, name)) for name in kind.validation)
-    reported = tuple(_split(task, name, read_rows(source, name)) for name in config.report)
+    reported = tuple(_whole_split(task, name, source) for name in config.report)
     return Session(config, topology, start, task, train, scored, reported)
 
 
 def _split(task: Task, name: str, rows: Sequence[Any], *, training: bool = False, labelled: bool = True) -> Split:
     examples = task.read(rows, origin=f"split {name}", labelled=labelled)
     return Split(name, examples, task.features(examples, training=training), labelled)
+
+
+def _whole_split(task: Task, name: str, source: str) -> Split:
+    """A split to predict, scored if it says what is right."""
+    rows = read_rows(source, name)
+    return _split(task, name, rows, labelled=task.has_labels(rows))
 
 
 def _learners(session: Session) -> list[Learner]:
@@ -237,11 +243,7 @@ def _prepare_evaluation(config: EvaluateConfig, topology: Topology) -> tuple[Fou
     kind = TASKS[saved["kind"]]
     task = kind.restore(saved["settings"], start.vocabulary)
     source = config.data or saved["data"]
-    splits = [
-        _split(task, name, rows, labelled=task.has_labels(rows))
-        for name in config.split or kind.validation
-        for rows in [read_rows(source, name)]
-    ]
+    splits = [_whole_split(task, name, source) for name in config.split or kind.validation]
     if config.predictions is not None and topology.is_first:
         config.predictions.mkdir(parents=True, exist_ok=True)
         there = [file for split in splits if (file := _predictions_file(config.predictions, split.name)).exists()]

@@ -56,20 +56,12 @@ def curve(metrics: dict[int, Any], name: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "tp", "zero", "micro_batch"), [(2, 1, 1, 4), (2, 2, 0, 4), (2, 1, 3, 2), (4, 2, 2, 4)]
+    "spread", [{"zero": 1}, {"zero": 3, "micro_batch": 2}, {"tp": 2, "zero": 0}], ids=["dp2", "dp2-zero3", "tp2"]
 )
 def test_losses_and_scores_are_those_of_a_single_process(
-    single: tuple[Path, dict[int, Any]],
-    model: Path,
-    data: Path,
-    tmp_path: Path,
-    ranks: int,
-    tp: int,
-    zero: int,
-    micro_batch: int,
+    single: tuple[Path, dict[int, Any]], model: Path, data: Path, tmp_path: Path, spread: dict[str, int]
 ):
-    wanted = config(model, data, tmp_path / "out", tp=tp, zero=zero, micro_batch=micro_batch)
-    run_world(learn, ranks, wanted)
+    run_world(learn, 2, config(model, data, tmp_path / "out", **spread))
     there, here = single[1], read_metrics(tmp_path / "out")
     assert len(curve(there, "train/loss")) == 6  # 21 examples in batches of 8: three steps an epoch
     for name in ("train/loss", "train/gradient_norm"):
@@ -198,18 +190,26 @@ def test_a_summary_puts_the_best_mean_first():
     ("rows", "changes", "message"),
     [
         ([], {}, "split validation of .* is empty"),
-        ([{"text": "a fish", "label": "purple"}], {}, "row 1: the label 'purple' .* was not in training, which had blue, green, red"),
+        (
+            [{"text": "a fish", "label": "purple"}],
+            {},
+            "row 1: the label 'purple' .* was not in training, which had blue, green, red",
+        ),
         ([{"words": "a fish", "label": "red"}], {}, "no column text, there are words, label"),
         ([{"text": " ", "label": "red"}], {}, "row 1: column text holds no text"),
         (text_rows(3), {"task": "clasification"}, r"--task \(clasification\) must be one of"),
         (text_rows(3), {"inputs": InputConfig(max_tokens=65)}, r"inputs.max_tokens \(65\) .* 64 positions"),
-        (text_rows(5), {"inputs": InputConfig(max_tokens=8, too_long="refuse")}, "9 tokens, at most 8 .*--inputs.too-long"),
+        (
+            text_rows(5),
+            {"inputs": InputConfig(max_tokens=8, too_long="refuse")},
+            "9 tokens, at most 8 .*--inputs.too-long",
+        ),
         (text_rows(3), {"recipe": Recipe(lr=-1.0, warmup=1.0)}, r"recipe.lr \(-1.0\)[^$]*recipe.warmup \(1.0\)"),
         (text_rows(3), {"grid": ("ls=3",)}, "--grid .ls=3. is not NAME=VALUE"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_one_clear_message_and_nothing_is_written(
-    model: Path, data: Path, tmp_path: Path, rows: list[dict[str, Any]], changes: dict[str, Any], message: str
+    data: Path, tmp_path: Path, model: Path, *, rows: list[dict[str, Any]], changes: dict[str, Any], message: str
 ):
     write_jsonl(tmp_path / "data" / "validation.jsonl", rows)
     (tmp_path / "data" / "train.jsonl").write_text((data / "train.jsonl").read_text())

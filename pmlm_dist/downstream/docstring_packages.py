@@ -7,9 +7,9 @@
        | 8-word runs                            held-out texts that share a fifth of theirs with training are dropped
     FOLDER/train.jsonl validation.jsonl test.jsonl    {"id", "text", "label"}, as many of each class
 
-The label is the package, so a package cannot be held out; its modules can. Pre-training has read the same docstrings, as
-text without labels, as is usual where a model is fine-tuned on the domain it was pre-trained on; the baseline of the
-same network untrained has not, and that difference is what the demo shows.
+The label is the package, so a package cannot be held out; its modules can. Pre-training has read the same docstrings,
+as text without labels, as is usual where a model is fine-tuned on the domain it was pre-trained on; the baseline of
+the same network untrained has not, and that difference is what the demo shows.
 """
 
 from __future__ import annotations
