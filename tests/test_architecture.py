@@ -22,7 +22,7 @@ LAYERS = (
     ("train.py", "cli.py"),
     ("downstream/",),
     ("conversion/", "planning/"),
-    ("training/", "inspection.py"),
+    ("training/", "decoding/", "inspection.py"),
     ("objectives.py",),
     ("model/", "data/", "corpus/"),
     ("parallel/", "masking/", "vocab.py"),
@@ -52,6 +52,8 @@ THIRD_PARTIES = {
     "numba": ("masking/",),
     "pyarrow": ("corpus/documents.py",),
     "datasets": ("downstream/rows.py",),
+    "rouge_score": ("downstream/overlap.py",),
+    "sacrebleu": ("downstream/overlap.py",),
     "sklearn": ("downstream/scores.py",),
     "scipy": ("downstream/scores.py",),
     "zstandard": ("corpus/documents.py",),
@@ -59,10 +61,10 @@ THIRD_PARTIES = {
     "matplotlib": ("inspection.py", "training/curves.py"),
     "torch": (
         *("masking/visibility.py", "objectives.py", "data/", "model/", "parallel/", "training/", "conversion/"),
-        *("planning/command.py", "planning/measure.py", "downstream/"),
+        *("planning/command.py", "planning/measure.py", "decoding/", "downstream/"),
     ),
     "numpy": (
-        "downstream/finetune.py",
+        *("decoding/", "downstream/finetune.py", "downstream/generation.py", "downstream/generate.py"),
         *("corpus/", "data/", "masking/", "parallel/seeding.py", "inspection.py"),
         *("training/checkpoint_files.py", "training/checkpoint_commands.py"),
         *("conversion/pretrained.py", "conversion/onnx.py"),
@@ -72,9 +74,10 @@ THIRD_PARTIES = {
 
 WITHOUT_TORCH = [
     *(name for name in MODULES if name.startswith("pmlm_dist.corpus")),
-    *("pmlm_dist.masking.blockwise", "pmlm_dist.masking.layout", "pmlm_dist.data.order", "pmlm_dist.vocab"),
+    *("pmlm_dist.masking.blockwise", "pmlm_dist.masking.layout", "pmlm_dist.masking.pairs", "pmlm_dist.data.order", "pmlm_dist.vocab"),
     *(f"pmlm_dist.training.{name}" for name in ("placement", "checkpoint_files", "checkpoint_folder")),
     "pmlm_dist.training.checkpoint_commands",
+    "pmlm_dist.decoding.settings",
     *("pmlm_dist.config", "pmlm_dist.presets", "pmlm_dist.engine_config", "pmlm_dist.cli", "pmlm_dist.ranks"),
     *("pmlm_dist.downstream.rows", "pmlm_dist.downstream.settings", "pmlm_dist.downstream.summary", "train"),
 ]
