@@ -228,6 +228,20 @@ def lengthen(arguments: Sequence[str]) -> None:
     tyro.cli(write, prog="pmlm lengthen", description=lengthen.__doc__, args=arguments)
 
 
+def demo_tasks(arguments: Sequence[str]) -> None:
+    """The demo's tasks: `pmlm demo-tasks data` writes them, `table` shows the scores; `make demo-tasks` does all."""
+    import tyro
+
+    from pmlm_dist.downstream.demo_tasks import write_data, write_table
+
+    tyro.extras.subcommand_cli_from_dict(
+        {"data": write_data, "table": write_table},
+        prog="pmlm demo-tasks",
+        description=demo_tasks.__doc__,
+        args=list(arguments),
+    )
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare-corpus": prepare_corpus,
     "inspect": inspect,
@@ -238,6 +252,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "import": import_weights,
     "finetune": finetune,
     "evaluate": evaluate,
+    "demo-tasks": demo_tasks,
     "generate": generate,
     "fill": fill,
     "lengthen": lengthen,

@@ -7,6 +7,9 @@
        | 8-word runs                            held-out texts that share a fifth of theirs with training are dropped
     FOLDER/train.jsonl validation.jsonl test.jsonl    {"id", "text", "label"}, as many of each class
 
+Baselines: the class that training has most often (they are balanced: one in ten), and the class whose most frequent
+words, without those frequent in all classes, the text holds most of.
+
 The label is the package, so a package cannot be held out; its modules can. Pre-training has read the same docstrings,
 as text without labels, as is usual where a model is fine-tuned on the domain it was pre-trained on; the baseline of
 the same network untrained has not, and that difference is what the demo shows.
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pmlm_dist.config import ConfigError
+from pmlm_dist.downstream import scores
 
 SPLITS = ("train", "validation", "test")
 _ALIASES = {
@@ -46,7 +50,7 @@ _LARGEST_GROUP = 0.1
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class PackageTaskConfig:
     """How the task is made."""
 
     source: Path = Path("data/demo/python-docs.jsonl")
@@ -61,7 +65,7 @@ class DemoConfig:
     """Examples of each class in validation, and as many in test."""
 
 
-def write_package_task(config: DemoConfig) -> dict[str, int]:
+def write_package_task(config: PackageTaskConfig) -> dict[str, int]:
     """Write the data set; how many examples each split has. Raises `ConfigError` where there are too few docstrings."""
     if config.output.exists():
         raise ConfigError([f"--output ({config.output}) is there already, and nothing is overwritten: name another"])
@@ -80,7 +84,7 @@ def _read(path: Path) -> list[dict[str, str]]:
         return [json.loads(line) for line in lines]
 
 
-def _package_examples(rows: Sequence[dict[str, str]], config: DemoConfig) -> dict[str, list[dict[str, Any]]]:
+def _package_examples(rows: Sequence[dict[str, str]], config: PackageTaskConfig) -> dict[str, list[dict[str, Any]]]:
     groups = _groups(rows)
     packages = _classes(rows, groups, config)
     own = [row for row in rows if row["package"] in packages]
@@ -98,7 +102,7 @@ def _package_examples(rows: Sequence[dict[str, str]], config: DemoConfig) -> dic
     return found
 
 
-def _classes(rows: Sequence[dict[str, str]], groups: dict[str, str], config: DemoConfig) -> list[str]:
+def _classes(rows: Sequence[dict[str, str]], groups: dict[str, str], config: PackageTaskConfig) -> list[str]:
     """The packages with most docstrings that have enough of them in every split, twice what is held out."""
     counts = Counter(row["package"] for row in rows)
     in_split = Counter((row["package"], _split_of(groups[row["name"]])) for row in rows)
@@ -166,3 +170,38 @@ def _runs(text: str) -> Iterator[str]:
 def _share_known(text: str, known: set[str]) -> float:
     runs = list(_runs(text))
     return sum(run in known for run in runs) / len(runs)
+
+
+# ------------------------------------------------------------------------------------------------------------ baselines
+
+_FREQUENT = 100
+"""Words that stand for a class, and words that stand for none because they are frequent everywhere."""
+
+
+def baseline_scores(folder: Path, split: str = "test") -> dict[str, dict[str, float]]:
+    """Accuracy and macro F1 of every baseline on a split that `write_package_task` has written."""
+    train, held_out = (_read(folder / f"{name}.jsonl") for name in ("train", split))
+    right = [row["label"] for row in held_out]
+    majority = Counter(row["label"] for row in train).most_common(1)[0][0]
+    said = {"majority class": [majority] * len(right), "frequent words": frequent_words(train, held_out)}
+    return {
+        name: {"accuracy": scores.accuracy(right, labels), "macro_f1": scores.macro_f1(right, labels)}
+        for name, labels in said.items()
+    }
+
+
+def frequent_words(train: Sequence[dict[str, str]], held_out: Sequence[dict[str, str]]) -> list[str]:
+    """For each text the class that shares most of its words; ties go to the first in the alphabet."""
+    by_class: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in train:
+        by_class[row["label"]].update(_words(row["text"]))
+    everywhere = {word for word, _ in sum(by_class.values(), Counter()).most_common(_FREQUENT)}
+    typical = {
+        label: {word for word, _ in counts.most_common(2 * _FREQUENT) if word not in everywhere}
+        for label, counts in sorted(by_class.items())
+    }
+    return [max(typical, key=lambda label: len(typical[label] & _words(row["text"]))) for row in held_out]
+
+
+def _words(text: str) -> set[str]:
+    return set(_WORD.findall(text.lower()))
