@@ -74,7 +74,13 @@ THIRD_PARTIES = {
 
 WITHOUT_TORCH = [
     *(name for name in MODULES if name.startswith("pmlm_dist.corpus")),
-    *("pmlm_dist.masking.blockwise", "pmlm_dist.masking.layout", "pmlm_dist.masking.pairs", "pmlm_dist.data.order", "pmlm_dist.vocab"),
+    *(
+        "pmlm_dist.masking.blockwise",
+        "pmlm_dist.masking.layout",
+        "pmlm_dist.masking.pairs",
+        "pmlm_dist.data.order",
+        "pmlm_dist.vocab",
+    ),
     *(f"pmlm_dist.training.{name}" for name in ("placement", "checkpoint_files", "checkpoint_folder")),
     "pmlm_dist.training.checkpoint_commands",
     "pmlm_dist.decoding.settings",

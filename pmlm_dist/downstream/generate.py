@@ -113,7 +113,8 @@ def _sources(config: GenerateConfig, rows: list[dict[str, Any]], pretrained: Pre
     if room < 3 or pretrained.model.segment_types < 2:
         raise ConfigError(
             [f"a model of {pretrained.model.max_positions} positions and {pretrained.model.segment_types} segment "
-             f"types cannot write answers of {config.decoding.max_length} tokens: lower --max-length, or use another model"]
+             f"types cannot write answers of {config.decoding.max_length} tokens: lower --max-length, or use another "
+             "model"]
         )  # fmt: skip
     words = vocabulary.encode_batch(texts)
     if config.too_long == "refuse":

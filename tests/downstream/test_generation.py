@@ -191,7 +191,7 @@ def test_a_model_of_another_task_cannot_write(model, data, tmp_path, capsys):
         assert "was fine-tuned for classification and cannot write" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------------------- pmlm fill, lengthen
+# ------------------------------------------------------------------------------------------------- pmlm fill, lengthen
 
 
 def test_masks_are_read_at_their_places(model):
