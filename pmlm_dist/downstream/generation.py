@@ -29,7 +29,6 @@ from pmlm_dist.downstream.settings import FinetuneConfig, WritingConfig
 from pmlm_dist.downstream.task import Row, Task, TaskBatch
 from pmlm_dist.masking.pairs import PairRule, lay_out_pairs, source_ids
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
-from pmlm_dist.training.engine import whole_module
 from pmlm_dist.vocab import Vocabulary
 
 SOURCES, TARGETS = ("src", "source", "text"), ("tgt", "target", "summary")
@@ -185,6 +184,8 @@ class Seq2Seq(Task[PairExample, PairFeature]):
 
     def predict(self, engine: nn.Module, batch: TaskBatch) -> list[Any]:
         """What is written to each source: token ids."""
+        from pmlm_dist.training.engine import whole_module  # it needs DeepSpeed, which `pmlm generate` does without
+
         num_source = batch.tensors["tokens_BT"].shape[1] - 2 * batch.tensors["predicted_BM"].shape[1]
         tokens_BS, valid_BS = (batch.tensors[name][:, :num_source].cpu() for name in ("tokens_BT", "valid_BT"))
         sources = [row[valid].numpy() for row, valid in zip(tokens_BS, valid_BS, strict=True)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,3 +252,12 @@ def test_rouge_and_bleu_of_known_texts():
     # 3 of 4 and of 5 words in common, in order; 1 of 3 and of 4 pairs: F1 = 2 * 3 / 9 and 2 * 1 / 7.
     found = overlap_scores(["a b x d"], ["a b c d e"])
     assert (found["rouge1"], found["rouge2"], found["rougeL"]) == pytest.approx((200 / 3, 200 / 7, 200 / 3))
+
+
+# ------------------------------------------------------------------------------------------------------------ start-up
+
+
+def test_answering_needs_no_training_engine():
+    """DeepSpeed takes seconds to start, and writes to what programs read."""
+    code = "import sys, pmlm_dist.downstream.generate; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
