@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,9 +129,8 @@ def test_the_source_is_computed_once_and_shared_by_the_beams():
     model, layout = model_of().eval(), tensors(random_layout(), left=False)
     slots = []
     for layer in model.layers:
-        layer.attention.key_value.register_forward_hook(
-            lambda _m, inputs, _o: slots.append(inputs[0].shape[:-1].numel())
-        )  # pyright: ignore
+        projection: Any = layer.get_submodule("attention.key_value")
+        projection.register_forward_hook(lambda _m, inputs, _o: slots.append(inputs[0].shape[:-1].numel()))
     step_by_step(model, layout, RULE.max_source, torch.zeros(RULE.max_target, dtype=torch.long), beams=4)
     per_layer = 3 * RULE.max_source + 3 * 1 + 3 * 2 * 4 * (RULE.max_target - 1)
     assert sum(slots) == per_layer * MODEL.num_layers
