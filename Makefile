@@ -3,6 +3,7 @@
 # make test-cluster   set up, install SLURM from Debian if need be (as root), run the tests that submit jobs to it
 # make test-faults   inject the faults of docs/reliability.md that take seconds; make test-faults-all: all, and write its table
 # make checks  format, lint, types
+# make demo-tasks   fine-tune the model of `make train` on two tasks, and the same network untrained; scores beside baselines
 # make bench   every benchmark; reports in benchmarks/results
 # make test-gpu, make bench-gpu   what needs a GPU: its tests, and both training benchmarks at the size of the base model
 
@@ -16,7 +17,7 @@ DEMO   := data/demo
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train corpus test test-cluster test-faults test-faults-all checks bench format clean gpu test-gpu bench-gpu
+.PHONY: train corpus demo-tasks test test-cluster test-faults test-faults-all checks bench format clean gpu test-gpu bench-gpu
 
 train: $(DEMO)/manifest.json
 	$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
@@ -27,6 +28,20 @@ corpus: $(DEMO)/manifest.json
 $(DEMO)/manifest.json: | $(VENV)/.train
 	$(BIN)/mpirun --oversubscribe --bind-to none -n $(RANKS) $(BIN)/pmlm prepare-corpus --source python-docs --output $(DEMO) \
 	    --vocabulary-size 8192 --sequence-length 64 --shards 64
+
+# A fine-tuning that stands is not repeated: remove runs/demo-package for another.
+demo-tasks: train
+	$(BIN)/pmlm demo-tasks data
+	$(call finetune,package,classification --preset demo --inputs.max-tokens 64,)
+	$(call finetune,package,classification --preset demo --inputs.max-tokens 64,-untrained)
+	$(call finetune,summary,seq2seq --preset demo_summary,)
+	$(call finetune,summary,seq2seq --preset demo_summary,-untrained)
+	$(BIN)/pmlm demo-tasks table
+
+# $(1) data and run, $(2) task, $(3) nothing or -untrained
+finetune = test -f runs/demo-$(1)$(3)/scores.json || $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) -m pmlm_dist.cli finetune --task $(2) \
+	    --model runs/demo --data data/demo-tasks/$(1) --ds-config ds_configs/tiny.json --report test \
+	    --output runs/demo-$(1)$(3) $(if $(3),--untrained)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --ignore tests/faults $(ARGS)
@@ -77,7 +92,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 bench: $(VENV)/.dev
-	for name in step loader attention checkpoint plan prepare scaling zero; do $(BIN)/python benchmarks/run.py $$name --json benchmarks/results/$$name.json; done
+	for name in step loader attention checkpoint generate plan prepare scaling zero; do $(BIN)/python benchmarks/run.py $$name --json benchmarks/results/$$name.json; done
 
 bench-gpu: export DS_ACCELERATOR := cuda
 bench-gpu: gpu

@@ -9,24 +9,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
-from collections.abc import Mapping
 
 import tyro
 
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.presets import PRESETS
+from pmlm_dist.ranks import share_cores, speaks
 from pmlm_dist.training.exit_codes import ExitCode
 from pmlm_dist.training.heartbeat import Heartbeat
 from pmlm_dist.training.preemption import Stopped, StopSignals
 from pmlm_dist.training.run_lock import FolderInUse
-from pmlm_dist.training.supervisor import rank_in, supervised
-
-_RANKS_OF_THIS_HOST = (
-    *("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
-    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
-)
+from pmlm_dist.training.supervisor import supervised
 
 
 def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
@@ -46,23 +40,11 @@ def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
     )
 
 
-def speaks(environ: Mapping[str, str]) -> bool:
-    """Whether this process, before it has joined its world, is the one that prints."""
-    return rank_in(environ) == 0
-
-
-def threads(environ: Mapping[str, str], *, cores: int) -> int:
-    """Threads of one rank when `cores` are divided among the ranks of this host."""
-    told = next((environ[name] for name in _RANKS_OF_THIS_HOST if environ.get(name)), "1")
-    ranks = re.match(r"\d+", told)  # Slurm writes "8(x4)" for 4 hosts
-    return max(1, cores // max(1, int(ranks[0]) if ranks else 1))
-
-
 def main(heart: Heartbeat) -> int:
     """Run as a rank, with signs of life on `heart`, and return the exit code (training/exit_codes.py)."""
     signals = StopSignals()
     signals.listen()
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads(os.environ, cores=len(os.sched_getaffinity(0)))))
+    share_cores()
     try:
         config = parse(sys.argv[1:], quiet=not speaks(os.environ))
         from pmlm_dist.training.loop import pretrain  # torch reads OMP_NUM_THREADS when it is imported

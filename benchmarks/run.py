@@ -15,6 +15,7 @@ import tyro
 BENCHMARKS = {
     "attention": "AttentionOptions",
     "checkpoint": "CheckpointOptions",
+    "generate": "GenerateOptions",
     "loader": "LoaderOptions",
     "plan": "PlanOptions",
     "prepare": "PrepareOptions",

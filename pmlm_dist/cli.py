@@ -6,11 +6,15 @@ What it needs is imported inside it, so that `pmlm --help` and a mistyped comman
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from pmlm_dist.config import ConfigError
+from pmlm_dist.ranks import share_cores, speaks
 
 USER_ERROR = 2
 
@@ -77,21 +81,17 @@ def checkpoint(arguments: Sequence[str]) -> None:
 
 def plan(arguments: Sequence[str]) -> None:
     """Say what a run needs before it is queued: memory, step time, communication, days; and what does not fit."""
-    import argparse
-
     import tyro
 
     from pmlm_dist.planning import command
     from pmlm_dist.planning.settings import PlanConfig
     from pmlm_dist.presets import PRESETS
 
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--preset", default="base")
-    chosen, rest = chooser.parse_known_args(arguments)
-    if chosen.preset not in PRESETS:
-        raise ConfigError([f"--preset ({chosen.preset}) must be one of {', '.join(sorted(PRESETS))}"])
-    description = f"{plan.__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {chosen.preset})."
-    default = PlanConfig.of_preset(chosen.preset)
+    preset, rest = _chosen("preset", arguments) or "base", _without("preset", arguments)
+    if preset not in PRESETS:
+        raise ConfigError([f"--preset ({preset}) must be one of {', '.join(sorted(PRESETS))}"])
+    description = f"{plan.__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
+    default = PlanConfig.of_preset(preset)
     command.run(tyro.cli(PlanConfig, prog="pmlm plan", description=description, args=rest, default=default))
 
 
@@ -113,6 +113,146 @@ def import_weights(arguments: Sequence[str]) -> None:
     tyro.cli(read, prog="pmlm import", description=import_weights.__doc__, args=arguments)
 
 
+def finetune(arguments: Sequence[str]) -> None:
+    """Fine-tune a model on a task: GLUE, SQuAD or your own; `pmlm finetune --task list` shows all."""
+    import tyro
+
+    from pmlm_dist.downstream.settings import RECIPES, WRITING, FinetuneConfig, WritingConfig
+
+    share_cores()
+    from pmlm_dist.downstream import finetune as driver
+    from pmlm_dist.downstream.tasks import TASKS
+
+    task, rest = _chosen("task", arguments), _without("preset", _without("local_rank", arguments))
+    if task == "list":
+        print("\n".join(f"{name:16}{kind.about}" for name, kind in TASKS.items()))
+        return
+    preset = _chosen("preset", arguments) or (TASKS[task].preset if task in TASKS else "glue")
+    if preset not in RECIPES:
+        raise ConfigError([f"--preset ({preset}) must be one of {', '.join(RECIPES)}"])
+    default = FinetuneConfig(
+        task=tyro.MISSING,
+        model=tyro.MISSING,
+        output=tyro.MISSING,
+        preset=preset,
+        recipe=RECIPES[preset],
+        writing=WRITING.get(preset, WritingConfig()),
+    )
+    description = f"{finetune.__doc__}\n--preset {'|'.join(RECIPES)}: where the recipe comes from (now: {preset})."
+    driver.finetune(
+        tyro.cli(
+            FinetuneConfig,
+            prog="pmlm finetune",
+            description=description,
+            args=rest,
+            default=default,
+            console_outputs=speaks(os.environ),
+        )
+    )
+    _leave_world()
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Score a fine-tuned model on a split, and write its predictions."""
+    import tyro
+
+    from pmlm_dist.downstream.settings import EvaluateConfig
+
+    share_cores()
+    from pmlm_dist.downstream.finetune import evaluate_saved
+
+    rest = _without("local_rank", arguments)
+    evaluate_saved(
+        tyro.cli(
+            EvaluateConfig,
+            prog="pmlm evaluate",
+            description=evaluate.__doc__,
+            args=rest,
+            console_outputs=speaks(os.environ),
+        )
+    )
+    _leave_world()
+
+
+def _chosen(name: str, arguments: Sequence[str]) -> str | None:
+    """Value of the setting `--name` among `arguments`, if it is there."""
+    return getattr(_only(name).parse_known_args(arguments)[0], name)
+
+
+def _without(name: str, arguments: Sequence[str]) -> list[str]:
+    """`arguments` without the setting `--name`, which a launcher has appended or which has been read."""
+    return _only(name).parse_known_args(arguments)[1]
+
+
+def _only(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    return parser
+
+
+def _leave_world() -> None:
+    """End a rank of several at once: after ZeRO-3 on gloo it can abort in its destructors."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """Write answers to a file of sources with a model that was fine-tuned for it."""
+    import tyro
+
+    from pmlm_dist.downstream import generate as answers
+
+    default = answers.GenerateConfig(model=tyro.MISSING, input=tyro.MISSING, output=tyro.MISSING)
+    model, vocabulary = (_chosen(name, arguments) for name in ("model", "vocabulary"))
+    if model is not None:
+        default = dataclasses.replace(default, decoding=answers.saved_decoding(model, vocabulary=vocabulary))
+    config = tyro.cli(
+        answers.GenerateConfig,
+        prog="pmlm generate",
+        description=f"{generate.__doc__}\nWith --model the settings of its fine-tuning are the defaults.",
+        args=arguments,
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    answers.generate(config)
+
+
+def fill(arguments: Sequence[str]) -> None:
+    """Fill the masks of a text in any order: pmlm fill "text with [MASK] and [MASK:3]" --model DIR."""
+    import tyro
+
+    from pmlm_dist.downstream.generate import fill_masks
+
+    tyro.cli(
+        fill_masks, prog="pmlm fill", description=fill.__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def lengthen(arguments: Sequence[str]) -> None:
+    """Give a model more positions, for longer sources and targets than it was pre-trained on."""
+    import tyro
+
+    from pmlm_dist.downstream.generate import lengthen as write
+
+    tyro.cli(write, prog="pmlm lengthen", description=lengthen.__doc__, args=arguments)
+
+
+def demo_tasks(arguments: Sequence[str]) -> None:
+    """The demo's tasks: `pmlm demo-tasks data` writes them, `table` shows the scores; `make demo-tasks` does all."""
+    import tyro
+
+    from pmlm_dist.downstream.demo_tasks import write_data, write_table
+
+    tyro.extras.subcommand_cli_from_dict(
+        {"data": write_data, "table": write_table},
+        prog="pmlm demo-tasks",
+        description=demo_tasks.__doc__,
+        args=list(arguments),
+    )
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare-corpus": prepare_corpus,
     "corpus": corpus,
@@ -122,6 +262,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "checkpoint": checkpoint,
     "export": export,
     "import": import_weights,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "demo-tasks": demo_tasks,
+    "generate": generate,
+    "fill": fill,
+    "lengthen": lengthen,
 }
 
 
@@ -159,7 +305,8 @@ def _closest(name: str) -> str:
 
 
 def _failed(message: str) -> int:
-    print(f"pmlm: {message}", file=sys.stderr)
+    if speaks(os.environ):
+        print(f"pmlm: {message}", file=sys.stderr, flush=True)
     return USER_ERROR
 
 

@@ -260,13 +260,17 @@ def divisors(number: int) -> list[int]:
 def problems(config: RunConfig) -> list[str]:
     """Everything that is wrong with `config` by itself, one sentence a problem: setting, value, constraint, way out."""
     return [
-        *_model_problems(config.model),
-        *_parallel_problems(config.model, tp=config.parallel.tp),
+        *problems_of_model(config.model, tp=config.parallel.tp),
         *_masking_problems(config.masking),
         *_objective_problems(config.objective),
         *_mixture_problems(config.data.sources),
         *_number_problems(config),
     ]
+
+
+def problems_of_model(model: ModelConfig, *, tp: int) -> list[str]:
+    """What keeps `model` from being computed on `tp` tensor-parallel ranks."""
+    return [*_model_problems(model), *_parallel_problems(model, tp=tp)]
 
 
 def _model_problems(model: ModelConfig) -> list[str]:

@@ -198,6 +198,11 @@ class Vocabulary:
         """Token ids of each text, without special tokens around or in them."""
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of `encode_batch`, and for each the characters [start, stop) of the text that it stands for."""
+        encoded = self._encoder.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encoded]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text of `ids`; special tokens are written out."""
         return self._encoder.decode([int(id) for id in ids], skip_special_tokens=False)

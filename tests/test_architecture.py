@@ -20,12 +20,13 @@ MODULES = {
 
 LAYERS = (
     ("train.py", "cli.py"),
+    ("downstream/",),
     ("conversion/", "planning/"),
-    ("training/", "inspection.py"),
+    ("training/", "decoding/", "inspection.py"),
     ("objectives.py",),
     ("model/", "data/", "corpus/"),
     ("parallel/", "masking/", "vocab.py"),
-    ("config.py", "presets.py", "engine_config.py", "devices.py"),
+    ("config.py", "presets.py", "engine_config.py", "devices.py", "ranks.py"),
 )
 """From the top; a module imports from the lines below its own, and from its own package."""
 
@@ -34,7 +35,10 @@ BESIDES = {("data/", "pmlm_dist.corpus.shards")}
 
 THIRD_PARTIES = {
     "megatron": ("parallel/",),
-    "deepspeed": ("training/loop.py", "training/engine_state.py", "training/validation.py"),
+    "deepspeed": (
+        *("training/engine.py", "training/engine_state.py", "training/loop.py", "training/validation.py"),
+        "downstream/",
+    ),
     "safetensors": ("training/checkpoint_files.py", "conversion/"),
     "webdataset": ("corpus/shards.py",),
     "fsspec": ("data/cache.py", "corpus/sources.py"),
@@ -49,14 +53,20 @@ THIRD_PARTIES = {
     "tyro": ("train.py", "cli.py"),
     "numba": ("masking/",),
     "pyarrow": ("corpus/documents.py",),
+    "datasets": ("downstream/rows.py",),
+    "rouge_score": ("downstream/overlap.py",),
+    "sacrebleu": ("downstream/overlap.py",),
+    "sklearn": ("downstream/scores.py",),
+    "scipy": ("downstream/scores.py",),
     "zstandard": ("corpus/documents.py",),
     "rich": ("corpus/ranks.py", "inspection.py", "planning/report.py"),
     "matplotlib": ("inspection.py", "training/curves.py"),
     "torch": (
         *("masking/visibility.py", "objectives.py", "data/", "model/", "parallel/", "training/", "conversion/"),
-        *("planning/command.py", "planning/measure.py"),
+        *("planning/command.py", "planning/measure.py", "decoding/", "downstream/"),
     ),
     "numpy": (
+        *("decoding/", "downstream/finetune.py", "downstream/generation.py", "downstream/generate.py"),
         *("corpus/", "data/", "masking/", "parallel/seeding.py", "inspection.py"),
         *("training/checkpoint_files.py", "training/checkpoint_commands.py"),
         *("conversion/pretrained.py", "conversion/onnx.py"),
@@ -66,14 +76,22 @@ THIRD_PARTIES = {
 
 WITHOUT_TORCH = [
     *(name for name in MODULES if name.startswith("pmlm_dist.corpus")),
-    *("pmlm_dist.masking.blockwise", "pmlm_dist.masking.layout", "pmlm_dist.data.order", "pmlm_dist.vocab"),
+    *(
+        "pmlm_dist.masking.blockwise",
+        "pmlm_dist.masking.layout",
+        "pmlm_dist.masking.pairs",
+        "pmlm_dist.data.order",
+        "pmlm_dist.vocab",
+    ),
     *(f"pmlm_dist.training.{name}" for name in ("placement", "checkpoint_files", "checkpoint_folder")),
     *(
         f"pmlm_dist.training.{name}"
         for name in ("exit_codes", "heartbeat", "supervisor", "causes", "processes", "run_lock", "lives", "restarts")
     ),
     "pmlm_dist.training.checkpoint_commands",
-    *("pmlm_dist.config", "pmlm_dist.presets", "pmlm_dist.engine_config", "pmlm_dist.cli", "train"),
+    "pmlm_dist.decoding.settings",
+    *("pmlm_dist.config", "pmlm_dist.presets", "pmlm_dist.engine_config", "pmlm_dist.cli", "pmlm_dist.ranks"),
+    *("pmlm_dist.downstream.rows", "pmlm_dist.downstream.settings", "pmlm_dist.downstream.summary", "train"),
 ]
 
 

@@ -19,6 +19,7 @@ from worlds import free_port, run_world
 import train
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.presets import PRESETS, base, tiny
+from pmlm_dist.ranks import speaks, threads
 from pmlm_dist.training.exit_codes import ExitCode
 from pmlm_dist.training.metrics import read_metrics
 
@@ -115,14 +116,14 @@ LAUNCHERS: dict[str, list[dict[str, str]]] = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_one_rank_speaks_and_the_cores_are_shared(launcher: str):
     ranks = LAUNCHERS[launcher]
-    assert [train.speaks(environ) for environ in ranks] == [True, False]
-    assert [train.threads(environ, cores=12) for environ in ranks] == [6, 6]
+    assert [speaks(environ) for environ in ranks] == [True, False]
+    assert [threads(environ, cores=12) for environ in ranks] == [6, 6]
 
 
 def test_a_process_alone_speaks_and_takes_all_cores():
-    assert train.speaks({})
-    assert train.threads({}, cores=12) == 12
-    assert train.threads({"LOCAL_WORLD_SIZE": "64"}, cores=12) == 1
+    assert speaks({})
+    assert threads({}, cores=12) == 12
+    assert threads({"LOCAL_WORLD_SIZE": "64"}, cores=12) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- processes

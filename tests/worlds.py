@@ -26,7 +26,7 @@ def start_server() -> None:
     """Start the server that ranks are forked from; a process has one, so this comes before anybody else's."""
     if _ON_GPU:
         return
-    _CONTEXT.set_forkserver_preload(["pmlm_dist.training.loop"])
+    _CONTEXT.set_forkserver_preload(["pmlm_dist.training.loop", "pmlm_dist.downstream.finetune"])
     forkserver.ensure_running()
 
 

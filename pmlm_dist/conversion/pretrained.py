@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pmlm_dist.config import ConfigError, ModelConfig, refuse
 from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, own_shapes
+from pmlm_dist.model.task_model import TASK_HEAD
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.parallel import groups
 from pmlm_dist.training.checkpoint_files import (
@@ -78,15 +79,27 @@ def _examples(tokens: list[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
-def open_pretrained(path: Path, *, vocabulary: Path | None = None) -> Pretrained:
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose weights have not been read yet."""
+
+    folder: Path
+    model: ModelConfig
+    vocabulary: Vocabulary
+    state: dict[str, Any]
+    """Its `state.json`."""
+
+
+def find_pretrained(path: Path, *, vocabulary: Path | None = None) -> Found:
     """The newest whole checkpoint at `path`: a run's folder, its checkpoints, one of them, or what `pmlm import` wrote.
 
-    `vocabulary`: where its vocabulary lies; None: beside imported weights, else in the corpus of the run. Raises
-    `ConfigError` when the checkpoint is damaged or the vocabulary is not the one it was trained with.
+    `vocabulary`: where its vocabulary lies; None: in the folder that holds it, if it is of fine-tuning or was imported,
+    else in the corpus of the run. Raises `ConfigError` when the checkpoint is damaged or the vocabulary is not the one
+    it was trained with.
     """
     folder = newest_whole_at(path)
     try:
-        state, arrays = read_state(folder), read_weights(folder)
+        state = read_state(folder)
     except Damaged as error:
         raise ConfigError([f"{folder}: {error}"]) from error
     model = _model_settings(state["configuration"].get("model"), folder)
@@ -96,9 +109,19 @@ def open_pretrained(path: Path, *, vocabulary: Path | None = None) -> Pretrained
             [f"the vocabulary in {vocabulary or _place_of_vocabulary(folder, state)} is not that of {folder}: "
              "name the one it was trained with by --vocabulary"]
         )  # fmt: skip
-    weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    pretrained = Pretrained(replace(model, vocab_size=words.size), weights, words, facts={**state, "folder": folder})
-    refuse(_misfits(pretrained, folder))
+    return Found(folder, replace(model, vocab_size=words.size), words, state)
+
+
+def open_pretrained(path: Path, *, vocabulary: Path | None = None) -> Pretrained:
+    """The checkpoint that `find_pretrained` finds, its weights read; the head of a task is left behind."""
+    found = find_pretrained(path, vocabulary=vocabulary)
+    try:
+        arrays = read_weights(found.folder)
+    except Damaged as error:
+        raise ConfigError([f"{found.folder}: {error}"]) from error
+    weights = {name: torch.from_numpy(a) for name, a in arrays.items() if not name.startswith(TASK_HEAD)}
+    pretrained = Pretrained(found.model, weights, found.vocabulary, facts={**found.state, "folder": found.folder})
+    refuse(_misfits(pretrained, found.folder))
     return pretrained
 
 
@@ -110,8 +133,9 @@ def _model_settings(saved: Any, folder: Path) -> ModelConfig:
 
 
 def _place_of_vocabulary(folder: Path, state: dict[str, Any]) -> Path:
-    if folder.parent.name == IMPORTED:
-        return folder.parent.parent
+    above = folder.parent.parent
+    if folder.parent.name == IMPORTED or (above / "tokenizer.json").is_file():
+        return above
     corpus = state["configuration"].get("corpus")
     if corpus is None or not Path(corpus).exists():
         raise ConfigError([f"the corpus of {folder} ({corpus}) is not here: name its vocabulary by --vocabulary"])

@@ -149,14 +149,14 @@ class SampleOrder:
             yield from ((number, shard) for shard in rest.tolist() if shard not in bad)
 
     def _add_epoch(self) -> None:
-        permutation = _permutation(len(self._sizes), seed=self.seed, epoch=len(self._epochs))
-        shards = tuple(permutation[lane :: self.lanes] for lane in range(self.lanes))
+        order = permutation(len(self._sizes), seed=self.seed, epoch=len(self._epochs))
+        shards = tuple(order[lane :: self.lanes] for lane in range(self.lanes))
         epoch = _Epoch(shards, tuple(np.cumsum(self._sizes[of_lane]) for of_lane in shards))
         self._epochs.append(epoch)
         self._starts.append(self._starts[-1] + epoch.lengths)
 
 
-def _permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:
+def permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:
     """A random order of 0 .. count-1, by sorting hashes: equal under every NumPy, as its generators need not be."""
     keys = np.array([seed_state(seed, epoch, item) for item in range(count)], dtype=np.uint64)
     return np.argsort(keys, kind="stable")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.parallel.cross_entropy import tied_cross_entropy, tied_logits
+from pmlm_dist.parallel.cross_entropy import smoothing, tied_cross_entropy, tied_logits
 from pmlm_dist.parallel.layers import sharded
 
 
@@ -23,6 +23,7 @@ class TiedHead(nn.Module):
     def __init__(self, config: ModelConfig, *, padded_vocab_size: int):
         super().__init__()
         assert config.vocab_size is not None
+        self.vocab_size = config.vocab_size
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         nn.init.normal_(self.dense.weight, 0.0, config.initializer_range)
         nn.init.zeros_(self.dense.bias)
@@ -34,11 +35,23 @@ class TiedHead(nn.Module):
         self.register_buffer("padding", sharded(padding).data, persistent=False)
 
     def forward(
-        self, x_RBE: Tensor, embedding_VE: Tensor, targets_RB: Tensor | None = None
+        self,
+        x_RBE: Tensor,
+        embedding_VE: Tensor,
+        targets_RB: Tensor | None = None,
+        *,
+        label_smoothing: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """[R, B, E] -> logits [R, B, V], or with targets their losses [R, B] in nats and whether each won [R, B]."""
+        """[R, B, E] -> logits [R, B, V], or with targets their losses [R, B] in nats and whether each won [R, B].
+
+        With `label_smoothing` the losses are cross entropies to targets that much of which is uniform.
+        """
         h_RBE = self.norm(F.gelu(self.dense(x_RBE)))
         bias_V = self.bias + self.padding.to(self.bias.dtype)
         if targets_RB is None:
             return tied_logits(h_RBE, embedding_VE, bias_V)
-        return tied_cross_entropy(h_RBE, embedding_VE, bias_V, targets_RB)
+        loss_RB, right_RB = tied_cross_entropy(h_RBE, embedding_VE, bias_V, targets_RB)
+        if label_smoothing:
+            added_RB = smoothing(h_RBE, embedding_VE, bias_V, targets_RB, vocab_size=self.vocab_size)
+            loss_RB = loss_RB + label_smoothing * added_RB
+        return loss_RB, right_RB

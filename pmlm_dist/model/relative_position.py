@@ -58,11 +58,17 @@ class RelativeBias(nn.Module):
 
     def forward(self, q_positions_BQ: Tensor, k_positions_BK: Tensor) -> Tensor:
         """Bias [H, B, Q, K] of every query and key; unscaled, to be added to the scaled scores."""
-        reach = self.max_distance  # beyond it nothing changes
-        distance_BQK = k_positions_BK[:, None, :] - q_positions_BQ[:, :, None]
-        index_BQK = distance_BQK.clamp_(-reach, reach).add_(reach)
-        return self.by_distance(reach).index_select(1, index_BQK.flatten()).view(-1, *index_BQK.shape)
+        # Beyond the largest distance nothing changes.
+        return look_up(self.by_distance(self.max_distance), q_positions_BQ, k_positions_BK)
 
     def among_neighbours(self, length: int) -> Tensor:
         """Bias [H, S, S] of `length` = S slots at consecutive positions among themselves: one diagonal a distance."""
         return self.by_distance(length - 1).unfold(1, length, 1).flip(1)
+
+
+def look_up(bias_HN: Tensor, q_positions_BQ: Tensor, k_positions_BK: Tensor) -> Tensor:
+    """Bias [H, B, Q, K] from `RelativeBias.by_distance`; distances beyond its reach count as its outermost."""
+    reach = bias_HN.shape[1] // 2
+    distance_BQK = k_positions_BK[:, None, :] - q_positions_BQ[:, :, None]
+    index_BQK = distance_BQK.clamp_(-reach, reach).add_(reach)
+    return bias_HN.index_select(1, index_BQK.flatten()).view(-1, *index_BQK.shape)

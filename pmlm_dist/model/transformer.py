@@ -86,8 +86,12 @@ class Layer(nn.Module):
 
     def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
         """New states [Q, B, E] of the slots `queries`, which look at `x` [T, B, E]."""
-        y_QBE = self.attention_norm(queries_QBE + self.dropout(self.attention(x_TBE, queries_QBE, groups)))
-        return self.ffn_norm(y_QBE + self.dropout(self.ffn_out(F.gelu(self.ffn_in(y_QBE)))))
+        return self.after_attention(queries_QBE, self.attention(x_TBE, queries_QBE, groups))
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the layer, slot by slot: states [..., E] and what attention gave them [..., E] -> new states."""
+        y = self.attention_norm(x + self.dropout(attended))
+        return self.ffn_norm(y + self.dropout(self.ffn_out(F.gelu(self.ffn_in(y)))))
 
 
 class PseudoMaskedLM(nn.Module):
@@ -154,11 +158,12 @@ class PseudoMaskedLM(nn.Module):
         predicted_BM: Tensor,
         targets_BM: Tensor | None = None,
         reads: tuple[str, ...] = ("ae", "par"),
+        label_smoothing: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of the predicted positions [K, M, B, V], as the K `reads` see them: AE before PAR.
 
-        With `targets_BM` instead the targets' losses in nats and whether each won, both [K, M, B]: logits are then
-        never kept.
+        With `targets_BM` instead the targets' losses in nats (smoothed, if asked) and whether each won, both [K, M, B]:
+        logits are then never kept.
         """
         x_RBE = self.encode(
             tokens_BT,
@@ -172,7 +177,8 @@ class PseudoMaskedLM(nn.Module):
         embedding_VE, shape = self.embeddings.token.weight, (len(reads), -1)
         if targets_BM is None:
             return self.head(x_RBE, embedding_VE).unflatten(0, shape)
-        nll_RB, right_RB = self.head(x_RBE, embedding_VE, targets_BM.t().repeat(len(reads), 1))
+        targets_RB = targets_BM.t().repeat(len(reads), 1)
+        nll_RB, right_RB = self.head(x_RBE, embedding_VE, targets_RB, label_smoothing=label_smoothing)
         return nll_RB.unflatten(0, shape), right_RB.unflatten(0, shape)
 
     def _run(self, layer: nn.Module, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:

@@ -18,7 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 from pmlm_dist.parallel.layers import tp_rank, tp_size
@@ -52,6 +55,40 @@ def most_likely(logits_NV: Tensor) -> Tensor:
     best_of_all_N = _over_shards(best_N.clone(), dist.ReduceOp.MAX)
     ids_N = torch.where(best_N == best_of_all_N, ids_N + tp_rank() * logits_NV.shape[-1], -1)
     return _over_shards(ids_N, dist.ReduceOp.MAX)
+
+
+@torch.no_grad()
+def whole_logits(logits_NV: Tensor) -> Tensor:
+    """Logits [..., tp * V] over the whole vocabulary, equal on every rank, from those of this rank's rows [..., V]."""
+    if tp_size() == 1:
+        return logits_NV
+    parts = [torch.empty_like(logits_NV) for _ in range(tp_size())]
+    dist.all_gather(parts, logits_NV.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(parts, dim=-1)
+
+
+def smoothing(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor, *, vocab_size: int) -> Tensor:
+    """What label smoothing adds to the negative log-likelihood of each target, for one unit of its strength: [N].
+
+    The smoothed target is (1 - s) of the true token and s of the uniform distribution over the `vocab_size` tokens
+    (Szegedy et al., 2016), so its cross entropy is nll + s (l_t - mean l), with l the logits x W^T + b. The mean of a
+    linear function is that function of the mean: no logits are needed, whatever the vocabulary is cut into. Rows that
+    pad the vocabulary (those beyond `vocab_size`) do not count. Computed in fp32 at least.
+    """
+    precise = torch.promote_types(x_NE.dtype, torch.float32)
+    x_NE, rows = _from_every_shard(x_NE).to(precise), len(weight_VE)
+    first = tp_rank() * rows
+    counted = max(0, min(rows, vocab_size - first))
+    own_N = targets_N - first
+    is_own_N = (own_N >= 0) & (own_N < rows)
+    own_N = own_N.masked_fill(~is_own_N, 0)
+    mean_E = weight_VE[:counted].sum(dim=0, dtype=precise) / vocab_size
+    mean = bias_V[:counted].sum(dtype=precise) / vocab_size
+    target_N = (x_NE * weight_VE[own_N].to(precise)).sum(dim=-1) + bias_V[own_N].to(precise)
+    target_N = target_N.masked_fill(~is_own_N, 0.0)
+    return reduce_from_tensor_model_parallel_region(
+        target_N - x_NE @ mean_E - mean, group=parallel_state.get_tensor_model_parallel_group()
+    )
 
 
 class _TiedCrossEntropy(torch.autograd.Function):

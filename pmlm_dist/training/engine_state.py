@@ -119,18 +119,19 @@ class EngineState:
         self._fill_from(reader, KINDS)
         self._restore_counters(counters)
 
-    def start_from(self, reader: CheckpointReader) -> None:
+    def start_from(self, reader: CheckpointReader, *, fresh: str | None = None) -> None:
         """Fill the weights alone, as for a run that is about to start; every rank must call.
 
-        Raises `ConfigError` when the checkpoint is of another model.
+        Tensors whose names begin with `fresh` stay as they were drawn, whether the checkpoint has such or not. Raises
+        `ConfigError` when the checkpoint is of another model.
         """
-        self._fill_from(reader, KINDS[:1])
+        self._fill_from(reader, KINDS[:1], fresh=fresh)
 
-    def _fill_from(self, reader: CheckpointReader, kinds: tuple[str, ...]) -> None:
-        refuse(self._misfits(reader))
+    def _fill_from(self, reader: CheckpointReader, kinds: tuple[str, ...], *, fresh: str | None = None) -> None:
+        refuse(self._misfits(reader, but=fresh))
         _before_filling(self._zero)
         for piece in self.owned():
-            for kind in kinds:
+            for kind in () if fresh and piece.placement.name.startswith(fresh) else kinds:
                 _fill(piece.numbers[kind], piece.placement, kind, reader)
         _round_weights(self._zero)
 
@@ -148,8 +149,10 @@ class EngineState:
             for name, value in saved.items():
                 setattr(scaler, name, value)
 
-    def _misfits(self, reader: CheckpointReader) -> list[str]:
+    def _misfits(self, reader: CheckpointReader, *, but: str | None = None) -> list[str]:
         saved, mine = reader.tensors, {name: self._whole(p) for name, p in self.model.named_parameters()}
+        if but:
+            saved, mine = ({n: w for n, w in whole.items() if not n.startswith(but)} for whole in (saved, mine))
         found = [f"the checkpoint has no {name}" for name in mine if name not in saved]
         found += [f"the checkpoint has {name}, the model has not" for name in saved if name not in mine]
         for name in mine.keys() & saved.keys():

@@ -13,44 +13,33 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import time
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import nn
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.data.loader import validation_batches
-from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
+from pmlm_dist.model.transformer import build_model
 from pmlm_dist.objectives import NUM_COUNTS, loss_scales, target_weights
 from pmlm_dist.parallel import groups, seeding
-from pmlm_dist.parallel.groups import ModelParallelUnit, Topology
 from pmlm_dist.parallel.layers import count_parameters
-from pmlm_dist.training.allocator import keep_freed_memory
 from pmlm_dist.training.checkpoint import RunState, find_checkpoint, load_checkpoint
 from pmlm_dist.training.checkpoint_files import read_state
 from pmlm_dist.training.checkpoint_folder import CheckpointFolder
+from pmlm_dist.training.engine import module_of, start_engine, update
 from pmlm_dist.training.engine_state import EngineState
 from pmlm_dist.training.exit_codes import ExitCode, code_of
-from pmlm_dist.training.guards import Skips, check_batches, check_engine, check_replicas, find_causes
+from pmlm_dist.training.guards import Skips, check_batches, check_replicas, find_causes
 from pmlm_dist.training.heartbeat import SAVE, VALIDATION, Heartbeat, phase_limits
 from pmlm_dist.training.initial_weights import load_initial_weights
 from pmlm_dist.training.lives import LifeLog
 from pmlm_dist.training.meter import Meter, StepResult, Stopwatch
 from pmlm_dist.training.metrics import RunLog
-from pmlm_dist.training.optimizer import (
-    clip_or_drop_gradients,
-    gradient_norm,
-    learning_rate,
-    parameter_groups,
-    set_learning_rate,
-)
+from pmlm_dist.training.optimizer import learning_rate, set_learning_rate
 from pmlm_dist.training.preemption import STOP_FILE, StopAgreement, Stopped, StopSignals
 from pmlm_dist.training.reading import Reading
 from pmlm_dist.training.run import Claim, Run, check, claimed, resolve
@@ -140,35 +129,9 @@ def _pretrain(config: RunConfig, topology: Topology, claim: Claim, *, signals: S
 
 def build_engine(run: Run) -> DeepSpeedEngine:
     """Model, optimizer and DeepSpeed engine of `run`, weights drawn from its seed."""
-    # Training does not use this op; compiling it takes a lock that a killed rank leaves behind for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
-    if run.topology.device.type == "cpu":
-        keep_freed_memory()
     seeding.seed_initialisation(run.config.train.seed)
     model = build_model(run.config.model, padded_vocab_size=run.vocabulary.padded_size())
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=_optimizer(model, run),
-        config=run.engine.for_deepspeed(),
-        mpu=ModelParallelUnit(),
-        dist_init_required=False,
-    )
-    check_engine(engine.dp_world_size, run.topology)
-    if run.engine.zero_stage == 0:  # a single rank would copy all gradients to and fro for nothing
-        engine.enable_backward_allreduce = run.topology.dp > 1
-    return engine
-
-
-def _optimizer(model: PseudoMaskedLM, run: Run) -> torch.optim.Optimizer:
-    optim = run.config.optim
-    parameters = parameter_groups(model, weight_decay=optim.weight_decay)
-    betas = (optim.beta1, optim.beta2)
-    if run.engine.offload_optimizer:
-        # DeepSpeed compiles it when it is first used, with the ninja that pip has put beside this interpreter.
-        os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps)
-    return torch.optim.AdamW(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps, fused=True)
+    return start_engine(model, optim=run.config.optim, config=run.engine, topology=run.topology)
 
 
 def train_step(
@@ -201,27 +164,11 @@ def train_step(
         with watch.phase("backward"):
             engine.backward((sums.nll_K * scale_K).sum())
         with watch.phase("step"):
-            norm = _update(run, engine, is_boundary=number == accumulation - 1)
+            norm = update(engine, run.engine, topology, is_boundary=number == accumulation - 1)
     if math.isfinite(norm):
         return StepResult(counts, norm)
     causes = _causes(run, engine, micro_batches, scale_K, state, heart=watch.heart)
     return StepResult(torch.zeros_like(counts), None, skipped=True, causes=tuple(causes))
-
-
-def _update(run: Run, engine: DeepSpeedEngine, *, is_boundary: bool) -> float:
-    """Let the engine step. At a boundary of accumulation weights change, unless the gradient's norm is not finite.
-
-    Returns the norm, NaN where there is none yet.
-    """
-    if run.engine.zero_stage == 0 and is_boundary:  # DeepSpeed neither knows a norm then nor looks for infinities
-        norm = gradient_norm(_module_of(engine), run.topology)
-        clip_or_drop_gradients(_module_of(engine), norm=norm, largest=run.engine.gradient_clipping)
-        engine.step()
-        return norm
-    engine.step()
-    norm = engine.get_global_grad_norm() if is_boundary else None
-    overflown = is_boundary and getattr(engine.optimizer, "overflow", False)
-    return math.nan if norm is None or overflown else float(norm)
 
 
 def _causes(
@@ -236,7 +183,7 @@ def _causes(
     """Why the step after `state` was left out. With fp16 that is how the loss scale finds its place: no causes."""
     if run.engine.precision == "fp16":
         return []
-    module = _module_of(engine)
+    module = module_of(engine)
 
     def loss_of(number: int) -> torch.Tensor:
         heart.go_on()
@@ -276,7 +223,7 @@ def _train(
     _withdraw_completion(run)
     meter, skips, first_state = Meter(run, log, stop.heart), Skips(limit=train.max_skipped_steps), state
     saved, is_due, is_sound = state, False, True
-    check_replicas(_module_of(engine), run.topology)
+    check_replicas(module_of(engine), run.topology)
     reading = Reading(run, state, log)
     try:
         while state.step < run.last_step:
@@ -300,7 +247,7 @@ def _train(
             if run.is_logged(state.step):
                 reading.report(state.step)
             if guarded:
-                check_replicas(_module_of(engine), run.topology)
+                check_replicas(module_of(engine), run.topology)
             if is_last or state.step % train.validate_every == 0:
                 stop.heart.enter(VALIDATION)
                 _validate(run, engine, state, log, stop=stop, heed=not is_last)
@@ -346,11 +293,6 @@ def _code_now() -> int:
     return int(ExitCode.DONE if error is None else code_of(error))
 
 
-def _module_of(engine: DeepSpeedEngine) -> nn.Module:
-    assert isinstance(engine.module, nn.Module)
-    return engine.module
-
-
 def _fp16_scale(run: Run, engine: DeepSpeedEngine) -> float | None:
     return float(getattr(engine.optimizer, "cur_scale")) if run.engine.precision == "fp16" else None  # noqa: B009
 
@@ -388,7 +330,7 @@ def _validate(
 
 def _announce(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog) -> None:
     config, topology, engine_config = run.config, run.topology, run.engine
-    parameters = count_parameters(_module_of(engine), topology)
+    parameters = count_parameters(module_of(engine), topology)
     log.write_configuration(run.configuration())
     log.say(
         f"model: {parameters:,} parameters, {config.model.num_layers} layers, hidden {config.model.hidden_size}, "

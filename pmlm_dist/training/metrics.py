@@ -130,6 +130,11 @@ class RunLog:
         if self.enabled:
             self._scalars(scalars, step=step)
 
+    def scores(self, scalars: dict[str, float | None], *, step: int) -> None:
+        """What a fine-tuning has measured."""
+        if self.enabled:
+            self._scalars(scalars, step=step)
+
     def failed_checkpoints(self, count: int, *, step: int) -> None:
         """How many checkpoints could not be written since the run was started; the last of them at `step`."""
         if self.enabled:

@@ -25,10 +25,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from pmlm_dist.ranks import rank_in
 from pmlm_dist.training import lives, processes
 from pmlm_dist.training.causes import (
     LOGS,
@@ -57,12 +58,6 @@ _TERM_S = 5.0
 _AGREED = (ExitCode.DONE, ExitCode.BAD_CONFIGURATION, ExitCode.PREEMPTED, ExitCode.IN_USE)
 """What all ranks end with together, which needs no cause."""
 # Of torchrun and deepspeed, Open MPI, MPICH, srun: the first that is set counts (see parallel/launch.py).
-_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-
-
-def rank_in(environ: Mapping[str, str]) -> int:
-    """This process' rank as its launcher calls it, 0 without one; good for messages (see parallel/launch.py)."""
-    return int(next((environ[name] for name in _RANK if environ.get(name)), "0"))
 
 
 def supervised(main: Callable[[Heartbeat], int]) -> int:

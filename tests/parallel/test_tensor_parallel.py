@@ -65,6 +65,40 @@ def test_cross_entropy_and_argmax_of_shards_equal_those_of_the_whole(tp, padding
     assert 0 < int(answers[0]["right"].sum()) < N
 
 
+def smoothed(tp: int, padding: int) -> dict[str, torch.Tensor]:
+    from pmlm_dist.parallel import groups
+    from pmlm_dist.parallel.cross_entropy import smoothing, tied_cross_entropy, whole_logits
+
+    topology = groups.start(tp=tp)
+    x, weight, bias, targets = head_and_targets(padding)
+    x.requires_grad_()
+    own_weight, own_bias = (whole.chunk(tp)[topology.tp_rank].clone().requires_grad_() for whole in (weight, bias))
+    nll, _ = tied_cross_entropy(x, own_weight, own_bias, targets)
+    loss = nll + 0.1 * smoothing(x, own_weight, own_bias, targets, vocab_size=V - padding)
+    (loss * torch.arange(1.0, N + 1)).sum().backward()
+    gathered = whole_logits(F.linear(x, own_weight, own_bias).detach())
+    gradients = {"x": x.grad, "weight": own_weight.grad, "bias": own_bias.grad}
+    return {"loss": loss.detach(), "logits": gathered, **{k: g for k, g in gradients.items() if g is not None}}
+
+
+@pytest.mark.parametrize("padding", [3, 12])  # with 12 some ranks hold padding alone
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_smoothed_losses_of_shards_equal_those_of_torch_on_the_whole(tp, padding):
+    answers = run_world(smoothed, tp, tp, padding)
+    x, weight, bias, targets = head_and_targets(padding)
+    for tensor in (x, weight, bias):
+        tensor.requires_grad_()
+    logits = F.linear(x, weight, bias)
+    loss = F.cross_entropy(logits[:, : V - padding], targets, reduction="none", label_smoothing=0.1)
+    (loss * torch.arange(1.0, N + 1)).sum().backward()
+    for answer in answers:
+        torch.testing.assert_close(answer["loss"], loss.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(answer["x"], x.grad)
+        torch.testing.assert_close(answer["logits"], logits.detach())
+    for name, whole in (("weight", weight), ("bias", bias)):
+        torch.testing.assert_close(torch.cat([answer[name] for answer in answers]), whole.grad)
+
+
 def draws(tp: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from pmlm_dist.parallel import groups, seeding
 

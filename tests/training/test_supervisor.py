@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from pmlm_dist.config import ConfigError, WatchConfig
+from pmlm_dist.ranks import rank_in
 from pmlm_dist.training.causes import Report, summary
 from pmlm_dist.training.exit_codes import Again, ExitCode, again_after, code_of, describe, is_of_peers
 from pmlm_dist.training.heartbeat import DATA, PHASES, SAVE, STEP, Heartbeat, phase_limits
 from pmlm_dist.training.processes import count_of_kills
 from pmlm_dist.training.run_lock import FolderInUse
-from pmlm_dist.training.supervisor import rank_in
 
 RANK = """
 import os, signal, subprocess, sys, time

@@ -1,0 +1,1 @@
+"""Writing text with the model: incremental forward pass, searches, infilling."""

@@ -1,0 +1,1 @@
+"""Fine-tuning and evaluation: the pre-trained network put to use."""

@@ -1,0 +1,486 @@
+"""Fine-tuning: the driver of every task (`task.py` is the contract with them).
+
+    checkpoint, DeepSpeed's JSON, rows   --prepare: every problem is listed, on all ranks-->   Session
+    Session + recipe + seed              --learn-->   OUTPUT/checkpoints/step-N  (the best so far, and no other)
+                                                      OUTPUT/tokenizer.json vocab.txt config.json metrics.jsonl
+                                                      OUTPUT/scores.json predictions-SPLIT.jsonl   (of the best)
+    several recipes or seeds             --finetune->  a folder each, and OUTPUT/summary.json: mean and deviation
+
+Model, engine, parallel layers, checkpoint format and launchers are those of pre-training. The order of the features is
+a function of (seed, epoch): every one is read once an epoch, whatever the number of ranks. The last step of an epoch
+reads what is left; the gradient of a step is that of sum(loss) / N over what it has read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from pmlm_dist.config import ConfigError, ModelConfig, OptimConfig, as_dict, divisors, problems_of_model, refuse
+from pmlm_dist.conversion.pretrained import Found, find_pretrained
+from pmlm_dist.data.order import BatchShare, micro_batch_samples, permutation
+from pmlm_dist.downstream.prediction import Evaluation, Split, evaluate, write_predictions
+from pmlm_dist.downstream.rows import read_rows
+from pmlm_dist.downstream.settings import EvaluateConfig, FinetuneConfig, Recipe, check, optim_config, recipes
+from pmlm_dist.downstream.summary import Trial, summarise
+from pmlm_dist.downstream.task import Task, TaskBatch
+from pmlm_dist.downstream.tasks import TASKS
+from pmlm_dist.engine_config import EngineConfig, load_engine_config
+from pmlm_dist.model.task_model import TASK_HEAD
+from pmlm_dist.parallel import groups, seeding
+from pmlm_dist.parallel.groups import Topology
+from pmlm_dist.training.checkpoint import RunState
+from pmlm_dist.training.checkpoint_files import CheckpointReader
+from pmlm_dist.training.checkpoint_folder import CheckpointFolder
+from pmlm_dist.training.engine import module_of, start_engine, update
+from pmlm_dist.training.engine_state import EngineState
+from pmlm_dist.training.guards import Skips, check_replicas
+from pmlm_dist.training.metrics import RunLog
+from pmlm_dist.training.optimizer import learning_rate, set_learning_rate
+from pmlm_dist.training.run import refuse_together
+from pmlm_dist.training.saver import Saver
+
+SCORES, SUMMARY = "scores.json", "summary.json"
+_SAVE_TIMEOUT_S = 1800.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What several fine-tunings of one command share."""
+
+    config: FinetuneConfig
+    topology: Topology
+    start: Found
+    task: Task
+    train: Split
+    scored: tuple[Split, ...]
+    """The validation splits; the first chooses the best checkpoint."""
+    reported: tuple[Split, ...]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One fine-tuning: a session with its recipe, seed and folder."""
+
+    session: Session
+    recipe: Recipe
+    seed: int
+    output: Path
+    engine: EngineConfig
+    model: ModelConfig
+
+    @property
+    def share(self) -> BatchShare:
+        """This rank's part of every global batch."""
+        topology = self.session.topology
+        return BatchShare(self.engine.global_batch, self.engine.micro_batch, topology.dp_rank, topology.dp)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every feature is read once."""
+        return -(-len(self.session.train.features) // self.recipe.batch)
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return self.steps_per_epoch * self.recipe.epochs
+
+    @property
+    def optim(self) -> OptimConfig:
+        """The optimizer's settings."""
+        return optim_config(self.recipe, steps=self.steps)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def finetune(config: FinetuneConfig) -> list[Trial]:
+    """Fine-tune as `config` says, once for each recipe and seed; every rank calls this and gets the same.
+
+    Raises `ConfigError` on every rank, before anything is computed or written, with all that does not fit.
+    """
+    check(config)
+    topology = groups.start(tp=config.parallel.tp, timeout_s=config.collective_timeout_s)
+    session = together(topology, lambda: prepare(config, topology))
+    learners = together(topology, lambda: _learners(session))
+    trials = [learn(learner) for learner in learners]
+    if len(learners) > 1:
+        summary = summarise(trials, split=session.scored[0].name, metric=session.task.metric)
+        if topology.is_first:
+            _write_json(config.output / SUMMARY, summary.as_json())
+            print(summary.table(), flush=True)
+    return trials
+
+
+def evaluate_saved(config: EvaluateConfig) -> dict[str, Evaluation]:
+    """Predict and score splits with a fine-tuned model; every rank calls this and gets the same."""
+    topology = groups.start(tp=config.parallel.tp, timeout_s=config.collective_timeout_s)
+    start, task, splits, engine_config = together(topology, lambda: _prepare_evaluation(config, topology))
+    engine = _start(task, _model_config(start.model, None), engine_config, OptimConfig(), topology, seed=0)
+    with CheckpointReader(start.folder) as reader:
+        EngineState(engine, topology).start_from(reader)
+    found = {}
+    for split in splits:
+        found[split.name] = evaluate(engine, task, split, topology, micro_batch=engine_config.micro_batch)
+        if topology.is_first:
+            print(_score_line(split.name, found[split.name].scores), flush=True)
+            if config.predictions is not None:
+                write_predictions(_predictions_file(config.predictions, split.name), found[split.name].predictions)
+    return found
+
+
+def together(topology: Topology, prepare: Callable[[], T]) -> T:
+    """What `prepare` gives, unless it raises `ConfigError` on any rank: then all raise it, with every problem."""
+    found, made = [], None
+    try:
+        made = prepare()
+    except ConfigError as error:
+        found = error.problems
+    refuse_together(found, topology)
+    return made  # pyright: ignore[reportReturnType]
+
+
+# --------------------------------------------------------------------------------------------------------- preparation
+
+
+def prepare(config: FinetuneConfig, topology: Topology) -> Session:
+    """Read the model's settings and all examples. Raises `ConfigError`."""
+    kind = TASKS.get(config.task)
+    if kind is None:
+        raise ConfigError([f"--task ({config.task}) must be one of {', '.join(TASKS)}"])
+    start = find_pretrained(config.model, vocabulary=config.vocabulary)
+    source = config.data or kind.hub
+    if source is None:
+        raise ConfigError([f"--task {config.task} has no data of its own: name yours by --data"])
+    rows = read_rows(source, kind.train)
+    task = kind.make(config, rows, start.vocabulary, start.model)
+    train = _split(task, kind.train, rows, training=True)
+    refuse([] if train.features else [f"{source}: the split {kind.train} gives nothing to learn from"])
+    scored = tuple(_split(task, name, read_rows(source, name)) for name in kind.validation)
+    reported = tuple(_whole_split(task, name, source) for name in config.report)
+    return Session(config, topology, start, task, train, scored, reported)
+
+
+def _split(task: Task, name: str, rows: Sequence[Any], *, training: bool = False, labelled: bool = True) -> Split:
+    examples = task.read(rows, origin=f"split {name}", labelled=labelled)
+    return Split(name, examples, task.features(examples, training=training), labelled)
+
+
+def _whole_split(task: Task, name: str, source: str) -> Split:
+    """A split to predict, scored if it says what is right."""
+    rows = read_rows(source, name)
+    return _split(task, name, rows, labelled=task.has_labels(rows))
+
+
+def _learners(session: Session) -> list[Learner]:
+    config, topology = session.config, session.topology
+    chosen = recipes(config)
+    several = len(chosen) > 1 or config.seeds > 1
+    made = []
+    for recipe in chosen:
+        engine = _engine_config(config.ds_config, topology, batch=recipe.batch)
+        model = _model_config(session.start.model, recipe.dropout)
+        refuse(problems_of_model(model, tp=config.parallel.tp))
+        for seed in range(config.seed, config.seed + config.seeds):
+            folder = config.output / _name_of(recipe, seed, varied=_varied(chosen)) if several else config.output
+            made.append(Learner(session, recipe, seed, folder, engine, model))
+    return made
+
+
+def _varied(chosen: Sequence[Recipe]) -> list[str]:
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    return [name for name in names if len({getattr(recipe, name) for recipe in chosen}) > 1]
+
+
+def _name_of(recipe: Recipe, seed: int, *, varied: Sequence[str]) -> str:
+    return "-".join([*(f"{name}={getattr(recipe, name):g}" for name in varied), f"seed={seed}"])
+
+
+def _engine_config(path: Path, topology: Topology, *, batch: int) -> EngineConfig:
+    """DeepSpeed's JSON with another global batch, in micro-batches that fit it and are no larger than the file's."""
+    has_accelerator = topology.device.type != "cpu"
+    stated = load_engine_config(path, has_accelerator=has_accelerator)
+    if batch % topology.dp:
+        raise ConfigError(
+            [f"recipe.batch ({batch}) must be a multiple of the data-parallel ranks ({topology.dp}): "
+             f"use {topology.dp * -(-batch // topology.dp)}, or fewer ranks"]
+        )  # fmt: skip
+    micro = max(size for size in divisors(batch // topology.dp) if size <= stated.micro_batch)
+    sizes = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro}
+    sizes |= {"gradient_accumulation_steps": batch // (micro * topology.dp)}
+    return load_engine_config(path, has_accelerator=has_accelerator, overrides=sizes)
+
+
+def _model_config(model: ModelConfig, dropout: float | None) -> ModelConfig:
+    """The settings of the pre-trained model, computed by the attention that every device has."""
+    model = dataclasses.replace(model, attention="split", activation_checkpointing=False)
+    if dropout is None:
+        return model
+    return dataclasses.replace(model, hidden_dropout=dropout, attention_dropout=dropout)
+
+
+def _prepare_evaluation(config: EvaluateConfig, topology: Topology) -> tuple[Found, Task, list[Split], EngineConfig]:
+    start = find_pretrained(config.model, vocabulary=config.vocabulary)
+    saved = start.state["configuration"].get("task")
+    if not isinstance(saved, dict) or saved.get("kind") not in TASKS:
+        raise ConfigError(
+            [f"{start.folder} has no head of a task, it is a pre-trained model: run `pmlm finetune` first"]
+        )
+    kind = TASKS[saved["kind"]]
+    task = kind.restore(saved["settings"], start.vocabulary)
+    source = config.data or saved["data"]
+    splits = [_whole_split(task, name, source) for name in config.split or kind.validation]
+    if config.predictions is not None and topology.is_first:
+        config.predictions.mkdir(parents=True, exist_ok=True)
+        there = [file for split in splits if (file := _predictions_file(config.predictions, split.name)).exists()]
+        refuse([f"--predictions: {file} is there already, and nothing is overwritten" for file in there])
+    engine = load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
+    engine = _engine_config(config.ds_config, topology, batch=engine.micro_batch * topology.dp)
+    refuse(problems_of_model(start.model, tp=config.parallel.tp))
+    return start, task, splits, engine
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+def learn(learner: Learner) -> Trial:
+    """One fine-tuning, from the model to the scores of its best checkpoint; every rank must call."""
+    session, topology, output = learner.session, learner.session.topology, learner.output
+    engine = _start(session.task, learner.model, learner.engine, learner.optim, topology, seed=learner.seed)
+    state = EngineState(engine, topology)
+    if not session.config.untrained:
+        with CheckpointReader(session.start.folder) as reader:
+            state.start_from(reader, fresh=TASK_HEAD)
+    log = RunLog(output, enabled=topology.is_first, first_step=0)
+    with closing(log):
+        log.write_configuration(_configuration(learner))
+        _announce(learner, log)
+        if topology.is_first:
+            session.start.vocabulary.save(output)
+        best = _train(learner, engine, state, log)
+        trial = _report(learner, engine, state, best, log)
+    del engine, state
+    gc.collect()  # an engine is full of circles; the next one needs its memory
+    return trial
+
+
+def _start(
+    task: Task, model: ModelConfig, engine: EngineConfig, optim: OptimConfig, topology: Topology, *, seed: int
+) -> DeepSpeedEngine:
+    seeding.seed_initialisation(seed)
+    padded = -(-_vocab_size(model) // 128) * 128
+    return start_engine(
+        task.build_model(model, padded_vocab_size=padded), optim=optim, config=engine, topology=topology
+    )
+
+
+def _vocab_size(model: ModelConfig) -> int:
+    assert model.vocab_size is not None
+    return model.vocab_size
+
+
+@dataclass
+class _Best:
+    """The best evaluation so far."""
+
+    step: int = 0
+    value: float = -math.inf
+    evaluations: dict[str, Evaluation] = dataclasses.field(default_factory=dict)
+
+
+def _train(learner: Learner, engine: DeepSpeedEngine, state: EngineState, log: RunLog) -> _Best:
+    """All steps; the best checkpoint by validation is in OUTPUT/checkpoints afterwards."""
+    session, topology = learner.session, learner.session.topology
+    about = {"identity": _identity(learner), "configuration": _configuration(learner)}
+    folder = CheckpointFolder(learner.output / "checkpoints", keep=1)
+    saver = Saver(state, folder, log, about=about, timeout_s=_SAVE_TIMEOUT_S)
+    check_replicas(module_of(engine), topology)
+    every = session.config.evaluate_every or learner.steps_per_epoch
+    skips, best, losses, start = Skips(limit=session.config.max_skipped_steps), _Best(), [], time.perf_counter()
+    for step in range(1, learner.steps + 1):
+        loss, norm = train_step(learner, engine, step)
+        skips.count(skipped=norm is None, last_good=saver.newest if norm is None else None)
+        losses.append(loss)
+        if step % session.config.log_every == 0 or step == learner.steps:
+            seconds = (time.perf_counter() - start) / len(losses)
+            _log_step(learner, log, step, losses=losses, norm=norm, seconds=seconds)
+            losses, start = [], time.perf_counter()
+        if step % every == 0 or step == learner.steps:
+            _score(learner, engine, best, step, log)
+            if best.step == step:
+                saver.save(RunState(step=step, samples_consumed=min(step * learner.recipe.batch, _all(learner))))
+        saver.report()
+    saver.close()
+    return best
+
+
+def _all(learner: Learner) -> int:
+    return len(learner.session.train.features) * learner.recipe.epochs
+
+
+def train_step(learner: Learner, engine: DeepSpeedEngine, step: int) -> tuple[float, float | None]:
+    """The update number `step` (from 1): mean loss over what all ranks have read, and the gradient's norm.
+
+    No norm: it was not finite, and the update was left out.
+    """
+    topology, task, accumulation = learner.session.topology, learner.session.task, learner.share.accumulation
+    micro_batches = list(micro_batches_of(learner, step))
+    count = torch.tensor(float(sum(batch.count for batch in micro_batches)), device=topology.device)
+    count = float(topology.sum_over_dp(count))
+    optimizer: Any = engine.optimizer
+    set_learning_rate(optimizer, learning_rate(step, steps=learner.steps, optim=learner.optim))
+    total, norm = torch.zeros((), device=topology.device), math.nan
+    for number, batch in enumerate(micro_batches):
+        micro_step = (step - 1) * accumulation + number
+        seeding.seed_dropout(learner.seed, micro_step=micro_step, dp_rank=topology.dp_rank)
+        loss = task.loss(engine, batch.to(topology.device))
+        loss = loss if batch.count else 0.0 * loss
+        total += loss.detach().float()
+        engine.backward(loss * (accumulation * topology.dp / count))
+        norm = update(engine, learner.engine, topology, is_boundary=number == accumulation - 1)
+    return float(topology.sum_over_dp(total)) / count, norm if math.isfinite(norm) else None
+
+
+def micro_batches_of(learner: Learner, step: int) -> Iterator[TaskBatch]:
+    """This rank's micro-batches of `step` (from 1); where nothing is left to read, a feature that does not count."""
+    session, share = learner.session, learner.share
+    features = session.train.features
+    epoch, within = divmod(step - 1, learner.steps_per_epoch)
+    order = _order(len(features), seed=learner.seed, epoch=epoch)
+    for number in range(share.accumulation):
+        places = micro_batch_samples(within * share.global_batch, number, share=share)
+        ids = [int(order[place]) for place in places if place < len(features)]
+        read = ids or [0]
+        batch = session.task.collate([features[i] for i in read], ids=read, epoch=epoch, seed=learner.seed)
+        yield batch if ids else TaskBatch(batch.tensors, 0)
+
+
+@functools.lru_cache(maxsize=1)
+def _order(count: int, *, seed: int, epoch: int) -> np.ndarray:
+    return permutation(count, seed=seed, epoch=epoch)
+
+
+def _score(learner: Learner, engine: DeepSpeedEngine, best: _Best, step: int, log: RunLog) -> None:
+    """Evaluate the validation splits, and take them for the best if they are. A score that is not a number never is."""
+    session = learner.session
+    found = {
+        split.name: evaluate(engine, session.task, split, session.topology, micro_batch=learner.engine.micro_batch)
+        for split in session.scored
+    }
+    for name, evaluation in found.items():
+        log.scores({f"{name}/{metric}": value for metric, value in evaluation.scores.items()}, step=step)
+        log.say(f"step {step}: {_score_line(name, evaluation.scores)}")
+    value = found[session.scored[0].name].scores[session.task.metric]
+    if value > best.value:
+        best.step, best.value, best.evaluations = step, value, found
+
+
+def _report(learner: Learner, engine: DeepSpeedEngine, state: EngineState, best: _Best, log: RunLog) -> Trial:
+    """Go back to the best checkpoint, score the further splits with it, write scores and predictions."""
+    session = learner.session
+    if not best.step:
+        raise FloatingPointError(
+            f"no evaluation gave a number for {session.task.metric}: the training has diverged, lower --recipe.lr"
+        )
+    folder = CheckpointFolder(learner.output / "checkpoints", keep=1).folder(best.step)
+    if session.reported:
+        with CheckpointReader(folder) as reader:
+            state.start_from(reader)
+    for split in session.reported:
+        micro = learner.engine.micro_batch
+        best.evaluations[split.name] = evaluate(engine, session.task, split, session.topology, micro_batch=micro)
+    scores = {name: evaluation.scores for name, evaluation in best.evaluations.items()}
+    if session.topology.is_first:
+        for name, evaluation in best.evaluations.items():
+            write_predictions(_predictions_file(learner.output, name), evaluation.predictions)
+        _write_json(learner.output / SCORES, {"step": best.step, "scores": scores})
+    for name, values in scores.items():
+        log.say(f"best, step {best.step}: {_score_line(name, values)}")
+    log.say(f"written: {folder}")
+    return Trial(dataclasses.asdict(learner.recipe), learner.seed, scores, str(learner.output))
+
+
+# -------------------------------------------------------------------------------------------------------- what is told
+
+
+def _identity(learner: Learner) -> dict[str, Any]:
+    session = learner.session
+    return {
+        "task": session.config.task,
+        "vocabulary": session.start.vocabulary.fingerprint,
+        "seed": learner.seed,
+        "recipe": dataclasses.asdict(learner.recipe),
+        "precision": learner.engine.precision,
+    }
+
+
+def _configuration(learner: Learner) -> dict[str, Any]:
+    session, config = learner.session, learner.session.config
+    plain = json.loads(json.dumps(as_dict(config)))
+    return {
+        **plain,
+        "recipe": dataclasses.asdict(learner.recipe),
+        "seed": learner.seed,
+        "model": dataclasses.asdict(learner.model),
+        "started_from": None if config.untrained else str(session.start.folder),
+        "task": {
+            "kind": config.task,
+            "settings": session.task.saved(),
+            "data": config.data or TASKS[config.task].hub,
+        },
+        "engine": learner.engine.raw,
+    }
+
+
+def _announce(learner: Learner, log: RunLog) -> None:
+    session, topology = learner.session, learner.session.topology
+    origin = "drawn anew" if session.config.untrained else f"from {session.start.folder}"
+    sizes = [f"{len(split.examples):,} {split.name}" for split in (session.train, *session.scored, *session.reported)]
+    log.say(
+        f"task: {session.config.task}; examples: {', '.join(sizes)}; features to learn from: "
+        f"{len(session.train.features):,}\n"
+        f"weights: {origin}\n"
+        f"ranks: {topology.dp} data-parallel x {topology.tp} tensor-parallel on {topology.device.type}\n"
+        f"recipe: {json.dumps(dataclasses.asdict(learner.recipe))}, seed {learner.seed}, {learner.steps} steps"
+    )
+    for note in session.task.notes():
+        log.say(f"note: {note}")
+
+
+def _log_step(
+    learner: Learner, log: RunLog, step: int, *, losses: list[float], norm: float | None, seconds: float
+) -> None:
+    loss = sum(losses) / len(losses)
+    rate = learning_rate(step, steps=learner.steps, optim=learner.optim)
+    log.scores(
+        {"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": norm, "seconds/step": seconds},
+        step=step,
+    )
+    left = (learner.steps - step) * seconds
+    log.say(f"step {step}/{learner.steps}  loss {loss:.4f}  lr {rate:.2e}  {seconds:.3f} s a step  ETA {left:.0f} s")
+
+
+def _score_line(name: str, scores: dict[str, float]) -> str:
+    return f"{name}: " + (", ".join(f"{m} {v:.4f}" for m, v in scores.items()) or "no labels, predictions only")
+
+
+def _predictions_file(folder: Path, split: str) -> Path:
+    return folder / f"predictions-{split}.jsonl"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,237 @@
+"""The driver of fine-tuning: the same on any topology, every example once an epoch, the best checkpoint, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_tasks import config, text_rows, write_jsonl, write_model, write_text_task
+from worlds import RankFailed, run_world
+
+from pmlm_dist.config import ConfigError, ParallelConfig
+from pmlm_dist.conversion.pretrained import open_pretrained
+from pmlm_dist.downstream.settings import EvaluateConfig, FinetuneConfig, InputConfig, Recipe
+from pmlm_dist.downstream.summary import Trial, summarise
+from pmlm_dist.training.metrics import read_metrics
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "weights")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_task(tmp_path_factory.mktemp("data"))
+
+
+def learn(wanted: FinetuneConfig) -> list[Trial]:
+    from pmlm_dist.downstream.finetune import finetune
+
+    return finetune(wanted)
+
+
+def score(wanted: EvaluateConfig) -> dict[str, Any]:
+    from pmlm_dist.downstream.finetune import evaluate_saved
+
+    return {name: (found.scores, found.predictions) for name, found in evaluate_saved(wanted).items()}
+
+
+@pytest.fixture(scope="module")
+def single(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, Any]]:
+    """One process, ZeRO 0: its folder and its metrics by step."""
+    output = tmp_path_factory.mktemp("single") / "out"
+    run_world(learn, 1, config(model, data, output, zero=0, micro_batch=8, report=("test",)))
+    return output, read_metrics(output)
+
+
+def curve(metrics: dict[int, Any], name: str) -> list[float]:
+    return [scalars[name] for scalars in metrics.values() if name in scalars]
+
+
+@pytest.mark.parametrize(
+    "spread", [{"zero": 1}, {"zero": 3, "micro_batch": 2}, {"tp": 2, "zero": 0}], ids=["dp2", "dp2-zero3", "tp2"]
+)
+def test_losses_and_scores_are_those_of_a_single_process(
+    single: tuple[Path, dict[int, Any]], model: Path, data: Path, tmp_path: Path, spread: dict[str, int]
+):
+    run_world(learn, 2, config(model, data, tmp_path / "out", **spread))
+    there, here = single[1], read_metrics(tmp_path / "out")
+    assert len(curve(there, "train/loss")) == 6  # 21 examples in batches of 8: three steps an epoch
+    for name in ("train/loss", "train/gradient_norm"):
+        assert curve(here, name) == pytest.approx(curve(there, name), rel=2e-4), name
+    assert curve(here, "validation/accuracy") == curve(there, "validation/accuracy")
+    probabilities = [
+        [json.loads(line)["probability"] for line in (folder / "predictions-validation.jsonl").open()]
+        for folder in (single[0], tmp_path / "out")
+    ]
+    assert probabilities[1] == pytest.approx(probabilities[0], abs=2e-5)
+
+
+def test_what_is_saved_gives_the_same_scores_again(single: tuple[Path, dict[int, Any]], tmp_path: Path):
+    output = single[0]
+    stated = json.loads((output / "scores.json").read_text())["scores"]
+    wanted = EvaluateConfig(
+        output,
+        split=("validation", "test"),
+        predictions=tmp_path / "said",
+        ds_config=output.parent / "out-ds.json",
+        parallel=ParallelConfig(tp=2),
+    )
+    answers = run_world(score, 2, wanted)
+    assert answers[0] == answers[1]
+    assert {name: scores for name, (scores, _) in answers[0].items()} == stated
+    for name in ("validation", "test"):
+        before, after = (
+            [json.loads(line) for line in (folder / f"predictions-{name}.jsonl").open()]
+            for folder in (output, tmp_path / "said")
+        )
+        assert [(row["id"], row["label"]) for row in before] == [(row["id"], row["label"]) for row in after]
+    with pytest.raises(RankFailed, match=r"predictions-validation\.jsonl is there already"):
+        run_world(score, 1, wanted.__class__(**{**vars(wanted), "parallel": ParallelConfig()}))
+
+
+def test_the_network_learns_what_it_is_shown(model: Path, data: Path, tmp_path: Path):
+    wanted = config(model, data, tmp_path / "out", recipe=Recipe(lr=3e-3, batch=4, epochs=15, dropout=0.0))
+    (trials,) = run_world(learn, 1, wanted)
+    assert trials[0].scores["validation"]["accuracy"] == 1.0
+
+
+def test_the_checkpoint_kept_is_the_best_and_opens_as_a_language_model(
+    single: tuple[Path, dict[int, Any]], model: Path
+):
+    output, metrics = single
+    best = json.loads((output / "scores.json").read_text())
+    values = {
+        step: scalars["validation/accuracy"] for step, scalars in metrics.items() if "validation/accuracy" in scalars
+    }
+    assert values[best["step"]] == max(values.values()) == best["scores"]["validation"]["accuracy"]
+    assert [path.name for path in (output / "checkpoints").glob("step-*")] == [f"step-{best['step']:08d}"]
+    tuned = open_pretrained(output)
+    assert tuned.weights.keys() == open_pretrained(model).weights.keys()
+
+
+# ---------------------------------------------------------------------------------------------------------- data order
+
+
+def orders(wanted: FinetuneConfig) -> list[list[str]]:
+    """The targets' texts that this rank reads in each epoch, as token ids."""
+    from pmlm_dist.downstream import finetune
+    from pmlm_dist.parallel import groups
+
+    topology = groups.start(tp=wanted.parallel.tp)
+    (learner,) = finetune._learners(finetune.prepare(wanted, topology))
+    steps = learner.steps_per_epoch
+    return [
+        [
+            str(row[valid].tolist())
+            for step in range(epoch * steps + 1, (epoch + 1) * steps + 1)
+            for batch in finetune.micro_batches_of(learner, step)
+            if batch.count
+            for row, valid in zip(batch.tensors["tokens_BT"], batch.tensors["valid_BT"], strict=True)
+        ]
+        for epoch in range(2)
+    ]
+
+
+def test_every_example_is_read_once_an_epoch_in_an_order_of_seed_and_epoch(model: Path, tmp_path: Path):
+    rows = [{"text": f"{'a ' * i}fish", "label": "x" if i % 2 else "y"} for i in range(13)]  # all of different lengths
+    data = write_jsonl(tmp_path / "data" / "train.jsonl", rows).parent
+    write_jsonl(data / "validation.jsonl", rows)
+    wanted = config(model, data, tmp_path / "out", micro_batch=2)
+    (alone,) = run_world(orders, 1, wanted)
+    pair = run_world(orders, 2, wanted)
+    other = run_world(orders, 1, replace(wanted, seed=1))[0]
+    for epoch in range(2):
+        assert len(set(alone[epoch])) == len(alone[epoch]) == 13
+        assert Counter(pair[0][epoch] + pair[1][epoch]) == Counter(alone[epoch])
+    assert alone[0] != alone[1]
+    assert alone[0] != other[0]
+
+
+# ------------------------------------------------------------------------------------------------------ several at once
+
+
+def test_seeds_and_grid_give_mean_and_deviation(model: Path, data: Path, tmp_path: Path):
+    recipe = Recipe(lr=1e-3, batch=8, epochs=1, dropout=0.0)
+    wanted = config(model, data, tmp_path / "out", seeds=2, grid=("lr=1e-3,1e-5",), recipe=recipe)
+    (trials,) = run_world(learn, 1, wanted)
+    assert [(trial.recipe["lr"], trial.seed) for trial in trials] == [(1e-3, 0), (1e-3, 1), (1e-5, 0), (1e-5, 1)]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for entry in summary["recipes"]:
+        folders = [Path(folder) for folder in entry["folders"]]
+        values = [json.loads((f / "scores.json").read_text())["scores"]["validation"]["accuracy"] for f in folders]
+        spread = entry["spreads"]["validation"]["accuracy"]
+        assert spread["values"] == values
+        assert spread["mean"] == pytest.approx(sum(values) / 2)
+        assert spread["deviation"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+def test_a_summary_puts_the_best_mean_first():
+    trials = [
+        Trial({"lr": lr}, seed, {"v": {"m": value}}, "")
+        for lr, seed, value in [(1, 0, 0.5), (1, 1, 0.7), (2, 0, 0.9), (2, 1, 0.1)]
+    ]
+    summary = summarise(trials, split="v", metric="m")
+    assert [entry.recipe["lr"] for entry in summary.recipes] == [1, 2]
+    assert "0.6000 ± 0.1414 (n=2)" in summary.table()
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([], {}, "split validation of .* is empty"),
+        (
+            [{"text": "a fish", "label": "purple"}],
+            {},
+            "row 1: the label 'purple' .* was not in training, which had blue, green, red",
+        ),
+        ([{"words": "a fish", "label": "red"}], {}, "no column text, there are words, label"),
+        ([{"text": " ", "label": "red"}], {}, "row 1: column text holds no text"),
+        (text_rows(3), {"task": "clasification"}, r"--task \(clasification\) must be one of"),
+        (text_rows(3), {"inputs": InputConfig(max_tokens=65)}, r"inputs.max_tokens \(65\) .* 64 positions"),
+        (
+            text_rows(5),
+            {"inputs": InputConfig(max_tokens=8, too_long="refuse")},
+            "9 tokens, at most 8 .*--inputs.too-long",
+        ),
+        (text_rows(3), {"recipe": Recipe(lr=-1.0, warmup=1.0)}, r"recipe.lr \(-1.0\)[^$]*recipe.warmup \(1.0\)"),
+        (text_rows(3), {"grid": ("ls=3",)}, "--grid .ls=3. is not NAME=VALUE"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_message_and_nothing_is_written(
+    data: Path, tmp_path: Path, model: Path, *, rows: list[dict[str, Any]], changes: dict[str, Any], message: str
+):
+    write_jsonl(tmp_path / "data" / "validation.jsonl", rows)
+    (tmp_path / "data" / "train.jsonl").write_text((data / "train.jsonl").read_text())
+    with pytest.raises(ConfigError, match=message):
+        learn(config(model, tmp_path / "data", tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_there_is_left_alone(model: Path, data: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="is there already, and nothing is overwritten"):
+        learn(config(model, data, tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_pre_trained_model_cannot_be_evaluated(model: Path, tmp_path: Path, data: Path):
+    with pytest.raises(ConfigError, match=r"has no head of a task.*run `pmlm finetune` first"):
+        score(EvaluateConfig(model, data=str(data)))
+
+
+def test_all_ranks_refuse_what_one_cannot_read(model: Path, data: Path, tmp_path: Path):
+    with pytest.raises(
+        RankFailed, match=r"rank 1:(.|\n)*recipe.batch \(7\) must be a multiple of the data-parallel ranks \(2\)"
+    ):
+        run_world(learn, 2, config(model, data, tmp_path / "out", recipe=Recipe(batch=7)))

@@ -1,0 +1,102 @@
+"""Rows from every form of file, and what is no such file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pmlm_dist.config import ConfigError
+from pmlm_dist.downstream.rows import read_rows
+
+SQUAD = {
+    "version": "v2.0",
+    "data": [
+        {
+            "title": "t",
+            "paragraphs": [
+                {
+                    "context": "Denver won.",
+                    "qas": [
+                        {"id": "1", "question": "Who won?", "answers": [{"text": "Denver", "answer_start": 0}]},
+                        {"id": "2", "question": "Who lost?", "answers": [], "is_impossible": True},
+                    ],
+                }
+            ],
+        }
+    ],
+}
+
+
+def test_the_same_rows_from_every_form(tmp_path: Path):
+    rows = [{"text": 'a "b", c', "label": "x"}, {"text": "d", "label": "y"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    (tmp_path / "validation.csv").write_text('text,label\n"a ""b"", c",x\nd,y\n')
+    (tmp_path / "test.tsv").write_text('\ufefftext\tlabel\na "b", c\tx\nd\ty\n')
+    assert [read_rows(str(tmp_path), split) for split in ("train", "validation", "test")] == [rows] * 3
+
+
+def test_glue_calls_validation_dev_and_cola_does_not_name_its_columns(tmp_path: Path):
+    (tmp_path / "dev.tsv").write_text('gj04\t1\t\tThe "sailors" rode.\ngj05\t0\t*\tRode sailors.\n')
+    rows = read_rows(str(tmp_path), "validation")
+    assert [(row["label"], row["sentence"]) for row in rows] == [("1", 'The "sailors" rode.'), ("0", "Rode sailors.")]
+
+
+def test_squad_is_a_row_a_question(tmp_path: Path):
+    (tmp_path / "train-v2.0.json").write_text(json.dumps(SQUAD))
+    first, second = read_rows(str(tmp_path), "train")
+    assert first == {
+        "id": "1",
+        "question": "Who won?",
+        "context": "Denver won.",
+        "answers": {"text": ["Denver"], "answer_start": [0]},
+    }
+    assert second["answers"] == {"text": [], "answer_start": []}
+
+
+def test_what_hugging_face_saved_has_labels_by_name(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features(text=datasets.Value("string"), label=label)
+    part = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+    datasets.DatasetDict(train=part).save_to_disk(str(tmp_path / "saved"))
+    assert read_rows(str(tmp_path / "saved"), "train") == [{"text": "a", "label": "yes"}, {"text": "b", "label": None}]
+    with pytest.raises(ConfigError, match="has no split test: it has train"):
+        read_rows(str(tmp_path / "saved"), "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.jsonl", "", "is empty"),
+        ("train.csv", "text,label\n", "is empty"),
+        ("train.jsonl", '{"a": 1}\n{"a": \n', "line 2: not JSON"),
+        ("train.jsonl", "[1]\n", "line 1: not a JSON object"),
+        ("train.csv", "a,b\n1,2,3\n", "line 2: 3 columns instead of 2"),
+        ("train.json", '{"data": [{"paragraphs": [{}]}]}', "not in SQuAD's form"),
+        ("test.jsonl", '{"a": 1}\n', "has no split train.*it holds test.jsonl"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str, message: str):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_rows(str(tmp_path), "train")
+
+
+def test_a_split_that_is_there_twice_is_refused(tmp_path: Path):
+    for name in ("train.jsonl", "train.tsv"):
+        (tmp_path / name).write_text("a\n")
+    with pytest.raises(ConfigError, match=r"more than once: train.jsonl, train.tsv"):
+        read_rows(str(tmp_path), "train")
+
+
+def test_a_data_set_that_the_hub_does_not_give_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*_: object) -> None:
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ConfigError, match=r"nyu-mll/glue:cola\) is no folder here.*: no network$"):
+        read_rows("nyu-mll/glue:cola", "train")
