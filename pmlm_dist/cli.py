@@ -123,7 +123,7 @@ def finetune(arguments: Sequence[str]) -> None:
     from pmlm_dist.downstream import finetune as driver
     from pmlm_dist.downstream.tasks import TASKS
 
-    task, rest = _chosen("task", arguments), _without("preset", _without("local_rank", arguments))
+    task, rest = _chosen("task", arguments), _without("preset", arguments)
     if task == "list":
         print("\n".join(f"{name:16}{kind.about}" for name, kind in TASKS.items()))
         return
@@ -161,13 +161,12 @@ def evaluate(arguments: Sequence[str]) -> None:
     share_cores()
     from pmlm_dist.downstream.finetune import evaluate_saved
 
-    rest = _without("local_rank", arguments)
     evaluate_saved(
         tyro.cli(
             EvaluateConfig,
             prog="pmlm evaluate",
             description=evaluate.__doc__,
-            args=rest,
+            args=arguments,
             console_outputs=speaks(os.environ),
         )
     )
@@ -180,7 +179,7 @@ def _chosen(name: str, arguments: Sequence[str]) -> str | None:
 
 
 def _without(name: str, arguments: Sequence[str]) -> list[str]:
-    """`arguments` without the setting `--name`, which a launcher has appended or which has been read."""
+    """`arguments` without the setting `--name`, which a launcher has added or which has been read."""
     return _only(name).parse_known_args(arguments)[1]
 
 
@@ -273,7 +272,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, or 2 for settings or data that a user can mend."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _without("local_rank", sys.argv[1:] if arguments is None else arguments)  # deepspeed puts it first
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else USER_ERROR

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,7 @@ from pmlm_dist.data.loader import validation_batches
 from pmlm_dist.model.transformer import build_model
 from pmlm_dist.objectives import NUM_COUNTS, loss_scales, target_weights
 from pmlm_dist.parallel import groups, seeding
+from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.parallel.layers import count_parameters
 from pmlm_dist.training.checkpoint import RunState, find_checkpoint, load_checkpoint
 from pmlm_dist.training.checkpoint_files import read_state

@@ -57,7 +57,6 @@ _REPORTS_S = 3.0
 _TERM_S = 5.0
 _AGREED = (ExitCode.DONE, ExitCode.BAD_CONFIGURATION, ExitCode.PREEMPTED, ExitCode.IN_USE)
 """What all ranks end with together, which needs no cause."""
-# Of torchrun and deepspeed, Open MPI, MPICH, srun: the first that is set counts (see parallel/launch.py).
 
 
 def supervised(main: Callable[[Heartbeat], int]) -> int:

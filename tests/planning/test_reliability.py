@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pmlm_dist.planning.reliability import LLAMA_3_HOURS, Checkpoints, checkpoints
+from pmlm_dist.planning.reliability import Checkpoints, checkpoints
+from pmlm_dist.training.lives import LLAMA_3_HOURS
 
 
 def planned(**changes: float) -> Checkpoints:
