@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,18 +48,20 @@ class ScalingOptions:
     vocabulary: int = 30_528
     """Tokens of the vocabulary."""
     batch: int = 4
-    """Sequences of one rank's step; even."""
+    """Sequences of one rank's micro-batch; even."""
+    accumulation: int = 4
+    """Micro-batches of a step. Ranks speak once a step, so with one alone it is mostly their talk that is measured."""
     sequence_length: int = 512
     """Tokens of a sequence."""
     engine: Literal["ZeRO 0", "ZeRO 1"] = "ZeRO 1"
     """Which engine is scaled."""
-    repeats: int = 7
+    repeats: int = 5
     """Rounds that count."""
 
     def quick(self) -> ScalingOptions:
         """A smoke run."""
         return dataclasses.replace(
-            self, hidden_size=128, num_layers=2, vocabulary=500, sequence_length=32, batch=2, repeats=1
+            self, hidden_size=128, num_layers=2, vocabulary=500, sequence_length=32, batch=2, accumulation=2, repeats=1
         )
 
     @property
@@ -77,7 +80,8 @@ class ScalingOptions:
 
 def run(options: ScalingOptions) -> Report:
     """Call all worlds in turn."""
-    one = Shape(options.model, options.sequence_length, options.batch, engine=ENGINES[options.engine])
+    cut = {"accumulation": options.accumulation, "engine": ENGINES[options.engine]}
+    one = Shape(options.model, options.sequence_length, options.batch, **cut)
     half, double = options.batch // 2, 2 * options.batch
     shapes = {
         "2 ranks, dp weak": dataclasses.replace(one, dp=2),
@@ -95,7 +99,7 @@ def run(options: ScalingOptions) -> Report:
 
         steps = {name: world(_stepping, shape) for name, shape in {**alone, **shapes}.items()}
         steps["plain torch"] = world(_plain, one)
-        seconds = interleaved(steps, repeats=options.repeats, warm_up=2)
+        seconds = interleaved(steps, repeats=options.repeats)
     return _report(options, seconds)
 
 
@@ -144,9 +148,11 @@ def _plain(config: RunConfig) -> Callable[[], object]:
     objective = run.config.objective
 
     def step() -> None:
-        batch = next(batches)
-        targets_K = target_weights(objective, batch.weights_BM, batch.kept_BM).sum(dim=(1, 2))
-        (losses_of(model, batch, objective).nll_K * loss_scales(objective, targets_K)).sum().backward()
+        micro_batches = list(islice(batches, run.engine.accumulation(1)))
+        weights = [target_weights(objective, batch.weights_BM, batch.kept_BM) for batch in micro_batches]
+        scale_K = loss_scales(objective, torch.stack(weights).sum(dim=(0, 2, 3)))
+        for batch in micro_batches:
+            (losses_of(model, batch, objective).nll_K * scale_K).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
