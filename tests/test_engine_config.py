@@ -32,7 +32,8 @@ def refusals(folder: Path, raw: Any, *, has_accelerator: bool = False) -> list[s
 
 
 def test_all_shipped_files_are_found():
-    assert [path.stem for path in SHIPPED] == ["base", "large", "large_fp16", "tiny", "tiny_bf16", "zero3_offload"]
+    names = ["base", "finetune", "large", "large_fp16", "tiny", "tiny_bf16", "zero3_offload"]
+    assert [path.stem for path in SHIPPED] == names
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

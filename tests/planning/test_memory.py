@@ -44,18 +44,18 @@ CASES = {
     "bf16 in fp32, ZeRO 1": Case(engine={**zero(1), **BF16_SUMMED_IN_FP32}),
     "bf16, ZeRO 2": Case(engine={**zero(2), **BF16}, tolerance=0.1),
     "bf16, ZeRO 1, overlap": Case(engine={**zero(1, overlap_comm=True), **BF16}, tolerance=0.1),
-    "2 ranks": Case(dp=2),
-    "2 ranks, ZeRO 1": Case(LARGE, zero(1), dp=2, tolerance=0.1),
-    "2 ranks, bf16, ZeRO 1": Case(LARGE, {**zero(1), **BF16}, dp=2, tolerance=0.1),
-    "2 ranks, bf16 in fp32, ZeRO 1": Case(LARGE, {**zero(1), **BF16_SUMMED_IN_FP32}, dp=2, tolerance=0.1),
-    "2 ranks, bf16, ZeRO 2": Case(LARGE, {**zero(2), **BF16}, dp=2, tolerance=0.1),
+    "2 ranks": Case(dp=2, tolerance=0.15),
+    "2 ranks, ZeRO 1": Case(LARGE, zero(1), dp=2, tolerance=0.15),
+    "2 ranks, bf16, ZeRO 1": Case(LARGE, {**zero(1), **BF16}, dp=2, tolerance=0.15),
+    "2 ranks, bf16 in fp32, ZeRO 1": Case(LARGE, {**zero(1), **BF16_SUMMED_IN_FP32}, dp=2, tolerance=0.15),
+    "2 ranks, bf16, ZeRO 2": Case(LARGE, {**zero(2), **BF16}, dp=2, tolerance=0.15),
     "2 ranks, bf16 in fp32, ZeRO 2, accumulation": Case(
-        LARGE, {**zero(2), **BF16_SUMMED_IN_FP32}, dp=2, accumulation=2, tolerance=0.1
+        LARGE, {**zero(2), **BF16_SUMMED_IN_FP32}, dp=2, accumulation=2, tolerance=0.15
     ),
     # DeepSpeed's hooks leave circles that hold gathered weights until Python's collector comes by.
     "2 ranks, bf16, ZeRO 3": Case(LARGE, {**zero(3, **CUT_ALMOST_ALL), **BF16}, dp=2, tolerance=0.2),
-    "2 tensor-parallel ranks": Case(tp=2, tolerance=0.1),
-    "2 tensor-parallel ranks, bf16": Case(LARGE, {**zero(1), **BF16_SUMMED_IN_FP32}, tp=2, tolerance=0.1),
+    "2 tensor-parallel ranks": Case(tp=2, tolerance=0.15),
+    "2 tensor-parallel ranks, bf16": Case(LARGE, {**zero(1), **BF16_SUMMED_IN_FP32}, tp=2, tolerance=0.15),
 }
 
 
