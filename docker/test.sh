@@ -70,6 +70,6 @@ build run --isolation chroot --volume "$folder/texts:/texts:ro" "$container" -- 
     [[ $(id -un) == pmlm ]]
     mpirun --oversubscribe -n 2 pmlm prepare-corpus --source "/texts/*.txt" --output corpus --vocabulary-size 1000 \
         --sequence-length 64 --shards 8 --validation-fraction 0.1
-    deepspeed --num_gpus 2 train.py --preset tiny --corpus corpus --run-dir run --train.steps 5
+    deepspeed --num_gpus 2 train.py --preset tiny --corpus corpus --run-dir run --train.steps 5 --optim.warmup-steps 1
     pmlm checkpoint verify run/checkpoints'
 echo "== the image trains"

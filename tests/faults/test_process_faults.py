@@ -494,9 +494,9 @@ def test_a_terminal_that_is_gone_does_not_end_the_training(small_corpus: Path, t
 
 
 def forget_the_groups() -> None:
-    from pmlm_dist.training import loop
+    from pmlm_dist.training import engine
 
-    loop.ModelParallelUnit = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+    engine.ModelParallelUnit = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.fault("F18")
