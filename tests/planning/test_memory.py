@@ -1,8 +1,8 @@
 """Planned bytes against those that torch hands out in the real training path, by model, engine and ranks.
 
 torch's profiler reports every allocation and release of the process: the most that stood at once is known to the byte.
-Noise comes from what Python's collector has not yet taken, and from copies that gloo's threads release late; it only
-adds, so the least of some steps counts.
+Noise comes from what Python's collector has not yet taken and from what gloo's threads have not yet let go of; it only
+adds. So the collector runs before each step, each collective is followed by a pause, and the least of some steps counts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pmlm_dist.planning.model_states import model_states
 from pmlm_dist.planning.workload import Workload
 
 STEPS = 4
+COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+RELEASE_S = 0.005
 CPU = Device("cpu", math.inf, {}, 1.0, 1.0, 1.0, is_accelerator=False, slack=0.0)
 LARGE = {"hidden_size": 192, "num_layers": 3, "num_heads": 4, "ffn_size": 768}
 CUT_ALMOST_ALL = {"stage3_param_persistence_threshold": 1000}
@@ -39,30 +41,51 @@ CASES = {
     "checkpointing": Case({"activation_checkpointing": True}),
     "one layer": Case({"num_layers": 1}),
     "accumulation": Case(accumulation=2),
-    "ZeRO 1": Case(engine=zero(1), tolerance=0.08),
-    "bf16, ZeRO 1": Case(engine={**zero(1), **BF16}, tolerance=0.08),
+    "ZeRO 1": Case(engine=zero(1)),
+    "bf16, ZeRO 1": Case(engine={**zero(1), **BF16}),
     "bf16 in fp32, ZeRO 1": Case(engine={**zero(1), **BF16_SUMMED_IN_FP32}),
-    "bf16, ZeRO 2": Case(engine={**zero(2), **BF16}, tolerance=0.1),
-    "bf16, ZeRO 1, overlap": Case(engine={**zero(1, overlap_comm=True), **BF16}, tolerance=0.1),
-    "2 ranks": Case(dp=2, tolerance=0.15),
-    "2 ranks, ZeRO 1": Case(LARGE, zero(1), dp=2, tolerance=0.15),
-    "2 ranks, bf16, ZeRO 1": Case(LARGE, {**zero(1), **BF16}, dp=2, tolerance=0.15),
-    "2 ranks, bf16 in fp32, ZeRO 1": Case(LARGE, {**zero(1), **BF16_SUMMED_IN_FP32}, dp=2, tolerance=0.15),
-    "2 ranks, bf16, ZeRO 2": Case(LARGE, {**zero(2), **BF16}, dp=2, tolerance=0.15),
+    "bf16, ZeRO 2": Case(engine={**zero(2), **BF16}),
+    "bf16, ZeRO 1, overlap": Case(engine={**zero(1, overlap_comm=True), **BF16}),
+    "2 ranks": Case(dp=2),
+    "2 ranks, ZeRO 1": Case(LARGE, zero(1), dp=2),
+    "2 ranks, bf16, ZeRO 1": Case(LARGE, {**zero(1), **BF16}, dp=2),
+    "2 ranks, bf16 in fp32, ZeRO 1": Case(LARGE, {**zero(1), **BF16_SUMMED_IN_FP32}, dp=2),
+    "2 ranks, bf16, ZeRO 2": Case(LARGE, {**zero(2), **BF16}, dp=2),
     "2 ranks, bf16 in fp32, ZeRO 2, accumulation": Case(
-        LARGE, {**zero(2), **BF16_SUMMED_IN_FP32}, dp=2, accumulation=2, tolerance=0.15
+        LARGE, {**zero(2), **BF16_SUMMED_IN_FP32}, dp=2, accumulation=2
     ),
     # DeepSpeed's hooks leave circles that hold gathered weights until Python's collector comes by.
-    "2 ranks, bf16, ZeRO 3": Case(LARGE, {**zero(3, **CUT_ALMOST_ALL), **BF16}, dp=2, tolerance=0.2),
-    "2 tensor-parallel ranks": Case(tp=2, tolerance=0.15),
-    "2 tensor-parallel ranks, bf16": Case(LARGE, {**zero(1), **BF16_SUMMED_IN_FP32}, tp=2, tolerance=0.15),
+    "2 ranks, bf16, ZeRO 3": Case(LARGE, {**zero(3, **CUT_ALMOST_ALL), **BF16}, dp=2, tolerance=0.08),
+    "2 tensor-parallel ranks": Case(tp=2),
+    "2 tensor-parallel ranks, bf16": Case(LARGE, {**zero(1), **BF16_SUMMED_IN_FP32}, tp=2),
 }
 
 
 def most_allocated(configs: list[RunConfig]) -> list[float]:
     """For each run the most bytes that torch has handed out at once in a step, those of the model included."""
+    _wait_for_gloo()
     kept: list[Any] = []  # else the engines of earlier runs would be released while a later one is counted
     return [_most_of_a_run(config, kept) for config in configs]
+
+
+def _wait_for_gloo() -> None:
+    """Gloo's thread lets go of what it worked on a moment after the collective: let that moment pass before going on."""
+    import time
+
+    import torch.distributed as dist
+
+    def wrapped(collective: Any) -> Any:
+        def then_wait(*args: Any, **settings: Any) -> Any:
+            work = collective(*args, **settings)
+            if work is not None:
+                work.wait()
+            time.sleep(RELEASE_S)
+            return work
+
+        return then_wait
+
+    for name in COLLECTIVES:
+        setattr(dist, name, wrapped(getattr(dist, name)))
 
 
 def _most_of_a_run(config: RunConfig, kept: list[Any]) -> float:
