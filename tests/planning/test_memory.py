@@ -2,7 +2,7 @@
 
 torch's profiler reports every allocation and release of the process: the most that stood at once is known to the byte.
 Noise comes from what Python's collector has not yet taken and from what gloo's threads have not yet let go of; it only
-adds. So the collector runs before each step, each collective is followed by a pause, and the least of some steps counts.
+adds. So the collector runs before each step, a pause follows each collective, and the least of some steps counts.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def most_allocated(configs: list[RunConfig]) -> list[float]:
 
 
 def _wait_for_gloo() -> None:
-    """Gloo's thread lets go of what it worked on a moment after the collective: let that moment pass before going on."""
+    """Gloo's thread lets go of what it worked on a moment after the collective: wait for that moment."""
     import time
 
     import torch.distributed as dist
