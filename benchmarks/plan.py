@@ -2,18 +2,18 @@
 
 The plan gets the rates that it measures itself (`--device measure`), in the same processes and with the same threads.
 seconds       median step, and what was planned
-allocated     the most that torch has handed out on a rank, from before the model was made on, and the plan of it
-resident      the most that a rank's process holds in a step beyond what stood before the model was made. On a CPU that
-              is the heap of the C library with its gaps, which nobody plans: figure `heap`, by how much it is more
+resident      the most that a rank's process holds in a step beyond what stood before the model was made, where freed
+              memory is given back (`--train.keep-freed-memory False`); planned is what torch has to allocate
+kept          the same as trainings run on a CPU, freed memory kept: figure `heap`, by how much it is more
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import statistics
 import tempfile
 import time
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 from harness import Held, Report
 from ranks import World
-from training_run import Shape, Training, warm_up
+from training_run import Shape, Training, giving_back, warm_up
 
 from pmlm_dist.config import ModelConfig, RunConfig
 from pmlm_dist.devices import Device
@@ -74,9 +74,9 @@ def run(options: PlanOptions) -> Report:
     """One shape after the other; each world measures its device before it trains."""
     rows = {name: _row(options, shape) for name, shape in options.shapes.items()}
     figures = {
-        "memory_error": max(abs(row["plan MB"] / row["allocated MB"] - 1) for row in rows.values()),
+        "memory_error": max(abs(row["plan MB"] / row["resident MB"] - 1) for row in rows.values()),
         "time_error": max(abs(row["plan s"] / row["seconds"] - 1) for row in rows.values()),
-        "heap": max(row["resident MB"] / row["allocated MB"] for row in rows.values()),
+        "heap": max(row["kept MB"] / row["resident MB"] for row in rows.values()),
     }
     return Report("plan", dataclasses.asdict(options), rows, figures)
 
@@ -87,16 +87,16 @@ def _row(options: PlanOptions, shape: Shape) -> dict[str, float]:
         tokens = shape.micro_batch * shape.sequence_length
         with World(_measuring, config, options.repeats, shape.precision, tokens, ranks=shape.dp) as world:
             ranks = world.call()
-        with World(_allocating, config, ranks=shape.dp) as world:
-            allocated = max(world.call())
+        with World(_holding, giving_back(config), ranks=shape.dp) as world:
+            resident = max(world.call())
     first: dict[str, Any] = ranks[0]
     memory, estimate = shape.planned_memory(), shape.planned_time(first["device"])
     return {
         "seconds": first["seconds"],
         "plan s": estimate.total,
-        "allocated MB": allocated / 1e6,
+        "resident MB": resident / 1e6,
         "plan MB": memory.allocated / 1e6,
-        "resident MB": max(rank["resident"] for rank in ranks) / 1e6,
+        "kept MB": max(rank["held"] for rank in ranks) / 1e6,
         "TFLOP/s": first["device"].peak[shape.precision] / 1e12,
         "GB/s": first["device"].bandwidth / 1e9,
     }
@@ -108,51 +108,39 @@ def _measuring(config: RunConfig, repeats: int, precision: str, tokens: int) -> 
 
     topology = groups.start()
     device: Device = measure_device(precision, topology, model=config.model, tokens=tokens)
-    warm_up(config)
-    held = Held()
-    training = Training(config)
+    hold, training = _held_by_training(config)
 
     def measure() -> dict[str, Any]:
-        training.step()
-        training.step()
-        held.reset_peak()
-        training.step()
-        peak, seconds = held.peak(), []
+        peak, seconds = hold(), []
         for _ in range(repeats):
             topology.barrier()
             start = time.perf_counter()
             training.step()
             seconds.append(time.perf_counter() - start)
-        return {"device": device, "seconds": statistics.median(seconds), "resident": peak}
+        return {"device": device, "seconds": statistics.median(seconds), "held": peak}
 
     return measure
 
 
-def _allocating(config: RunConfig) -> Callable[[], float]:
-    """The most bytes that torch has handed out in a step, of what was allocated since before the model was made.
+def _holding(config: RunConfig) -> Callable[[], float]:
+    from pmlm_dist.parallel import groups
 
-    The least of some steps: gloo's threads may release a copy late, which only adds.
-    """
-    import torch
-    from torch.profiler import ProfilerActivity, profile, record_function
+    groups.start()
+    return _held_by_training(config)[0]
 
-    def count() -> float:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            training = Training(config)
-            training.step()
-            for _ in range(3):
-                with record_function("counted"):
-                    training.step()
-        events: Any = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
-        ordered = sorted(events, key=lambda event: event.start_ns())
-        counted = [(event.start_ns(), event.end_ns()) for event in ordered if event.name() == "counted"]
-        live, times, totals = 0, [], []
-        for event in ordered:
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                times.append(event.start_ns())
-                totals.append(live)
-        return float(min(max(totals[bisect_left(times, start) : bisect_right(times, end)]) for start, end in counted))
 
-    assert not torch.cuda.is_available(), "on a GPU torch counts by itself"
-    return count
+def _held_by_training(config: RunConfig) -> tuple[Callable[[], float], Training]:
+    """What tells the bytes that the process holds in a step, and the training that it steps."""
+    warm_up(config)
+    held = Held()
+    training = Training(config)
+
+    def hold() -> float:
+        training.step()
+        training.step()
+        gc.collect()
+        held.reset_peak()
+        training.step()
+        return held.peak()
+
+    return hold, training

@@ -25,7 +25,7 @@ from pmlm_dist.config import (
     TrainConfig,
 )
 from pmlm_dist.data.loader import training_batches
-from pmlm_dist.devices import HEAP_SLACK, Device
+from pmlm_dist.devices import Device
 from pmlm_dist.engine_config import EngineConfig, load_engine_config
 from pmlm_dist.masking.blockwise import max_predictions
 from pmlm_dist.parallel import groups
@@ -39,7 +39,7 @@ from pmlm_dist.training.loop import advance, build_engine, train_step
 from pmlm_dist.training.meter import Stopwatch
 from pmlm_dist.training.run import resolve
 
-HOST = Device("cpu", 0.0, {}, 1.0, 1.0, 1.0, is_accelerator=False, slack=HEAP_SLACK)
+HOST = Device("cpu", 0.0, {}, 1.0, 1.0, 1.0, is_accelerator=False, slack=0.0)
 """A CPU of which only its memory is planned."""
 
 
@@ -150,6 +150,11 @@ class Training:
         """One optimizer step."""
         train_step(self.run, self.engine, self.batches, self._state, self._watch)
         self._state = advance(self._state, self.run)
+
+
+def giving_back(config: RunConfig) -> RunConfig:
+    """The run in a process that keeps no freed memory: what it holds is what the run needs."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, keep_freed_memory=False))
 
 
 def warm_up(config: RunConfig) -> None:

@@ -7,8 +7,8 @@ peak        the most that it holds in a step: with gradients, buckets, what the 
 plan        what `pmlm plan` says of the peak
 offload     fp32 copy, moments and gradients in the host's memory: on a CPU that is the same memory
 
-Memory is resident memory of each rank's process beyond what stood before the model was made; ranks are real gloo
-processes and the highest of them counts.
+Memory is resident memory of each rank's process, which keeps no freed memory, beyond what stood before the model was
+made; ranks are real gloo processes and the highest of them counts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 from harness import Held, Report
 from ranks import World
-from training_run import Shape, Training, warm_up
+from training_run import Shape, Training, giving_back, warm_up
 
 from pmlm_dist.config import ModelConfig, RunConfig
 
@@ -105,7 +105,7 @@ def _measure(options: ZeroOptions, stage: int, *, ranks: int, offload: bool = Fa
     engine = {**_STAGES[stage], "zero_optimization": zero}
     shape = Shape(options.model, options.sequence_length, micro_batch=1, dp=ranks, engine=engine)
     with tempfile.TemporaryDirectory() as folder:
-        config = shape.run_config(shape.write_corpus(Path(folder)))
+        config = giving_back(shape.run_config(shape.write_corpus(Path(folder))))
         with World(_holding, config, ranks=ranks) as world:
             held = world.call()
     parameters = held[0]["parameters"]

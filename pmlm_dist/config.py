@@ -201,6 +201,8 @@ class TrainConfig:
     """Steps in a row whose gradient is not finite, after which the run ends. Each is left out: no weight changes."""
     collective_timeout_s: int = 300
     """Seconds after which a collective without an answer ends the run; torch's own limit is 600 to 1800."""
+    keep_freed_memory: bool = True
+    """On a CPU: the process keeps freed memory for the next step. False: a smaller process, and slower steps."""
 
 
 @dataclass(frozen=True)

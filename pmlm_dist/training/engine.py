@@ -28,14 +28,22 @@ from pmlm_dist.training.optimizer import clip_or_drop_gradients, gradient_norm, 
 
 
 def start_engine(
-    model: PseudoMaskedLM, *, optim: OptimConfig, config: EngineConfig, topology: Topology
+    model: PseudoMaskedLM,
+    *,
+    optim: OptimConfig,
+    config: EngineConfig,
+    topology: Topology,
+    keep_memory: bool = True,
 ) -> DeepSpeedEngine:
-    """Optimizer and engine of `model`, whose weights are drawn; every rank must call."""
+    """Optimizer and engine of `model`, whose weights are drawn; every rank must call.
+
+    `keep_memory`: on a CPU, whether the process keeps freed memory (training/allocator.py).
+    """
     # Training does not use this op; compiling it takes a lock that a killed rank leaves behind for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
     if topology.device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(keep=keep_memory)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=_optimizer(model, optim=optim, config=config),

@@ -133,7 +133,13 @@ def build_engine(run: Run) -> DeepSpeedEngine:
     """Model, optimizer and DeepSpeed engine of `run`, weights drawn from its seed."""
     seeding.seed_initialisation(run.config.train.seed)
     model = build_model(run.config.model, padded_vocab_size=run.vocabulary.padded_size())
-    return start_engine(model, optim=run.config.optim, config=run.engine, topology=run.topology)
+    return start_engine(
+        model,
+        optim=run.config.optim,
+        config=run.engine,
+        topology=run.topology,
+        keep_memory=run.config.train.keep_freed_memory,
+    )
 
 
 def train_step(
