@@ -1,7 +1,9 @@
 """Pre-train a pseudo-masked language model.
 
-deepspeed --num_gpus 8 train.py                       the paper's base model on data/corpus
-deepspeed --num_gpus 2 train.py --preset tiny         the demo
+deepspeed --num_gpus 8 train.py                  the paper's base model on data/corpus
+
+deepspeed --num_gpus 2 train.py --preset tiny    the demo
+
 torchrun, srun and mpirun start it as well; settings are overridden by name, `--train.steps 1000` for example.
 """
 

@@ -3,7 +3,7 @@
 The plan gets the rates that it measures itself (`--device measure`), in the same processes and with the same threads.
 seconds       median step, and what was planned
 resident      the most that a rank's process holds in a step beyond what stood before the model was made, where freed
-              memory is given back (`--train.keep-freed-memory False`); planned is what torch has to allocate
+              memory is given back (`--train.no-keep-freed-memory`); planned is what torch has to allocate
 kept          the same as trainings run on a CPU, freed memory kept: figure `heap`, by how much it is more
 """
 
