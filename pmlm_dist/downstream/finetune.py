@@ -48,9 +48,10 @@ from pmlm_dist.training.checkpoint_folder import CheckpointFolder
 from pmlm_dist.training.engine import module_of, start_engine, update
 from pmlm_dist.training.engine_state import EngineState
 from pmlm_dist.training.guards import Skips, check_replicas
+from pmlm_dist.training.heartbeat import DATA, SAVE, START_UP, STEP, VALIDATION, Heartbeat, phase_limits
 from pmlm_dist.training.metrics import RunLog
 from pmlm_dist.training.optimizer import learning_rate, set_learning_rate
-from pmlm_dist.training.run import refuse_together
+from pmlm_dist.training.run import claimed, refuse_together
 from pmlm_dist.training.saver import Saver
 
 SCORES, SUMMARY = "scores.json", "summary.json"
@@ -70,6 +71,8 @@ class Session:
     scored: tuple[Split, ...]
     """The validation splits; the first chooses the best checkpoint."""
     reported: tuple[Split, ...]
+    heart: Heartbeat = dataclasses.field(default_factory=Heartbeat)
+    """Signs of life for this rank's supervisor."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,24 @@ class Learner:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-def finetune(config: FinetuneConfig) -> list[Trial]:
+def finetune(config: FinetuneConfig, heart: Heartbeat | None = None) -> list[Trial]:
     """Fine-tune as `config` says, once for each recipe and seed; every rank calls this and gets the same.
 
-    Raises `ConfigError` on every rank, before anything is computed or written, with all that does not fit.
+    Raises `ConfigError` on every rank, before anything is computed or written, with all that does not fit;
+    `FolderInUse` when another start is at work in the same folder. Signs of life go to `heart`.
     """
     check(config)
+    heart = heart or Heartbeat()
+    heart.limit(phase_limits(config.watch, warm=False))
     topology = groups.start(tp=config.parallel.tp, timeout_s=config.collective_timeout_s)
-    session = together(topology, lambda: prepare(config, topology))
+    with claimed(config.output, topology) as claim:
+        run_dir = str(config.output.absolute())
+        heart.introduce(rank=topology.rank, world_size=topology.world_size, run_dir=run_dir, life=claim.life)
+        return _finetune(config, topology, heart)
+
+
+def _finetune(config: FinetuneConfig, topology: Topology, heart: Heartbeat) -> list[Trial]:
+    session = dataclasses.replace(together(topology, lambda: prepare(config, topology)), heart=heart)
     learners = together(topology, lambda: _learners(session))
     trials = [learn(learner) for learner in learners]
     if len(learners) > 1:
@@ -260,6 +273,8 @@ def _prepare_evaluation(config: EvaluateConfig, topology: Topology) -> tuple[Fou
 def learn(learner: Learner) -> Trial:
     """One fine-tuning, from the model to the scores of its best checkpoint; every rank must call."""
     session, topology, output = learner.session, learner.session.topology, learner.output
+    session.heart.limit(phase_limits(session.config.watch, warm=False))
+    session.heart.enter(START_UP, step=0)
     engine = _start(session.task, learner.model, learner.engine, learner.optim, topology, seed=learner.seed)
     state = EngineState(engine, topology)
     if not session.config.untrained:
@@ -307,7 +322,8 @@ def _train(learner: Learner, engine: DeepSpeedEngine, state: EngineState, log: R
     session, topology = learner.session, learner.session.topology
     about = {"identity": _identity(learner), "configuration": _configuration(learner)}
     folder = CheckpointFolder(learner.output / "checkpoints", keep=1)
-    saver = Saver(state, folder, log, about=about, timeout_s=_SAVE_TIMEOUT_S)
+    heart = session.heart
+    saver = Saver(state, folder, log, about=about, timeout_s=_SAVE_TIMEOUT_S, alive=heart.go_on)
     check_replicas(module_of(engine), topology)
     every = session.config.evaluate_every or learner.steps_per_epoch
     skips, best, losses, start = Skips(limit=session.config.max_skipped_steps), _Best(), [], time.perf_counter()
@@ -320,10 +336,15 @@ def _train(learner: Learner, engine: DeepSpeedEngine, state: EngineState, log: R
             _log_step(learner, log, step, losses=losses, norm=norm, seconds=seconds)
             losses, start = [], time.perf_counter()
         if step % every == 0 or step == learner.steps:
+            heart.enter(VALIDATION)
             _score(learner, engine, best, step, log)
+            heart.enter(SAVE)
             if best.step == step:
                 saver.save(RunState(step=step, samples_consumed=min(step * learner.recipe.batch, _all(learner))))
         saver.report()
+        if step == 1:
+            heart.limit(phase_limits(session.config.watch, warm=True))
+    heart.enter(SAVE)
     saver.close()
     return best
 
@@ -338,7 +359,10 @@ def train_step(learner: Learner, engine: DeepSpeedEngine, step: int) -> tuple[fl
     No norm: it was not finite, and the update was left out.
     """
     topology, task, accumulation = learner.session.topology, learner.session.task, learner.share.accumulation
+    heart = learner.session.heart
+    heart.enter(DATA, step=step)
     micro_batches = list(micro_batches_of(learner, step))
+    heart.enter(STEP)
     count = torch.tensor(float(sum(batch.count for batch in micro_batches)), device=topology.device)
     count = float(topology.sum_over_dp(count))
     optimizer: Any = engine.optimizer
@@ -352,6 +376,7 @@ def train_step(learner: Learner, engine: DeepSpeedEngine, step: int) -> tuple[fl
         total += loss.detach().float()
         engine.backward(loss * (accumulation * topology.dp / count))
         norm = update(engine, learner.engine, topology, is_boundary=number == accumulation - 1)
+        heart.go_on()
     return float(topology.sum_over_dp(total)) / count, norm if math.isfinite(norm) else None
 
 
@@ -377,16 +402,18 @@ def _order(count: int, *, seed: int, epoch: int) -> np.ndarray:
 def _score(learner: Learner, engine: DeepSpeedEngine, best: _Best, step: int, log: RunLog) -> None:
     """Evaluate the validation splits, and take them for the best if they are. A score that is not a number never is."""
     session = learner.session
-    found = {
-        split.name: evaluate(engine, session.task, split, session.topology, micro_batch=learner.engine.micro_batch)
-        for split in session.scored
-    }
+    found = {split.name: _evaluate(learner, engine, split) for split in session.scored}
     for name, evaluation in found.items():
         log.scores({f"{name}/{metric}": value for metric, value in evaluation.scores.items()}, step=step)
         log.say(f"step {step}: {_score_line(name, evaluation.scores)}")
     value = found[session.scored[0].name].scores[session.task.metric]
     if value > best.value:
         best.step, best.value, best.evaluations = step, value, found
+
+
+def _evaluate(learner: Learner, engine: DeepSpeedEngine, split: Split) -> Evaluation:
+    session, micro = learner.session, learner.engine.micro_batch
+    return evaluate(engine, session.task, split, session.topology, micro_batch=micro, alive=session.heart.go_on)
 
 
 def _report(learner: Learner, engine: DeepSpeedEngine, state: EngineState, best: _Best, log: RunLog) -> Trial:
@@ -400,9 +427,9 @@ def _report(learner: Learner, engine: DeepSpeedEngine, state: EngineState, best:
     if session.reported:
         with CheckpointReader(folder) as reader:
             state.start_from(reader)
+    session.heart.enter(VALIDATION)
     for split in session.reported:
-        micro = learner.engine.micro_batch
-        best.evaluations[split.name] = evaluate(engine, session.task, split, session.topology, micro_batch=micro)
+        best.evaluations[split.name] = _evaluate(learner, engine, split)
     scores = {name: evaluation.scores for name, evaluation in best.evaluations.items()}
     if session.topology.is_first:
         for name, evaluation in best.evaluations.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, refuse
+from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, WatchConfig, refuse
 from pmlm_dist.decoding.settings import DecodingConfig
 
 
@@ -147,6 +147,7 @@ class FinetuneConfig:
     """Where the recipe's defaults come from: glue, squad, demo; cnn_dm, xsum, qg, demo_summary for seq2seq."""
     max_skipped_steps: int = 20
     """Steps in a row whose gradient is not finite, after which the run ends."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
     collective_timeout_s: int = 600
     """Seconds after which a collective without an answer ends the run."""
 
@@ -191,6 +192,9 @@ def problems(config: FinetuneConfig) -> list[str]:
             found.append(f"{name} ({getattr(config, name)}) must be positive")
     if config.evaluate_every is not None and config.evaluate_every < 1:
         found.append(f"evaluate_every ({config.evaluate_every}) must be positive, or None")
+    for limit in dataclasses.fields(config.watch):
+        if not getattr(config.watch, limit.name) > 0:
+            found.append(f"watch.{limit.name} ({getattr(config.watch, limit.name)}) must be positive")
     for name in ("stride", "max_question_tokens", "max_answer_tokens"):
         if getattr(config.inputs, name) < 1:
             found.append(f"inputs.{name} ({getattr(config.inputs, name)}) must be positive")
