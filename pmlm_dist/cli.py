@@ -18,6 +18,7 @@ from typing import NoReturn
 from pmlm_dist.config import ConfigError
 from pmlm_dist.ranks import share_cores, speaks
 from pmlm_dist.training.heartbeat import Heartbeat
+from pmlm_dist.training.preemption import Stopped, StopSignals
 from pmlm_dist.training.run_lock import FolderInUse
 
 USER_ERROR = 2
@@ -117,7 +118,7 @@ def import_weights(arguments: Sequence[str]) -> None:
     tyro.cli(read, prog="pmlm import", description=import_weights.__doc__, args=arguments)
 
 
-def finetune(arguments: Sequence[str], heart: Heartbeat | None = None) -> None:
+def finetune(arguments: Sequence[str], heart: Heartbeat | None = None, signals: StopSignals | None = None) -> None:
     """Fine-tune a model on a task: GLUE, SQuAD or your own; `pmlm finetune --task list` shows all."""
     import tyro
 
@@ -153,6 +154,7 @@ def finetune(arguments: Sequence[str], heart: Heartbeat | None = None) -> None:
             console_outputs=speaks(os.environ),
         ),
         heart,
+        signals,
     )
 
 
@@ -293,7 +295,12 @@ def _become_supervised(arguments: Sequence[str]) -> NoReturn:
     """Fine-tune in a process below a supervisor (training/supervisor.py), as train.py does; ends both processes."""
     from pmlm_dist.training.supervisor import supervised
 
-    code = supervised(lambda heart: _outcome(partial(finetune, arguments, heart)))
+    def rank(heart: Heartbeat) -> int:
+        signals = StopSignals()
+        signals.listen()
+        return _outcome(partial(finetune, arguments, heart, signals))
+
+    code = supervised(rank)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # after ZeRO-3 on gloo a rank can abort in its destructors
@@ -313,6 +320,8 @@ def _outcome(run: Callable[[], None]) -> int:
     except FolderInUse as error:
         _failed(str(error))
         return error.exit_code
+    except Stopped as stopped:
+        return stopped.exit_code
     return 0
 
 

@@ -14,6 +14,10 @@ from typing import Any, Literal
 
 from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, WatchConfig, refuse
 from pmlm_dist.decoding.settings import DecodingConfig
+from pmlm_dist.training.run_lock import LOCK
+
+UNFINISHED = "UNFINISHED"
+"""A file in the folder of a fine-tuning that has not come to its end."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ class FinetuneConfig:
     model: Path
     """The model to start from: a run's folder, one of its checkpoints, or what `pmlm import` wrote."""
     output: Path
-    """Folder to write, which must not be there yet: best checkpoint, vocabulary, scores, predictions."""
+    """Folder to write, which must not be there yet: best checkpoint, vocabulary, scores, predictions. A fine-tuning
+    that did not come to its end there goes on."""
     data: str | None = None
     """Folder with train, validation and test files (.jsonl, .csv, .tsv; .json for SQuAD), a folder that Hugging Face
     `datasets` saved, or the name of a data set, NAME or NAME:CONFIG. None: the task's own on the Hugging Face hub."""
@@ -148,6 +153,8 @@ class FinetuneConfig:
     max_skipped_steps: int = 20
     """Steps in a row whose gradient is not finite, after which the run ends."""
     watch: WatchConfig = field(default_factory=WatchConfig)
+    grace_s: float = 120.0
+    """Seconds from a signal to stop (SIGTERM, SIGUSR1) until the process must be gone, its checkpoint saved."""
     collective_timeout_s: int = 600
     """Seconds after which a collective without an answer ends the run."""
 
@@ -198,9 +205,16 @@ def problems(config: FinetuneConfig) -> list[str]:
     for name in ("stride", "max_question_tokens", "max_answer_tokens"):
         if getattr(config.inputs, name) < 1:
             found.append(f"inputs.{name} ({getattr(config.inputs, name)}) must be positive")
-    if config.output.exists():
+    if not config.grace_s > 0:
+        found.append(f"grace_s ({config.grace_s}) must be positive")
+    if config.output.exists() and not is_unfinished(config.output):
         found.append(f"--output ({config.output}) is there already, and nothing is overwritten: name another")
     return found
+
+
+def is_unfinished(output: Path) -> bool:
+    """Whether a fine-tuning was started in `output` that did not come to its end; it may not even have begun."""
+    return output.is_dir() and ((output / UNFINISHED).is_file() or [path.name for path in output.iterdir()] == [LOCK])
 
 
 def recipes(config: FinetuneConfig) -> list[Recipe]:

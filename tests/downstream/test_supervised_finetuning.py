@@ -116,5 +116,5 @@ def test_a_rank_that_stands_still_is_named_with_the_stacks_of_all(command: list[
     assert "furthest behind: rank 1\n" in started.printed
     stacks = {path.name: path.read_text() for path in (tmp_path / "out" / "logs").rglob("rank-*.txt")}
     assert sorted(stacks) == ["rank-00000.txt", "rank-00001.txt"]
-    assert all("train_step" in text for text in stacks.values())
+    assert all("in _train" in text for text in stacks.values())
     assert not [pid for pid in own if Path(f"/proc/{pid}").exists()]
