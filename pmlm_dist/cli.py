@@ -207,6 +207,7 @@ def generate(arguments: Sequence[str]) -> None:
     """Write answers to a file of sources with a model that was fine-tuned for it."""
     import tyro
 
+    share_cores()
     from pmlm_dist.downstream import generate as answers
 
     default = answers.GenerateConfig(model=tyro.MISSING, input=tyro.MISSING, output=tyro.MISSING)
@@ -220,6 +221,7 @@ def generate(arguments: Sequence[str]) -> None:
         args=arguments,
         default=default,
         config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=speaks(os.environ),
     )
     answers.generate(config)
 

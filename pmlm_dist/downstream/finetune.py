@@ -22,11 +22,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ from pmlm_dist.downstream.tasks import TASKS
 from pmlm_dist.engine_config import EngineConfig, load_engine_config
 from pmlm_dist.model.task_model import TASK_HEAD
 from pmlm_dist.parallel import groups, seeding
-from pmlm_dist.parallel.groups import Topology
+from pmlm_dist.parallel.groups import Topology, together
 from pmlm_dist.training.checkpoint import RunState, differences, find_checkpoint, load_checkpoint
 from pmlm_dist.training.checkpoint_files import MANIFEST, CheckpointReader, faults_of, read_state, sha256_of
 from pmlm_dist.training.checkpoint_folder import CheckpointFolder, newest_whole_at
@@ -63,12 +63,11 @@ from pmlm_dist.training.heartbeat import DATA, SAVE, START_UP, STEP, VALIDATION,
 from pmlm_dist.training.metrics import RunLog
 from pmlm_dist.training.optimizer import learning_rate, set_learning_rate
 from pmlm_dist.training.preemption import STOP_FILE, StopAgreement, Stopped, StopSignals
-from pmlm_dist.training.run import Claim, claimed, refuse_together
+from pmlm_dist.training.run import Claim, claimed
 from pmlm_dist.training.saver import Saver
 
 SCORES, SUMMARY = "scores.json", "summary.json"
 _SAVE_TIMEOUT_S = 1800.0
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -207,17 +206,6 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Evaluation]:
             if config.predictions is not None:
                 write_predictions(_predictions_file(config.predictions, split.name), found[split.name].predictions)
     return found
-
-
-def together(topology: Topology, prepare: Callable[[], T]) -> T:
-    """What `prepare` gives, unless it raises `ConfigError` on any rank: then all raise it, with every problem."""
-    found, made = [], None
-    try:
-        made = prepare()
-    except ConfigError as error:
-        found = error.problems
-    refuse_together(found, topology)
-    return made  # pyright: ignore[reportReturnType]
 
 
 # --------------------------------------------------------------------------------------------------------- preparation
