@@ -58,7 +58,12 @@ RECIPES: dict[str, Recipe] = {
 }
 """glue: from the paper's grid; squad: the paper's; demo: for the tiny model, whose learning rates are larger."""
 
-GRIDS: dict[str, dict[str, tuple[float, ...]]] = {"glue": GLUE_GRID, "squad": {}, "demo": {"lr": (1e-4, 3e-4, 1e-3)}}
+GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "glue": GLUE_GRID,
+    "demo": {"lr": (1e-4, 3e-4, 1e-3)},
+    "demo_summary": {"lr": (3e-4, 1e-3, 3e-3)},
+}
+"""What `--grid preset` searches; the other presets have one recipe, the paper's."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,7 @@ def recipes(config: FinetuneConfig) -> list[Recipe]:
     """The recipes to try: one, or every combination of the grid. Raises `ConfigError` for a grid that has none."""
     grid: dict[str, tuple[float, ...]] = {}
     for entry in config.grid:
-        grid |= GRIDS[config.preset] if entry == "preset" else dict([_axis(entry)])
+        grid |= GRIDS.get(config.preset, {}) if entry == "preset" else dict([_axis(entry)])
     if config.grid and not grid:
         raise ConfigError([f"--grid: the preset {config.preset} has no grid: name one, lr=1e-5,3e-5 for example"])
     names = list(grid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -159,9 +160,9 @@ def killed(wanted: FinetuneConfig, step: int) -> None:
 
 def test_seeds_go_on_with_the_one_that_was_stopped(model: Path, data: Path, tmp_path: Path):
     quick = recipe(epochs=1)
-    whole = config(model, data, tmp_path / "whole", recipe=quick, seeds=3)
+    whole = config(model, data, tmp_path / "whole", recipe=quick, seeds=5)
     assert run_world(learn, 1, whole) == ["done"]
-    wanted = config(model, data, tmp_path / "out", recipe=quick, seeds=3)
+    wanted = config(model, data, tmp_path / "out", recipe=quick, seeds=5)
     assert run_world(learn, 1, wanted, 8) == [f"exit code {EXIT_PREEMPTED}"]
     first = tmp_path / "out" / "seed=0" / "scores.json"
     done_at = first.stat().st_mtime_ns
@@ -170,6 +171,10 @@ def test_seeds_go_on_with_the_one_that_was_stopped(model: Path, data: Path, tmp_
     assert first.stat().st_mtime_ns == done_at
     here, there = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "whole"))
     assert [entry["spreads"] for entry in here["recipes"]] == [entry["spreads"] for entry in there["recipes"]]
+    spread = here["recipes"][0]["spreads"]["validation"]["accuracy"]
+    assert len(spread["values"]) == 5
+    assert spread["mean"] == pytest.approx(statistics.fmean(spread["values"]))
+    assert spread["deviation"] == pytest.approx(statistics.stdev(spread["values"]))
 
 
 def test_another_fine_tuning_is_not_mixed_with_an_unfinished_one(model: Path, data: Path, tmp_path: Path):
