@@ -12,9 +12,14 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NoReturn
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.ranks import share_cores, speaks
+from pmlm_dist.training.heartbeat import Heartbeat
+from pmlm_dist.training.preemption import Stopped, StopSignals
+from pmlm_dist.training.run_lock import FolderInUse
 
 USER_ERROR = 2
 
@@ -113,7 +118,7 @@ def import_weights(arguments: Sequence[str]) -> None:
     tyro.cli(read, prog="pmlm import", description=import_weights.__doc__, args=arguments)
 
 
-def finetune(arguments: Sequence[str]) -> None:
+def finetune(arguments: Sequence[str], heart: Heartbeat | None = None, signals: StopSignals | None = None) -> None:
     """Fine-tune a model on a task: GLUE, SQuAD or your own; `pmlm finetune --task list` shows all."""
     import tyro
 
@@ -147,9 +152,10 @@ def finetune(arguments: Sequence[str]) -> None:
             args=rest,
             default=default,
             console_outputs=speaks(os.environ),
-        )
+        ),
+        heart,
+        signals,
     )
-    _leave_world()
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -201,6 +207,7 @@ def generate(arguments: Sequence[str]) -> None:
     """Write answers to a file of sources with a model that was fine-tuned for it."""
     import tyro
 
+    share_cores()
     from pmlm_dist.downstream import generate as answers
 
     default = answers.GenerateConfig(model=tyro.MISSING, input=tyro.MISSING, output=tyro.MISSING)
@@ -214,6 +221,7 @@ def generate(arguments: Sequence[str]) -> None:
         args=arguments,
         default=default,
         config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=speaks(os.environ),
     )
     answers.generate(config)
 
@@ -272,6 +280,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, or 2 for settings or data that a user can mend."""
+    is_process = arguments is None
     arguments = _without("local_rank", sys.argv[1:] if arguments is None else arguments)  # deepspeed puts it first
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -279,8 +288,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS.get(arguments[0])
     if command is None:
         return _failed(f"no command {arguments[0]!r}{_closest(arguments[0])}; `pmlm --help` lists them")
+    if is_process and command is finetune:
+        _become_supervised(arguments[1:])
+    return _outcome(partial(command, arguments[1:]))
+
+
+def _become_supervised(arguments: Sequence[str]) -> NoReturn:
+    """Fine-tune in a process below a supervisor (training/supervisor.py), as train.py does; ends both processes."""
+    from pmlm_dist.training.supervisor import supervised
+
+    def rank(heart: Heartbeat) -> int:
+        signals = StopSignals()
+        signals.listen()
+        return _outcome(partial(finetune, arguments, heart, signals))
+
+    code = supervised(rank)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # after ZeRO-3 on gloo a rank can abort in its destructors
+
+
+def _outcome(run: Callable[[], None]) -> int:
     try:
-        command(arguments[1:])
+        run()
     except ConfigError as error:
         return _failed(str(error))
     except ValueError as error:
@@ -289,6 +319,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, ShardError):
             raise
         return _failed(str(error))
+    except FolderInUse as error:
+        _failed(str(error))
+        return error.exit_code
+    except Stopped as stopped:
+        return stopped.exit_code
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,9 +50,12 @@ def decoding_problems(config: DecodingConfig) -> list[str]:
         found.append(
             f"decoding.min_length ({config.min_length}) must be below decoding.max_length ({config.max_length})"
         )
-    if not config.temperature > 0:
+    if not math.isfinite(config.length_penalty):
+        found.append(f"decoding.length_penalty ({config.length_penalty}) must be a finite number")
+    if not 0 < config.temperature < math.inf:
         found.append(
-            f"decoding.temperature ({config.temperature}) must be positive; for the likeliest: --method greedy"
+            f"decoding.temperature ({config.temperature}) must be positive and finite; for the likeliest: "
+            "--method greedy"
         )
     if not 0 < config.top_p <= 1:
         found.append(f"decoding.top_p ({config.top_p}) must lie above 0 and at most 1")

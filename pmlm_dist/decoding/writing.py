@@ -41,18 +41,28 @@ def search_of(config: DecodingConfig, special: SpecialIds) -> Search:
 
 
 def write(
-    model: PseudoMaskedLM, sources: Sequence[np.ndarray], *, search: Search, special: SpecialIds, batch: int = 16
+    model: PseudoMaskedLM,
+    sources: Sequence[np.ndarray],
+    *,
+    search: Search,
+    special: SpecialIds,
+    batch: int = 16,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
     """Answers to `sources` (ids with [CLS] and [SEP]), best first; none where the rules allow no answer.
 
     A source and its longest answer must fit the model's positions. Tensor-parallel peers call with the same sources and
-    get the same answers. Raises `ScoresNotFinite` when the model answers with NaN.
+    get the same answers. `numbers` decide what is drawn for them; None: their places. Raises `ScoresNotFinite` when the
+    model answers with NaN.
     """
     answers: list[list[Hypothesis]] = [[] for _ in sources]
-    for numbers in batches_by_length([len(source) for source in sources], batch=batch):
-        found = write_batch(model, [sources[n] for n in numbers], search=search, special=special, numbers=numbers)
-        for number, hypotheses in zip(numbers, found, strict=True):
-            answers[number] = hypotheses
+    numbers = range(len(sources)) if numbers is None else numbers
+    for places in batches_by_length([len(source) for source in sources], batch=batch):
+        own = [sources[place] for place in places]
+        drawn = [numbers[place] for place in places]
+        found = write_batch(model, own, search=search, special=special, numbers=drawn)
+        for place, hypotheses in zip(places, found, strict=True):
+            answers[place] = hypotheses
     return answers
 
 

@@ -21,6 +21,7 @@ from pmlm_dist.downstream.inputs import (
     collate,
     column,
     fit,
+    id_of,
     join,
     longest_input,
     network_inputs,
@@ -168,7 +169,7 @@ class Classification(Task[TextExample, TextFeature]):
             names = [settings.text, *([settings.pair] if settings.pair else [])]
             texts = tuple(text_of(row, name, where=where, problems=problems) for name in names)
             label = self._label(row.get(settings.label), where=where, problems=problems) if labelled else None
-            examples.append(TextExample(row.get("id", row.get("idx", number - 1)), texts, label, where))
+            examples.append(TextExample(id_of(row, number - 1), texts, label, where))
         refuse_rows(problems)
         return examples
 

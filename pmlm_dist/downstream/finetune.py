@@ -5,6 +5,7 @@
                                                       OUTPUT/tokenizer.json vocab.txt config.json metrics.jsonl
                                                       OUTPUT/scores.json predictions-SPLIT.jsonl   (of the best)
     several recipes or seeds             --finetune->  a folder each, and OUTPUT/summary.json: mean and deviation
+    stopped, or ended, midway                          the newest checkpoint beside the best, UNFINISHED: it goes on
 
 Model, engine, parallel layers, checkpoint format and launchers are those of pre-training. The order of the features is
 a function of (seed, epoch): every one is read once an epoch, whatever the number of ranks. The last step of an epoch
@@ -16,14 +17,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import hashlib
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,28 +37,37 @@ from pmlm_dist.conversion.pretrained import Found, find_pretrained
 from pmlm_dist.data.order import BatchShare, micro_batch_samples, permutation
 from pmlm_dist.downstream.prediction import Evaluation, Split, evaluate, write_predictions
 from pmlm_dist.downstream.rows import read_rows
-from pmlm_dist.downstream.settings import EvaluateConfig, FinetuneConfig, Recipe, check, optim_config, recipes
+from pmlm_dist.downstream.settings import (
+    UNFINISHED,
+    EvaluateConfig,
+    FinetuneConfig,
+    Recipe,
+    check,
+    optim_config,
+    recipes,
+)
 from pmlm_dist.downstream.summary import Trial, summarise
 from pmlm_dist.downstream.task import Task, TaskBatch
 from pmlm_dist.downstream.tasks import TASKS
 from pmlm_dist.engine_config import EngineConfig, load_engine_config
 from pmlm_dist.model.task_model import TASK_HEAD
 from pmlm_dist.parallel import groups, seeding
-from pmlm_dist.parallel.groups import Topology
-from pmlm_dist.training.checkpoint import RunState
-from pmlm_dist.training.checkpoint_files import CheckpointReader
-from pmlm_dist.training.checkpoint_folder import CheckpointFolder
+from pmlm_dist.parallel.groups import Topology, together
+from pmlm_dist.training.checkpoint import RunState, differences, find_checkpoint, load_checkpoint
+from pmlm_dist.training.checkpoint_files import MANIFEST, CheckpointReader, faults_of, read_state, sha256_of
+from pmlm_dist.training.checkpoint_folder import CheckpointFolder, newest_whole_at
 from pmlm_dist.training.engine import module_of, start_engine, update
 from pmlm_dist.training.engine_state import EngineState
 from pmlm_dist.training.guards import Skips, check_replicas
+from pmlm_dist.training.heartbeat import DATA, SAVE, START_UP, STEP, VALIDATION, Heartbeat, phase_limits
 from pmlm_dist.training.metrics import RunLog
 from pmlm_dist.training.optimizer import learning_rate, set_learning_rate
-from pmlm_dist.training.run import refuse_together
+from pmlm_dist.training.preemption import STOP_FILE, StopAgreement, Stopped, StopSignals
+from pmlm_dist.training.run import Claim, claimed
 from pmlm_dist.training.saver import Saver
 
 SCORES, SUMMARY = "scores.json", "summary.json"
 _SAVE_TIMEOUT_S = 1800.0
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,10 @@ class Session:
     scored: tuple[Split, ...]
     """The validation splits; the first chooses the best checkpoint."""
     reported: tuple[Split, ...]
+    digest: str
+    """Of the training rows."""
+    heart: Heartbeat = dataclasses.field(default_factory=Heartbeat)
+    """Signs of life for this rank's supervisor."""
 
 
 @dataclass(frozen=True)
@@ -99,31 +115,80 @@ class Learner:
         """Steps in all."""
         return self.steps_per_epoch * self.recipe.epochs
 
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the validation splits are evaluated after `step`."""
+        every = self.session.config.evaluate_every or self.steps_per_epoch
+        return step > 0 and (step % every == 0 or step == self.steps)
+
+    def is_logged(self, step: int) -> bool:
+        """Whether `step` gets a log line."""
+        return step % self.session.config.log_every == 0 or step == self.steps
+
     @property
     def optim(self) -> OptimConfig:
         """The optimizer's settings."""
         return optim_config(self.recipe, steps=self.steps)
 
 
+@dataclass(frozen=True)
+class Life:
+    """This start of the command; others may have come before and may come after."""
+
+    claim: Claim
+    stop: StopAgreement
+
+
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-def finetune(config: FinetuneConfig) -> list[Trial]:
+def finetune(config: FinetuneConfig, heart: Heartbeat | None = None, signals: StopSignals | None = None) -> list[Trial]:
     """Fine-tune as `config` says, once for each recipe and seed; every rank calls this and gets the same.
 
-    Raises `ConfigError` on every rank, before anything is computed or written, with all that does not fit.
+    What an earlier start of the same command has left unfinished in `config.output` goes on where it was. Raises
+    `ConfigError` on every rank, before anything is computed or written, with all that does not fit; `FolderInUse` when
+    another start is at work in the same folder; `Stopped` on every rank, with a checkpoint written, when one of them
+    was sent a signal or there is a file `STOP`. Signs of life go to `heart`.
     """
     check(config)
+    heart, signals = heart or Heartbeat(), signals or StopSignals()
+    signals.grace_s = config.grace_s
+    heart.limit(phase_limits(config.watch, warm=False))
     topology = groups.start(tp=config.parallel.tp, timeout_s=config.collective_timeout_s)
-    session = together(topology, lambda: prepare(config, topology))
+    with claimed(config.output, topology) as claim:
+        run_dir = str(config.output.absolute())
+        heart.introduce(rank=topology.rank, world_size=topology.world_size, run_dir=run_dir, life=claim.life)
+        stop = StopAgreement(signals, file=config.output / STOP_FILE, topology=topology, heart=heart)
+        return _finetune(config, topology, Life(claim, stop))
+
+
+def _finetune(config: FinetuneConfig, topology: Topology, life: Life) -> list[Trial]:
+    session = dataclasses.replace(together(topology, lambda: prepare(config, topology)), heart=life.stop.heart)
     learners = together(topology, lambda: _learners(session))
-    trials = [learn(learner) for learner in learners]
+    if topology.is_first:
+        (config.output / UNFINISHED).touch()
+    trials = [_finished(learner) or learn(learner, life) for learner in learners]
     if len(learners) > 1:
         summary = summarise(trials, split=session.scored[0].name, metric=session.task.metric)
         if topology.is_first:
             _write_json(config.output / SUMMARY, summary.as_json())
             print(summary.table(), flush=True)
+    if topology.is_first:
+        (config.output / UNFINISHED).unlink()
     return trials
+
+
+def _finished(learner: Learner) -> Trial | None:
+    """The fine-tuning that an earlier start has brought to its end; every rank must call."""
+    output, topology = learner.output, learner.session.topology
+
+    def read() -> Trial | None:
+        if not topology.is_first or not (output / SCORES).is_file():
+            return None
+        refuse(_other_run(learner, newest_whole_at(output)))
+        scores = json.loads((output / SCORES).read_text(encoding="utf-8"))["scores"]
+        return Trial(dataclasses.asdict(learner.recipe), learner.seed, scores, str(output))
+
+    return topology.broadcast(together(topology, read))
 
 
 def evaluate_saved(config: EvaluateConfig) -> dict[str, Evaluation]:
@@ -141,17 +206,6 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Evaluation]:
             if config.predictions is not None:
                 write_predictions(_predictions_file(config.predictions, split.name), found[split.name].predictions)
     return found
-
-
-def together(topology: Topology, prepare: Callable[[], T]) -> T:
-    """What `prepare` gives, unless it raises `ConfigError` on any rank: then all raise it, with every problem."""
-    found, made = [], None
-    try:
-        made = prepare()
-    except ConfigError as error:
-        found = error.problems
-    refuse_together(found, topology)
-    return made  # pyright: ignore[reportReturnType]
 
 
 # --------------------------------------------------------------------------------------------------------- preparation
@@ -172,7 +226,14 @@ def prepare(config: FinetuneConfig, topology: Topology) -> Session:
     refuse([] if train.features else [f"{source}: the split {kind.train} gives nothing to learn from"])
     scored = tuple(_split(task, name, read_rows(source, name)) for name in kind.validation)
     reported = tuple(_whole_split(task, name, source) for name in config.report)
-    return Session(config, topology, start, task, train, scored, reported)
+    return Session(config, topology, start, task, train, scored, reported, _digest(rows))
+
+
+def _digest(rows: Sequence[Any]) -> str:
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return found.hexdigest()
 
 
 def _split(task: Task, name: str, rows: Sequence[Any], *, training: bool = False, labelled: bool = True) -> Split:
@@ -257,25 +318,57 @@ def _prepare_evaluation(config: EvaluateConfig, topology: Topology) -> tuple[Fou
 # ------------------------------------------------------------------------------------------------------------ learning
 
 
-def learn(learner: Learner) -> Trial:
-    """One fine-tuning, from the model to the scores of its best checkpoint; every rank must call."""
+def learn(learner: Learner, life: Life) -> Trial:
+    """One fine-tuning, from the model, or from where it was, to the scores of its best checkpoint; every rank calls."""
     session, topology, output = learner.session, learner.session.topology, learner.output
+    session.heart.limit(phase_limits(session.config.watch, warm=False))
+    session.heart.enter(START_UP, step=0)
+    progress = _Progress()
+    folder = CheckpointFolder(
+        output / "checkpoints", keep=1, fence=life.claim.check, keeps=lambda step: step == progress.kept
+    )
+    if topology.is_first:
+        folder.remove_leftovers()
+    newest = find_checkpoint(folder, topology)
+    refuse(_other_run(learner, newest) if newest else [])
     engine = _start(session.task, learner.model, learner.engine, learner.optim, topology, seed=learner.seed)
     state = EngineState(engine, topology)
-    if not session.config.untrained:
+    if newest:
+        progress.go_on_from(newest, load_checkpoint(state, newest))
+    elif not session.config.untrained:
         with CheckpointReader(session.start.folder) as reader:
             state.start_from(reader, fresh=TASK_HEAD)
-    log = RunLog(output, enabled=topology.is_first, first_step=0)
+    log = RunLog(output, enabled=topology.is_first, first_step=progress.step)
     with closing(log):
         log.write_configuration(_configuration(learner))
-        _announce(learner, log)
+        _announce(learner, log, step=progress.step)
         if topology.is_first:
             session.start.vocabulary.save(output)
-        best = _train(learner, engine, state, log)
-        trial = _report(learner, engine, state, best, log)
+        try:
+            _train(learner, engine, state, log, progress=progress, folder=folder, life=life)
+            trial = _report(learner, engine, state, log, progress=progress, folder=folder, stop=life.stop)
+        except Stopped as stopped:
+            log.say(f"stopped by {stopped}; the same command goes on from {newest_of(folder) or 'the beginning'}")
+            raise
     del engine, state
     gc.collect()  # an engine is full of circles; the next one needs its memory
     return trial
+
+
+def newest_of(folder: CheckpointFolder) -> Path | None:
+    """The newest checkpoint in `folder`."""
+    return next(reversed(folder.steps()), None)
+
+
+def _other_run(learner: Learner, checkpoint: Path) -> list[str]:
+    """Why the fine-tuning that `checkpoint` is of is not this one."""
+    found = differences(read_state(checkpoint)["identity"], json.loads(json.dumps(_identity(learner))))
+    if not found:
+        return []
+    return [
+        *found,
+        f"{learner.output} holds another fine-tuning (above): go on as it was begun, or name another --output",
+    ]
 
 
 def _start(
@@ -294,42 +387,100 @@ def _vocab_size(model: ModelConfig) -> int:
 
 
 @dataclass
-class _Best:
-    """The best evaluation so far."""
+class _Progress:
+    """How far a fine-tuning is."""
 
     step: int = 0
-    value: float = -math.inf
+    """Updates made."""
+    evaluated: int = 0
+    """The step of the last evaluation."""
+    best_step: int = 0
+    best_value: float = -math.inf
     evaluations: dict[str, Evaluation] = dataclasses.field(default_factory=dict)
+    """Those of the best step, if it is of this start."""
+    kept: int = 0
+    """The best step whose checkpoint is there; it stays until that of a better one is."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What a checkpoint says of it."""
+        value = self.best_value if self.best_step else None
+        return {"evaluated": self.evaluated, "best_step": self.best_step, "best_value": value}
+
+    def go_on_from(self, checkpoint: Path, state: RunState) -> None:
+        """Be as far as `checkpoint`, which has been loaded. Raises `ConfigError` when the best one is not there."""
+        saved = read_state(checkpoint)["progress"]
+        self.step, self.evaluated, self.best_step = state.step, saved["evaluated"], saved["best_step"]
+        self.kept = self.best_step
+        if self.best_step:
+            self.best_value = saved["best_value"]
+            best = CheckpointFolder(checkpoint.parent, keep=1).folder(self.best_step)
+            faults = faults_of(best, thorough=False)
+            refuse([f"{best}, the best checkpoint so far, is not whole: {fault}" for fault in faults])
 
 
-def _train(learner: Learner, engine: DeepSpeedEngine, state: EngineState, log: RunLog) -> _Best:
-    """All steps; the best checkpoint by validation is in OUTPUT/checkpoints afterwards."""
-    session, topology = learner.session, learner.session.topology
+def _train(
+    learner: Learner,
+    engine: DeepSpeedEngine,
+    state: EngineState,
+    log: RunLog,
+    *,
+    progress: _Progress,
+    folder: CheckpointFolder,
+    life: Life,
+) -> None:
+    """All steps that are left; the best checkpoint by validation is in `folder` afterwards."""
+    session, heart, stop = learner.session, learner.session.heart, life.stop
     about = {"identity": _identity(learner), "configuration": _configuration(learner)}
-    folder = CheckpointFolder(learner.output / "checkpoints", keep=1)
-    saver = Saver(state, folder, log, about=about, timeout_s=_SAVE_TIMEOUT_S)
-    check_replicas(module_of(engine), topology)
-    every = session.config.evaluate_every or learner.steps_per_epoch
-    skips, best, losses, start = Skips(limit=session.config.max_skipped_steps), _Best(), [], time.perf_counter()
-    for step in range(1, learner.steps + 1):
-        loss, norm = train_step(learner, engine, step)
-        skips.count(skipped=norm is None, last_good=saver.newest if norm is None else None)
-        losses.append(loss)
-        if step % session.config.log_every == 0 or step == learner.steps:
-            seconds = (time.perf_counter() - start) / len(losses)
-            _log_step(learner, log, step, losses=losses, norm=norm, seconds=seconds)
-            losses, start = [], time.perf_counter()
-        if step % every == 0 or step == learner.steps:
-            _score(learner, engine, best, step, log)
-            if best.step == step:
-                saver.save(RunState(step=step, samples_consumed=min(step * learner.recipe.batch, _all(learner))))
-        saver.report()
+    saver = Saver(
+        state,
+        folder,
+        log,
+        about=about,
+        timeout_s=_SAVE_TIMEOUT_S,
+        limit=stop.deadline,
+        alive=heart.go_on,
+        life=life.claim.life,
+    )
+    check_replicas(module_of(engine), session.topology)
+    saved, is_sound = progress.step, True
+    skips, losses, start = Skips(limit=session.config.max_skipped_steps), [], time.perf_counter()
+    try:
+        while True:
+            if learner.is_evaluated(progress.step) and progress.evaluated < progress.step:
+                _score(learner, engine, log, progress=progress, stop=stop)
+                _save(learner, saver, progress)
+                saved = progress.step
+            if progress.step == learner.steps:
+                break
+            stop.check()
+            loss, norm = train_step(learner, engine, progress.step + 1)
+            progress.step, is_sound = progress.step + 1, norm is not None
+            skips.count(skipped=not is_sound, last_good=None if is_sound else saver.newest)
+            losses.append(loss)
+            if learner.is_logged(progress.step):
+                seconds = (time.perf_counter() - start) / len(losses)
+                _log_step(learner, log, progress.step, losses=losses, norm=norm, seconds=seconds)
+                losses, start = [], time.perf_counter()
+            saver.report()
+            heart.limit(phase_limits(session.config.watch, warm=True))
+        heart.enter(SAVE)
+        saver.close()
+    except Stopped:
+        if is_sound and progress.step != saved:
+            _save(learner, saver, progress)
+        saver.wait()  # where it cannot be written in time the checkpoint before stands
+        raise
+    finally:
+        saver.leave()
+
+
+def _save(learner: Learner, saver: Saver, progress: _Progress) -> None:
+    """Save, once the last checkpoint is written: the one that is the best must not go before the next is there."""
+    learner.session.heart.enter(SAVE)
     saver.close()
-    return best
-
-
-def _all(learner: Learner) -> int:
-    return len(learner.session.train.features) * learner.recipe.epochs
+    progress.kept = progress.best_step
+    samples = min(progress.step * learner.recipe.batch, len(learner.session.train.features) * learner.recipe.epochs)
+    saver.save(RunState(step=progress.step, samples_consumed=samples), progress=progress.as_json())
 
 
 def train_step(learner: Learner, engine: DeepSpeedEngine, step: int) -> tuple[float, float | None]:
@@ -338,7 +489,10 @@ def train_step(learner: Learner, engine: DeepSpeedEngine, step: int) -> tuple[fl
     No norm: it was not finite, and the update was left out.
     """
     topology, task, accumulation = learner.session.topology, learner.session.task, learner.share.accumulation
+    heart = learner.session.heart
+    heart.enter(DATA, step=step)
     micro_batches = list(micro_batches_of(learner, step))
+    heart.enter(STEP)
     count = torch.tensor(float(sum(batch.count for batch in micro_batches)), device=topology.device)
     count = float(topology.sum_over_dp(count))
     optimizer: Any = engine.optimizer
@@ -352,6 +506,7 @@ def train_step(learner: Learner, engine: DeepSpeedEngine, step: int) -> tuple[fl
         total += loss.detach().float()
         engine.backward(loss * (accumulation * topology.dp / count))
         norm = update(engine, learner.engine, topology, is_boundary=number == accumulation - 1)
+        heart.go_on()
     return float(topology.sum_over_dp(total)) / count, norm if math.isfinite(norm) else None
 
 
@@ -374,43 +529,58 @@ def _order(count: int, *, seed: int, epoch: int) -> np.ndarray:
     return permutation(count, seed=seed, epoch=epoch)
 
 
-def _score(learner: Learner, engine: DeepSpeedEngine, best: _Best, step: int, log: RunLog) -> None:
+def _score(learner: Learner, engine: DeepSpeedEngine, log: RunLog, *, progress: _Progress, stop: StopAgreement) -> None:
     """Evaluate the validation splits, and take them for the best if they are. A score that is not a number never is."""
-    session = learner.session
-    found = {
-        split.name: evaluate(engine, session.task, split, session.topology, micro_batch=learner.engine.micro_batch)
-        for split in session.scored
-    }
+    session, step = learner.session, progress.step
+    session.heart.enter(VALIDATION)
+    found = {split.name: _evaluate(learner, engine, split, stop) for split in session.scored}
     for name, evaluation in found.items():
         log.scores({f"{name}/{metric}": value for metric, value in evaluation.scores.items()}, step=step)
         log.say(f"step {step}: {_score_line(name, evaluation.scores)}")
     value = found[session.scored[0].name].scores[session.task.metric]
-    if value > best.value:
-        best.step, best.value, best.evaluations = step, value, found
+    progress.evaluated = step
+    if value > progress.best_value:
+        progress.best_step, progress.best_value, progress.evaluations = step, value, found
 
 
-def _report(learner: Learner, engine: DeepSpeedEngine, state: EngineState, best: _Best, log: RunLog) -> Trial:
-    """Go back to the best checkpoint, score the further splits with it, write scores and predictions."""
+def _evaluate(learner: Learner, engine: DeepSpeedEngine, split: Split, stop: StopAgreement) -> Evaluation:
+    session, micro = learner.session, learner.engine.micro_batch
+    return evaluate(engine, session.task, split, session.topology, micro_batch=micro, between=stop.check)
+
+
+def _report(
+    learner: Learner,
+    engine: DeepSpeedEngine,
+    state: EngineState,
+    log: RunLog,
+    *,
+    progress: _Progress,
+    folder: CheckpointFolder,
+    stop: StopAgreement,
+) -> Trial:
+    """Go back to the best checkpoint, score with it what it has not been scored on; write scores and predictions."""
     session = learner.session
-    if not best.step:
+    if not progress.best_step:
         raise FloatingPointError(
             f"no evaluation gave a number for {session.task.metric}: the training has diverged, lower --recipe.lr"
         )
-    folder = CheckpointFolder(learner.output / "checkpoints", keep=1).folder(best.step)
-    if session.reported:
-        with CheckpointReader(folder) as reader:
+    best = folder.folder(progress.best_step)
+    left = [split for split in (*session.scored, *session.reported) if split.name not in progress.evaluations]
+    if left:
+        with CheckpointReader(best) as reader:
             state.start_from(reader)
-    for split in session.reported:
-        micro = learner.engine.micro_batch
-        best.evaluations[split.name] = evaluate(engine, session.task, split, session.topology, micro_batch=micro)
-    scores = {name: evaluation.scores for name, evaluation in best.evaluations.items()}
+    session.heart.enter(VALIDATION)
+    progress.evaluations |= {split.name: _evaluate(learner, engine, split, stop) for split in left}
+    scores = {name: evaluation.scores for name, evaluation in progress.evaluations.items()}
     if session.topology.is_first:
-        for name, evaluation in best.evaluations.items():
+        for name, evaluation in progress.evaluations.items():
+            _predictions_file(learner.output, name).unlink(missing_ok=True)  # of a start that ended right here
             write_predictions(_predictions_file(learner.output, name), evaluation.predictions)
-        _write_json(learner.output / SCORES, {"step": best.step, "scores": scores})
+        folder.keep_only(progress.best_step)
+        _write_json(learner.output / SCORES, {"step": progress.best_step, "scores": scores})  # from now on it is done
     for name, values in scores.items():
-        log.say(f"best, step {best.step}: {_score_line(name, values)}")
-    log.say(f"written: {folder}")
+        log.say(f"best, step {progress.best_step}: {_score_line(name, values)}")
+    log.say(f"written: {best}")
     return Trial(dataclasses.asdict(learner.recipe), learner.seed, scores, str(learner.output))
 
 
@@ -419,8 +589,14 @@ def _report(learner: Learner, engine: DeepSpeedEngine, state: EngineState, best:
 
 def _identity(learner: Learner) -> dict[str, Any]:
     session = learner.session
+    start = session.start.folder
     return {
         "task": session.config.task,
+        "settings": session.task.saved(),
+        "training data": session.digest,
+        "model": dataclasses.asdict(learner.model),
+        "weights": None if session.config.untrained else sha256_of(start / MANIFEST),
+        "evaluate_every": session.config.evaluate_every,
         "vocabulary": session.start.vocabulary.fingerprint,
         "seed": learner.seed,
         "recipe": dataclasses.asdict(learner.recipe),
@@ -446,7 +622,7 @@ def _configuration(learner: Learner) -> dict[str, Any]:
     }
 
 
-def _announce(learner: Learner, log: RunLog) -> None:
+def _announce(learner: Learner, log: RunLog, *, step: int) -> None:
     session, topology = learner.session, learner.session.topology
     origin = "drawn anew" if session.config.untrained else f"from {session.start.folder}"
     sizes = [f"{len(split.examples):,} {split.name}" for split in (session.train, *session.scored, *session.reported)]
@@ -459,6 +635,8 @@ def _announce(learner: Learner, log: RunLog) -> None:
     )
     for note in session.task.notes():
         log.say(f"note: {note}")
+    if step:
+        log.say(f"going on after step {step}")
 
 
 def _log_step(
@@ -483,4 +661,7 @@ def _predictions_file(folder: Path, split: str) -> Path:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Write a file that is whole or not there."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

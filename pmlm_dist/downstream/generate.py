@@ -22,10 +22,11 @@ from pmlm_dist.decoding.infilling import Guess, fill
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.decoding.writing import search_of, write
 from pmlm_dist.downstream.generation import SOURCES, refuse_checkpoint, text_of_hypothesis, writing_of
-from pmlm_dist.downstream.inputs import column, refuse_rows, text_of
+from pmlm_dist.downstream.inputs import column, id_of, refuse_rows, text_of
 from pmlm_dist.downstream.rows import read_file
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel import groups
+from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.vocab import Vocabulary
 
 Precision = Literal["fp32", "bf16"]
@@ -61,8 +62,56 @@ def saved_decoding(model: str, *, vocabulary: str | None = None) -> DecodingConf
     return writing_of(saved["settings"]).decoding if _writes(saved) else DecodingConfig()
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be answered, and by which model."""
+
+    rows: list[dict[str, Any]]
+    sources: list[np.ndarray]
+    pretrained: Pretrained
+
+
 def generate(config: GenerateConfig) -> None:
-    """Write an answer to every source of a file. Raises `ConfigError`, and has written nothing then."""
+    """Write an answer to every source of a file; with a launcher's ranks each answers its part of them.
+
+    Raises `ConfigError` on every rank, and has written nothing then.
+    """
+    topology = groups.start()
+    asked = groups.together(topology, lambda: _asked(config, speaks=topology.is_first))
+    start = time.perf_counter()
+    answers = _answers(config, asked, topology)
+    seconds = time.perf_counter() - start
+    _refuse_unanswered(answers)
+    if not topology.is_first:
+        return
+    vocabulary = asked.pretrained.vocabulary
+    pairs = enumerate(zip(asked.rows, answers, strict=True))
+    _write_lines(config.output, (_line(row, number, of, vocabulary) for number, (row, of) in pairs))
+    tokens = sum(len(of[0].tokens) + of[0].ended for of in answers)
+    print(f"written: {config.output}, {len(answers):,} answers, {tokens:,} tokens, {tokens / seconds:.0f} tokens/s")
+
+
+def _answers(config: GenerateConfig, asked: _Asked, topology: Topology) -> list[list[Hypothesis]]:
+    """Answers to all sources, in their order, on every rank; each has written every so manieth, the longest first."""
+    sources, pretrained = asked.sources, asked.pretrained
+    order = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
+    own, special = order[topology.rank :: topology.world_size], special_ids(pretrained.vocabulary)
+
+    def answer() -> dict[int, list[Hypothesis]]:
+        model, search = _running(pretrained, config.precision), search_of(config.decoding, special)
+        mine = [sources[number] for number in own]
+        try:
+            found = write(model, mine, search=search, special=special, batch=config.batch, numbers=own)
+        except ScoresNotFinite as error:
+            raise ConfigError([f"{pretrained.facts['folder']}: {error}"]) from error
+        return dict(zip(own, found, strict=True))
+
+    by_number = {n: of for part in topology.gather(groups.together(topology, answer)) for n, of in part.items()}
+    return [by_number[number] for number in range(len(sources))]
+
+
+def _asked(config: GenerateConfig, *, speaks: bool) -> _Asked:
+    """Read model and sources. Raises `ConfigError`."""
     problems = decoding_problems(config.decoding)
     if config.batch < 1:
         problems.append(f"--batch ({config.batch}) must be positive")
@@ -75,31 +124,16 @@ def generate(config: GenerateConfig) -> None:
     refuse_checkpoint(pretrained.facts["configuration"], pretrained.facts["folder"])
     rows = read_file(config.input)
     refuse([] if rows else [f"--input ({config.input}) is empty"])
-    sources = _sources(config, rows, pretrained)
-    model, special = _running(pretrained, config.precision), special_ids(pretrained.vocabulary)
-    start = time.perf_counter()
-    try:
-        answers = write(model, sources, search=search_of(config.decoding, special), special=special, batch=config.batch)
-    except ScoresNotFinite as error:
-        raise ConfigError([f"{pretrained.facts['folder']}: {error}"]) from error
-    seconds = time.perf_counter() - start
-    _refuse_unanswered(answers)
-    _write_lines(
-        config.output,
-        (
-            _line(row, number, of, pretrained.vocabulary)
-            for number, (row, of) in enumerate(zip(rows, answers, strict=True))
-        ),
-    )
-    tokens = sum(len(of[0].tokens) + of[0].ended for of in answers)
-    print(f"written: {config.output}, {len(answers):,} answers, {tokens:,} tokens, {tokens / seconds:.0f} tokens/s")
+    return _Asked(rows, _sources(config, rows, pretrained, speaks=speaks), pretrained)
 
 
 def _writes(saved: Any) -> bool:
     return isinstance(saved, dict) and saved.get("kind") == "seq2seq"
 
 
-def _sources(config: GenerateConfig, rows: list[dict[str, Any]], pretrained: Pretrained) -> list[np.ndarray]:
+def _sources(
+    config: GenerateConfig, rows: list[dict[str, Any]], pretrained: Pretrained, *, speaks: bool
+) -> list[np.ndarray]:
     """[CLS] source [SEP] of every row, none longer than the model and its answers leave room for."""
     name, problems = column(rows, config.column, SOURCES, what="column", origin=f"--input {config.input}"), []
     texts = [text_of(row, name, where=f"row {n}", problems=problems) for n, row in enumerate(rows, start=1)]
@@ -108,7 +142,7 @@ def _sources(config: GenerateConfig, rows: list[dict[str, Any]], pretrained: Pre
     room = pretrained.model.max_positions - config.decoding.max_length
     if _writes(saved):
         room = min(room, writing_of(saved["settings"]).max_source)
-    else:
+    elif speaks:
         print("note: this model was not fine-tuned to write; it goes on as its pre-training has taught it", flush=True)
     if room < 3 or pretrained.model.segment_types < 2:
         raise ConfigError(
@@ -148,7 +182,7 @@ def _line(row: dict[str, Any], number: int, hypotheses: list[Hypothesis], vocabu
     best, *others = [
         {"prediction": text_of_hypothesis(h, vocabulary), "score": h.score, "ended": h.ended} for h in hypotheses
     ]
-    return {"id": row.get("id", number), **best, **({"others": others} if others else {})}
+    return {"id": id_of(row, number), **best, **({"others": others} if others else {})}
 
 
 def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:

@@ -23,7 +23,7 @@ from pmlm_dist.data.batch import special_ids
 from pmlm_dist.decoding.beam_search import Hypothesis
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.decoding.writing import search_of, write_batch
-from pmlm_dist.downstream.inputs import column, refuse_rows, text_of
+from pmlm_dist.downstream.inputs import column, id_of, refuse_rows, text_of
 from pmlm_dist.downstream.overlap import overlap_scores
 from pmlm_dist.downstream.settings import FinetuneConfig, WritingConfig
 from pmlm_dist.downstream.task import Row, Task, TaskBatch
@@ -98,7 +98,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         for number, row in enumerate(rows, start=1):
             where = f"{origin}, row {number}"
             texts = [text_of(row, name, where=where, problems=problems) for name in (source, target)[: 1 + labelled]]
-            examples.append(PairExample(row.get("id", number - 1), texts[0], texts[1] if labelled else None, where))
+            examples.append(PairExample(id_of(row, number - 1), texts[0], texts[1] if labelled else None, where))
         refuse_rows(problems)
         return examples
 

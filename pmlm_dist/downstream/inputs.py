@@ -94,10 +94,20 @@ def refuse_rows(problems: Sequence[str]) -> None:
     refuse([*problems[:_SHOWN], *more])
 
 
+def id_of(row: Row, number: int) -> Any:
+    """What a row is called: GLUE and SQuAD have `id`, `idx` or `index`; else its number in the split, from 0."""
+    return next((row[name] for name in ("id", "idx", "index") if row.get(name) is not None), number)
+
+
 def text_of(row: Row, name: str, *, where: str, problems: list[str]) -> str:
     """The text in a column; what is no text goes to `problems`."""
     value = row.get(name)
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and value.strip() and _is_unicode(value):
         return value
     problems.append(f"{where}: column {name} holds no text ({value!r})")
     return ""
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether there is no half of a surrogate pair in it, as JSON's escapes can give one; no tokenizer reads that."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

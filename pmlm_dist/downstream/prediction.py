@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,23 +34,43 @@ class Evaluation:
     scores: dict[str, float]
 
 
-def evaluate(engine: DeepSpeedEngine, task: Task, split: Split, topology: Topology, *, micro_batch: int) -> Evaluation:
-    """Predict `split` without dropout and score the predictions; every rank must call and gets the same."""
+def evaluate(
+    engine: DeepSpeedEngine,
+    task: Task,
+    split: Split,
+    topology: Topology,
+    *,
+    micro_batch: int,
+    between: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Predict `split` without dropout and score the predictions; every rank must call and gets the same.
+
+    `between` is called before each batch, on every rank equally often.
+    """
     was_training = engine.training
     engine.eval()
-    outputs = _predict(engine, task, split, topology, micro_batch=micro_batch)
+    outputs = _predict(engine, task, split, topology, micro_batch=micro_batch, between=between)
     engine.train(was_training)
     predictions = task.predictions(split.examples, split.features, outputs)
     return Evaluation(predictions, task.scores(split.examples, predictions) if split.labelled else {})
 
 
 @torch.no_grad()
-def _predict(engine: DeepSpeedEngine, task: Task, split: Split, topology: Topology, *, micro_batch: int) -> list[Any]:
+def _predict(
+    engine: DeepSpeedEngine,
+    task: Task,
+    split: Split,
+    topology: Topology,
+    *,
+    micro_batch: int,
+    between: Callable[[], None],
+) -> list[Any]:
     """One output a feature. Features are batched by length; every rank computes equally many batches."""
     features = split.features
     by_length = sorted(range(len(features)), key=lambda number: task.length(features[number]), reverse=True)
     own, found = by_length[topology.dp_rank :: topology.dp], {}
     for start in range(0, math.ceil(len(features) / topology.dp), micro_batch):
+        between()
         ids = own[start : start + micro_batch] or by_length[-1:]  # what another rank predicts, rather than nothing
         batch = task.collate([features[number] for number in ids], ids=ids, epoch=0, seed=0)
         found.update(zip(ids, task.predict(engine, batch.to(topology.device)), strict=True))

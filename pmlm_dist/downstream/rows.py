@@ -2,7 +2,8 @@
 
     FOLDER/train.jsonl | .csv | .tsv | .json         files, a split each (`dev` and `validation` are the same)
     FOLDER/dataset_dict.json                         what Hugging Face `datasets` saved
-    NAME or NAME:CONFIG                              a data set of the Hugging Face hub (extra `datasets`)
+    NAME or NAME:CONFIG                              a data set of the Hugging Face hub (extra `datasets`), or a folder
+                                                     that its repository was copied to
 
 CSV and TSV have a line of column names; TSV is read as GLUE writes it, without quoting, and CoLA's, which has no names,
 gets them. `.json` is SQuAD's own nesting, one row a question. Hugging Face class labels become their names.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ _NO_LABEL = -1
 def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     """All rows of `split` at `source`, in their order. Raises `ConfigError` when there is none, or they are no rows."""
     folder = Path(source)
-    if not folder.exists():
+    if not folder.exists() or _is_repository(folder):
         rows = _read_hub(source, split)
     elif (folder / "dataset_dict.json").is_file() or (folder / split / "dataset_info.json").is_file():
         rows = _read_saved(folder, split)
@@ -76,7 +78,7 @@ def read_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -91,16 +93,19 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _table(path: Path) -> Iterator[dict[str, Any]]:
     is_tsv = path.suffix == ".tsv"
-    with path.open(encoding="utf-8", newline="") as file:
+    csv.field_size_limit(2**31 - 1)  # a field is a text, and texts are long
+    with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(file)
         names = next(lines, None)
         if names is None:
             return
-        names[0] = names[0].removeprefix("\ufeff")
         if is_tsv and len(names) == len(_COLA) and names[1] in ("0", "1"):
             yield dict(zip(_COLA, names, strict=True))
             names = list(_COLA)
-        for row in lines:
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
+        if twice:
+            raise ConfigError([f"{path}, line 1: more than one column is called {', '.join(map(repr, twice))}"])
+        for row in filter(None, lines):
             if len(row) != len(names):
                 raise ConfigError([f"{path}, line {lines.line_num}: {len(row)} columns instead of {len(names)}"])
             yield dict(zip(names, row, strict=True))
@@ -108,7 +113,7 @@ def _table(path: Path) -> Iterator[dict[str, Any]]:
 
 def _squad_questions(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
         for article in document["data"]:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
@@ -124,6 +129,12 @@ def _squad_questions(path: Path) -> Iterator[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face datasets
+
+
+def _is_repository(folder: Path) -> bool:
+    """Whether `folder` is a copy of a hub's repository: its README.md begins with what `datasets` reads."""
+    card = folder / "README.md"
+    return card.is_file() and card.read_bytes()[:3] == b"---"
 
 
 def _read_saved(folder: Path, split: str) -> list[dict[str, Any]]:

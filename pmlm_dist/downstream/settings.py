@@ -12,8 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, refuse
+from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, WatchConfig, refuse
 from pmlm_dist.decoding.settings import DecodingConfig
+from pmlm_dist.training.run_lock import LOCK
+
+UNFINISHED = "UNFINISHED"
+"""A file in the folder of a fine-tuning that has not come to its end."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,12 @@ RECIPES: dict[str, Recipe] = {
 }
 """glue: from the paper's grid; squad: the paper's; demo: for the tiny model, whose learning rates are larger."""
 
-GRIDS: dict[str, dict[str, tuple[float, ...]]] = {"glue": GLUE_GRID, "squad": {}, "demo": {"lr": (1e-4, 3e-4, 1e-3)}}
+GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "glue": GLUE_GRID,
+    "demo": {"lr": (1e-4, 3e-4, 1e-3)},
+    "demo_summary": {"lr": (3e-4, 1e-3, 3e-3)},
+}
+"""What `--grid preset` searches; the other presets have one recipe, the paper's."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,8 @@ class FinetuneConfig:
     model: Path
     """The model to start from: a run's folder, one of its checkpoints, or what `pmlm import` wrote."""
     output: Path
-    """Folder to write, which must not be there yet: best checkpoint, vocabulary, scores, predictions."""
+    """Folder to write, which must not be there yet: best checkpoint, vocabulary, scores, predictions. A fine-tuning
+    that did not come to its end there goes on."""
     data: str | None = None
     """Folder with train, validation and test files (.jsonl, .csv, .tsv; .json for SQuAD), a folder that Hugging Face
     `datasets` saved, or the name of a data set, NAME or NAME:CONFIG. None: the task's own on the Hugging Face hub."""
@@ -147,6 +157,9 @@ class FinetuneConfig:
     """Where the recipe's defaults come from: glue, squad, demo; cnn_dm, xsum, qg, demo_summary for seq2seq."""
     max_skipped_steps: int = 20
     """Steps in a row whose gradient is not finite, after which the run ends."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    grace_s: float = 120.0
+    """Seconds from a signal to stop (SIGTERM, SIGUSR1) until the process must be gone, its checkpoint saved."""
     collective_timeout_s: int = 600
     """Seconds after which a collective without an answer ends the run."""
 
@@ -191,19 +204,29 @@ def problems(config: FinetuneConfig) -> list[str]:
             found.append(f"{name} ({getattr(config, name)}) must be positive")
     if config.evaluate_every is not None and config.evaluate_every < 1:
         found.append(f"evaluate_every ({config.evaluate_every}) must be positive, or None")
+    for limit in dataclasses.fields(config.watch):
+        if not getattr(config.watch, limit.name) > 0:
+            found.append(f"watch.{limit.name} ({getattr(config.watch, limit.name)}) must be positive")
     for name in ("stride", "max_question_tokens", "max_answer_tokens"):
         if getattr(config.inputs, name) < 1:
             found.append(f"inputs.{name} ({getattr(config.inputs, name)}) must be positive")
-    if config.output.exists():
+    if not config.grace_s > 0:
+        found.append(f"grace_s ({config.grace_s}) must be positive")
+    if config.output.exists() and not is_unfinished(config.output):
         found.append(f"--output ({config.output}) is there already, and nothing is overwritten: name another")
     return found
+
+
+def is_unfinished(output: Path) -> bool:
+    """Whether a fine-tuning was started in `output` that did not come to its end; it may not even have begun."""
+    return output.is_dir() and ((output / UNFINISHED).is_file() or [path.name for path in output.iterdir()] == [LOCK])
 
 
 def recipes(config: FinetuneConfig) -> list[Recipe]:
     """The recipes to try: one, or every combination of the grid. Raises `ConfigError` for a grid that has none."""
     grid: dict[str, tuple[float, ...]] = {}
     for entry in config.grid:
-        grid |= GRIDS[config.preset] if entry == "preset" else dict([_axis(entry)])
+        grid |= GRIDS.get(config.preset, {}) if entry == "preset" else dict([_axis(entry)])
     if config.grid and not grid:
         raise ConfigError([f"--grid: the preset {config.preset} has no grid: name one, lr=1e-5,3e-5 for example"])
     names = list(grid)

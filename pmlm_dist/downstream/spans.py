@@ -27,6 +27,7 @@ from pmlm_dist.downstream.inputs import (
     Encoded,
     collate,
     column,
+    id_of,
     join,
     longest_input,
     network_inputs,
@@ -154,7 +155,7 @@ class Spans(Task[SpanExample, Window]):
             texts, starts = zip(*answers, strict=True) if answers else ((), ())
             if labelled and not answers and not settings.has_unanswerable:
                 problems.append(f"{where}: no answer, and every question of the training split had one")
-            examples.append(SpanExample(row.get("id", number - 1), question, passage, texts, starts))
+            examples.append(SpanExample(id_of(row, number - 1), question, passage, texts, starts))
         refuse_rows(problems)
         return examples
 

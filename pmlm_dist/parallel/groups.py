@@ -9,17 +9,20 @@ for a rank: the rest of the code gets a `Topology`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch._C._distributed_c10d import HashStore
 
-from pmlm_dist.config import divisors, refuse
+from pmlm_dist.config import ConfigError, divisors, refuse
 from pmlm_dist.parallel.launch import rendezvous
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,26 @@ class Topology:
         """Wait until every rank has come here."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def refuse_together(found: list[str], topology: Topology) -> None:
+    """Raise `ConfigError` on every rank when any rank has found problems, with those of all; every rank must call."""
+    elsewhere: dict[str, int] = {}
+    for rank, of_rank in enumerate(topology.gather(found)):
+        for problem in of_rank:
+            elsewhere.setdefault(problem, rank)
+    refuse([*found, *(f"on rank {rank}: {problem}" for problem, rank in elsewhere.items() if problem not in found)])
+
+
+def together(topology: Topology, prepare: Callable[[], T]) -> T:
+    """What `prepare` gives, unless it raises `ConfigError` on any rank: then all raise it, with every problem."""
+    found, made = [], None
+    try:
+        made = prepare()
+    except ConfigError as error:
+        found = error.problems
+    refuse_together(found, topology)
+    return made  # pyright: ignore[reportReturnType]
 
 
 class ModelParallelUnit:

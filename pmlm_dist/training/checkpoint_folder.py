@@ -43,14 +43,16 @@ _TEMPORARY = ".tmp-"
 class CheckpointFolder:
     """The checkpoints below `root`, seen from one process.
 
-    The newest `keep` stay, and every one whose step is a multiple of `keep_every`. `fence` is called right before a
-    checkpoint gets its name; it raises when this process may not commit any more (`run_lock.py`).
+    The newest `keep` stay, every one whose step is a multiple of `keep_every`, and those of which `keeps` says so.
+    `fence` is called right before a checkpoint gets its name; it raises when this process may not commit any more
+    (`run_lock.py`).
     """
 
     root: Path
     keep: int
     keep_every: int | None = None
     fence: Callable[[], None] = lambda: None
+    keeps: Callable[[int], bool] = lambda step: False
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies (None if there is none at all), and what is wrong with newer ones.
@@ -109,10 +111,15 @@ class CheckpointFolder:
             self._remove(final)
         temporary.rename(final)
         flush(self.root)
-        pointer = {"checkpoint": final.name, "manifest_sha256": sha256_of(final / MANIFEST)}
-        write_json(self.root / f"{_LATEST}.tmp", pointer)
-        os.replace(self.root / f"{_LATEST}.tmp", self.root / _LATEST)
+        self._point_to(final)
         return final
+
+    def keep_only(self, step: int) -> None:
+        """Remove all checkpoints but that of `step`, which is the latest from then on."""
+        self._point_to(self.folder(step))
+        for folder in self.steps():
+            if step_of(folder) != step:
+                self._remove(folder)
 
     def remove_old(self, newest: Path) -> None:
         """Remove those before the newest `keep` sound ones up to `newest`, but for each `keep_every`-th step.
@@ -124,8 +131,11 @@ class CheckpointFolder:
         sound = [folder for folder in before if folder == newest or not faults_of(folder, thorough=False)]
         oldest_kept = step_of(sound[-self.keep :][0])
         for folder in before:
-            if step_of(folder) < oldest_kept and not (self.keep_every and step_of(folder) % self.keep_every == 0):
+            if step_of(folder) < oldest_kept and not self._stays(step_of(folder)):
                 self._remove(folder)
+
+    def _stays(self, step: int) -> bool:
+        return self.keeps(step) or bool(self.keep_every and step % self.keep_every == 0)
 
     def _remove(self, folder: Path) -> None:
         """Take a checkpoint its name first: one that is half removed must not look like one."""
@@ -133,6 +143,11 @@ class CheckpointFolder:
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
+
+    def _point_to(self, folder: Path) -> None:
+        pointer = {"checkpoint": folder.name, "manifest_sha256": sha256_of(folder / MANIFEST)}
+        write_json(self.root / f"{_LATEST}.tmp", pointer)
+        os.replace(self.root / f"{_LATEST}.tmp", self.root / _LATEST)
 
     def _pointer_faults(self) -> list[str]:
         """What is wrong with the pointer. It may be one step behind: a process can end just before it moves."""

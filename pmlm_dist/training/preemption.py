@@ -190,6 +190,10 @@ class StopAgreement:
         self.waited_s = 0.0
         """Seconds that this rank's own items were waited for, the last time."""
 
+    def deadline(self) -> float:
+        """When (`time.monotonic`) a save must be done."""
+        return self._signals.deadline()
+
     def check(self) -> None:
         """Raise `Stopped` on all ranks when any has a reason to."""
         self.heart.go_on()

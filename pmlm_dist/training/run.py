@@ -25,7 +25,7 @@ from pmlm_dist.data.stream import CorpusSource
 from pmlm_dist.engine_config import EngineConfig, batch_problems, load_engine_config
 from pmlm_dist.masking.blockwise import max_predictions
 from pmlm_dist.objectives import READS
-from pmlm_dist.parallel.groups import Topology
+from pmlm_dist.parallel.groups import Topology, refuse_together
 from pmlm_dist.training.checkpoint import differences
 from pmlm_dist.training.initial_weights import initial_weights_problems
 from pmlm_dist.training.run_lock import FolderInUse, RunLock
@@ -322,15 +322,6 @@ def _other_run(saved: dict[str, Any], run: Run, *, lanes_are_set: bool) -> list[
             "written with, or choose another --run-dir"
         )
     return found + others
-
-
-def refuse_together(found: list[str], topology: Topology) -> None:
-    """Raise `ConfigError` on every rank when any rank has found problems, with those of all; every rank must call."""
-    elsewhere: dict[str, int] = {}
-    for rank, of_rank in enumerate(topology.gather(found)):
-        for problem in of_rank:
-            elsewhere.setdefault(problem, rank)
-    refuse([*found, *(f"on rank {rank}: {problem}" for problem, rank in elsewhere.items() if problem not in found)])
 
 
 def _collect(found: list[str], read: Any) -> Any:

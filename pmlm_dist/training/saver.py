@@ -87,11 +87,14 @@ class Saver:
         """The newest checkpoint that has been written."""
         return next(reversed(self._folder.steps()), None)
 
-    def save(self, state: RunState) -> None:
-        """Start to save `state`; waits until the last checkpoint is written, or has failed."""
+    def save(self, state: RunState, **facts: Any) -> None:
+        """Start to save `state`; waits until the last checkpoint is written, or has failed.
+
+        `facts`: what `state.json` says besides, as JSON values.
+        """
         with self._standing_still():
             self._settle()
-            document = {**describe(self._engine, state), **self._about, "written_at": time.time()}
+            document = {**describe(self._engine, state), **self._about, **facts, "written_at": time.time()}
             self._writer = _Writer(
                 _Order(
                     step=state.step,

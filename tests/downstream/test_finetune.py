@@ -14,7 +14,15 @@ from worlds import RankFailed, run_world
 
 from pmlm_dist.config import ConfigError, ParallelConfig
 from pmlm_dist.conversion.pretrained import open_pretrained
-from pmlm_dist.downstream.settings import EvaluateConfig, FinetuneConfig, InputConfig, Recipe
+from pmlm_dist.downstream.settings import (
+    RECIPES,
+    WRITING,
+    EvaluateConfig,
+    FinetuneConfig,
+    InputConfig,
+    Recipe,
+    recipes,
+)
 from pmlm_dist.downstream.summary import Trial, summarise
 from pmlm_dist.training.metrics import read_metrics
 
@@ -173,6 +181,40 @@ def test_seeds_and_grid_give_mean_and_deviation(model: Path, data: Path, tmp_pat
         assert spread["deviation"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
 
 
+def test_presets_and_grids_are_the_paper_s():
+    base = FinetuneConfig("cola", Path("model"), Path("no such folder"), grid=("preset",))
+    searched = recipes(base)
+    assert len(searched) == len(set(searched)) == 80
+    for name, values in {
+        "lr": {5e-6, 1e-5, 1.5e-5, 2e-5, 3e-5},
+        **{"batch": {16, 32}, "warmup": {0.1, 0.2}, "weight_decay": {0.01, 0.1}, "epochs": {10, 15}},
+    }.items():
+        assert {getattr(recipe, name) for recipe in searched} == values
+    assert RECIPES["squad"] == Recipe(lr=2e-5, batch=32, warmup=0.1, weight_decay=0.01, epochs=4)
+    for name, numbers in {
+        "cnn_dm": (7e-5, 64, 14, 0.02, 608, 160, 5, 0.7),
+        "xsum": (7e-5, 64, 14, 0.02, 720, 48, 5, 0.6),
+        "qg": (2e-5, 48, 16, 0.1, 464, 48, 8, 1.3),
+    }.items():
+        recipe, writing = RECIPES[name], WRITING[name]
+        found = (recipe.lr, recipe.batch, recipe.epochs, recipe.warmup, writing.max_source, writing.max_target)
+        assert (*found, writing.decoding.beam, writing.decoding.length_penalty) == numbers
+        assert (writing.label_smoothing, writing.target_mask_prob, writing.decoding.no_repeat_ngram) == (0.1, 0.5, 3)
+        with pytest.raises(ConfigError, match=f"the preset {name} has no grid"):
+            recipes(replace(base, preset=name))
+
+
+def test_it_learns_in_bf16_with_the_shipped_settings(model: Path, data: Path, tmp_path: Path):
+    shipped = Path(__file__).parents[2] / "ds_configs" / "finetune.json"
+    assert json.loads(shipped.read_text())["bf16"]["enabled"]
+    recipe = Recipe(lr=3e-3, batch=4, epochs=20, dropout=0.0)
+    wanted = replace(config(model, data, tmp_path / "out", recipe=recipe), ds_config=shipped)
+    ((trial,),) = run_world(learn, 1, wanted)
+    assert trial.scores["validation"]["accuracy"] > 0.6  # three classes, equally many
+    again = EvaluateConfig(tmp_path / "out", ds_config=shipped)
+    assert run_world(score, 1, again)[0]["validation"][0] == trial.scores["validation"]
+
+
 def test_a_summary_puts_the_best_mean_first():
     trials = [
         Trial({"lr": lr}, seed, {"v": {"m": value}}, "")
@@ -206,6 +248,7 @@ def test_a_summary_puts_the_best_mean_first():
         ),
         (text_rows(3), {"recipe": Recipe(lr=-1.0, warmup=1.0)}, r"recipe.lr \(-1.0\)[^$]*recipe.warmup \(1.0\)"),
         (text_rows(3), {"grid": ("ls=3",)}, "--grid .ls=3. is not NAME=VALUE"),
+        ([{"text": "a fish", "label": float("nan")}], {}, "row 1: the label nan .* was not in training"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_message_and_nothing_is_written(
@@ -223,6 +266,16 @@ def test_an_output_that_is_there_is_left_alone(model: Path, data: Path, tmp_path
     with pytest.raises(ConfigError, match="is there already, and nothing is overwritten"):
         learn(config(model, data, tmp_path / "out"))
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("label", [float("nan"), "", "high"])
+def test_a_score_that_is_no_number_stops_it_before_anything_is_written(model: Path, tmp_path: Path, label: Any):
+    rows = [{"text": "a fish", "label": 1.5}, {"text": "a bird", "label": label}]
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    with pytest.raises(ConfigError, match=r"row 2: the score in column label .* is not a finite number"):
+        learn(config(model, tmp_path / "data", tmp_path / "out", task="regression"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pre_trained_model_cannot_be_evaluated(model: Path, tmp_path: Path, data: Path):

@@ -94,6 +94,10 @@ def test_losses_and_predictions_are_those_of_a_single_process_on_any_topology(mo
         found[name] = losses, (output / "predictions-validation.jsonl").read_text()
     assert len(found["single"][0]) == 2 * 5  # 37 pairs in batches of 8
     for name in ("zero 3", "tensor"):
+        code, answers = generated(tmp_path / name, tmp_path / name, "--batch", "4", rows=pair_rows(7, first=100))
+        assert code == 0  # one process answers from what any topology has saved
+        said = [json.loads(line)["prediction"] for line in found["single"][1].splitlines()]
+        assert [json.loads(line)["prediction"] for line in answers.open()] == said
         assert found[name][0] == pytest.approx(found["single"][0], rel=2e-4), name
         assert found[name][1] == found["single"][1]
 
@@ -140,6 +144,71 @@ def test_generate_writes_what_the_evaluation_wrote_with_the_settings_of_the_fine
     assert [line["id"] for line in lines] == [row["id"] for row in pair_rows(7, first=100)]
     assert all(line["ended"] and line["score"] < 0 for line in lines)
     assert not list(tmp_path.glob(".*"))
+
+
+def generate_with(arguments: list[str]) -> int:
+    return main(["generate", *arguments])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["beam", "sample"])
+def test_ranks_share_the_sources_and_keep_their_order(tuned: tuple[Path, float], tmp_path: Path, method: str):
+    sources = write_jsonl(tmp_path / "in.jsonl", pair_rows(11, first=100))  # of different lengths; 11 = 4 + 4 + 3
+    arguments = ["--model", str(tuned[0]), "--input", str(sources), "--method", method, "--temperature", "3"]
+    for name, ranks in (("alone", 1), ("three", 3)):
+        codes = run_world(generate_with, ranks, [*arguments, "--output", str(tmp_path / name)])
+        assert codes == [0] * ranks
+    alone, three = ([json.loads(line) for line in (tmp_path / name).open()] for name in ("alone", "three"))
+    assert [line["id"] for line in three] == [row["id"] for row in pair_rows(11, first=100)]
+    assert [line["prediction"] for line in three] == [line["prediction"] for line in alone]
+    assert [line["score"] for line in three] == pytest.approx([line["score"] for line in alone], abs=1e-5)
+
+
+@pytest.mark.distributed
+def test_more_ranks_than_sources_and_refusals_on_all_ranks(tuned: tuple[Path, float], tmp_path: Path):
+    sources = write_jsonl(tmp_path / "in.jsonl", pair_rows(1))
+    arguments = ["--model", str(tuned[0]), "--input", str(sources), "--output", str(tmp_path / "out")]
+    assert run_world(generate_with, 2, arguments) == [0, 0]
+    assert len((tmp_path / "out").read_text().splitlines()) == 1
+    assert run_world(generate_with, 2, arguments) == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--beam", "0"), "decoding.beam (0) must be positive"),
+        (("--method", "sample", "--temperature", "0"), "for the likeliest: --method greedy"),
+        (("--min-length", "6", "--max-length", "5"), "decoding.min_length (6) must be below decoding.max_length (5)"),
+        (("--no-repeat-ngram", "-1"), "decoding.no_repeat_ngram (-1) must not be negative"),
+        (("--returned", "3", "--beam", "2"), "decoding.returned (3)"),
+        (("--batch", "0"), "--batch (0) must be positive"),
+        (("--length-penalty", "nan"), "decoding.length_penalty (nan) must be a finite number"),
+        (("--method", "sample", "--temperature", "inf"), "decoding.temperature (inf) must be"),
+        (("--max-length", "100"), "positions"),
+    ],
+)
+def test_odd_settings_are_refused(tuned, tmp_path, capsys, flags, message):
+    code, output = generated(tuned[0], tmp_path, *flags)
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_rules_larger_than_any_answer_forbid_nothing(tuned, tmp_path):
+    before = generated(tuned[0], tmp_path)[1].read_text()
+    (tmp_path / "out.jsonl").unlink()
+    assert generated(tuned[0], tmp_path, "--no-repeat-ngram", "50")[1].read_text() == before
+
+
+def test_odd_texts_are_answered_or_refused_by_their_row(tuned, tmp_path, capsys):
+    odd = ["\u202egnol", "fish\x00bird", "\N{FISH} fish", "x" * 5000, "\r\nfish\u2028bird"]
+    code, output = generated(tuned[0], tmp_path, "--too-long", "truncate", rows=[{"src": text} for text in odd])
+    assert code == 0
+    assert [json.loads(line)["id"] for line in output.read_text().split("\n")[:-1]] == list(range(5))
+    output.unlink()
+    assert generated(tuned[0], tmp_path, rows=[{"src": "fish"}, {"src": "\ud800"}])[0] == 2
+    assert "row 2: column src holds no text" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_generate_with_other_settings_and_a_table(tuned, tmp_path):

@@ -66,9 +66,25 @@ def test_what_hugging_face_saved_has_labels_by_name(tmp_path: Path):
         read_rows(str(tmp_path / "saved"), "test")
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_windows_line_ends_marks_of_byte_order_and_blank_lines_are_nothing(tmp_path: Path, mark: str):
+    rows = [{"text": "a", "label": "x\u2028y"}, {"text": "b" * 200_000, "label": "z"}]  # beyond csv's own limit
+    texts = {
+        "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows),
+        "validation.csv": "\r\n".join(["text,label", *(f"{row['text']},{row['label']}" for row in rows), "", ""]),
+        "test.tsv": "\r\n".join(["text\tlabel", *(f"{row['text']}\t{row['label']}" for row in rows), ""]),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes((mark + text).encode())
+    assert [read_rows(str(tmp_path), split) for split in ("train", "validation", "test")] == [rows] * 3
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("train.csv", "text,label,text\na,b,c\n", "more than one column is called 'text'"),
+        ("train.tsv", "", "is empty"),
+        ("train.json", "", "not in SQuAD's form"),
         ("train.jsonl", "", "is empty"),
         ("train.csv", "text,label\n", "is empty"),
         ("train.jsonl", '{"a": 1}\n{"a": \n', "line 2: not JSON"),

@@ -1,0 +1,243 @@
+"""A fine-tuning that is ended midway goes on as if nothing had been: to the same bits on one rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_tasks import config, text_rows, write_jsonl, write_model, write_text_task
+from worlds import run_world
+
+from pmlm_dist.config import ConfigError
+from pmlm_dist.downstream.settings import UNFINISHED, FinetuneConfig, Recipe, WritingConfig, check
+from pmlm_dist.training.checkpoint_files import read_state, read_weights
+from pmlm_dist.training.metrics import read_metrics
+from pmlm_dist.training.preemption import EXIT_PREEMPTED, STOP_FILE, Stopped, StopSignals
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "weights")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_task(tmp_path_factory.mktemp("data"))
+
+
+class StopAfter(StopSignals):
+    """Asked to stop when the ranks look for the `looks`-th time."""
+
+    def __init__(self, looks: int):
+        super().__init__(grace_s=60)
+        self._left = looks
+
+    @property
+    def requested(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+def learn(wanted: FinetuneConfig, looks: int | None = None) -> str:
+    """Fine-tune, or be stopped at a look; how it ended."""
+    from pmlm_dist.downstream.finetune import finetune
+
+    try:
+        finetune(wanted, signals=StopSignals() if looks is None else StopAfter(looks))
+    except Stopped as stopped:
+        return f"exit code {stopped.exit_code}"
+    return "done"
+
+
+def recipe(**changes: Any) -> Recipe:
+    return replace(Recipe(lr=3e-3, batch=8, epochs=4, dropout=0.1), **changes)
+
+
+def result(output: Path) -> dict[str, Any]:
+    """All that a fine-tuning leaves that does not tell the time."""
+    (best,) = (output / "checkpoints").glob("step-*")
+    state = read_state(best)
+    names = ("scores.json", "predictions-validation.jsonl", "predictions-test.jsonl", "vocab.txt")
+    curves = {
+        step: {name: value for name, value in scalars.items() if not name.startswith("seconds")}
+        for step, scalars in read_metrics(output).items()
+    }
+    return {
+        "files": {name: (output / name).read_text() for name in names},
+        "step": best.name,
+        "progress": state["progress"],
+        "counters": state["counters"],
+        "curves": curves,
+        "weights": read_weights(best),
+    }
+
+
+def assert_equal(here: dict[str, Any], there: dict[str, Any]) -> None:
+    weights, others = here.pop("weights"), there.pop("weights")
+    assert here == there
+    assert weights.keys() == others.keys()
+    for name in weights:
+        np.testing.assert_array_equal(weights[name], others[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert run_world(learn, 1, config(model, data, output, recipe=recipe(), report=("test",))) == ["done"]
+    return output
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [(0,), (2,), (4,), (13,), (22,), (5, 1, 9)],
+    ids=["before-all", "in-epoch", "in-evaluation", "later", "in-report", "thrice"],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    undisturbed: Path, model: Path, data: Path, tmp_path: Path, looks: tuple[int, ...]
+):
+    wanted = config(model, data, tmp_path / "out", recipe=recipe(), report=("test",))
+    for count in looks:
+        assert run_world(learn, 1, wanted, count) == [f"exit code {EXIT_PREEMPTED}"]
+        assert (tmp_path / "out" / UNFINISHED).is_file()
+        assert not (tmp_path / "out" / "scores.json").exists()
+    assert run_world(learn, 1, wanted) == ["done"]
+    assert_equal(result(tmp_path / "out"), result(undisturbed))
+    assert not (tmp_path / "out" / UNFINISHED).exists()
+    with pytest.raises(ConfigError, match="is there already, and nothing is overwritten"):
+        check(wanted)
+
+
+def test_it_goes_on_on_other_ranks(undisturbed: Path, model: Path, data: Path, tmp_path: Path):
+    wanted = config(model, data, tmp_path / "out", recipe=recipe(dropout=0.0), report=("test",), zero=3)
+    assert run_world(learn, 2, wanted, 5) == [f"exit code {EXIT_PREEMPTED}"] * 2
+    alone = config(model, data, tmp_path / "alone", recipe=recipe(dropout=0.0), report=("test",), zero=0)
+    assert run_world(learn, 1, alone) == ["done"]
+    assert run_world(learn, 1, replace(wanted, ds_config=alone.ds_config)) == ["done"]
+    here, there = (read_metrics(tmp_path / name) for name in ("out", "alone"))
+    assert here.keys() == there.keys()
+    for step, scalars in there.items():
+        assert here[step]["train/loss"] == pytest.approx(scalars["train/loss"], rel=2e-4)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_evaluation(
+    undisturbed: Path, model: Path, data: Path, tmp_path: Path
+):
+    """The process is gone between two steps, without a word: what it had saved is all there is."""
+    wanted = config(model, data, tmp_path / "out", recipe=recipe(), report=("test",))
+    with pytest.raises(AssertionError, match="the process ended without an answer"):
+        run_world(killed, 1, wanted, 10)
+    assert run_world(learn, 1, wanted) == ["done"]
+    assert_equal(result(tmp_path / "out"), result(undisturbed))
+
+
+def killed(wanted: FinetuneConfig, step: int) -> None:
+    from pmlm_dist.downstream import finetune as driver
+
+    original: Callable[..., Any] = driver.train_step
+
+    def train_step(learner: Any, engine: Any, number: int) -> Any:
+        if number == step:
+            time.sleep(1.0)  # the checkpoint of the evaluation before is written meanwhile
+            os._exit(9)
+        return original(learner, engine, number)
+
+    driver.train_step = train_step
+    driver.finetune(wanted)
+
+
+def test_seeds_go_on_with_the_one_that_was_stopped(model: Path, data: Path, tmp_path: Path):
+    quick = recipe(epochs=1)
+    whole = config(model, data, tmp_path / "whole", recipe=quick, seeds=5)
+    assert run_world(learn, 1, whole) == ["done"]
+    wanted = config(model, data, tmp_path / "out", recipe=quick, seeds=5)
+    assert run_world(learn, 1, wanted, 8) == [f"exit code {EXIT_PREEMPTED}"]
+    first = tmp_path / "out" / "seed=0" / "scores.json"
+    done_at = first.stat().st_mtime_ns
+    assert not (tmp_path / "out" / "summary.json").exists()
+    assert run_world(learn, 1, wanted) == ["done"]
+    assert first.stat().st_mtime_ns == done_at
+    here, there = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "whole"))
+    assert [entry["spreads"] for entry in here["recipes"]] == [entry["spreads"] for entry in there["recipes"]]
+    spread = here["recipes"][0]["spreads"]["validation"]["accuracy"]
+    assert len(spread["values"]) == 5
+    assert spread["mean"] == pytest.approx(statistics.fmean(spread["values"]))
+    assert spread["deviation"] == pytest.approx(statistics.stdev(spread["values"]))
+
+
+def test_another_fine_tuning_is_not_mixed_with_an_unfinished_one(model: Path, data: Path, tmp_path: Path):
+    wanted = config(model, data, tmp_path / "out", recipe=recipe())
+    run_world(learn, 1, wanted, 4)
+    with pytest.raises(AssertionError, match=r"recipe was .* is now(.|\n)*holds another fine-tuning"):
+        run_world(learn, 1, replace(wanted, recipe=recipe(lr=1e-3)))
+    other = write_jsonl(tmp_path / "other" / "train.jsonl", text_rows(21, first=1)).parent
+    write_jsonl(other / "validation.jsonl", text_rows(9, first=100))
+    with pytest.raises(AssertionError, match="training data was"):
+        run_world(learn, 1, replace(wanted, data=str(other)))
+
+
+def test_a_file_stop_ends_it_and_a_folder_of_others_is_refused(model: Path, data: Path, tmp_path: Path):
+    wanted = config(model, data, tmp_path / "out", recipe=recipe())
+    run_world(learn, 1, wanted, 4)
+    (tmp_path / "out" / STOP_FILE).touch()
+    assert run_world(learn, 1, wanted) == ["exit code 0"]
+    (tmp_path / "out" / STOP_FILE).unlink()
+    assert run_world(learn, 1, wanted) == ["done"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is there already, and nothing is overwritten"):
+        check(replace(wanted, output=tmp_path / "mine"))
+
+
+def test_writing_goes_on_to_the_same_bits(model: Path, tmp_path: Path):
+    rows = [{"src": row["text"], "tgt": row["label"]} for row in text_rows(20)]
+    folder = write_jsonl(tmp_path / "data" / "train.jsonl", rows).parent
+    for split in ("validation", "test"):
+        write_jsonl(folder / f"{split}.jsonl", rows[:6])
+    writing = WritingConfig(max_source=16, max_target=4)
+    writing = replace(writing, decoding=replace(writing.decoding, max_length=4, beam=2))
+    settings: dict[str, Any] = {"task": "seq2seq", "recipe": recipe(epochs=2), "writing": writing, "report": ("test",)}
+    outputs = [config(model, folder, tmp_path / name, **settings) for name in ("whole", "out")]
+    assert run_world(learn, 1, outputs[0]) == ["done"]
+    assert run_world(learn, 1, outputs[1], 2) == [f"exit code {EXIT_PREEMPTED}"]
+    assert run_world(learn, 1, outputs[1]) == ["done"]
+    assert_equal(result(tmp_path / "out"), result(tmp_path / "whole"))
+
+
+def test_a_signal_ends_the_command_with_75_and_the_same_command_goes_on(model: Path, data: Path, tmp_path: Path):
+    wanted = config(model, data, tmp_path / "out")
+    settings = {"task": "classification", "model": model, "data": data, "output": wanted.output}
+    settings |= {"ds-config": wanted.ds_config, "recipe.batch": 8, "inputs.max-tokens": 16, "log-every": 1}
+    command = [sys.executable, "-m", "pmlm_dist.cli", "finetune"]
+    command += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    long = [*command, "--recipe.epochs", "3000", "--evaluate-every", "100000"]
+    with subprocess.Popen(long, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("step 5/"):
+                    break
+            process.send_signal(signal.SIGTERM)
+            rest = process.stdout.read()
+            assert process.wait(timeout=60) == EXIT_PREEMPTED
+        finally:
+            process.kill()
+    assert "the same command goes on from" in rest
+    (saved,) = (wanted.output / "checkpoints").glob("step-*")
+    (wanted.output / STOP_FILE).touch()
+    again = subprocess.run(long, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"going on after step {read_state(saved)['step']}\n" in again.stdout
