@@ -136,6 +136,9 @@ class DataConfig:
     """Size of the cache folder at most, in GiB."""
     transfer_timeout_s: float = 60.0
     """Seconds without a byte after which fetching a shard is given up, to be tried again."""
+    allow_pipe: bool = False
+    """Allow corpora at `pipe:PROGRAM ARGUMENT ...`: the program is run, without a shell, for each of their files, `{}`
+    in its arguments being the file's name, and writes the file to its standard output."""
 
 
 @dataclass(frozen=True)

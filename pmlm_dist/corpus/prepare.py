@@ -168,6 +168,8 @@ class _Preparation:
             files = _source_files(self.config, goes_on=before is not None)
             listing = [list(dataclasses.astuple(file)) for file in files]
             units = list_units(files, unit_bytes=self.config.unit_bytes)
+            for line in uneven_files(files, ranks=self.comm.size, unit_bytes=self.config.unit_bytes):
+                print(line, flush=True)
             if before is None:
                 _clear(self.config.output)
                 self.work.begin({"settings": settings, "files": listing})
@@ -305,6 +307,19 @@ def _source_files(config: PrepareConfig, *, goes_on: bool) -> list[SourceFile]:
             f"{counts.docstrings} docstrings in {counts.files} files, {counts.unparsable} files unreadable", flush=True
         )
     return [local_file(path), *files]
+
+
+def uneven_files(files: Sequence[SourceFile], *, ranks: int, unit_bytes: int) -> list[str]:
+    """A line if a file that cannot be cut into units is more than a rank's share of the input, so that others idle."""
+    share = max(sum(file.size for file in files) / ranks, unit_bytes)
+    whole = [file for file in files if file.kind[1] != "none" or not file.seekable]
+    largest = max(whole, key=lambda file: file.size, default=None)
+    if ranks == 1 or largest is None or largest.size <= share:
+        return []
+    return [
+        f"{largest.name} ({largest.size:,} bytes) cannot be cut: it is compressed, or its server gives whole files "
+        f"only. One of {ranks} ranks reads it while the others wait: unpack it, or split it into {ranks} files or more"
+    ]
 
 
 def _refuse_changed(folder: Path, before: list[list[Any]], now: list[list[Any]]) -> None:

@@ -149,6 +149,9 @@ class Manifest:
 
 def _split(plain: dict[str, Any]) -> Split:
     shards = tuple(Shard(**shard) for shard in plain["shards"])
+    for shard in shards:  # it becomes a path, part of an address, or an argument of a program
+        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", shard.name):
+            raise TypeError(f"a shard is named {shard.name!r}, which is no path in the corpus")
     return Split(shards=shards, samples=plain["samples"], tokens=plain["tokens"])
 
 

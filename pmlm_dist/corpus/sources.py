@@ -133,6 +133,8 @@ def _kind(name: str) -> tuple[str, str]:
 
 
 def _matches(pattern: str) -> list[SourceFile]:
+    if pattern.startswith("pipe:"):
+        raise ConfigError([f"source {pattern!r}: a source is no program: write its output to a file"])
     if pattern.startswith(DATASETS):
         return [_dataset_file(pattern)]
     if is_address(pattern):

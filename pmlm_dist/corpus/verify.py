@@ -136,7 +136,10 @@ class _Corpus:
     def _digest(self, name: str) -> list[str]:
         """Whether the digest of the samples is that of the documents."""
         place = {"seed": self.manifest.seed, "split": SPLITS.index(name)}
-        origins = np.load(self.folder / ORIGINS)[:, SPLITS.index(name)]
+        try:
+            origins = np.load(self.folder / ORIGINS)[:, SPLITS.index(name)]
+        except (OSError, ValueError, EOFError, IndexError, TypeError) as error:
+            return [f"{ORIGINS} cannot be read ({type(error).__name__}: {error}): restore it, or prepare it anew"]
         if origins.sum() != len(self.lengths[name]):
             return [f"{ORIGINS} speaks of {origins.sum()} samples of {name}, there are {len(self.lengths[name])}"]
         units, begins = places_in_streams(origins, self.lengths[name], **place)

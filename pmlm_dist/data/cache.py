@@ -6,7 +6,7 @@ Every promise rests on a lock that the kernel takes back when a process ends, ho
 - who fetches holds <sha256>.part alone; others wait, and find the shard there or fetch it themselves
 - who reads shares <sha256>.tar; what is shared is not thrown out, so the size of the folder is the space it takes
 - who makes room holds `lock`; the space of a transfer is reserved before its first byte comes
-A .part that nobody holds was left by a crash and goes like any other file. No address is ever given to a shell.
+A .part that nobody holds was left by a crash and goes like any other file. How bytes come: `transfer.py`.
 """
 
 from __future__ import annotations
@@ -15,44 +15,22 @@ import errno
 import fcntl
 import hashlib
 import os
-import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 from pmlm_dist.config import refuse
 from pmlm_dist.corpus.shards import MANIFEST, Shard, ShardError, open_shard
+from pmlm_dist.data.transfer import TransferError, chunks, url_of, whole
 
-SCHEMES = ("http", "https", "s3", "gs", "file", "memory")
-_CHUNK = 1 << 20
 _POLL_S = 0.02
 
 
 class CacheError(RuntimeError):
     """The cache has no room: no shard's fault."""
-
-
-def address_of(corpus: Path | str) -> str | None:
-    """The address in `corpus`, None for a folder: `pathlib` folds the slashes of s3://bucket/x, here they come back.
-
-    Raises ConfigError for an address that is not one of `SCHEMES`, above all `pipe:COMMAND`.
-    """
-    match = re.fullmatch(r"([A-Za-z][\w+.-]+):(.*)", str(corpus), flags=re.DOTALL)
-    if match is None:
-        return None
-    scheme, rest = match[1], match[2].lstrip("/")
-    if scheme not in SCHEMES or "::" in rest:
-        refuse(
-            [
-                f"corpus {str(corpus)!r} must be a folder or an address of one of {', '.join(SCHEMES)}: commands are "
-                "never run for an address (a folder whose name has a colon is given by its full path)"
-            ]
-        )
-    return f"{scheme}:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
 
 
 def mirror(address: str, cache: Path, *, timeout_s: float) -> Path:
@@ -62,7 +40,7 @@ def mirror(address: str, cache: Path, *, timeout_s: float) -> Path:
     for name in (MANIFEST, "tokenizer.json"):
         temporary = folder / f".{name}.{os.getpid()}"
         try:
-            temporary.write_bytes(_whole(f"{address}/{name}", timeout_s=timeout_s))
+            temporary.write_bytes(whole(address, name, timeout_s=timeout_s))
             temporary.replace(folder / name)  # other ranks of this node write the same
         except TransferError as error:
             refuse([f"corpus {address}: {error}; check the address, the network and the rights"])
@@ -177,14 +155,15 @@ class ShardCache:
         return False
 
     def _transfer(self, address: str, shard: Shard, out: FileIO) -> None:
-        url, digest, size = f"{address}/{shard.name}", hashlib.sha256(), 0
+        url, digest, size = url_of(address, shard.name), hashlib.sha256(), 0
         try:
-            for chunk in _chunks(url, size=shard.bytes, timeout_s=self.timeout_s):
-                size += len(chunk)
-                if size > shard.bytes:
-                    break
-                digest.update(chunk)
-                _write(out, chunk)
+            with closing(chunks(address, shard.name, size=shard.bytes, timeout_s=self.timeout_s)) as stream:
+                for chunk in stream:
+                    size += len(chunk)
+                    if size > shard.bytes:
+                        break
+                    digest.update(chunk)
+                    _write(out, chunk)
         except TransferError as error:
             raise ShardError(f"shard {error}", shard=shard, offset=size) from error
         if size != shard.bytes:
@@ -251,56 +230,3 @@ def _write(out: FileIO, chunk: bytes) -> None:
     view = memoryview(chunk)
     while view:
         view = view[out.write(view) or 0 :]
-
-
-# ------------------------------------------------------------------------------------------------------------ transfer
-
-
-class TransferError(OSError):
-    """An address gives nothing, or stops amid a file."""
-
-
-def _whole(url: str, *, timeout_s: float) -> bytes:
-    """The small file at `url`. What filesystems raise has no common base; here it all becomes `TransferError`."""
-    import fsspec
-
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url, **_options(url, timeout_s=timeout_s))
-        return filesystem.cat_file(path)
-    except Exception as error:
-        raise TransferError(f"{url} cannot be fetched: {_told(error)}") from error
-
-
-def _chunks(url: str, *, size: int, timeout_s: float) -> Iterator[bytes]:
-    """The bytes at `url`, `size` of them if all is well; errors as those of `_whole`."""
-    import fsspec
-
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url, **_options(url, timeout_s=timeout_s))
-        # An http server is asked once, for the whole: not for its size first, nor for ranges that it may not know.
-        as_stream = {"block_size": 0, "size": size} if url.startswith("http") else {}
-        stream = filesystem.open(path, "rb", **as_stream)
-    except Exception as error:
-        raise TransferError(f"{url} cannot be fetched: {_told(error)}") from error
-    with stream:
-        while True:
-            try:
-                chunk = stream.read(_CHUNK)
-            except Exception as error:
-                raise TransferError(f"{url} broke off: {_told(error)}") from error
-            if not chunk:
-                return
-            yield chunk
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _options(url: str, *, timeout_s: float) -> dict[str, Any]:
-    if not url.startswith("http"):
-        return {}
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-    return {"client_kwargs": {"timeout": timeout}}

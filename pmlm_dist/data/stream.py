@@ -23,9 +23,10 @@ import numpy as np
 
 from pmlm_dist.config import DataConfig, refuse
 from pmlm_dist.corpus.shards import TRAIN, Manifest, Shard, ShardError, ShardReader, TokenDtype, open_shard
-from pmlm_dist.data.cache import CacheError, ShardCache, address_of, mirror
+from pmlm_dist.data.cache import CacheError, ShardCache, mirror
 from pmlm_dist.data.mixture import Mixture
 from pmlm_dist.data.order import SampleAddress, SampleOrder
+from pmlm_dist.data.transfer import address_of
 
 
 class Sample(NamedTuple):
@@ -61,7 +62,7 @@ class CorpusSource:
 
         Raises ConfigError for an address that is not allowed, without a cache, or where nothing can be fetched.
         """
-        address = address_of(corpus)
+        address = address_of(corpus, allow_pipe=data.allow_pipe)
         if address is None:
             return cls(Path(corpus), weight=weight)
         if data.cache is None:

@@ -43,7 +43,7 @@ from pmlm_dist.training.meter import Meter, StepResult, Stopwatch
 from pmlm_dist.training.metrics import RunLog
 from pmlm_dist.training.optimizer import learning_rate, set_learning_rate
 from pmlm_dist.training.preemption import STOP_FILE, StopAgreement, Stopped, StopSignals
-from pmlm_dist.training.reading import Reading
+from pmlm_dist.training.reading import Reading, read_together
 from pmlm_dist.training.run import Claim, Run, check, claimed, resolve
 from pmlm_dist.training.saver import Saver
 from pmlm_dist.training.validation import losses_of, validate
@@ -327,7 +327,7 @@ def _validate(
     )
     validation = validate(
         engine,
-        stop.checked(batches, heed=heed),
+        stop.checked(read_together(batches, run.topology), heed=heed),
         run.vocabulary,
         run.topology,
         objective=run.config.objective,

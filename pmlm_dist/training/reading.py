@@ -14,8 +14,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.corpus.shards import TRAIN, Manifest, ShardError
@@ -24,12 +26,14 @@ from pmlm_dist.data.cache import CacheError
 from pmlm_dist.data.loader import training_batches
 from pmlm_dist.data.mixture import Mixture
 from pmlm_dist.data.workers import WorkerError
+from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.training.checkpoint import RunState
 from pmlm_dist.training.metrics import RunLog
 from pmlm_dist.training.preemption import Arriving, StopAgreement, deaf_children
 from pmlm_dist.training.run import Run
 
 QUARANTINE = "quarantine.json"
+_FAULTS = (ShardError, CacheError, WorkerError)
 
 
 class ReadingError(RuntimeError):
@@ -108,7 +112,7 @@ class Reading:
     def _attempt(self, stop: StopAgreement) -> tuple[list[Batch], Exception | None]:
         try:
             return stop.wait_for(self._arriving), None
-        except (ShardError, CacheError, WorkerError) as fault:
+        except _FAULTS as fault:
             return [], fault
 
     def _settle(self, fault: Exception | None) -> None:
@@ -116,7 +120,7 @@ class Reading:
         faults = self._run.topology.gather((None if fault is None else str(fault), self._bad_shard(fault)))
         for rank, (message, shard) in enumerate(faults):
             if message is not None and shard is None:
-                raise (fault or ReadingError(f"rank {rank} cannot go on reading: {message}"))
+                _end(fault, rank, message)
         self.close()
         new = {shard.sha256: shard for _, shard in faults if shard is not None}
         self._bad = (*self._bad, *new.values())
@@ -158,6 +162,30 @@ class Reading:
                 f"data.quarantine_limit ({limit:.2%}) allows; the last of them: {names}. Restore them and remove them "
                 f"from {self._run.config.run_dir / QUARANTINE}, or raise --data.quarantine-limit"
             )
+
+
+def read_together(batches: Iterator[Batch], topology: Topology) -> Iterator[Batch]:
+    """`batches`, as many on every rank; every rank must take all of them.
+
+    What a rank cannot read ends all: raises its own error there, and ReadingError on the others. Nobody waits for it.
+    """
+    while True:
+        batch, fault = None, None
+        try:
+            batch = next(batches, None)
+        except _FAULTS as error:
+            fault = error
+        (is_broken,) = topology.largest(int(fault is not None))
+        if is_broken:
+            told = topology.gather(None if fault is None else str(fault))
+            _end(fault, *next((rank, message) for rank, message in enumerate(told) if message is not None))
+        if batch is None:
+            return
+        yield batch
+
+
+def _end(fault: Exception | None, rank: int, message: str) -> NoReturn:
+    raise (fault or ReadingError(f"rank {rank} cannot go on reading: {message}"))
 
 
 def load_quarantine(run_dir: Path) -> tuple[BadShard, ...]:

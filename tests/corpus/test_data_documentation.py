@@ -13,6 +13,7 @@ from preparations import config, samples, write_source
 
 from pmlm_dist.corpus.prepare import prepare_corpus
 from pmlm_dist.corpus.verify import verify
+from pmlm_dist.data.order import BatchShare, micro_batch_samples
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
 FILTER, READ, WRITE = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
@@ -40,3 +41,18 @@ def test_any_webdataset_program_reads_and_writes_a_corpus(tmp_path: Path, capsys
     verify(tmp_path / "mine")
     assert "8 train samples, 8 validation samples: checked in itself" in capsys.readouterr().out
     assert written == samples(tmp_path / "mine", "train")
+
+
+def test_the_example_of_another_number_of_gpus_is_what_is_read():
+    """Lane, sample and GPU of each cell of the table, for both numbers of GPUs."""
+    rows = [
+        re.findall(r"\| ([^|]+?)(?= \|)", line) for line in DOCUMENT.splitlines() if re.match(r"\| (elem|step 6)", line)
+    ]
+    samples_by_lane = [[int(t) for t in re.findall(r"\d+", cell)] for cell in rows[0][1:]]
+    assert samples_by_lane == [[40 + lane, 44 + lane] for lane in range(4)]
+    for gpus, row in ((2, rows[1]), (4, rows[2])):
+        for rank in range(gpus):
+            share = BatchShare(8, 8 // gpus, dp_rank=rank, dp_size=gpus)
+            lanes = [lane for lane, cell in enumerate(row[1:]) if cell == f"GPU {rank}"]
+            expected = sorted(t for lane in lanes for t in samples_by_lane[lane])
+            assert sorted(micro_batch_samples(40, 0, share=share)) == expected

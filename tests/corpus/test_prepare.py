@@ -14,9 +14,10 @@ from preparations import command, config, content, samples, texts, write_source
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.corpus.outcome import entropy
-from pmlm_dist.corpus.prepare import even_cuts, prepare_corpus
+from pmlm_dist.corpus.prepare import even_cuts, prepare_corpus, uneven_files
 from pmlm_dist.corpus.settings import PrepareConfig, problems
 from pmlm_dist.corpus.shards import Manifest
+from pmlm_dist.corpus.sources import SourceFile
 from pmlm_dist.corpus.verify import verify
 from pmlm_dist.vocab import Vocabulary
 
@@ -267,3 +268,19 @@ def test_near_duplicates_do_not_depend_on_the_number_of_ranks(tmp_path: Path):
     done = subprocess.run(started, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def test_a_file_that_one_rank_must_read_alone_is_named():
+    small, packed = SourceFile("a.txt", 100, ""), SourceFile("b.jsonl.gz", 200, "")
+    (line,) = uneven_files([small, packed], ranks=2, unit_bytes=10)
+    assert "b.jsonl.gz (200 bytes) cannot be cut" in line
+    assert "split it into 2 files or more" in line
+    whole_only = SourceFile("http://host/c.txt", 200, "", seekable=False)
+    assert uneven_files([small, whole_only], ranks=2, unit_bytes=10)
+    for files, ranks, unit_bytes in (
+        ([small, packed], 1, 10),
+        ([small, packed], 2, 300),
+        ([packed] * 4, 2, 10),
+        ([SourceFile("d.txt", 900, "")], 2, 10),
+    ):
+        assert not uneven_files(files, ranks=ranks, unit_bytes=unit_bytes)

@@ -196,3 +196,12 @@ def test_other_manifests_are_refused_with_the_way_out(tmp_path: Path, content: s
     with pytest.raises(ConfigError, match=message) as caught:
         Manifest.load(tmp_path)
     assert f"pmlm prepare-corpus --source 'texts/*.jsonl' --output {tmp_path}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x.tar", "train/../../x.tar", "-o", "train/-x", "a b", "", "a//b"])
+def test_shards_that_lie_elsewhere_are_refused(tmp_path: Path, name: str):
+    shard = {"name": name, "samples": 1, "bytes": 1, "sha256": "0" * 64}
+    split = {"shards": [shard], "samples": 1, "tokens": 1}
+    (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "splits": {"train": split}}))
+    with pytest.raises(ConfigError, match="which is no path in the corpus"):
+        Manifest.load(tmp_path)

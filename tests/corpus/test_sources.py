@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from faulty_server import serving
+from object_store import object_store
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.corpus.documents import Skips, list_units, read_unit
@@ -58,6 +59,26 @@ def test_files_of_any_file_system_are_cut_and_read_like_local_ones(tmp_path: Pat
         memory.rm("/sources", recursive=True)
 
 
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_files_of_an_object_store_are_asked_for_by_its_protocol(scheme: str):
+    with object_store(scheme) as store:
+        store.pipe({"/bucket/a.jsonl": jsonl(TEXTS[:100]), "/bucket/b.jsonl": jsonl(TEXTS[100:])})
+        assert [file.name for file in find_files([f"{scheme}://bucket/*"])] == [
+            f"{scheme}://bucket/{name}.jsonl" for name in "ab"
+        ]
+        units, found = read(f"{scheme}://bucket/*.jsonl")
+    assert found == TEXTS
+    assert units > 10
+
+
+def test_programs_are_no_sources(tmp_path: Path):
+    witness = tmp_path / "witness"
+    for pattern in (f"pipe:touch {witness}", f"pipe:touch {witness} s3://bucket/a.txt", f"pipe://touch {witness}"):
+        with pytest.raises(ConfigError, match="a source is no program: write its output to a file"):
+            find_files([pattern])
+    assert not witness.exists()
+
+
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "whole files"])
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 def test_files_of_a_web_server(tmp_path: Path, ranges: bool, kind: str):
@@ -82,9 +103,10 @@ def test_what_a_web_server_cannot_give_is_named(tmp_path: Path):
 
 
 def test_a_missing_library_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(ConfigError, match=r"s3:// needs more: pip install 'pmlm_dist\[s3\]'"):
-        find_files(["s3://bucket/a.txt"])
+    for scheme, package in (("s3", "s3fs"), ("gs", "gcsfs")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ConfigError, match=rf"{scheme}:// needs more: pip install 'pmlm_dist\[{scheme}\]'"):
+            find_files([f"{scheme}://bucket/a.txt"])
     with pytest.raises(ConfigError, match=r"source nowhere://a.txt: .*use http, https, s3, gs"):
         find_files(["nowhere://a.txt"])
 

@@ -125,6 +125,14 @@ def test_a_lost_and_a_doubled_last_sample_are_found(corpus: Path):
         verify(corpus)
 
 
+@pytest.mark.parametrize("left", [0, 5, 130], ids=["empty", "magic", "header"])
+def test_a_table_of_origins_that_was_cut_is_found(corpus: Path, left: int):
+    table = corpus / "origins.npy"
+    table.write_bytes(table.read_bytes()[:left])
+    with pytest.raises(ConfigError, match=r"origins\.npy cannot be read"):
+        verify(corpus)
+
+
 def test_duplicate_keys_are_found(corpus: Path):
     rewritten(corpus, 1, lambda samples: samples, first=0)
     with pytest.raises(ConfigError, match=r"shard-000001.tar begins with key b'000000000', expected 0000"):

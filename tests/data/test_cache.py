@@ -19,10 +19,11 @@ from numbered_corpus import SHARD_SIZES, SPECIAL, tokens_of, write_corpus
 
 from pmlm_dist.config import ConfigError, DataConfig, MaskingConfig
 from pmlm_dist.corpus.shards import TRAIN, Manifest, ShardError
-from pmlm_dist.data.cache import CacheError, ShardCache, address_of
+from pmlm_dist.data.cache import CacheError, ShardCache
 from pmlm_dist.data.loader import BatchSource, training_batches
 from pmlm_dist.data.order import BatchShare
 from pmlm_dist.data.stream import Access, CorpusSource, SplitReader
+from pmlm_dist.data.transfer import address_of
 
 
 @pytest.fixture(scope="module")

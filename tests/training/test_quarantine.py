@@ -15,7 +15,7 @@ from runs import run_config, with_train
 from worlds import RankFailed, run_world
 
 from pmlm_dist.config import ConfigError, DataConfig, RunConfig
-from pmlm_dist.corpus.shards import TRAIN, Manifest
+from pmlm_dist.corpus.shards import TRAIN, VALIDATION, Manifest, ShardError
 from pmlm_dist.data.order import SampleOrder
 from pmlm_dist.training.metrics import read_metrics
 from pmlm_dist.training.reading import BadShard, load_quarantine, save_quarantine
@@ -117,6 +117,41 @@ def test_above_the_limit_all_ranks_stop_and_say_why(corpus, tmp_path, bad):
         run_world(pretrained, 2, config)
     assert str(caught.value).count("12 of 96 training samples (12.50%) lie in shards that cannot be read") == 2
     assert "data.quarantine_limit (10.00%)" in str(caught.value)
+
+
+def _with_a_bad_validation_shard(config: RunConfig) -> None:
+    """Pre-train; rank 1, as if on another node, cannot read the validation shard."""
+    from pmlm_dist.data import stream
+    from pmlm_dist.training.loop import pretrain
+
+    opened = stream.open_shard
+
+    def open_shard(path, shard):
+        if os.environ["RANK"] == "1" and shard.name.startswith(VALIDATION):
+            raise ShardError(f"{path} is broken on this node", shard=shard)
+        return opened(path, shard)
+
+    stream.open_shard = open_shard
+    pretrain(config)
+
+
+@pytest.mark.parametrize("validated_at", [STEPS - 4, STEPS], ids=["on the way", "last"])
+@pytest.mark.fault("F54")
+def test_a_validation_shard_that_one_rank_cannot_read_ends_all_at_once(corpus, tmp_path, validated_at):
+    """Not by the collectives' time limit: that is longer than the ranks are waited for."""
+    config = with_train(
+        configured(corpus, tmp_path / "run"),
+        validate_every=validated_at,
+        validation_samples=8,
+        collective_timeout_s=900,
+    )
+    with pytest.raises(RankFailed) as caught:
+        run_world(_with_a_bad_validation_shard, 2, config)
+    of_rank_0, of_rank_1 = str(caught.value).split("rank 1:\n", 1)
+    assert "ReadingError: rank 1 cannot go on reading: " in of_rank_0
+    assert "validation/shard-000000.tar is broken on this node" in of_rank_0
+    assert "ShardError: " in of_rank_1
+    assert max(losses(config.run_dir)) == validated_at
 
 
 def _with_a_killer(config: RunConfig) -> None:
