@@ -49,7 +49,7 @@ test: $(VENV)/.dev
 
 test-cluster: $(VENV)/.dev
 	tests/cluster/install.sh
-	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
+	$(BIN)/python -m pytest -m "cluster and not nightly" tests/cluster $(ARGS)
 
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "fault and not nightly and not cluster" $(ARGS)

@@ -119,8 +119,10 @@ def _write_ids(config: RunConfig, rank: int, step: int, batches: list[Any]) -> N
         for batch in batches
         for epoch, number in zip(batch.epochs_B, batch.sample_ids_B, strict=True)
     ]
+    open_files = len(os.listdir("/proc/self/fd"))
     with (config.run_dir / IDS).open("a") as lines:
-        lines.write(json.dumps({"rank": rank, "step": step, "samples": samples}) + "\n")
+        told = {"rank": rank, "step": step, "samples": samples, "pid": os.getpid(), "open_files": open_files}
+        lines.write(json.dumps(told) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------- jobs
@@ -297,6 +299,15 @@ def steps_redone(config: RunConfig) -> list[int]:
     return [begun[place - 1] - begun[place] for place in restarts]
 
 
+def open_files(config: RunConfig) -> dict[int, list[int]]:
+    """How many files each process that was a rank held open, step by step."""
+    found: dict[int, list[int]] = {}
+    for line in (config.run_dir / IDS).read_text().splitlines():
+        facts = json.loads(line)
+        found.setdefault(facts["pid"], []).append(facts["open_files"])
+    return found
+
+
 def kill() -> None:
     """The process is gone, as by `kill -9`."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -307,9 +318,46 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def straight_run(corpus: Path, folder: Path, **settings: Any) -> RunConfig:
+def fail() -> None:
+    """The process meets a fault of the program."""
+    raise LookupError("a fault of the program")
+
+
+class Paced:
+    """From now on each step takes some time more; where there is a path, rank 0 writes down how long it took."""
+
+    def __init__(self, more_s: float, path: Path | None = None):
+        self.more_s, self.path = more_s, path
+
+    def __call__(self) -> None:
+        from pmlm_dist.training.meter import Meter
+
+        start_step, end_step, more_s, path = Meter.start_step, Meter.end_step, self.more_s, self.path
+        begun: list[float] = []
+
+        def start(meter: Meter, step: int) -> None:
+            begun[:] = [time.perf_counter()]
+            start_step(meter, step)
+
+        def end(meter: Meter, step: int, *args: Any, **kwargs: Any) -> None:
+            time.sleep(more_s)
+            end_step(meter, step, *args, **kwargs)
+            if begun and path and meter._run.topology.is_first:
+                with path.open("a") as lines:
+                    lines.write(json.dumps([step, time.perf_counter() - begun[0]]) + "\n")
+
+        setattr(Meter, "start_step", start)  # noqa: B010
+        setattr(Meter, "end_step", end)  # noqa: B010
+
+
+def paced(more_s: float, path: Path | None = None) -> list[Fault]:
+    """Steps of at least `more_s` on both ranks, in every life: long for the checkpoint that is written meanwhile."""
+    return [Fault(Paced(more_s, path), rank=rank, step=0, again=True) for rank in range(2)]
+
+
+def straight_run(corpus: Path, folder: Path, *, within_s: float = 60.0, **settings: Any) -> RunConfig:
     """A run that nothing happens to."""
     config = small_run(corpus, folder, **settings)
-    ended = live(config)
+    ended = live(config, within_s=within_s)
     assert ended.codes == [0] * RANKS, ended.printed
     return config
