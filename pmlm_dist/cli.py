@@ -291,12 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _become_supervised(arguments: Sequence[str]) -> NoReturn:
     """Fine-tune in a process below a supervisor (training/supervisor.py), as train.py does; ends both processes."""
-    from pmlm_dist.training.supervisor import supervised
+    from pmlm_dist.training.supervisor import leave, supervised
 
-    code = supervised(lambda heart: _outcome(partial(finetune, arguments, heart)))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # after ZeRO-3 on gloo a rank can abort in its destructors
+    leave(supervised(lambda heart: _outcome(partial(finetune, arguments, heart))))
 
 
 def _outcome(run: Callable[[], None]) -> int:

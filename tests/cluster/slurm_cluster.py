@@ -251,7 +251,8 @@ def rank_process(job: str, *, rank: int) -> int:
         with contextlib.suppress(OSError):
             environ = (folder / "environ").read_bytes().split(b"\0")
             asked = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-            if asked <= set(environ) and b"train.py" in (folder / "cmdline").read_bytes().split(b"\0"):
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if asked <= set(environ) and b"train.py" in command and b"srun" not in command[0]:
                 found[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
     (pid,) = (pid for pid, parent in found.items() if parent in found)
     return pid

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import processes_of, rank_process, wait_until
-from submissions import Submission, check_equal, learned
+from submissions import ROOT, Submission, check_equal, learned
 
 
 def steps_saved(run_dir: Path) -> list[int]:
@@ -146,7 +146,7 @@ def test_a_controller_that_fails_leaves_the_job_alone(submit: Submission, straig
 
 @pytest.mark.fault("F82")
 def test_a_cancelled_job_saves_and_stays_cancelled(submit: Submission, tmp_path: Path):
-    run_dir, cluster = tmp_path / "run", submit.cluster
+    run_dir, cluster = tmp_path / "a run; $(touch PWNED) 'x'", submit.cluster
     job = submit.pretrain(run_dir)
     job.wait_for_print("step  10/")
     cluster.ask("scancel", job.number)
@@ -156,6 +156,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(submit: Submission, tmp_path:
     assert saved == max(learned(run_dir))
     assert not (run_dir / "COMPLETE").exists()
     assert job.restarts() == 0
+    assert not list(ROOT.glob("PWNED"))
 
 
 def test_a_chain_of_jobs_ends_when_training_is_done(submit: Submission, straight: Path, tmp_path: Path):

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -240,6 +241,19 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def descendants_of(pid: int) -> list[int]:
+    """Children, their children, and so on."""
+    return [found for child in children_of(pid) for found in (child, *descendants_of(child))]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process; one that has ended and that nobody has asked about is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def shared_memory() -> set[str]:
     """What lies in /dev/shm that torch or multiprocessing of this user made."""
     pattern = re.compile(r"torch_|sem\.mp|nccl|__KMP|psm_")
@@ -353,6 +367,21 @@ class Paced:
 def paced(more_s: float, path: Path | None = None) -> list[Fault]:
     """Steps of at least `more_s` on both ranks, in every life: long for the checkpoint that is written meanwhile."""
     return [Fault(Paced(more_s, path), rank=rank, step=0, again=True) for rank in range(2)]
+
+
+def with_the_next_file(act: Callable[[Callable[[], Any]], Any]) -> None:
+    """Call `act`, in the writer's thread, with what writes this rank's next file of a checkpoint."""
+    from pmlm_dist.training import saver
+
+    write, done = saver.write_numbers, threading.Event()
+
+    def instead(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if done.is_set():
+            return write(path, *args, **kwargs)
+        done.set()
+        return act(lambda: write(path, *args, **kwargs))
+
+    saver.write_numbers = instead
 
 
 def straight_run(corpus: Path, folder: Path, *, within_s: float = 60.0, **settings: Any) -> RunConfig:

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import threading
@@ -21,7 +22,9 @@ from jobs import (
     Fault,
     check_recovered,
     children_of,
+    descendants_of,
     fail,
+    is_alive,
     kill,
     learned,
     live,
@@ -32,6 +35,7 @@ from jobs import (
     steps_redone,
     stop,
     straight_run,
+    with_the_next_file,
 )
 from runs import with_train
 
@@ -316,6 +320,59 @@ def test_thirty_kills_of_random_ranks_at_random_times_change_nothing(
     redone = check_recovered(config, undisturbed)
     assert max(steps_redone(config)) <= config.train.checkpoint_every
     record_property("lost", f"{kills} kills, {redone} of {steps} steps done again, at most {max(steps_redone(config))}")
+
+
+# ---------------------------------------------------------------------------------------------- signals at bad moments
+
+
+class SignalAmidTheNextFile:
+    """The next checkpoint takes a while, and this process is told to stop meanwhile: `times` times."""
+
+    def __init__(self, times: int):
+        self.times = times
+
+    def __call__(self) -> None:
+        with_the_next_file(self._slowly)
+
+    def _slowly(self, write: Callable[[], Any]) -> Any:
+        for _ in range(self.times):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.5)
+        return write()
+
+
+@pytest.mark.fault("F81")
+@pytest.mark.parametrize(("times", "codes"), [(1, [75, 75]), (2, [143, 143])])
+def test_a_signal_amid_a_save_costs_nothing_and_a_second_one_that_checkpoint(
+    small_corpus: Path, tmp_path: Path, straight: RunConfig, times: int, codes: list[int]
+):
+    config = small_run(small_corpus, tmp_path / "run")
+    first, second = live_on(config, Fault(SignalAmidTheNextFile(times), step=8), *paced(0.1))
+    assert first.codes == codes, first.printed
+    assert second.codes == [0, 0], second.printed
+    went_on = [line for line in second.printed.splitlines() if line.startswith("going on after step")]
+    assert went_on == [] if times == 2 else len(went_on) == 1
+    check_recovered(config, straight)
+
+
+@pytest.mark.fault("F01")
+def test_a_supervisor_that_is_killed_takes_its_rank_and_all_that_it_started_with_it(
+    small_corpus: Path, tmp_path: Path, straight: RunConfig
+):
+    config = small_run(small_corpus, tmp_path / "run")
+    config = replace(config, data=replace(config.data, workers=1))
+    with started(config, *paced(0.2)) as job:
+        job.wait_for_print("step  7/20")
+        ours = [pid for process in job.processes for pid in (process.pid, *descendants_of(process.pid))]
+        job.processes[1].kill()
+        assert job.wait()[1] == -signal.SIGKILL
+        assert job.processes[0].exitcode not in (0, None), job.printed
+        deadline = time.monotonic() + 10
+        while left := [pid for pid in ours if is_alive(pid)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+    assert live(config).codes == [0, 0]
+    check_recovered(config, straight)
 
 
 # --------------------------------------------------------------------------------------------------- two jobs, one run

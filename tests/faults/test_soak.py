@@ -9,7 +9,6 @@ import errno
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +28,7 @@ from jobs import (
     small_run,
     stop,
     straight_run,
+    with_the_next_file,
 )
 
 from pmlm_dist.training.exit_codes import ExitCode
@@ -52,34 +52,18 @@ def be_told_to_stop() -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
 
 
-def with_the_next_file(act: Callable[[Path], None]) -> None:
-    """Call `act` with the path of the next file of a checkpoint that this rank writes, instead of writing it."""
-    from pmlm_dist.training import saver
-
-    write, done = saver.write_numbers, threading.Event()
-
-    def instead(path: Path, *args: Any, **kwargs: Any) -> Any:
-        if done.is_set():
-            return write(path, *args, **kwargs)
-        done.set()
-        return act(path)
-
-    saver.write_numbers = instead
-
-
-def die_amid_a_file(path: Path) -> None:
-    path.write_bytes(b"half of it")
+def write_and_die(write: Callable[[], Any]) -> None:
+    write()
     kill()
 
 
-def find_the_disk_full(path: Path) -> None:
-    path.write_bytes(b"some of it")
-    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+def find_the_disk_full(_write: Callable[[], Any]) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def kill_amid_a_save() -> None:
-    """F20."""
-    with_the_next_file(die_amid_a_file)
+    """F20: when its own file is there, and nothing that says so."""
+    with_the_next_file(write_and_die)
 
 
 def fill_the_disk() -> None:
