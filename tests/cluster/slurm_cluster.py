@@ -123,6 +123,10 @@ class Cluster:
         self._daemon("slurmctld", "-f", self.folder / "slurm.conf")
         wait_until(lambda: set(self.nodes()) == set(NODES), timeout_s=30, what=self.nodes)
 
+    def logs(self, node: str) -> str:
+        """What the controller and the daemon of `node` have written, with the steps' own lines."""
+        return "".join((self.folder / name).read_text() for name in ("slurmctld.log", f"slurmd.{node}.log"))
+
     def end_all_jobs(self) -> None:
         """Cancel what waits and kill what runs; returns when nothing is left of it."""
         if not self.ask("squeue", "-h").strip():

@@ -11,6 +11,8 @@ import pytest
 from slurm_cluster import processes_of, rank_process, wait_until
 from submissions import ROOT, Submission, check_equal, learned
 
+from pmlm_dist.training.processes import state_of
+
 
 def steps_saved(run_dir: Path) -> list[int]:
     found = [path.name[5:] for path in (run_dir / "checkpoints").glob("step-*")]
@@ -95,13 +97,14 @@ def test_what_lives_on_without_its_nodes_daemon_changes_nothing(submit: Submissi
     node = job.nodes()[0]
     cluster.ask("scancel", "--signal=STOP", job.number)
     rank_0, old = rank_process(job.number, rank=0), processes_of(job.number, node=node)
+    wait_until(lambda: state_of(rank_0) == "stopped", timeout_s=20, what=job.printed)  # scancel does not wait for it
     cluster.kill_daemon(f"slurmd.{node}")
     try:
         job.wait_for_restart(1, timeout_s=120)
         job.wait_for_print("going on after step")
         assert node not in job.nodes()
         still_there = [pid for pid in old if Path(f"/proc/{pid}").exists()]
-        assert rank_0 in still_there
+        assert rank_0 in still_there, cluster.logs(node) + job.printed()
         for pid in still_there:
             os.kill(pid, signal.SIGCONT)
         assert job.wait_for_end() == "COMPLETED", job.printed()
