@@ -2,6 +2,7 @@
 # make test    set up, run every test that needs no cluster, but for the faults that ranks are injected with
 # make test-cluster   set up, install SLURM from Debian if need be (as root), run the tests that submit jobs to it
 # make test-faults   inject the faults of docs/reliability.md that take seconds; make test-faults-all: all, and write its table
+# make test-soak   half an hour of faults of seven kinds, one every 20 to 40 seconds
 # make test-docker    build the image with buildah and train in it (as root on Debian: installs what it needs)
 # make checks  format, lint (Python, shell, Dockerfile), types
 # make demo-tasks   fine-tune the model of `make train` on two tasks, and the same network untrained; scores beside baselines
@@ -18,7 +19,7 @@ DEMO   := data/demo
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train corpus demo-tasks test test-cluster test-faults test-faults-all test-docker checks bench format clean gpu test-gpu bench-gpu
+.PHONY: train corpus demo-tasks test test-cluster test-faults test-faults-all test-soak test-docker checks bench format clean gpu test-gpu bench-gpu
 
 train: $(DEMO)/manifest.json
 	$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
@@ -49,7 +50,7 @@ test: $(VENV)/.dev
 
 test-cluster: $(VENV)/.dev
 	tests/cluster/install.sh
-	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
+	$(BIN)/python -m pytest -m "cluster and not nightly" tests/cluster $(ARGS)
 
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "fault and not nightly and not cluster" $(ARGS)
@@ -63,6 +64,9 @@ test-faults-all: $(VENV)/.dev
 	$(RECORD) -m "fault and not cluster"
 	$(RECORD) -m "fault and cluster" tests/cluster
 	$(BIN)/python tests/fault_record.py $(FAULTS)
+
+test-soak: $(VENV)/.dev
+	SOAK_MINUTES=30 $(BIN)/python -m pytest -m nightly tests/faults/test_soak.py $(ARGS)
 
 test-docker:
 	docker/test.sh

@@ -10,6 +10,7 @@ torchrun, srun and mpirun start it as well; settings are overridden by name, `--
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -22,7 +23,7 @@ from pmlm_dist.training.exit_codes import ExitCode
 from pmlm_dist.training.heartbeat import Heartbeat
 from pmlm_dist.training.preemption import Stopped, StopSignals
 from pmlm_dist.training.run_lock import FolderInUse
-from pmlm_dist.training.supervisor import supervised
+from pmlm_dist.training.supervisor import leave, supervised
 
 
 def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
@@ -55,12 +56,10 @@ def main(heart: Heartbeat) -> int:
     except Stopped as stopped:
         return stopped.exit_code
     except ConfigError as error:
-        if speaks(os.environ):
-            print(f"\nThis run cannot start:\n{error}\n", file=sys.stderr)
+        _say(f"This run cannot start:\n{error}", anybody=False)
         return ExitCode.BAD_CONFIGURATION
     except FolderInUse as error:
-        if speaks(os.environ):
-            print(f"\nThis run cannot start: {error}\n", file=sys.stderr)
+        _say(f"This run cannot start: {error}", anybody=False)
         return ExitCode.IN_USE
     except ValueError as error:
         from pmlm_dist.corpus.shards import ShardError
@@ -68,13 +67,17 @@ def main(heart: Heartbeat) -> int:
         if not isinstance(error, ShardError):
             raise
         heart.fail(error)
-        print(f"\nThis run cannot go on: {error}\n", file=sys.stderr)  # whichever rank met it
+        _say(f"This run cannot go on: {error}", anybody=True)  # whichever rank met it
         return ExitCode.FAILED
     return ExitCode.DONE
 
 
+def _say(text: str, *, anybody: bool) -> None:
+    """Print `text`, on the rank that speaks or on any; a log whose disk is full changes no exit code."""
+    if anybody or speaks(os.environ):
+        with contextlib.suppress(OSError):
+            print(f"\n{text}\n", file=sys.stderr, flush=True)
+
+
 if __name__ == "__main__":
-    code = supervised(main)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a finished ZeRO-3 run on gloo can abort in its destructors
+    leave(supervised(main))

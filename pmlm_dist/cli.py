@@ -295,17 +295,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _become_supervised(arguments: Sequence[str]) -> NoReturn:
     """Fine-tune in a process below a supervisor (training/supervisor.py), as train.py does; ends both processes."""
-    from pmlm_dist.training.supervisor import supervised
+    from pmlm_dist.training.supervisor import leave, supervised
 
     def rank(heart: Heartbeat) -> int:
         signals = StopSignals()
         signals.listen()
         return _outcome(partial(finetune, arguments, heart, signals))
 
-    code = supervised(rank)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # after ZeRO-3 on gloo a rank can abort in its destructors
+    leave(supervised(rank))
 
 
 def _outcome(run: Callable[[], None]) -> int:

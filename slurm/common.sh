@@ -1,6 +1,10 @@
 # shellcheck shell=bash
 # What the batch scripts share; read by them with `source`. From top to bottom: where Python is, how ranks find one
 # another, one step of Slurm that hears signals, and what becomes of the job afterwards.
+#
+# sbatch runs a copy of a script from a folder of its own, so this file is found through PROJECT. What sites change
+# (#SBATCH lines, which sbatch reads from the script alone, settings, the fabric's variables) stands in each script and
+# not here, although some of it is the same: a script is read, copied and changed by itself.
 
 # ------------------------------------------------------------------------------------------------------------- Python
 
@@ -71,8 +75,14 @@ EXIT_PREEMPTED=75
 # or set wrongly is the end; told to stop is a new life, unless MAX_IDLE_PREEMPTIONS lives in a row gained no step; a
 # failure is a new life, at most MAX_FAILURES times, and only if steps were gained since the last one.
 next_life() {
-    local code=$1
+    local code=$1 restarts
     if [[ -n $cancelled ]]; then exit "$code"; fi
+    # Where a node's daemon has died, Slurm gives the job other nodes while this shell and its ranks are still there.
+    restarts=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p') || true
+    if ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0})); then
+        echo "$(date -Is) Slurm has started this job again, life $restarts: nothing is left to do for life ${SLURM_RESTART_COUNT:-0}"
+        exit "$code"
+    fi
     if [[ -n $asked && $code -ne 0 && $code -ne $EXIT_BAD_CONFIGURATION ]]; then code=$EXIT_PREEMPTED; fi
     "${PYTHON[@]}" -m pmlm_dist.training.restarts decide "$RUN_DIR" --key "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" \
         --code "$code" --max-failures "$MAX_FAILURES" --max-idle-preemptions "$MAX_IDLE_PREEMPTIONS" || end_chain "$code"

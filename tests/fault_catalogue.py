@@ -1,7 +1,7 @@
 """The faults that a run must survive: number, tier, what happens, how it is injected. docs/reliability.md shows them.
 
 Tier 1 runs with every change, tier 2 (`nightly`, and what needs SLURM) by `make test-faults-all`. A test says which
-faults it injects by `@pytest.mark.fault`, wherever it stands; a fault without a test has a reason here.
+faults it injects by `@pytest.mark.fault`, wherever it stands; every fault has one.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ FAULTS: dict[str, tuple[int, str, str]] = {
     "F55": (1, "fewer shards than lanes", "numbers that do not fit"),
     "F56": (1, "a loader worker dies", "SIGKILL"),
     "F57": (2, "a loader worker is stuck", "SIGSTOP, a sleep"),
-    "F58": (1, "/dev/shm is full", ""),
+    "F58": (1, "/dev/shm is full", "a /dev/shm of its own without a free byte, from the start and amid the run"),
     "F59": (1, "going on within an epoch", "stopped at any step, any number of workers"),
     "F60": (1, "going on with other ranks", "2, 4, 1 ranks in turn"),
     "F61": (1, "code in data", "members of other kinds"),
@@ -68,7 +68,7 @@ FAULTS: dict[str, tuple[int, str, str]] = {
     "F71": (1, "one gradient that is not finite", "a NaN on one rank"),
     "F72": (1, "gradients that are never finite", "broken weights"),
     "F73": (1, "no loss scale left", "DeepSpeed's error"),
-    "F74": (2, "the loss spikes", ""),
+    "F74": (2, "the loss spikes", "the learning rate times 100 for three steps; then the run book, by hand"),
     "F75": (1, "silent corruption", "one flipped bit in one rank's copy"),
     "F76": (1, "norms over tensor-parallel peers", "every ZeRO stage and topology against one process"),
     "F77": (2, "replicas that drift apart", "200 steps in bf16, compared bit for bit"),
@@ -77,18 +77,12 @@ FAULTS: dict[str, tuple[int, str, str]] = {
     "F81": (1, "signals at bad moments", "in start-up, steps and validation; twice"),
     "F82": (1, "the job is cancelled", "`scancel`"),
     "F83": (1, "a node goes down", "`scontrol update state=down`"),
-    "F84": (2, "a node's daemon dies, its ranks live on", "an old life of the same job beside the new one"),
+    "F84": (2, "a node's daemon dies, its ranks live on", "SIGKILL to a slurmd; an old life beside the new one"),
     "F85": (2, "SLURM's controller dies", "SIGKILL, started again"),
     "F86": (1, "exit codes", "each code and error against the rule"),
     "F87": (1, "one task dies, the others wait", "SIGKILL to a rank of a job"),
     "F88": (2, "the terminal or the log's disk is gone", "standard output becomes /dev/full"),
     "F89": (1, "the file STOP", "written amid a run"),
     "F90": (2, "the clock jumps", "an hour ahead amid a run"),
-    "F91": (2, "a bad month", "kills, errors, hangs and crashes in turn"),
+    "F91": (2, "a bad month", "F01-F03, F20, F28, F56, F80 in random order, every 20 to 40 s"),
 }
-
-REASONS = {
-    "F58": "batches come through pipes, so the loader needs no room in /dev/shm",
-    "F74": "nothing is rolled back by itself: docs/operations.md says what to do by hand",
-}
-"""Why a fault has no test."""

@@ -49,17 +49,17 @@ class Batch:
     """The batch script in a folder of its own."""
 
     def __init__(self, folder: Path):
-        self.run_dir, self._calls, self._bin = folder / "run", folder / "calls", folder / "bin"
+        self.run_dir, self._calls, self.bin = folder / "run", folder / "calls", folder / "bin"
         self.run_dir.mkdir()
-        self._bin.mkdir()
+        self.bin.mkdir()
         for name, text in {"srun": SRUN, "scontrol": SCONTROL, "scancel": RECORDER}.items():
-            (self._bin / name).write_text(text)
-            (self._bin / name).chmod(0o755)
+            (self.bin / name).write_text(text)
+            (self.bin / name).chmod(0o755)
 
     def start(self, code: int, *, script: str = "pretrain_base.sh", **settings: str) -> subprocess.Popen[str]:
         self._calls.write_text("")
         environ = {
-            "PATH": f"{self._bin}:{os.environ['PATH']}",
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
             "CALLS": str(self._calls),
             "CODE": str(code),
             "RUN_DIR": str(self.run_dir),
@@ -115,6 +115,30 @@ def test_fine_tuning_gets_the_arguments_of_sbatch_and_is_restarted_by_the_same_r
     assert "/.venv/bin/python -m pmlm_dist.cli finetune --train.seed 3 MASTER_ADDR=localhost" in call
     assert life.requeued
     assert not batch.end(batch.start(137, script="finetune.sh")).requeued
+
+
+@pytest.mark.parametrize("script", ["pretrain_base.sh", "finetune.sh"])
+def test_a_run_folder_with_spaces_and_signs_of_the_shell_is_only_a_name(tmp_path: Path, script: str):
+    folder = tmp_path / "a run; $(touch PWNED) `touch PWNED` 'x' \"y\" *"
+    folder.mkdir()
+    batch = Batch(folder)
+    for _ in range(2):
+        life = batch.end(batch.start(75, script=script, GAINED="00000003"))
+    assert life.requeued, life.printed
+    assert (folder / "run" / ".restarts-77").exists()
+    if script == "pretrain_base.sh":
+        assert f"--run-dir {folder / 'run'} --ds-config ds_configs/base.json" in life.calls[1]
+    assert not [path for path in (*ROOT.glob("*"), *tmp_path.rglob("*")) if path.name == "PWNED"]
+
+
+def test_a_shell_that_has_outlived_its_life_leaves_the_job_alone(batch: Batch):
+    """The job has other nodes by now: its daemon had died, so nobody has ended this shell."""
+    (batch.bin / "scontrol").write_text(SCONTROL.replace("exit 0", '[ "$2" = job ] && echo "  Restarts=1 X=2"; exit 0'))
+    life = batch.live(137)
+    assert not life.requeued
+    assert "Slurm has started this job again, life 1: nothing is left to do for life 0" in life.printed
+    assert not list(batch.run_dir.glob(".restarts-*"))
+    assert batch.live(137, SLURM_RESTART_COUNT="1").requeued
 
 
 def test_a_container_image_replaces_the_environment(batch: Batch):

@@ -124,7 +124,7 @@ class Manifest:
         try:
             splits = {name: _split(split) for name, split in plain.pop("splits").items()}
             return cls(splits=splits, **plain)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ConfigError([f"{path} is not a whole manifest ({error}): remove {folder} and {again}"]) from error
 
     def save(self, folder: Path) -> None:
@@ -149,10 +149,18 @@ class Manifest:
 
 def _split(plain: dict[str, Any]) -> Split:
     shards = tuple(Shard(**shard) for shard in plain["shards"])
-    for shard in shards:  # it becomes a path, part of an address, or an argument of a program
-        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", shard.name):
-            raise TypeError(f"a shard is named {shard.name!r}, which is no path in the corpus")
+    for shard in shards:
+        _check_name(shard)
     return Split(shards=shards, samples=plain["samples"], tokens=plain["tokens"])
+
+
+def _check_name(shard: Shard) -> None:
+    """Refuse what would lead out of a folder or be an option: a manifest may come from an address, and both become
+    paths, or arguments of a program."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", shard.name, flags=re.ASCII):
+        raise ValueError(f"the name of a shard, {shard.name!r}, is no path below the corpus")
+    if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+        raise ValueError(f"the sha256 of {shard.name}, {shard.sha256!r}, is none")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -56,6 +56,13 @@ def address_of(corpus: object, *, allow_pipe: bool = False) -> str | None:
                 "colon is given by its full path)"
             ]
         )
+    if "@" in rest.partition("/")[0]:
+        refuse(
+            [
+                f"corpus {scheme}://...@{rest.partition('/')[0].rpartition('@')[2]}: what is before the @ would be "
+                "written into logs and checkpoints: give credentials by the environment (docs/security.md)"
+            ]
+        )
     return f"{scheme}:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
 
 

@@ -27,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from pmlm_dist.ranks import rank_in
 from pmlm_dist.training import lives, processes
@@ -62,15 +62,14 @@ _AGREED = (ExitCode.DONE, ExitCode.BAD_CONFIGURATION, ExitCode.PREEMPTED, ExitCo
 def supervised(main: Callable[[Heartbeat], int]) -> int:
     """Exit code of `main`, which runs as the rank in a process of its own; to be called once, before any thread is.
 
-    Returns in both processes; each is to end with it, by `os._exit`: a rank's destructors can abort a finished run.
+    Returns in both processes; each is to end with it, by `leave`: a rank's destructors can abort a finished run.
     """
     heart = Heartbeat()
     if os.environ.get(SWITCH) == "off":
         return _run(main, heart)
     stacks = tempfile.TemporaryFile()  # noqa: SIM115  # the rank writes into it as long as it lives
     kills_before = processes.out_of_memory_kills()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     processes.adopt_orphans()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
     parent, child = os.getpid(), os.fork()
@@ -86,6 +85,18 @@ def supervised(main: Callable[[Heartbeat], int]) -> int:
     return _run(main, heart)
 
 
+def leave(code: int) -> NoReturn:
+    """End this process with what `supervised` has returned, also where nobody takes its last lines any more."""
+    _flush()
+    os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # what a full disk did not take would be tried again, and raise
+            stream.flush()
+
+
 def _run(main: Callable[[Heartbeat], int], heart: Heartbeat) -> int:
     """`main`, whose error is told to the supervisor before anything else."""
     try:
@@ -94,7 +105,8 @@ def _run(main: Callable[[Heartbeat], int], heart: Heartbeat) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
         heart.fail(error)
-        traceback.print_exc()
+        with contextlib.suppress(OSError, ValueError):
+            traceback.print_exc()
         return heart.words().code
 
 

@@ -1,9 +1,9 @@
-"""A real SLURM on this machine: one controller, two nodes, all in one folder, ended by its pid files.
+"""A real SLURM on this machine: one controller, two nodes and a spare one, in one folder, ended by its pid files.
 
-    munged (own socket and key)  <-  slurmctld  <->  slurmd n1, slurmd n2  ->  batch scripts, steps
+    munged (own socket and key)  <-  slurmctld  <->  slurmd n1, slurmd n2, slurmd n3  ->  batch scripts, steps
 
 A requeued job waits one second longer than credentials live, so these live as short as they may (5 s instead of 120).
-Both nodes are this host and share its file system. Each has 8 CPUs and 8 GPUs on paper; the GPUs are device files that
+All nodes are this host and share its file system. Each has 8 CPUs and 8 GPUs on paper; the GPUs are device files that
 nobody opens. Their names do not resolve, as happens on real clusters too.
 """
 
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import math
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -23,7 +25,7 @@ from pathlib import Path
 
 from worlds import free_port
 
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 _POLL_S = 0.2
 
@@ -97,21 +99,33 @@ class Cluster:
         return Job(self, number)
 
     def start(self, *, timeout_s: float = 60) -> None:
-        """Start all daemons and wait until both nodes are idle."""
+        """Start all daemons and wait until all nodes are idle."""
         self._write_files()
         self._daemon("munged", *self._munge_options())
         self._daemon("slurmctld", "-f", self.folder / "slurm.conf")
         for node in NODES:
-            self._daemon("slurmd", "-N", node, "-f", self.folder / "slurm.conf")
+            self.start_daemon(node)
         wait_until(lambda: self.nodes() == dict.fromkeys(NODES, "idle"), timeout_s=timeout_s, what=self.nodes)
+
+    def start_daemon(self, node: str) -> None:
+        """Start the daemon of `node`."""
+        self._daemon("slurmd", "-N", node, "-f", self.folder / "slurm.conf")
+
+    def kill_daemon(self, name: str) -> None:
+        """Kill `slurmctld` or `slurmd.NODE` as a fault of its own would; what runs on the node lives on."""
+        pid = int((self.folder / f"{name}.pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), timeout_s=10, what=lambda: f"{pid} is still there")
 
     def restart_controller(self) -> None:
         """Kill the controller as a machine that fails would, and start it again."""
-        pid = int((self.folder / "slurmctld.pid").read_text())
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not Path(f"/proc/{pid}").exists(), timeout_s=10, what=lambda: f"{pid} is still there")
+        self.kill_daemon("slurmctld")
         self._daemon("slurmctld", "-f", self.folder / "slurm.conf")
         wait_until(lambda: set(self.nodes()) == set(NODES), timeout_s=30, what=self.nodes)
+
+    def logs(self, node: str) -> str:
+        """What the controller and the daemon of `node` have written, with the steps' own lines."""
+        return "".join((self.folder / name).read_text() for name in ("slurmctld.log", f"slurmd.{node}.log"))
 
     def end_all_jobs(self) -> None:
         """Cancel what waits and kill what runs; returns when nothing is left of it."""
@@ -189,6 +203,23 @@ class Job:
         shown = self.cluster.ask("scontrol", "show", "job", self.number)
         return int(shown.partition("Restarts=")[2].split()[0])
 
+    def nodes(self) -> list[str]:
+        """The nodes that it runs on; rank 0 and the batch script on the first."""
+        shown = self.cluster.ask("scontrol", "show", "job", self.number)
+        names = re.search(r"^\s*NodeList=(\S+)$", shown, flags=re.MULTILINE)
+        assert names, shown
+        return self.cluster.ask("scontrol", "show", "hostnames", names[1]).split()
+
+    def set_limit(self, *, within_s: float) -> None:
+        """Give it a time limit, in whole minutes since its start, that comes no sooner than in `within_s` seconds."""
+        shown = self.cluster.ask("scontrol", "show", "job", self.number)
+        times = re.search(r"RunTime=(?:(\d+)-)?(\d+):(\d+):(\d+)", shown)
+        assert times, shown
+        days, hours, minutes, seconds = (int(number or 0) for number in times.groups())
+        runs_s = ((24 * days + hours) * 60 + minutes) * 60 + seconds
+        limit = math.ceil((runs_s + within_s) / 60)
+        self.cluster.ask("scontrol", "update", f"jobid={self.number}", f"TimeLimit={limit}")
+
     def wait_for_print(self, text: str, *, timeout_s: float = 120) -> None:
         """Wait until it has printed `text`."""
         self._wait(lambda: text in self.printed(), timeout_s=timeout_s, what=f"{text!r} was not printed")
@@ -207,6 +238,16 @@ class Job:
         wait_until(condition, timeout_s=timeout_s, what=lambda: f"{what}; {self.state()}\n{self.printed()}")
 
 
+def processes_of(job: str, *, node: str) -> list[int]:
+    """Processes of `job` on `node`: its batch script, srun, supervisors, ranks and what they have started."""
+    found, wanted = [], {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if wanted <= set(path.read_bytes().split(b"\0")):
+                found.append(int(path.parent.name))
+    return found
+
+
 def rank_process(job: str, *, rank: int) -> int:
     """The process of a rank of train.py in `job`: the one below its supervisor, which is alike but for its parent."""
     found = {}
@@ -214,7 +255,8 @@ def rank_process(job: str, *, rank: int) -> int:
         with contextlib.suppress(OSError):
             environ = (folder / "environ").read_bytes().split(b"\0")
             asked = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-            if asked <= set(environ) and b"train.py" in (folder / "cmdline").read_bytes().split(b"\0"):
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if asked <= set(environ) and b"train.py" in command and b"srun" not in command[0]:
                 found[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
     (pid,) = (pid for pid, parent in found.items() if parent in found)
     return pid

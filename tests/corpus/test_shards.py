@@ -158,8 +158,8 @@ MANIFEST = Manifest(
     vocabulary={"size": 100, "fingerprint": "f"},
     seed=0,
     splits={
-        "train": Split((Shard("train/shard-000000.tar", 3, 10240, "aa"),), 3, 99),
-        "validation": Split((Shard("validation/shard-000000.tar", 1, 10240, "bb"),), 1, 33),
+        "train": Split((Shard("train/shard-000000.tar", 3, 10240, "a" * 64),), 3, 99),
+        "validation": Split((Shard("validation/shard-000000.tar", 1, 10240, "b" * 64),), 1, 33),
     },
     unigram_entropy=1 / 3,
     counts={"documents": {"train": 2}, "skipped": {"empty": 1}},

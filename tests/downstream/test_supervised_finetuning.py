@@ -21,6 +21,7 @@ from pmlm_dist.training.exit_codes import ExitCode
 pytestmark = pytest.mark.distributed
 
 LIMIT_S = 5
+SECRET = "a-token-that-nobody-may-read"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ class Ranks:
             worlds.process(
                 pmlm,
                 [*command, "--output", str(output)],
-                {**world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                {**world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "HF_TOKEN": SECRET},
                 self.log,
             )
             for rank in range(2)
@@ -117,4 +118,6 @@ def test_a_rank_that_stands_still_is_named_with_the_stacks_of_all(command: list[
     stacks = {path.name: path.read_text() for path in (tmp_path / "out" / "logs").rglob("rank-*.txt")}
     assert sorted(stacks) == ["rank-00000.txt", "rank-00001.txt"]
     assert all("in _train" in text for text in stacks.values())
+    written = [path for path in (started.log, *(tmp_path / "out").rglob("*")) if path.is_file()]
+    assert not [path for path in written if SECRET.encode() in path.read_bytes()]
     assert not [pid for pid in own if Path(f"/proc/{pid}").exists()]

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -119,8 +120,10 @@ def _write_ids(config: RunConfig, rank: int, step: int, batches: list[Any]) -> N
         for batch in batches
         for epoch, number in zip(batch.epochs_B, batch.sample_ids_B, strict=True)
     ]
+    open_files = len(os.listdir("/proc/self/fd"))
     with (config.run_dir / IDS).open("a") as lines:
-        lines.write(json.dumps({"rank": rank, "step": step, "samples": samples}) + "\n")
+        told = {"rank": rank, "step": step, "samples": samples, "pid": os.getpid(), "open_files": open_files}
+        lines.write(json.dumps(told) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------- jobs
@@ -238,6 +241,19 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def descendants_of(pid: int) -> list[int]:
+    """Children, their children, and so on."""
+    return [found for child in children_of(pid) for found in (child, *descendants_of(child))]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process; one that has ended and that nobody has asked about is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def shared_memory() -> set[str]:
     """What lies in /dev/shm that torch or multiprocessing of this user made."""
     pattern = re.compile(r"torch_|sem\.mp|nccl|__KMP|psm_")
@@ -297,6 +313,15 @@ def steps_redone(config: RunConfig) -> list[int]:
     return [begun[place - 1] - begun[place] for place in restarts]
 
 
+def open_files(config: RunConfig) -> dict[int, list[int]]:
+    """How many files each process that was a rank held open, step by step."""
+    found: dict[int, list[int]] = {}
+    for line in (config.run_dir / IDS).read_text().splitlines():
+        facts = json.loads(line)
+        found.setdefault(facts["pid"], []).append(facts["open_files"])
+    return found
+
+
 def kill() -> None:
     """The process is gone, as by `kill -9`."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -307,9 +332,61 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def straight_run(corpus: Path, folder: Path, **settings: Any) -> RunConfig:
+def fail() -> None:
+    """The process meets a fault of the program."""
+    raise LookupError("a fault of the program")
+
+
+class Paced:
+    """From now on each step takes some time more; where there is a path, rank 0 writes down how long it took."""
+
+    def __init__(self, more_s: float, path: Path | None = None):
+        self.more_s, self.path = more_s, path
+
+    def __call__(self) -> None:
+        from pmlm_dist.training.meter import Meter
+
+        start_step, end_step, more_s, path = Meter.start_step, Meter.end_step, self.more_s, self.path
+        begun: list[float] = []
+
+        def start(meter: Meter, step: int) -> None:
+            begun[:] = [time.perf_counter()]
+            start_step(meter, step)
+
+        def end(meter: Meter, step: int, *args: Any, **kwargs: Any) -> None:
+            time.sleep(more_s)
+            end_step(meter, step, *args, **kwargs)
+            if begun and path and meter._run.topology.is_first:
+                with path.open("a") as lines:
+                    lines.write(json.dumps([step, time.perf_counter() - begun[0]]) + "\n")
+
+        setattr(Meter, "start_step", start)  # noqa: B010
+        setattr(Meter, "end_step", end)  # noqa: B010
+
+
+def paced(more_s: float, path: Path | None = None) -> list[Fault]:
+    """Steps of at least `more_s` on both ranks, in every life: long for the checkpoint that is written meanwhile."""
+    return [Fault(Paced(more_s, path), rank=rank, step=0, again=True) for rank in range(2)]
+
+
+def with_the_next_file(act: Callable[[Callable[[], Any]], Any]) -> None:
+    """Call `act`, in the writer's thread, with what writes this rank's next file of a checkpoint."""
+    from pmlm_dist.training import saver
+
+    write, done = saver.write_numbers, threading.Event()
+
+    def instead(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if done.is_set():
+            return write(path, *args, **kwargs)
+        done.set()
+        return act(lambda: write(path, *args, **kwargs))
+
+    saver.write_numbers = instead
+
+
+def straight_run(corpus: Path, folder: Path, *, within_s: float = 60.0, **settings: Any) -> RunConfig:
     """A run that nothing happens to."""
     config = small_run(corpus, folder, **settings)
-    ended = live(config)
+    ended = live(config, within_s=within_s)
     assert ended.codes == [0] * RANKS, ended.printed
     return config

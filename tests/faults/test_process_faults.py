@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
+import os
 import random
+import re
+import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -19,62 +22,39 @@ from jobs import (
     LIMIT_S,
     Fault,
     check_recovered,
+    children_of,
+    descendants_of,
+    fail,
+    is_alive,
     kill,
     learned,
     live,
     live_on,
+    paced,
     small_run,
     started,
     steps_redone,
     stop,
     straight_run,
+    with_the_next_file,
 )
+from runs import with_train
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.training.exit_codes import ExitCode
 from pmlm_dist.training.lives import effective, read_lives
+from pmlm_dist.training.preemption import STOP_FILE
 from pmlm_dist.training.restarts import Limits
 from pmlm_dist.training.run_lock import LOCK, read_holder
 
 Record = Callable[[str, object], None]
+_CLONE_NEWNS = 0x00020000
 
 
 def report_of(config: RunConfig, rank: int) -> str:
     """What the supervisor of `rank` has left of the first life that ended by a fault."""
     folder = min((config.run_dir / "logs").iterdir(), key=lambda path: path.stat().st_mtime)
     return (folder / f"rank-{rank:05d}.txt").read_text()
-
-
-class Paced:
-    """From now on each step takes some time more; where there is a path, rank 0 writes down how long it took."""
-
-    def __init__(self, more_s: float, path: Path | None = None):
-        self.more_s, self.path = more_s, path
-
-    def __call__(self) -> None:
-        from pmlm_dist.training.meter import Meter
-
-        start_step, end_step, more_s, path = Meter.start_step, Meter.end_step, self.more_s, self.path
-        begun: list[float] = []
-
-        def start(meter: Meter, step: int) -> None:
-            begun[:] = [time.perf_counter()]
-            start_step(meter, step)
-
-        def end(meter: Meter, step: int, *args: Any, **kwargs: Any) -> None:
-            time.sleep(more_s)
-            end_step(meter, step, *args, **kwargs)
-            if begun and path and meter._run.topology.is_first:
-                with path.open("a") as lines:
-                    lines.write(json.dumps([step, time.perf_counter() - begun[0]]) + "\n")
-
-        setattr(Meter, "start_step", start)  # noqa: B010
-        setattr(Meter, "end_step", end)  # noqa: B010
-
-
-def paced(more_s: float, path: Path | None = None) -> list[Fault]:
-    """Steps of at least `more_s` on both ranks, in every life: long for the checkpoint that is written meanwhile."""
-    return [Fault(Paced(more_s, path), rank=rank, step=0, again=True) for rank in range(2)]
 
 
 # ---------------------------------------------------------------------------------------------------- ranks that end
@@ -91,10 +71,6 @@ def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on(
     assert "(1 unexpected ends)" in second.printed
     assert second.codes == [0, 0]
     record_property("lost", f"{check_recovered(config, straight)} steps done again")
-
-
-def fail() -> None:
-    raise LookupError("a fault of the program")
 
 
 @pytest.mark.fault("F02")
@@ -347,17 +323,57 @@ def test_thirty_kills_of_random_ranks_at_random_times_change_nothing(
     record_property("lost", f"{kills} kills, {redone} of {steps} steps done again, at most {max(steps_redone(config))}")
 
 
-@pytest.mark.nightly
-@pytest.mark.fault("F91")
-def test_a_month_of_mixed_faults(small_corpus: Path, tmp_path: Path, record_property: Record):
-    steps, every, dice = 60, 2, random.Random(1)
-    undisturbed = straight_run(small_corpus, tmp_path / "straight", steps=steps, every=every)
-    config = small_run(small_corpus, tmp_path / "run", steps=steps, every=every)
-    kinds = itertools.cycle([kill, fail, stop, segfault, KillSoon(0.05)])
-    faults = [Fault(next(kinds), rank=dice.randrange(2), step=5 * number) for number in range(1, 11)]
-    lives = live_on(config, *faults, limits=Limits(failures=50))
-    assert len(lives) > 8
-    record_property("lost", f"{len(lives) - 1} ends, {check_recovered(config, undisturbed)} steps done again")
+# ---------------------------------------------------------------------------------------------- signals at bad moments
+
+
+class SignalAmidTheNextFile:
+    """The next checkpoint takes a while, and this process is told to stop meanwhile: `times` times."""
+
+    def __init__(self, times: int):
+        self.times = times
+
+    def __call__(self) -> None:
+        with_the_next_file(self._slowly)
+
+    def _slowly(self, write: Callable[[], Any]) -> Any:
+        for _ in range(self.times):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.5)
+        return write()
+
+
+@pytest.mark.fault("F81")
+@pytest.mark.parametrize(("times", "codes"), [(1, [75, 75]), (2, [143, 143])])
+def test_a_signal_amid_a_save_costs_nothing_and_a_second_one_that_checkpoint(
+    small_corpus: Path, tmp_path: Path, straight: RunConfig, times: int, codes: list[int]
+):
+    config = small_run(small_corpus, tmp_path / "run")
+    first, second = live_on(config, Fault(SignalAmidTheNextFile(times), step=8), *paced(0.1))
+    assert first.codes == codes, first.printed
+    assert second.codes == [0, 0], second.printed
+    (step,) = re.findall(r"going on after step (\d+);", second.printed)
+    assert int(step) == 5 if times == 2 else int(step) >= 10
+    check_recovered(config, straight)
+
+
+@pytest.mark.fault("F01")
+def test_a_supervisor_that_is_killed_takes_its_rank_and_all_that_it_started_with_it(
+    small_corpus: Path, tmp_path: Path, straight: RunConfig
+):
+    config = small_run(small_corpus, tmp_path / "run")
+    config = replace(config, data=replace(config.data, workers=1))
+    with started(config, *paced(0.2)) as job:
+        job.wait_for_print("step  7/20")
+        ours = [pid for process in job.processes for pid in (process.pid, *descendants_of(process.pid))]
+        job.processes[1].kill()
+        assert job.wait()[1] == -signal.SIGKILL
+        assert job.processes[0].exitcode not in (0, None), job.printed
+        deadline = time.monotonic() + 10
+        while left := [pid for pid in ours if is_alive(pid)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+    assert live(config).codes == [0, 0]
+    check_recovered(config, straight)
 
 
 # --------------------------------------------------------------------------------------------------- two jobs, one run
@@ -471,8 +487,6 @@ class FullTerminal:
     """What this process prints from now on has no place any more."""
 
     def __call__(self) -> None:
-        import os
-
         full = os.open("/dev/full", os.O_WRONLY)
         os.dup2(full, 1)
         os.close(full)
@@ -488,6 +502,101 @@ def test_a_terminal_that_is_gone_does_not_end_the_training(small_corpus: Path, t
     check_recovered(config, straight)
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert max(line.get("log/lost_lines", 0) for line in lines) > 5
+
+
+# ------------------------------------------------------------------------------------------------------ shared memory
+
+
+class OwnSharedMemory:
+    """/dev/shm of this process, and of all that it starts, is from now on a disk of its own of one megabyte."""
+
+    def __call__(self) -> None:
+        if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
+            raise OSError(ctypes.get_errno(), "unshare")
+        for command in ("--make-rprivate /", "-t tmpfs -o size=1m tmpfs /dev/shm"):
+            subprocess.run(["mount", *command.split()], check=True)
+
+
+def fill_shared_memory() -> None:
+    """Not a byte is left; a file of which a page was touched already keeps it."""
+    with open("/dev/shm/filler", "wb", buffering=0) as filler:
+        while os.statvfs("/dev/shm").f_bfree:
+            filler.write(b"\0" * 4096)
+
+
+def places_of(pid: int) -> set[str]:
+    """The file systems that a process and its descendants see, as the kernel numbers them."""
+    below = [places_of(child) for child in children_of(pid)]
+    return {os.readlink(f"/proc/{pid}/ns/mnt")}.union(*below)
+
+
+@pytest.mark.fault("F58")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a /dev/shm of its own")
+@pytest.mark.parametrize("step", [0, 7], ids=["from the start", "amid the run"])
+def test_a_run_with_loader_processes_needs_no_room_in_shared_memory(
+    small_corpus: Path, tmp_path: Path, straight: RunConfig, step: int
+):
+    """Batches come through pipes, gradients through sockets: nothing to fall back from, no bus error."""
+    config = small_run(small_corpus, tmp_path / "run")
+    config = replace(config, data=replace(config.data, workers=2))
+    own = [Fault(OwnSharedMemory(), rank=rank, step=-1) for rank in range(2)]
+    full = [Fault(fill_shared_memory, rank=rank, step=step) for rank in range(2)]
+    with started(config, *own, *full, *paced(0.1)) as job:
+        job.wait_for_print("step  8/20")
+        places = [places_of(rank) for rank in job.rank_processes().values()]
+        assert job.wait() == [0, 0], job.printed
+    assert [len(place) for place in places] == [1, 1], "a loader process sees another /dev/shm"
+    assert os.readlink("/proc/self/ns/mnt") not in set.union(*places)
+    check_recovered(config, straight)
+
+
+# ----------------------------------------------------------------------------------------------------- loss that spikes
+
+
+class TooFast:
+    """The learning rate is a hundred times what it should be, for three steps."""
+
+    def __init__(self, first: int):
+        self.steps = range(first, first + 3)
+
+    def __call__(self) -> None:
+        from pmlm_dist.training import loop
+
+        rate = loop.learning_rate
+        loop.learning_rate = lambda step, **about: rate(step, **about) * (100 if step in self.steps else 1)
+
+
+@pytest.mark.nightly
+@pytest.mark.fault("F74")
+def test_after_a_spike_of_the_loss_the_run_book_leads_back_to_the_run_without_it(
+    small_corpus: Path, tmp_path: Path, straight: RunConfig, record_property: Record
+):
+    """Nothing is rolled back by itself and no batch is skipped: a person does what docs/operations.md says."""
+    config = with_train(small_run(small_corpus, tmp_path / "run"), keep_checkpoints=9)
+    spike = [Fault(TooFast(7), rank=rank, step=1) for rank in range(2)]
+    with started(config, *spike, *paced(0.3)) as job:
+        job.wait_for_print("step 11/20")
+        (config.run_dir / STOP_FILE).touch()
+        assert job.wait() == [0, 0], job.printed
+    spiked, smooth = learned(config).scalars, learned(straight).scalars
+    assert [step for step in range(1, 8) if spiked[step]["train/total"] != smooth[step]["train/total"]] == []
+    worst = max(spiked[step]["train/total"] / smooth[step]["train/total"] for step in range(8, 12))
+    assert worst > 1.2, worst
+    (config.run_dir / STOP_FILE).unlink()
+    aside = config.run_dir / "aside"
+    aside.mkdir()
+    for checkpoint in (config.run_dir / "checkpoints").glob("step-*"):
+        if int(checkpoint.name[5:]) > 6:
+            checkpoint.rename(aside / checkpoint.name)
+    assert list(aside.iterdir())
+    ended = live(config)
+    assert ended.codes == [0, 0], ended.printed
+    assert "going on after step 5;" in ended.printed
+    redone = check_recovered(config, straight)
+    record_property(
+        "lost",
+        f"the spike raised the loss to {worst:.1f} times; by hand back to the straight run, {redone} steps done again",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- wrong groups

@@ -21,7 +21,7 @@ from pmlm_dist.training.run_lock import FolderInUse
 RANK = """
 import os, signal, subprocess, sys, time
 from pmlm_dist.training.heartbeat import *
-from pmlm_dist.training.supervisor import supervised
+from pmlm_dist.training.supervisor import leave, supervised
 
 def main(heart):
     heart.introduce(rank={rank}, world_size=1, run_dir=sys.argv[1], life="life")
@@ -30,9 +30,7 @@ def main(heart):
     {body}
     return 0
 
-code = supervised(main)
-sys.stdout.flush()
-os._exit(code)
+leave(supervised(main))
 """
 
 
@@ -115,6 +113,32 @@ def test_signals_are_passed_on(tmp_path: Path):
         "signal.signal(signal.SIGTERM, lambda *_: os._exit(75)); os.kill(os.getppid(), signal.SIGTERM); time.sleep(9)"
     )
     assert run(body, tmp_path).returncode == 75
+
+
+def test_a_rank_that_does_not_heed_sigterm_is_killed(tmp_path: Path):
+    body = "signal.signal(signal.SIGTERM, signal.SIG_IGN); open(sys.argv[1] + '/pid', 'w').write(str(os.getpid()))"
+    done = run(f"{body}; time.sleep(60)", tmp_path)
+    assert done.returncode == ExitCode.HUNG
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
+
+
+def test_signals_that_come_while_the_rank_is_being_ended_hold_nothing_up(tmp_path: Path):
+    body = """signal.signal(signal.SIGTERM, lambda *_: [os.kill(os.getppid(), signal.SIGTERM) for _ in range(9)])
+    while True: time.sleep(60)"""
+    assert run(body, tmp_path).returncode == ExitCode.HUNG
+
+
+@pytest.mark.fault("F88")
+@pytest.mark.parametrize(("body", "code"), [("return 0", 0), ("return 75", 75), ("time.sleep(60)", ExitCode.HUNG)])
+def test_a_full_disk_changes_no_exit_code(tmp_path: Path, body: str, code: int):
+    """The log's disk takes nothing, and neither causes nor reports can be written."""
+    (tmp_path / "logs").touch()
+    program = RANK.format(body=f"print('a line'); {body}", rank=0)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        environ = {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(command, stdout=full, stderr=full, env=environ, timeout=60, check=False)
+    assert done.returncode == code
 
 
 @pytest.mark.fault("F88")

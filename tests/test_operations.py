@@ -1,0 +1,61 @@
+"""docs/operations.md, the run book, against the code: its messages are printed, its settings are there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+SCRIPTS = "\n".join(path.read_text() for path in (ROOT / "slurm").glob("*.sh"))
+
+STAND_IN = re.compile(r"\.\.\.|\bRUN_DIR\b|\bSIG\b|\b[NRTS]\b")
+"""What a message of the document leaves open."""
+
+
+def printed() -> str:
+    """Every text of the package, a line each, `...` where something is filled in; and the batch scripts."""
+    texts = [SCRIPTS]
+    for path in (ROOT / "pmlm_dist").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "..." for p in node.values)
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+PRINTED = printed()
+TABLE = DOCUMENT.partition("## What warnings mean")[2].partition("\n## ")[0]
+MESSAGES = [
+    message
+    for row in re.findall(r"^\| (`.*?) \| ", TABLE, flags=re.MULTILINE)
+    for message in re.findall(r"`([^`]+)`", row)
+]
+
+
+def test_there_are_messages():
+    assert len(MESSAGES) >= 10
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_every_message_of_the_run_book_is_one_that_is_printed(message: str):
+    pieces = [piece.strip(" :;()") for piece in STAND_IN.split(message.removeprefix("supervisor: "))]
+    pieces = [piece for piece in pieces if len(piece) > 3]
+    assert pieces
+    assert not [piece for piece in pieces if piece not in PRINTED]
+
+
+def test_every_setting_of_the_run_book_is_one_of_train_py():
+    from pmlm_dist.config import RunConfig, as_dict
+
+    plain = as_dict(RunConfig())
+    for option in set(re.findall(r"--((?:train|watch|optim|data|model)\.[\w.-]+)", DOCUMENT)):
+        group, _, name = option.rstrip(".").replace("-", "_").partition(".")
+        assert name in plain[group], option
+    for variable in set(re.findall(r"\b(GRACE_S|MAX_\w+|ON_STOP|CONTAINER\w*|VENV|PROJECT)\b", DOCUMENT)):
+        assert f"{variable}=" in SCRIPTS or f"${{{variable}:-" in SCRIPTS, variable
