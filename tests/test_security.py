@@ -27,6 +27,7 @@ DOCUMENT = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 PIPES = {"pmlm_dist/data/workers.py"}
 """Where pickles go between a rank and processes that it has started itself."""
 STARTS_PROGRAMS = {
+    "pmlm_dist/data/transfer.py",
     "pmlm_dist/training/restarts.py",
     "benchmarks/loader.py",
     "benchmarks/prepare.py",

@@ -16,6 +16,7 @@ import selectors
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import IO, Any
@@ -161,9 +162,10 @@ def _output(arguments: list[str], url: str, *, timeout_s: float) -> Generator[by
         said = b""
         ready.register(program.stdout, selectors.EVENT_READ)
         ready.register(program.stderr, selectors.EVENT_READ)
+        deadline = time.monotonic() + timeout_s
         while ready.get_map():
-            events = ready.select(timeout_s)
-            if not events:
+            events = ready.select(max(0.0, deadline - time.monotonic()))
+            if time.monotonic() >= deadline:  # what it says on stderr is no byte of the file
                 raise TransferError(f"{url} broke off: no byte for {timeout_s:g} s{_words(said)}")
             for key, _ in events:
                 pipe: IO[bytes] = key.fileobj  # type: ignore[assignment]
@@ -174,6 +176,7 @@ def _output(arguments: list[str], url: str, *, timeout_s: float) -> Generator[by
                     said = (said + chunk)[-_TOLD_BYTES:]
                 else:
                     yield chunk
+                    deadline = time.monotonic() + timeout_s
         try:
             status = program.wait(timeout_s)
         except subprocess.TimeoutExpired as error:

@@ -203,5 +203,5 @@ def test_shards_that_lie_elsewhere_are_refused(tmp_path: Path, name: str):
     shard = {"name": name, "samples": 1, "bytes": 1, "sha256": "0" * 64}
     split = {"shards": [shard], "samples": 1, "tokens": 1}
     (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "splits": {"train": split}}))
-    with pytest.raises(ConfigError, match="which is no path in the corpus"):
+    with pytest.raises(ConfigError, match="is no path below the corpus"):
         Manifest.load(tmp_path)

@@ -207,10 +207,10 @@ def test_presets_and_grids_are_the_paper_s():
 def test_it_learns_in_bf16_with_the_shipped_settings(model: Path, data: Path, tmp_path: Path):
     shipped = Path(__file__).parents[2] / "ds_configs" / "finetune.json"
     assert json.loads(shipped.read_text())["bf16"]["enabled"]
-    recipe = Recipe(lr=3e-3, batch=4, epochs=20, dropout=0.0)
+    recipe = Recipe(lr=3e-3, batch=4, epochs=15, dropout=0.0)  # as in fp32 above
     wanted = replace(config(model, data, tmp_path / "out", recipe=recipe), ds_config=shipped)
     ((trial,),) = run_world(learn, 1, wanted)
-    assert trial.scores["validation"]["accuracy"] > 0.6  # three classes, equally many
+    assert trial.scores["validation"]["accuracy"] == 1.0
     again = EvaluateConfig(tmp_path / "out", ds_config=shipped)
     assert run_world(score, 1, again)[0]["validation"][0] == trial.scores["validation"]
 
