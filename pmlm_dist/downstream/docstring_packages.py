@@ -7,7 +7,7 @@
        | 8-word runs                            held-out texts that share a fifth of theirs with training are dropped
     FOLDER/train.jsonl validation.jsonl test.jsonl    {"id", "text", "label"}, as many of each class
 
-Baselines: the class that training has most often (they are balanced: one in ten), and the class whose most frequent
+Baselines: the class that training has most often (they are balanced), and the class whose most frequent
 words, without those frequent in all classes, the text holds most of.
 
 The label is the package, so a package cannot be held out; its modules can. Pre-training has read the same docstrings,
@@ -58,7 +58,9 @@ class PackageTaskConfig:
     output: Path = Path("data/demo-tasks/package")
     """Folder to write, which must not be there yet."""
     classes: int = 10
-    """Packages: those with most docstrings."""
+    """Packages: those with most docstrings. An installation with fewer that have enough gives those it has."""
+    fewest_classes: int = 4
+    """With fewer packages than this there is nothing to tell apart, and the task is refused."""
     train: int = 150
     """Training examples of each class."""
     held_out: int = 50
@@ -108,8 +110,11 @@ def _classes(rows: Sequence[dict[str, str]], groups: dict[str, str], config: Pac
     in_split = Counter((row["package"], _split_of(groups[row["name"]])) for row in rows)
     wanted = {"train": config.train, "validation": 2 * config.held_out, "test": 2 * config.held_out}
     fit = [name for name in counts if all(in_split[name, split] >= number for split, number in wanted.items())]
-    if len(fit) < config.classes:
-        raise ConfigError([f"{len(fit)} packages have enough docstrings, --classes ({config.classes}) are wanted"])
+    if len(fit) < min(config.classes, config.fewest_classes):
+        needed = f"{config.train} for training and {2 * config.held_out} for each other split"
+        raise ConfigError(
+            [f"{len(fit)} packages have enough docstrings ({needed}), {config.fewest_classes} are wanted: install more"]
+        )
     return sorted(fit, key=lambda name: (-counts[name], name))[: config.classes]
 
 

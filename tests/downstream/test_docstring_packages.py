@@ -62,6 +62,14 @@ def test_classes_are_balanced_and_modules_lie_in_one_split(folder: Path):
         assert len(set(counts)) == 1
 
 
+def test_an_installation_with_fewer_packages_gives_those_it_has(folder: Path, tmp_path: Path):
+    source = folder.parent / "docs.jsonl"
+    few = PackageTaskConfig(source, tmp_path / "few", classes=10, fewest_classes=3, train=60, held_out=12)
+    assert write_package_task(few) == {"train": 180, "validation": 36, "test": 36}
+    with pytest.raises(ConfigError, match="3 packages have enough docstrings"):
+        write_package_task(PackageTaskConfig(source, tmp_path / "none", train=60, held_out=12))
+
+
 def test_no_text_names_a_package_and_held_out_texts_are_new(folder: Path):
     splits = read(folder)
     for rows in splits.values():
@@ -83,7 +91,7 @@ def test_nothing_is_overwritten_and_too_few_docstrings_are_refused(folder: Path,
     source = folder.parent / "docs.jsonl"
     with pytest.raises(ConfigError, match="is there already, and nothing is overwritten"):
         write_package_task(PackageTaskConfig(source, folder))
-    with pytest.raises(ConfigError, match=r"0 packages have enough docstrings, --classes \(10\) are wanted"):
+    with pytest.raises(ConfigError, match=r"0 packages have enough docstrings \(150 for .*\), 4 are wanted"):
         write_package_task(PackageTaskConfig(source, tmp_path / "new"))
     with pytest.raises(ConfigError, match="make it with `pmlm prepare-corpus"):
         write_package_task(PackageTaskConfig(tmp_path / "none.jsonl", tmp_path / "new"))
