@@ -101,7 +101,7 @@ $(VENV)/.dev: $(VENV)/.train
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev $(DEMO)/manifest.json
 	for name in step loader attention checkpoint generate plan prepare scaling zero; do $(BIN)/python benchmarks/run.py $$name --json benchmarks/results/$$name.json; done
 
 bench-gpu: export DS_ACCELERATOR := cuda

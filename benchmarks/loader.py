@@ -2,12 +2,13 @@
 
 one worker              reading, masking, layout, collate in a loader process, as the training receives it
 disk|http, W workers    an epoch as W loader processes deliver it, from its first batch on: from files that the kernel
-                        has not read yet (cold) or has (warm), and from a web server on this machine, cache empty
+                        has not read yet (cold; left out where it cannot be made to forget them) or has (warm), and
+                        from a web server on this machine, cache empty
 masking, layout, collate    on token arrays in memory, ours: spans, factorization order, three slots a position
 transformers, tokens    `DataCollatorForLanguageModeling` on the same arrays: independent tokens
 transformers, words     the same with whole-word masking
 
-`data_wait_share`: of a training step of the tiny preset, the share that is spent waiting for its batches.
+`data_wait_share`: of a training step of the demo, the share that is spent waiting for its batches.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from harness import Report, interleaved, synchronize
 from random_text import SHARDS, random_corpus
 
 from pmlm_dist.config import DataConfig, MaskingConfig
-from pmlm_dist.corpus.shards import Manifest, ShardReader
+from pmlm_dist.corpus.shards import MANIFEST, Manifest, ShardReader
 from pmlm_dist.data.batch import build_batch, special_ids
 from pmlm_dist.data.loader import Batches, BatchSource, training_batches
 from pmlm_dist.data.order import BatchShare
@@ -72,16 +73,20 @@ class LoaderOptions:
     """Numbers of loader processes that read an epoch."""
     steps: int = 30
     """Training steps whose waiting is measured."""
+    demo: Path | None = Path("data/demo")
+    """Corpus that they train on, of `make corpus`. None: a random one."""
 
     def quick(self) -> LoaderOptions:
         """A smoke run."""
         small = dataclasses.replace(self, sequence_length=64, vocabulary=1000, samples=256, repeats=2)
-        return dataclasses.replace(small, seconds=0.5, workers=(1,), steps=3)
+        return dataclasses.replace(small, seconds=0.5, workers=(1,), steps=3, demo=None)
 
 
 def run(options: LoaderOptions) -> Report:
     """Time the collators in turn, then one worker by itself."""
     torch.set_num_threads(1)
+    if options.demo is not None and not (options.demo / MANIFEST).is_file():
+        sys.exit(f"there is no corpus in {options.demo}: `make corpus` makes it; or name another with --demo")
     with tempfile.TemporaryDirectory() as folder:
         corpus = random_corpus(
             Path(folder),
@@ -102,7 +107,7 @@ def run(options: LoaderOptions) -> Report:
         "workers_for_300k_tokens": TOKENS_PER_S / options.sequence_length / worker,
         "data_wait_share": waiting,
     }
-    return Report("loader", dataclasses.asdict(options), rows, figures)
+    return Report("loader", {**dataclasses.asdict(options), "demo": str(options.demo)}, rows, figures)
 
 
 def _collators(options: LoaderOptions, corpus: Path) -> dict[str, Callable[[], object]]:
@@ -183,8 +188,8 @@ def _epoch_rates(options: LoaderOptions, corpus: Path) -> dict[str, float]:
     with served(corpus) as address:
         for workers in options.workers:
             disk = DataConfig(workers=workers)
-            _forget(corpus)
-            rates[f"disk, cold, {workers} workers"] = _epoch_rate(options, CorpusSource(corpus), disk)
+            if _forget(corpus):
+                rates[f"disk, cold, {workers} workers"] = _epoch_rate(options, CorpusSource(corpus), disk)
             rates[f"disk, warm, {workers} workers"] = _epoch_rate(options, CorpusSource(corpus), disk)
             with tempfile.TemporaryDirectory() as cache:
                 remote = DataConfig(workers=workers, cache=cache)
@@ -205,12 +210,23 @@ def _epoch_rate(options: LoaderOptions, source: CorpusSource, loading: DataConfi
     return rate
 
 
-def _forget(corpus: Path) -> None:
-    """Make the kernel drop the shards from its memory (Linux)."""
-    for path in corpus.rglob("*.tar"):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def _forget(corpus: Path) -> bool:
+    """Make the kernel drop the shards from its memory (Linux); whether it did."""
+    forgotten = [_is_forgotten(path) for path in corpus.rglob("*.tar")]
+    return all(forgotten)
+
+
+def _is_forgotten(path: Path) -> bool:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return True  # it would have to be read from the disk
+        except OSError:
+            pass  # a file system that cannot tell
+    return False
 
 
 @contextmanager
@@ -229,14 +245,12 @@ def served(folder: Path) -> Iterator[str]:
 
 def _data_wait_share(options: LoaderOptions) -> float:
     """Seconds that steps of the tiny preset wait for their batches, over the seconds of these steps."""
-    config = tiny()
     with tempfile.TemporaryDirectory() as folder:
-        length = min(options.sequence_length, 128)
-        corpus = random_corpus(
-            Path(folder), vocabulary_size=min(options.vocabulary, 8192), samples=512, sequence_length=length
+        corpus = options.demo or random_corpus(
+            Path(folder), vocabulary_size=1000, samples=512, sequence_length=options.sequence_length
         )
         topology = groups.start()
-        run = resolve(dataclasses.replace(config, corpus=corpus), topology)
+        run = resolve(dataclasses.replace(tiny(), corpus=corpus, run_dir=Path(folder) / "run"), topology)
         engine = build_engine(run)
         batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=run.config.data)
         watch, state, accumulation = Stopwatch(topology.device), RunState(), run.engine.accumulation(topology.dp)
