@@ -114,7 +114,7 @@ WRITING: dict[str, WritingConfig] = {
         48, 16, decoding=DecodingConfig(beam=4, length_penalty=0.7, max_length=16, min_length=3)
     ),
 }
-"""Lengths and decoding of a preset: the paper's data sets, and the demo, whose model has seen 64 positions."""
+"""Lengths and decoding of a preset: the paper's data sets, and the demo."""
 
 
 @dataclass(frozen=True)
