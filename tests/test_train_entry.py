@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import run_config, write_engine_config
+from small_runs import run_config, write_engine_config
 from worlds import free_port, run_world
 
 import train

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import write_engine_config
 from slurm_cluster import Cluster, missing_programs, running
+from small_runs import write_engine_config
 from submissions import Submission
 
 

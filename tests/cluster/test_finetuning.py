@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from downstream.small_tasks import write_model, write_text_task
-from runs import write_engine_config
 from slurm_cluster import Cluster, Job
+from small_runs import write_engine_config
 from submissions import ROOT
 
 

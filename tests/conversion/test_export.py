@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from random_models import MODEL, WORDS, own_answers, random_pretrained, random_text, saved
-from runs import run_config
+from small_runs import run_config
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
 from worlds import run_world
 

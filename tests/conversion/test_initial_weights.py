@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from random_models import saved
-from runs import MODEL, run_config, start_run, take_steps, whole_weights, with_model, with_train
+from small_runs import MODEL, run_config, start_run, take_steps, whole_weights, with_model, with_train
 from worlds import run_world
 
 from pmlm_dist.config import ConfigError, RunConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import run_config, start_run, take_steps, with_model
+from small_runs import run_config, start_run, take_steps, with_model
 from transformers import AutoModel, AutoTokenizer
 from worlds import run_world
 

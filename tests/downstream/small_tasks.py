@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import MODEL, write_engine_config
+from small_runs import MODEL, write_engine_config
 
 from pmlm_dist.config import ParallelConfig
 from pmlm_dist.conversion.pretrained import Pretrained, save_pretrained

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_tasks import COLOURS, KINDS, config, write_jsonl, write_model
@@ -16,11 +17,13 @@ from worlds import run_world
 
 from pmlm_dist.cli import main
 from pmlm_dist.config import ConfigError
-from pmlm_dist.conversion.pretrained import open_pretrained, save_pretrained
+from pmlm_dist.conversion.pretrained import build_pretrained, open_pretrained, save_pretrained
+from pmlm_dist.data.batch import special_ids
 from pmlm_dist.decoding.settings import DecodingConfig
 from pmlm_dist.downstream.generate import read_masks
 from pmlm_dist.downstream.overlap import overlap_scores
 from pmlm_dist.downstream.settings import FinetuneConfig, InputConfig, Recipe, WritingConfig
+from pmlm_dist.masking.pairs import PairRule, lay_out_pairs
 from pmlm_dist.training.metrics import read_metrics
 
 WRITING = WritingConfig(10, 6, decoding=DecodingConfig(beam=2, max_length=6, no_repeat_ngram=0))
@@ -78,6 +81,27 @@ def test_the_network_learns_to_write(tuned: tuple[Path, float]):
     lines = [json.loads(line) for line in (tuned[0] / "predictions-validation.jsonl").open()]
     assert [line["id"] for line in lines] == [row["id"] for row in pair_rows(7, first=100)]
     assert sum(line["prediction"] == line["reference"] for line in lines) >= 6
+    scores = json.loads((tuned[0] / "scores.json").read_text())["scores"]["validation"]
+    nats, tokens = (sum(line[f"reference_{what}"] for line in lines) for what in ("nats", "tokens"))
+    assert scores["nll"] == nats / tokens < 0.5
+
+
+@pytest.mark.distributed
+def test_the_likelihood_of_a_reference_is_that_under_the_layout_of_decoding(tuned: tuple[Path, float]):
+    found = open_pretrained(tuned[0])
+    network, special = build_pretrained(found).eval(), special_ids(found.vocabulary)
+    rule = PairRule(WRITING.max_source, WRITING.max_target, noise=False)
+    lines = [json.loads(line) for line in (tuned[0] / "predictions-validation.jsonl").open()]
+    for row, line in zip(pair_rows(7, first=100), lines, strict=True):
+        source, target = (np.array(ids) for ids in found.vocabulary.encode_batch([row["src"], row["tgt"]]))
+        layout = lay_out_pairs([(source, target)], sample_ids=[0], epochs=[0], seed=0, rule=rule, special=special)
+        tensors = {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
+        names = ("tokens_BT", "positions_BT", "segments_BT", "order_BT", "valid_BT", "predicted_BM")
+        with torch.no_grad():
+            logits_1MBV = network(**{name: tensors[name] for name in names}, reads=("par",))
+        nats_M = -logits_1MBV[0, :, 0].log_softmax(dim=-1)[range(WRITING.max_target), tensors["targets_BM"][0]]
+        assert line["reference_nats"] == pytest.approx(float(nats_M @ tensors["weights_BM"][0]), abs=0.006)
+        assert line["reference_tokens"] == len(target) + 1
 
 
 @pytest.mark.distributed
@@ -91,15 +115,17 @@ def test_losses_and_predictions_are_those_of_a_single_process_on_any_topology(mo
         losses = [
             scalars[key] for scalars in metrics for key in ("train/loss", "train/gradient_norm") if key in scalars
         ]
-        found[name] = losses, (output / "predictions-validation.jsonl").read_text()
+        found[name] = losses, [json.loads(line) for line in (output / "predictions-validation.jsonl").open()]
     assert len(found["single"][0]) == 2 * 5  # 37 pairs in batches of 8
     for name in ("zero 3", "tensor"):
         code, answers = generated(tmp_path / name, tmp_path / name, "--batch", "4", rows=pair_rows(7, first=100))
         assert code == 0  # one process answers from what any topology has saved
-        said = [json.loads(line)["prediction"] for line in found["single"][1].splitlines()]
+        said = [line["prediction"] for line in found["single"][1]]
         assert [json.loads(line)["prediction"] for line in answers.open()] == said
         assert found[name][0] == pytest.approx(found["single"][0], rel=2e-4), name
-        assert found[name][1] == found["single"][1]
+        assert [line["prediction"] for line in found[name][1]] == said
+        for line, single in zip(found[name][1], found["single"][1], strict=True):
+            assert line == {**single, "reference_nats": pytest.approx(single["reference_nats"], abs=0.02)}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import worlds
-from runs import write_engine_config
+from small_runs import write_engine_config
 from small_tasks import write_model, write_text_task
 
 from pmlm_dist import cli

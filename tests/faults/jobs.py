@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import worlds
-from runs import run_config, with_train
+from small_runs import run_config, with_train
 
 from pmlm_dist.config import RunConfig, WatchConfig
 from pmlm_dist.training.lives import Life, read_lives

@@ -38,7 +38,7 @@ from jobs import (
     straight_run,
     with_the_next_file,
 )
-from runs import with_train
+from small_runs import with_train
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.training.exit_codes import ExitCode

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import run_config, start_run, take_steps
+from small_runs import run_config, start_run, take_steps
 from worlds import run_world
 
 from pmlm_dist.config import RunConfig

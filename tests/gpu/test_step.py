@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from corpora import write_corpus
-from runs import Trained, run_config, train, with_model, with_train, write_engine_config
+from small_runs import Trained, run_config, train, with_model, with_train, write_engine_config
 from worlds import run_world
 
 from pmlm_dist.config import DataConfig, OptimConfig, RunConfig

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention
 from batches import MODEL, PADDED, logits_of, model_of, random_batch
-from runs import Trained, run_config, train, with_model
+from small_runs import Trained, run_config, train, with_model
 from torch import Tensor
 from worlds import run_world
 

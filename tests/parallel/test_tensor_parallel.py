@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import MODEL
+from small_runs import MODEL
 from worlds import run_world
 
 pytestmark = pytest.mark.distributed

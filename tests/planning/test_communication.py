@@ -44,7 +44,7 @@ def bytes_of_steps(configs: list[RunConfig]) -> list[Counter[str]]:
 def _bytes_of_a_step(config: RunConfig) -> Counter[str]:
     """Of the longer side of a gather."""
     import torch
-    from runs import start_run, take_steps
+    from small_runs import start_run, take_steps
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 

@@ -1,8 +1,9 @@
 """Planned bytes against those that torch hands out in the real training path, by model, engine and ranks.
 
-torch's profiler reports every allocation and release of the process: the most that stood at once is known to the byte.
-Noise comes from what Python's collector has not yet taken and from what gloo's threads have not yet let go of; it only
-adds. So the collector runs before each step, a pause follows each collective, and the least of some steps counts.
+What stands between steps is the storage of all tensors that Python can reach. How far a step rises above that is known
+to the byte from torch's profiler, which reports every allocation, and every release but those by gloo's threads: what
+they release last seems to stand for ever. So a pause lets them release first, and the least rise of some steps counts.
+Python's collector runs between steps and never within one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ CASES = {
     "2 ranks, bf16 in fp32, ZeRO 2, accumulation": Case(
         LARGE, {**zero(2), **BF16_SUMMED_IN_FP32}, dp=2, accumulation=2
     ),
-    # DeepSpeed's hooks leave circles that hold gathered weights until Python's collector comes by.
     "2 ranks, bf16, ZeRO 3": Case(LARGE, {**zero(3, **CUT_ALMOST_ALL), **BF16}, dp=2, tolerance=0.08),
     "2 tensor-parallel ranks": Case(tp=2),
     "2 tensor-parallel ranks, bf16": Case(LARGE, {**zero(1), **BF16_SUMMED_IN_FP32}, tp=2),
@@ -91,14 +91,16 @@ def _wait_for_gloo() -> None:
 def _most_of_a_run(config: RunConfig, kept: list[Any]) -> float:
     import gc
 
-    from runs import start_run, take_steps
+    from small_runs import start_run, take_steps
     from torch.profiler import ProfilerActivity, profile, record_function
 
     from pmlm_dist.training.checkpoint import RunState
     from pmlm_dist.training.loop import build_engine
 
-    run = start_run(config)
+    gc.disable()
     gc.collect()
+    others = _storage()
+    run = start_run(config)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine = build_engine(run)
         kept.append(engine)
@@ -107,11 +109,23 @@ def _most_of_a_run(config: RunConfig, kept: list[Any]) -> float:
             gc.collect()
             with record_function("counted"):
                 state, *_ = take_steps(run, engine, state, steps=1)
-    return _most(profiler.profiler.kineto_results.events())  # pyright: ignore[reportOptionalMemberAccess]
+    gc.collect()
+    rise = _rise(profiler.profiler.kineto_results.events())  # pyright: ignore[reportOptionalMemberAccess]
+    return _storage() - others + rise
 
 
-def _most(events: Any) -> float:
-    """The most that stood during each event `counted`, of what was allocated since the profiler began; the least."""
+def _storage() -> float:
+    """Bytes of all tensors that Python can reach."""
+    import gc
+
+    import torch
+
+    storages = [found.untyped_storage() for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    return float(sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
+
+
+def _rise(events: Any) -> float:
+    """The most that stood during an event `counted` above what stood at its begin; the least of all such events."""
     ordered = sorted(events, key=lambda event: event.start_ns())
     counted = [(event.start_ns(), event.end_ns()) for event in ordered if event.name() == "counted"]
     live, times, totals = 0, [], []
@@ -120,7 +134,8 @@ def _most(events: Any) -> float:
             live += event.nbytes()
             times.append(event.start_ns())
             totals.append(live)
-    return float(min(max(totals[bisect_left(times, start) : bisect_right(times, end)]) for start, end in counted))
+    within = [(bisect_left(times, start), bisect_right(times, end)) for start, end in counted]
+    return float(min(max(totals[first:past]) - totals[first - 1] for first, past in within))
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import run_config, start_run, take_steps, with_train
 from safetensors.numpy import load_file
+from small_runs import run_config, start_run, take_steps, with_train
 from worlds import RankFailed, run_world
 
 from pmlm_dist.config import RunConfig

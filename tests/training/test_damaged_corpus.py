@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import run_config, train
+from small_runs import run_config, train
 from worlds import RankFailed, run_world
 
 pytestmark = pytest.mark.distributed

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import run_config, whole_weights, with_model, with_train
+from small_runs import run_config, whole_weights, with_model, with_train
 from worlds import run_world
 
 from pmlm_dist.config import RunConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from corpora import write_corpus
 from faulty_server import serving
-from runs import run_config, start_run, with_train
+from small_runs import run_config, start_run, with_train
 from worlds import RankFailed, run_world
 
 from pmlm_dist.config import ConfigError, DataConfig, RunConfig

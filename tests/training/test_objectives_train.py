@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Trained, run_config, train
+from small_runs import Trained, run_config, train
 from worlds import run_world
 
 from pmlm_dist.config import ObjectiveConfig, RunConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import MODEL
+from small_runs import MODEL
 from torch import nn
 from worlds import run_world
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from runs import run_config, train
+from small_runs import run_config, train
 from worlds import run_world
 
 pytestmark = pytest.mark.distributed

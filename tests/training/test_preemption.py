@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import run_config, with_train
+from small_runs import run_config, with_train
 from worlds import run_world
 
 from pmlm_dist.config import RunConfig

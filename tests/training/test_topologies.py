@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Trained, run_config, train, with_model
+from small_runs import Trained, run_config, train, with_model
 from worlds import run_world
 
 from pmlm_dist.config import RunConfig
