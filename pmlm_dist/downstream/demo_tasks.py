@@ -39,7 +39,7 @@ DEMO_TASKS = {
     "summary": DemoTask(
         lambda source, output: write_summary_task(SummaryTaskConfig(source, output)),
         docstring_summaries.baseline_scores,
-        ("rouge1", "rouge2", "rougeL", "bleu"),
+        ("rouge1", "rouge2", "rougeL", "bleu", "nll"),
     ),
 }
 
@@ -71,7 +71,11 @@ def write_table(data: Path = Path("data/demo-tasks"), runs: Path = Path("runs"))
         shown = [metric for metric in task.metrics if metric in found["pre-trained"]]
         print(f"\n{name}, test{'':12}" + "".join(f"{metric:>12}" for metric in shown))
         for label, scores in found.items():
-            print(f"{label:25}" + "".join(f"{scores[metric]:12.3f}" for metric in shown))
+            print(f"{label:25}" + "".join(_cell(scores, metric) for metric in shown))
+
+
+def _cell(scores: dict[str, float], metric: str) -> str:
+    return f"{scores[metric]:12.3f}" if metric in scores else f"{'':12}"  # a rule knows no likelihood
 
 
 def _test_scores(path: Path) -> dict[str, float]:

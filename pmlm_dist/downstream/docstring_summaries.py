@@ -39,9 +39,9 @@ class SummaryTaskConfig:
     """Docstrings, as `pmlm prepare-corpus --source python-docs` writes them beside its corpus."""
     output: Path = Path("data/demo-tasks/summary")
     """Folder to write, which must not be there yet."""
-    train: int = 4000
+    train: int = 10_000
     """Training pairs."""
-    validation: int = 200
+    validation: int = 400
     """Validation pairs."""
     test: int = 500
     """Test pairs."""

@@ -2,8 +2,9 @@
 
     row {src, tgt} --read--> texts --features--> token ids --collate--> layout of masking/pairs.py, cut to the batch
     loss      one forward pass reads every pseudo mask: smoothed cross entropy of each target token, summed
-    predict   the same network writes step by step (decoding/), from the source alone
-    scores    ROUGE-1, 2, L (F1, stemmed) and BLEU of what was written; the best checkpoint has the highest ROUGE-L
+    predict   the same network writes step by step (decoding/), from the source alone; how likely is the target
+    scores    ROUGE-1, 2, L (F1, stemmed) and BLEU of what was written; the best checkpoint has the highest ROUGE-L;
+              nll, the target's negative log-likelihood in nats a token, without smoothing and noise
 
 The whole language model is trained, no head is added: pre-training, fine-tuning and decoding share one visibility rule.
 """
@@ -44,6 +45,18 @@ class PairExample:
     source: str
     target: str | None
     where: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the network says to one source."""
+
+    tokens: list[int]
+    """What it writes."""
+    nats: float
+    """Negative log-likelihood of the target, its closing [SEP] included."""
+    count: int
+    """Tokens of the target, as far as they are read."""
 
 
 @dataclass(frozen=True)
@@ -182,16 +195,33 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         )
         return (losses_1MB[0] * tensors["weights_BM"].t()).sum()
 
-    def predict(self, engine: nn.Module, batch: TaskBatch) -> list[Any]:
-        """What is written to each source: token ids."""
+    def predict(self, engine: nn.Module, batch: TaskBatch) -> list[Answer]:
+        """What is written to each source, and how likely its target is."""
         from pmlm_dist.training.engine import whole_module  # it needs DeepSpeed, which `pmlm generate` does without
 
+        nats_B, counts_B = self._target_nats(engine, batch)
         num_source = batch.tensors["tokens_BT"].shape[1] - 2 * batch.tensors["predicted_BM"].shape[1]
         tokens_BS, valid_BS = (batch.tensors[name][:, :num_source].cpu() for name in ("tokens_BT", "valid_BT"))
         sources = [row[valid].numpy() for row, valid in zip(tokens_BS, valid_BS, strict=True)]
         with whole_module(engine, self._fresh) as model:
-            answers = write_batch(model, sources, search=search_of(self.decoding, self._special), special=self._special)
-        return [list(hypotheses[0].tokens) if hypotheses else [] for hypotheses in answers]
+            found = write_batch(model, sources, search=search_of(self.decoding, self._special), special=self._special)
+        written = [list(hypotheses[0].tokens) if hypotheses else [] for hypotheses in found]
+        return [Answer(*answer) for answer in zip(written, nats_B, counts_B, strict=True)]
+
+    def _target_nats(self, engine: nn.Module, batch: TaskBatch) -> tuple[list[float], list[int]]:
+        """Negative log-likelihood [B] of each target, and its tokens [B], in one pass under the layout of decoding."""
+        tensors = batch.tensors
+        targets_BM, weights_BM = tensors["targets_BM"], tensors["weights_BM"]
+        num_source = tensors["tokens_BT"].shape[1] - 2 * targets_BM.shape[1]
+        masks_BM = torch.full_like(targets_BM, self._special.mask)
+        tokens_BT = torch.cat([tensors["tokens_BT"][:, :num_source], targets_BM, masks_BM], dim=1)
+        losses_1MB, _ = engine(
+            **{**{name: tensors[name] for name in _INPUTS}, "tokens_BT": tokens_BT},
+            targets_BM=targets_BM,
+            reads=("par",),
+        )
+        nats_B = (losses_1MB[0].t() * weights_BM).sum(dim=1)
+        return nats_B.tolist(), weights_BM.sum(dim=1).long().tolist()
 
     def _fresh(self) -> nn.Module:
         assert self._model is not None
@@ -207,17 +237,22 @@ class Seq2Seq(Task[PairExample, PairFeature]):
     def predictions(
         self, examples: Sequence[PairExample], features: Sequence[PairFeature], outputs: Sequence[Any]
     ) -> list[dict[str, Any]]:
-        """`prediction`, and `reference` where it is told."""
+        """`prediction`; where a target is told also `reference`, its `reference_nats` and `reference_tokens`."""
         found = []
-        for example, output in zip(examples, outputs, strict=True):
-            reference = {} if example.target is None else {"reference": example.target}
-            found.append({"id": example.id, "prediction": self.vocabulary.decode(output), **reference})
+        for example, answer in zip(examples, outputs, strict=True):
+            reference = {}
+            if example.target is not None:
+                nats = round(answer.nats, 2)
+                reference = {"reference": example.target, "reference_nats": nats, "reference_tokens": answer.count}
+            found.append({"id": example.id, "prediction": self.vocabulary.decode(answer.tokens), **reference})
         return found
 
     def scores(self, examples: Sequence[PairExample], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """ROUGE and BLEU, 0 to 100."""
+        """ROUGE and BLEU, 0 to 100, and nats a token of the targets."""
         references = [example.target or "" for example in examples]
-        return overlap_scores([prediction["prediction"] for prediction in predictions], references)
+        nats, tokens = (sum(row[f"reference_{what}"] for row in predictions) for what in ("nats", "tokens"))
+        overlap = overlap_scores([prediction["prediction"] for prediction in predictions], references)
+        return {**overlap, "nll": nats / tokens}
 
 
 def source_of(words: Sequence[int], settings: WritingConfig, vocabulary: Vocabulary) -> np.ndarray:

@@ -111,7 +111,7 @@ WRITING: dict[str, WritingConfig] = {
     "xsum": WritingConfig(720, 48, decoding=DecodingConfig(beam=5, length_penalty=0.6, max_length=48)),
     "qg": WritingConfig(464, 48, decoding=DecodingConfig(beam=8, length_penalty=1.3, max_length=48)),
     "demo_summary": WritingConfig(
-        48, 16, decoding=DecodingConfig(beam=4, length_penalty=0.7, max_length=16, min_length=3)
+        96, 20, decoding=DecodingConfig(beam=4, length_penalty=0.7, max_length=20, min_length=3)
     ),
 }
 """Lengths and decoding of a preset: the paper's data sets, and the demo."""
