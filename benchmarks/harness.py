@@ -182,24 +182,40 @@ def _status(name: str) -> float:
     return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def matrix_rate(dtype: Any, device: Any, *, seconds: float = 1.0) -> float:
-    """Best FLOP/s of a dense product, over a few shapes of the kind that a Transformer has."""
-    import torch
+class Product:
+    """A dense product [m, k] x [k, n] into a buffer that stands already."""
 
-    best = 0.0
+    def __init__(self, m: int, k: int, n: int, *, dtype: Any, device: Any):
+        import torch
+
+        self._a = torch.randn(m, k, device=device, dtype=dtype)
+        self._b = torch.randn(k, n, device=device, dtype=dtype)
+        self._out = torch.empty(m, n, device=device, dtype=dtype)
+        self.flops = 2.0 * m * k * n
+
+    def __call__(self) -> None:
+        """The product, once."""
+        import torch
+
+        torch.mm(self._a, self._b, out=self._out)
+
+    def rate(self, seconds: float) -> float:
+        """FLOP/s over that time."""
+        self()
+        synchronize()
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() < start + seconds:
+            for _ in range(4):
+                self()
+            synchronize()
+            count += 4
+        return count * self.flops / (time.perf_counter() - start)
+
+
+def best_product(dtype: Any, device: Any, *, seconds: float = 2.0) -> Product:
+    """The product with the highest rate here, over some shapes of the kind that a Transformer has."""
     shapes = [(2048, 512, 2048), (2048, 2048, 512), (1024, 1024, 4096), (4096, 1024, 1024)]
     if device.type == "cuda":  # those above are over before the next one is launched
         shapes += [(8192, 8192, 8192), (16384, 4096, 4096)]
-    for m, k, n in shapes:
-        a = torch.randn(m, k, device=device, dtype=dtype)
-        b = torch.randn(k, n, device=device, dtype=dtype)
-        (a @ b).sum()
-        synchronize()
-        end = time.perf_counter() + seconds / len(shapes)
-        while time.perf_counter() < end:
-            start = time.perf_counter()
-            for _ in range(4):
-                torch.mm(a, b)
-            synchronize()
-            best = max(best, 4 * 2.0 * m * k * n / (time.perf_counter() - start))
-    return best
+    products = [Product(*shape, dtype=dtype, device=device) for shape in shapes]
+    return max(products, key=lambda product: product.rate(seconds / len(shapes)))

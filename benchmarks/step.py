@@ -1,11 +1,12 @@
-"""Training steps side by side: forward, backward, optimizer.
+"""Training steps side by side: forward, backward, optimizer; each in a process of its own, called in turn.
 
 ours                    through the real training path: corpus, loader, DeepSpeed engine, `train_step`
 ours, flex              the same with FlexAttention, on a GPU only
 two passes              an AE pass and a PAR pass, nothing shared, one optimizer step
 naive                   one dense mask over all T slots, the head on every slot
 Hugging Face            `BertForMaskedLM` and `MPNetForMaskedLM` (relative bias), sdpa, as their users train them
-limit                   the model FLOPs of our step at the matrix rate measured in the same run
+.. memory kept          the same where freed memory is kept as our training keeps it (training/allocator.py), on a CPU
+limit                   nothing but matrix products, of the shape that is fastest here: the model FLOPs of our step
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +27,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import torch.nn.functional as F
-from harness import Report, device, interleaved, matrix_rate, memory_of, ratio
+from harness import Report, best_product, device, interleaved, memory_of, ratio, synchronize
 from random_text import random_corpus
+from ranks import World
 
 from pmlm_dist.config import (
     DataConfig,
@@ -43,6 +46,7 @@ from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.objectives import READS, loss_scales, target_weights
 from pmlm_dist.parallel import groups
 from pmlm_dist.presets import PRESETS
+from pmlm_dist.training.allocator import keep_freed_memory
 from pmlm_dist.training.checkpoint import RunState
 from pmlm_dist.training.flops import training_flops
 from pmlm_dist.training.loop import advance, build_engine, train_step
@@ -53,6 +57,8 @@ from pmlm_dist.vocab import Vocabulary
 
 OURS = {"ours, AE+PAR": "ae+par", "ours, AE only": "ae", "ours, PAR only": "par"}
 FLEX = "ours, AE+PAR, flex"
+KEPT = "Hugging Face BERT, memory kept"
+LIMIT = "limit"
 
 
 @dataclass(frozen=True)
@@ -94,47 +100,54 @@ class StepOptions:
 
 
 def run(options: StepOptions) -> Report:
-    """The memory of ours and of naive, each in a process of its own; then all rows timed in turn."""
-    torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder:
+    """The memory of ours and of naive; then all rows timed in turn."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         corpus = random_corpus(
             Path(folder),
             vocabulary_size=options.vocabulary,
             samples=4 * options.batch,
             sequence_length=options.sequence_length,
         )
-        # First what other processes measure: they find the accelerator's memory free.
+        # First the memory: those processes find the accelerator's free.
         memory = {name: memory_of(prepare, name, options, corpus) for name in ("ours, AE+PAR", "naive")}
-        rows = [name for name in ROWS if name != FLEX or device().type == "cuda"]
-        seconds = interleaved({name: prepare(name, options, corpus) for name in rows}, repeats=options.repeats)
+        missing = KEPT if device().type == "cuda" else FLEX
+        worlds = {
+            name: stack.enter_context(World(prepare, name, options, corpus, ranks=1, threads=options.threads))
+            for name in ROWS
+            if name != missing
+        }
+        seconds = interleaved({name: world.call for name, world in worlds.items()}, repeats=options.repeats)
     return _report(options, seconds, memory)
 
 
 def _report(options: StepOptions, seconds: dict[str, list[float]], memory: dict[str, float]) -> Report:
-    rate = matrix_rate(options.torch_dtype, device())
+    ours, ae = "ours, AE+PAR", "ours, AE only"
     flops = {name: options.batch * _flops(options, _kind(name)) for name in (*OURS, FLEX) if name in seconds}
     rows: dict[str, dict[str, float]] = {name: {"seconds": statistics.median(s)} for name, s in seconds.items()}
-    for name, count in flops.items():
-        rows[name] |= {"TFLOP": count / 1e12, "mfu": count / rows[name]["seconds"] / rate}
+    for name, count in {**flops, LIMIT: flops[ours]}.items():
+        rows[name] |= {"TFLOP": count / 1e12, "mfu": count / flops[ours] * ratio(seconds, LIMIT, name)}
     for name, peak in memory.items():
         rows[name]["step MiB"] = peak / 2**20
-    ours = "ours, AE+PAR"
-    rows["limit"] = {"seconds": flops[ours] / rate, "TFLOP": flops[ours] / 1e12, "mfu": 1.0}
-    against = {"hf_bert": "Hugging Face BERT", "hf_mpnet": "Hugging Face MPNet", "two_passes": "two passes"}
-    against |= {"naive": "naive", "ae_only": "ours, AE only"}
-    against |= {"flex": FLEX} if FLEX in seconds else {}
-    figures = {f"vs_{short}": ratio(seconds, ours, name) for short, name in against.items()}
-    figures["flops_vs_ae_only"] = flops[ours] / flops["ours, AE only"]
+    against = {"hf_bert": "Hugging Face BERT", "hf_bert_memory_kept": KEPT, "hf_mpnet": "Hugging Face MPNet"}
+    against |= {"two_passes": "two passes", "naive": "naive", "ae_only": ae, "flex": FLEX}
+    figures = {f"vs_{short}": ratio(seconds, ours, name) for short, name in against.items() if name in seconds}
+    figures["flops_vs_ae_only"] = flops[ours] / flops[ae]
     figures["mfu"] = rows[ours]["mfu"]
     figures["peak_memory_vs_naive"] = memory[ours] / memory["naive"]
     return Report("step", _shapes(options), rows, figures)
 
 
-def prepare(row: str, options: StepOptions, corpus: Path) -> Callable[[], object]:
-    """The step of a row, ready to be called."""
+def prepare(row: str, options: StepOptions, corpus: Path) -> Callable[[], None]:
+    """The step of a row, ready to be called; it is over when it returns."""
     torch.set_num_threads(options.threads)
     groups.start()
-    return ROWS[row](options, corpus, row)
+    step = ROWS[row](options, corpus, row)
+
+    def whole() -> None:
+        step()
+        synchronize()
+
+    return whole
 
 
 def _ours(options: StepOptions, corpus: Path, row: str) -> Callable[[], object]:
@@ -199,6 +212,8 @@ def _naive(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
 def _hugging_face(options: StepOptions, corpus: Path, row: str) -> Callable[[], object]:
     from transformers import BertConfig, BertForMaskedLM, MPNetConfig, MPNetForMaskedLM
 
+    if row == KEPT:
+        _keep_memory()
     shape = options.model
     settings = {
         "vocab_size": options.vocabulary,
@@ -210,7 +225,7 @@ def _hugging_face(options: StepOptions, corpus: Path, row: str) -> Callable[[], 
         "attention_probs_dropout_prob": 0.0,
         "max_position_embeddings": shape.max_positions + 2,
     }
-    if row == "Hugging Face BERT":
+    if row != "Hugging Face MPNet":
         model: Any = BertForMaskedLM(BertConfig(**{**settings, "attn_implementation": "sdpa"}))
     else:
         model = MPNetForMaskedLM(MPNetConfig(**settings))
@@ -228,12 +243,31 @@ def _hugging_face(options: StepOptions, corpus: Path, row: str) -> Callable[[], 
     return step
 
 
+def _products(options: StepOptions, *_: object) -> Callable[[], object]:
+    """As many FLOPs as the model FLOPs of our step."""
+    product = best_product(options.torch_dtype, device())
+    times = round(options.batch * _flops(options, "ae+par") / product.flops)
+
+    def step() -> None:
+        for _ in range(times):
+            product()
+
+    return step
+
+
+def _keep_memory() -> None:
+    if device().type == "cpu":
+        keep_freed_memory()
+
+
 ROWS: dict[str, Callable[[StepOptions, Path, str], Callable[[], object]]] = {
     **dict.fromkeys((*OURS, FLEX), _ours),
     "two passes": _two_passes,
     "naive": _naive,
     "Hugging Face BERT": _hugging_face,
+    KEPT: _hugging_face,
     "Hugging Face MPNet": _hugging_face,
+    LIMIT: _products,
 }
 
 
@@ -250,7 +284,7 @@ def _run_config(options: StepOptions, corpus: Path, kind: Any, *, attention: Any
     }
     if options.dtype == "bf16":
         engine |= {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000_000}}
-    path = corpus / f"engine-{options.dtype}.json"
+    path = corpus / f"engine-{os.getpid()}.json"
     path.write_text(json.dumps(engine))
     return RunConfig(
         corpus=corpus,
@@ -274,6 +308,7 @@ def _batch(options: StepOptions, corpus: Path) -> Batch:
 def _plain(
     options: StepOptions, corpus: Path, shape: ModelConfig
 ) -> tuple[PseudoMaskedLM, torch.optim.Optimizer, Batch]:
+    _keep_memory()
     padded = Vocabulary.load(corpus).padded_size()
     model = build_model(shape, padded_vocab_size=padded).to(device(), options.torch_dtype).train()
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), _batch(options, corpus)
