@@ -233,7 +233,12 @@ def fill(arguments: Sequence[str]) -> None:
     from pmlm_dist.downstream.generate import fill_masks
 
     tyro.cli(
-        fill_masks, prog="pmlm fill", description=fill.__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+        fill_masks,
+        prog="pmlm fill",
+        description=fill.__doc__,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=speaks(os.environ),
     )
 
 

@@ -195,6 +195,9 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Evaluation]:
     """Predict and score splits with a fine-tuned model; every rank calls this and gets the same."""
     topology = groups.start(tp=config.parallel.tp, timeout_s=config.collective_timeout_s)
     start, task, splits, engine_config = together(topology, lambda: _prepare_evaluation(config, topology))
+    if topology.is_first:
+        is_ended = not (start.folder.parent.parent / UNFINISHED).exists()
+        print(f"model: {start.folder}{'' if is_ended else ' (its fine-tuning has not come to its end)'}", flush=True)
     engine = _start(task, _model_config(start.model, None), engine_config, OptimConfig(), topology, seed=0)
     with CheckpointReader(start.folder) as reader:
         EngineState(engine, topology).start_from(reader)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_tasks import config, text_rows, write_jsonl, write_model, write_text_task
+from small_tasks import config, text_rows, write_jsonl
 from worlds import RankFailed, run_world
 
 from pmlm_dist.config import ConfigError, ParallelConfig
@@ -27,16 +27,6 @@ from pmlm_dist.downstream.summary import Trial, summarise
 from pmlm_dist.training.metrics import read_metrics
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "weights")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_task(tmp_path_factory.mktemp("data"))
 
 
 def learn(wanted: FinetuneConfig) -> list[Trial]:

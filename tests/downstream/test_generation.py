@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_tasks import COLOURS, KINDS, config, write_jsonl, write_model
+from small_tasks import COLOURS, KINDS, config, write_jsonl
 from worlds import run_world
 
 from pmlm_dist.cli import main
@@ -40,11 +42,6 @@ def pair_rows(count: int, *, first: int = 0) -> list[dict[str, Any]]:
             {"id": f"p{number}", "src": f"{'who' if number % 2 else 'what'} {filler} {colour} {kind}", "tgt": target}
         )
     return rows
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "weights")
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +290,7 @@ def test_a_model_of_another_task_cannot_write(model, data, tmp_path, capsys):
 
 def test_masks_are_read_at_their_places(model):
     vocabulary = open_pretrained(model).vocabulary
-    masked = read_masks("the [MASK] fish [MASK:2].", vocabulary)
+    masked = read_masks("the [MASK] fish [MASK:2].", vocabulary, positions=9)
     tokens = [vocabulary.token(id) for id in masked.ids]
     assert tokens == ["[CLS]", "the", "[MASK]", "fish", "[MASK]", "[MASK]", ".", "[SEP]"]
     assert masked.spans == [[2], [4, 5]]
@@ -311,11 +308,29 @@ def test_fill_prints_the_text_and_its_alternatives(model, capsys, order):
     assert "mask 2, step" in capsys.readouterr().out
 
 
+def filled(arguments: list[str]) -> tuple[int, str]:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        return main(["fill", *arguments]), said.getvalue()
+
+
+@pytest.mark.distributed
+def test_of_several_ranks_one_prints_what_was_filled(model):
+    (code, alone), (other_code, said) = run_world(filled, 2, ["a [MASK] fish", "--model", str(model)])
+    assert (code, other_code) == (0, 0)
+    assert "mask 1, step 1" in alone
+    assert not said
+
+
 @pytest.mark.parametrize(
     ("text", "flags", "message"),
     [
         ("no mask here", [], "there is nothing to fill"),
         ("a [MASK:0]", [], "stands for no token"),
+        ("a [MASK:65]", [], "[MASK:65] stands for more tokens than the model has positions, 64"),
+        ("a [MASK:99999999999999999999]", [], "is no mask"),
+        ("a [MASK] and [MASK:-1]", [], "[MASK:-1] is no mask: put [MASK] for a token"),
+        ("caf\udce9 [MASK]", [], "the text is not UTF-8"),
         ("a [MASK]", ["--order", "1,2"], "--order (1,2) must be ae, left, right, confidence"),
         ("a " * 70 + "[MASK]", [], "the text has 73 tokens, the model 64 positions"),
         ("a [MASK]", ["--alternatives", "0"], "--alternatives (0)"),
