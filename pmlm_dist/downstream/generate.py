@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -117,6 +118,8 @@ def _asked(config: GenerateConfig, *, speaks: bool) -> _Asked:
         problems.append(f"--batch ({config.batch}) must be positive")
     if config.output.exists():
         problems.append(f"--output ({config.output}) is there already, and nothing is overwritten: name another")
+    elif not _can_hold(config.output.parent):
+        problems.append(f"--output ({config.output}) cannot be written: {config.output.parent} cannot be a folder")
     if not config.input.is_file():
         problems.append(f"--input ({config.input}): no such file")
     refuse(problems)
@@ -125,6 +128,12 @@ def _asked(config: GenerateConfig, *, speaks: bool) -> _Asked:
     rows = read_file(config.input)
     refuse([] if rows else [f"--input ({config.input}) is empty"])
     return _Asked(rows, _sources(config, rows, pretrained, speaks=speaks), pretrained)
+
+
+def _can_hold(folder: Path) -> bool:
+    """Whether `folder` is one, or can be made: better known before hours of writing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
 
 
 def _writes(saved: Any) -> bool:
@@ -200,7 +209,8 @@ def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     except OSError as error:
         raise ConfigError([f"--output ({path}) cannot be written: {error}; nothing is left there"]) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------------ infilling

@@ -204,6 +204,7 @@ def test_more_ranks_than_sources_and_refusals_on_all_ranks(tuned: tuple[Path, fl
         (("--min-length", "6", "--max-length", "5"), "decoding.min_length (6) must be below decoding.max_length (5)"),
         (("--no-repeat-ngram", "-1"), "decoding.no_repeat_ngram (-1) must not be negative"),
         (("--returned", "3", "--beam", "2"), "decoding.returned (3)"),
+        (("--seed", "-1"), "decoding.seed (-1) must not be negative"),
         (("--batch", "0"), "--batch (0) must be positive"),
         (("--length-penalty", "nan"), "decoding.length_penalty (nan) must be a finite number"),
         (("--method", "sample", "--temperature", "inf"), "decoding.temperature (inf) must be"),
@@ -249,6 +250,9 @@ def test_generate_overwrites_nothing_and_says_what_does_not_fit(tuned, tmp_path,
     assert "is there already, and nothing is overwritten" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     (tmp_path / "out.jsonl").unlink()
+    inside_a_file = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "in.jsonl" / "out")]
+    assert main(["generate", "--model", str(tuned[0]), *inside_a_file]) == 2
+    assert "cannot be a folder" in capsys.readouterr().err
     long = [{"src": "red fish " * 9}]
     for rows, flags, message in (
         (long, (), "row 1: its source has 20 tokens, at most 10 fit"),
@@ -349,6 +353,9 @@ def test_a_lengthened_model_has_more_positions_and_computes_the_same_before_them
     assert torch.equal(after.weights[name][:64], before.weights[name])
     assert torch.equal(after.weights[name][128:], before.weights[name][:22])
     assert all(torch.equal(after.weights[n], w) for n, w in before.weights.items() if n != name)
+    assert main(["lengthen", str(model), "--positions", str(10**15), "--output", str(tmp_path / "huge")]) == 81
+    assert "pmlm: out of memory" in capsys.readouterr().err
+    assert not (tmp_path / "huge").exists()
     assert main(["lengthen", str(model), "--positions", "64", "--output", str(tmp_path / "same")]) == 2
     assert "--positions (64) must exceed the model's 64" in capsys.readouterr().err
 
