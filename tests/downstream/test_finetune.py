@@ -161,7 +161,7 @@ def test_seeds_and_grid_give_mean_and_deviation(model: Path, data: Path, tmp_pat
     wanted = config(model, data, tmp_path / "out", seeds=2, grid=("lr=1e-3,1e-5,0.001",), recipe=recipe)
     (trials,) = run_world(learn, 1, wanted)
     assert [(trial.recipe["lr"], trial.seed) for trial in trials] == [(1e-3, 0), (1e-3, 1), (1e-5, 0), (1e-5, 1)]
-    with pytest.raises(ConfigError, match="there is no checkpoint in .*: name one of its runs, .*/lr=0.001-seed=0 for"):
+    with pytest.raises(ConfigError, match=r"no checkpoint in .*: name one of its runs, .*/lr=0\.001-seed=0 for"):
         score(EvaluateConfig(tmp_path / "out"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     for entry in summary["recipes"]:
