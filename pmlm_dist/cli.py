@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -233,7 +234,12 @@ def fill(arguments: Sequence[str]) -> None:
     from pmlm_dist.downstream.generate import fill_masks
 
     tyro.cli(
-        fill_masks, prog="pmlm fill", description=fill.__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+        fill_masks,
+        prog="pmlm fill",
+        description=fill.__doc__,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=speaks(os.environ),
     )
 
 
@@ -290,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(f"no command {arguments[0]!r}{_closest(arguments[0])}; `pmlm --help` lists them")
     if is_process and command is finetune:
         _become_supervised(arguments[1:])
-    return _outcome(partial(command, arguments[1:]))
+    return _said(partial(command, arguments[1:]))
 
 
 def _become_supervised(arguments: Sequence[str]) -> NoReturn:
@@ -303,6 +309,22 @@ def _become_supervised(arguments: Sequence[str]) -> NoReturn:
         return _outcome(partial(finetune, arguments, heart, signals))
 
     leave(supervised(rank))
+
+
+def _said(run: Callable[[], None]) -> int:
+    """`_outcome`; an interruption, or asking for more memory than there is, ends with one message and its code."""
+    from pmlm_dist.training.exit_codes import SIGNALLED, ExitCode, code_of
+
+    try:
+        return _outcome(run)
+    except KeyboardInterrupt:
+        _failed("interrupted")
+        return SIGNALLED + signal.SIGINT
+    except (MemoryError, OSError, RuntimeError) as error:
+        if code_of(error) is not ExitCode.OUT_OF_MEMORY:
+            raise
+        _failed(f"out of memory ({str(error).splitlines()[0]}): ask for less, a smaller batch or fewer beams")
+        return ExitCode.OUT_OF_MEMORY
 
 
 def _outcome(run: Callable[[], None]) -> int:

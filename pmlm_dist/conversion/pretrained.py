@@ -93,15 +93,17 @@ class Found:
 def find_pretrained(path: Path, *, vocabulary: Path | None = None) -> Found:
     """The newest whole checkpoint at `path`: a run's folder, its checkpoints, one of them, or what `pmlm import` wrote.
 
+    In the folder of a fine-tuning the best one so far counts instead, which is the only one when it has ended.
     `vocabulary`: where its vocabulary lies; None: in the folder that holds it, if it is of fine-tuning or was imported,
     else in the corpus of the run. Raises `ConfigError` when the checkpoint is damaged or the vocabulary is not the one
     it was trained with.
     """
     folder = newest_whole_at(path)
-    try:
-        state = read_state(folder)
-    except Damaged as error:
-        raise ConfigError([f"{folder}: {error}"]) from error
+    state = _state_of(folder)
+    best = state.get("progress", {}).get("best_step")
+    if best and folder.name != path.name:
+        folder = newest_whole_at(CheckpointFolder(folder.parent, keep=1).folder(best))
+        state = _state_of(folder)
     model = _model_settings(state["configuration"].get("model"), folder)
     words = Vocabulary.load(vocabulary or _place_of_vocabulary(folder, state))
     if words.fingerprint != state["identity"].get("vocabulary"):
@@ -110,6 +112,13 @@ def find_pretrained(path: Path, *, vocabulary: Path | None = None) -> Found:
              "name the one it was trained with by --vocabulary"]
         )  # fmt: skip
     return Found(folder, replace(model, vocab_size=words.size), words, state)
+
+
+def _state_of(folder: Path) -> dict[str, Any]:
+    try:
+        return read_state(folder)
+    except Damaged as error:
+        raise ConfigError([f"{folder}: {error}"]) from error
 
 
 def open_pretrained(path: Path, *, vocabulary: Path | None = None) -> Pretrained:

@@ -43,7 +43,7 @@ def decoding_problems(config: DecodingConfig) -> list[str]:
     for name in ("beam", "max_length", "returned"):
         if getattr(config, name) < 1:
             found.append(f"decoding.{name} ({getattr(config, name)}) must be positive")
-    for name in ("min_length", "no_repeat_ngram", "top_k"):
+    for name in ("min_length", "no_repeat_ngram", "top_k", "seed"):
         if getattr(config, name) < 0:
             found.append(f"decoding.{name} ({getattr(config, name)}) must not be negative")
     if config.min_length >= config.max_length:

@@ -125,7 +125,7 @@ class Classification(Task[TextExample, TextFeature]):
         label = column(rows, inputs.label, shape.label, what="label", origin=origin)
         labels = shape.labels
         if not shape.is_score and not labels:
-            labels = tuple(sorted({str(row[label]) for row in rows if row.get(label) is not None}))
+            labels = tuple(sorted({str(row[label]) for row in rows if _is_label(row.get(label))}))
         if len(labels) == 1:
             raise ConfigError([f"{origin}: every training example is of the class {labels[0]!r}: two are needed"])
         settings = Settings(
@@ -155,7 +155,7 @@ class Classification(Task[TextExample, TextFeature]):
 
     def has_labels(self, rows: Sequence[Row]) -> bool:
         """Whether rows have a label: those of a hidden test set have none, or -1 throughout."""
-        return not {str(row.get(self.settings.label)) for row in rows} <= {"None", "-1", "-1.0"}
+        return not {str(row.get(self.settings.label)) for row in rows} <= {"None", "-1", "-1.0", ""}
 
     def read(self, rows: Sequence[Row], *, origin: str, labelled: bool = True) -> list[TextExample]:
         """Check texts and labels of all rows."""
@@ -184,7 +184,9 @@ class Classification(Task[TextExample, TextFeature]):
                 problems.append(f"{where}: the score in column {settings.label} ({value!r}) is not a finite number")
             return score
         label = settings.names.get(str(value), str(value))
-        if value is None or label not in settings.labels:
+        if not _is_label(value):
+            problems.append(f"{where}: {value!r} in column {settings.label} is no label")
+        elif label not in settings.labels:
             problems.append(
                 f"{where}: the label {value!r} in column {settings.label} was not in training, which had "
                 f"{', '.join(settings.labels)}"
@@ -215,6 +217,13 @@ class Classification(Task[TextExample, TextFeature]):
         if example.label is None:
             return 0.0
         return float(self.settings.labels.index(str(example.label))) if self.settings.labels else float(example.label)
+
+    def problems_of_choosing(self, examples: Sequence[TextExample]) -> list[str]:
+        """A correlation needs scores that differ."""
+        if self.settings.labels or len({example.label for example in examples}) > 1:
+            return []
+        metric, score = self.settings.metrics[0], examples[0].label
+        return [f"all scores of the validation split are {score}: {metric} is no number then, name at least two scores"]
 
     def notes(self) -> list[str]:
         """How many inputs were cut."""
@@ -275,3 +284,10 @@ class Classification(Task[TextExample, TextFeature]):
         if self.metric == "mean":
             found["mean"] = math.fsum(found[name] for name in self.settings.chosen_by) / len(self.settings.chosen_by)
         return found
+
+
+def _is_label(value: Any) -> bool:
+    """Whether `value` can name a class: a word or a number, not an empty cell."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -195,6 +195,9 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Evaluation]:
     """Predict and score splits with a fine-tuned model; every rank calls this and gets the same."""
     topology = groups.start(tp=config.parallel.tp, timeout_s=config.collective_timeout_s)
     start, task, splits, engine_config = together(topology, lambda: _prepare_evaluation(config, topology))
+    if topology.is_first:
+        is_ended = not (start.folder.parent.parent / UNFINISHED).exists()
+        print(f"model: {start.folder}{'' if is_ended else ' (its fine-tuning has not come to its end)'}", flush=True)
     engine = _start(task, _model_config(start.model, None), engine_config, OptimConfig(), topology, seed=0)
     with CheckpointReader(start.folder) as reader:
         EngineState(engine, topology).start_from(reader)
@@ -225,6 +228,7 @@ def prepare(config: FinetuneConfig, topology: Topology) -> Session:
     train = _split(task, kind.train, rows, training=True)
     refuse([] if train.features else [f"{source}: the split {kind.train} gives nothing to learn from"])
     scored = tuple(_split(task, name, read_rows(source, name)) for name in kind.validation)
+    refuse(task.problems_of_choosing(scored[0].examples))
     reported = tuple(_whole_split(task, name, source) for name in config.report)
     return Session(config, topology, start, task, train, scored, reported, _digest(rows))
 
@@ -305,14 +309,21 @@ def _prepare_evaluation(config: EvaluateConfig, topology: Topology) -> tuple[Fou
     task = kind.restore(saved["settings"], start.vocabulary)
     source = config.data or saved["data"]
     splits = [_whole_split(task, name, source) for name in config.split or kind.validation]
-    if config.predictions is not None and topology.is_first:
-        config.predictions.mkdir(parents=True, exist_ok=True)
-        there = [file for split in splits if (file := _predictions_file(config.predictions, split.name)).exists()]
-        refuse([f"--predictions: {file} is there already, and nothing is overwritten" for file in there])
     engine = load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
     engine = _engine_config(config.ds_config, topology, batch=engine.micro_batch * topology.dp)
     refuse(problems_of_model(start.model, tp=config.parallel.tp))
+    if config.predictions is not None and topology.is_first:
+        _prepare_predictions(config.predictions, splits)
     return start, task, splits, engine
+
+
+def _prepare_predictions(folder: Path, splits: Sequence[Split]) -> None:
+    there = [file for split in splits if (file := _predictions_file(folder, split.name)).exists()]
+    refuse([f"--predictions: {file} is there already, and nothing is overwritten" for file in there])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"--predictions ({folder}) cannot be made: {error}; name another folder"]) from error
 
 
 # ------------------------------------------------------------------------------------------------------------ learning

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from pmlm_dist.decoding.infilling import Guess, fill
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.decoding.writing import search_of, write
 from pmlm_dist.downstream.generation import SOURCES, refuse_checkpoint, text_of_hypothesis, writing_of
-from pmlm_dist.downstream.inputs import column, id_of, refuse_rows, text_of
+from pmlm_dist.downstream.inputs import column, id_of, is_unicode, refuse_rows, text_of
 from pmlm_dist.downstream.rows import read_file
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel import groups
@@ -117,6 +118,8 @@ def _asked(config: GenerateConfig, *, speaks: bool) -> _Asked:
         problems.append(f"--batch ({config.batch}) must be positive")
     if config.output.exists():
         problems.append(f"--output ({config.output}) is there already, and nothing is overwritten: name another")
+    elif not _can_hold(config.output.parent):
+        problems.append(f"--output ({config.output}) cannot be written: {config.output.parent} cannot be a folder")
     if not config.input.is_file():
         problems.append(f"--input ({config.input}): no such file")
     refuse(problems)
@@ -125,6 +128,12 @@ def _asked(config: GenerateConfig, *, speaks: bool) -> _Asked:
     rows = read_file(config.input)
     refuse([] if rows else [f"--input ({config.input}) is empty"])
     return _Asked(rows, _sources(config, rows, pretrained, speaks=speaks), pretrained)
+
+
+def _can_hold(folder: Path) -> bool:
+    """Whether `folder` is one, or can be made: better known before hours of writing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
 
 
 def _writes(saved: Any) -> bool:
@@ -200,12 +209,14 @@ def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     except OSError as error:
         raise ConfigError([f"--output ({path}) cannot be written: {error}; nothing is left there"]) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------------ infilling
 
-_MASK = re.compile(r"\[MASK(?::(\d+))?\]")
+_MASK = re.compile(r"\[MASK(?::(\d{1,9}))?\]")
+_LIKE_A_MASK = re.compile(r"\[\s*MASK\s*(?::[^\]]*)?\]")
 
 
 @dataclass(frozen=True)
@@ -233,22 +244,42 @@ class MaskedText:
     spans: list[list[int]]
 
 
-def read_masks(text: str, vocabulary: Vocabulary) -> MaskedText:
-    """`text` with [MASK] for one token and [MASK:n] for n. Raises `ConfigError` when there is none."""
+def read_masks(text: str, vocabulary: Vocabulary, *, positions: int) -> MaskedText:
+    """`text` with [MASK] for one token and [MASK:n] for n.
+
+    Raises `ConfigError` when there is none, one that is none by a slip, or more tokens than `positions`.
+    """
+    refuse(_odd_masks(text, positions=positions))
     ids, spans, end = [vocabulary.cls_id], [], 0
     for found in _MASK.finditer(text):
         length = int(found[1] or 1)
-        refuse([] if length else [f"{found[0]} stands for no token: use [MASK:1] or more"])
         ids += vocabulary.encode_batch([text[end : found.start()]])[0]
         spans.append(list(range(len(ids), len(ids) + length)))
         ids += [vocabulary.mask_id] * length
         end = found.end()
     refuse([] if spans else [f"there is nothing to fill in {text!r}: put [MASK] for a token, [MASK:3] for three"])
-    return MaskedText([*ids, *vocabulary.encode_batch([text[end:]])[0], vocabulary.sep_id], spans)
+    ids += [*vocabulary.encode_batch([text[end:]])[0], vocabulary.sep_id]
+    if len(ids) > positions:
+        raise ConfigError([f"the text has {len(ids)} tokens, the model {positions} positions: shorten it"])
+    return MaskedText(ids, spans)
+
+
+def _odd_masks(text: str, *, positions: int) -> list[str]:
+    """What is wrong with masks by themselves: before as many tokens as they name are laid out."""
+    problems = [] if is_unicode(text) else ["the text is not UTF-8: no tokenizer reads it"]
+    for like in _LIKE_A_MASK.findall(text):
+        found = _MASK.fullmatch(like)
+        if found is None:
+            problems.append(f"{like} is no mask: put [MASK] for a token, [MASK:3] for three")
+        elif not int(found[1] or 1):
+            problems.append(f"{like} stands for no token: use [MASK:1] or more")
+        elif int(found[1] or 1) > positions:
+            problems.append(f"{like} stands for more tokens than the model has positions, {positions}: use fewer")
+    return problems
 
 
 def fill_masks(text: str, /, config: FillConfig) -> None:
-    """Print `text` with its masks filled, and the likeliest tokens of each.
+    """Print `text` with its masks filled, and the likeliest tokens of each; of a launcher's ranks the first prints.
 
     Args:
         text: The text, with [MASK] where a token is missing and [MASK:3] where three are.
@@ -258,18 +289,15 @@ def fill_masks(text: str, /, config: FillConfig) -> None:
     pretrained = open_pretrained(config.model, vocabulary=config.vocabulary)
     refuse_checkpoint(pretrained.facts["configuration"], pretrained.facts["folder"])
     vocabulary = pretrained.vocabulary
-    masked = read_masks(text, vocabulary)
-    if len(masked.ids) > pretrained.model.max_positions:
-        raise ConfigError(
-            [f"the text has {len(masked.ids)} tokens, the model {pretrained.model.max_positions} positions: shorten it"]
-        )
+    masked = read_masks(text, vocabulary, positions=pretrained.model.max_positions)
     order, model = _order(config.order, len(masked.spans)), _running(pretrained, "fp32")
     special = special_ids(vocabulary)
     try:
         found = fill(model, masked.ids, masked.spans, order=order, special=special, shown=config.alternatives)
     except ScoresNotFinite as error:
         raise ConfigError([f"{pretrained.facts['folder']}: {error}"]) from error
-    _print(masked, found, vocabulary, as_json=config.json)
+    if groups.start().is_first:
+        _print(masked, found, vocabulary, as_json=config.json)
 
 
 def _order(wanted: str, spans: int) -> Any:

@@ -102,12 +102,12 @@ def id_of(row: Row, number: int) -> Any:
 def text_of(row: Row, name: str, *, where: str, problems: list[str]) -> str:
     """The text in a column; what is no text goes to `problems`."""
     value = row.get(name)
-    if isinstance(value, str) and value.strip() and _is_unicode(value):
+    if isinstance(value, str) and value.strip() and is_unicode(value):
         return value
     problems.append(f"{where}: column {name} holds no text ({value!r})")
     return ""
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether there is no half of a surrogate pair in it, as JSON's escapes can give one; no tokenizer reads that."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -187,18 +188,9 @@ class EvaluateConfig:
 
 def problems(config: FinetuneConfig) -> list[str]:
     """Everything that is wrong with `config` by itself, one sentence a problem."""
-    recipe = config.recipe
-    found = [
-        f"recipe.{n} ({getattr(recipe, n)}) must be positive"
-        for n in ("lr", "batch", "epochs")
-        if not getattr(recipe, n) > 0
-    ]
-    if not 0.0 <= recipe.warmup < 1.0:
-        found.append(f"recipe.warmup ({recipe.warmup}) is a share of the steps: use at least 0 and less than 1")
-    if not recipe.weight_decay >= 0:
-        found.append(f"recipe.weight_decay ({recipe.weight_decay}) must not be negative")
-    if recipe.dropout is not None and not 0.0 <= recipe.dropout < 1.0:
-        found.append(f"recipe.dropout ({recipe.dropout}) must be at least 0 and below 1, or None")
+    found = _recipe_problems(config.recipe)
+    if config.seed < 0:
+        found.append(f"seed ({config.seed}) must not be negative")
     for name in ("seeds", "log_every", "max_skipped_steps", "collective_timeout_s"):
         if getattr(config, name) < 1:
             found.append(f"{name} ({getattr(config, name)}) must be positive")
@@ -217,6 +209,21 @@ def problems(config: FinetuneConfig) -> list[str]:
     return found
 
 
+def _recipe_problems(recipe: Recipe) -> list[str]:
+    found = [
+        f"recipe.{n} ({getattr(recipe, n)}) must be positive and finite"
+        for n in ("lr", "batch", "epochs")
+        if not 0 < getattr(recipe, n) < math.inf
+    ]
+    if not 0.0 <= recipe.warmup < 1.0:
+        found.append(f"recipe.warmup ({recipe.warmup}) is a share of the steps: use at least 0 and less than 1")
+    if not 0 <= recipe.weight_decay < math.inf:
+        found.append(f"recipe.weight_decay ({recipe.weight_decay}) must be finite and not negative")
+    if recipe.dropout is not None and not 0.0 <= recipe.dropout < 1.0:
+        found.append(f"recipe.dropout ({recipe.dropout}) must be at least 0 and below 1, or None")
+    return found
+
+
 def is_unfinished(output: Path) -> bool:
     """Whether a fine-tuning was started in `output` that did not come to its end; it may not even have begun."""
     return output.is_dir() and ((output / UNFINISHED).is_file() or [path.name for path in output.iterdir()] == [LOCK])
@@ -230,10 +237,8 @@ def recipes(config: FinetuneConfig) -> list[Recipe]:
     if config.grid and not grid:
         raise ConfigError([f"--grid: the preset {config.preset} has no grid: name one, lr=1e-5,3e-5 for example"])
     names = list(grid)
-    return [
-        dataclasses.replace(config.recipe, **dict(zip(names, v, strict=True)))
-        for v in itertools.product(*grid.values())
-    ]
+    axes = (dict.fromkeys(values) for values in grid.values())  # a value named twice is one run, not two of a mean
+    return [dataclasses.replace(config.recipe, **dict(zip(names, v, strict=True))) for v in itertools.product(*axes)]
 
 
 def _axis(entry: str) -> tuple[str, tuple[Any, ...]]:

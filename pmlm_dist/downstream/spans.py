@@ -289,13 +289,22 @@ def _tokens_of(example: SpanExample, places: Sequence[tuple[int, int]]) -> tuple
     return (inside[0], inside[-1]) if inside else None
 
 
+def _is_list(value: Any) -> bool:
+    return value is None or (isinstance(value, Sequence) and not isinstance(value, str))
+
+
+def _stands_at(start: Any, text: str, passage: str) -> bool:
+    return isinstance(start, int) and start >= 0 and passage.startswith(text, start)
+
+
 def _texts(answers: Any) -> list[str]:
-    return list(answers.get("text") or []) if isinstance(answers, Mapping) else []
+    texts = answers.get("text") if isinstance(answers, Mapping) else None
+    return list(texts) if texts and _is_list(texts) else []
 
 
 def _answers(value: Any, passage: str, *, where: str, problems: list[str]) -> list[tuple[str, int]]:
     """Pairs of text and first character; what does not stand there goes to `problems`."""
-    if not isinstance(value, Mapping) or not {"text", "answer_start"} <= value.keys():
+    if not isinstance(value, Mapping) or not all(_is_list(value.get(name, "")) for name in ("text", "answer_start")):
         problems.append(f"{where}: answers ({value!r}) must be an object with the lists text and answer_start")
         return []
     texts, starts = list(value["text"] or []), list(value["answer_start"] or [])
@@ -303,6 +312,6 @@ def _answers(value: Any, passage: str, *, where: str, problems: list[str]) -> li
         problems.append(f"{where}: {len(texts)} answers with {len(starts)} places")
         return []
     for text, start in zip(texts, starts, strict=True):
-        if not isinstance(text, str) or not text or passage[start : start + len(text)] != text:
+        if not isinstance(text, str) or not text or not _stands_at(start, text, passage):
             problems.append(f"{where}: the answer {text!r} does not stand at character {start} of its passage")
     return list(zip(texts, starts, strict=True))

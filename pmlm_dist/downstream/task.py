@@ -114,6 +114,10 @@ class Task(ABC, Generic[Example, Feature]):
     def saved(self) -> dict[str, Any]:
         """What `restore` makes this task from again, as JSON values."""
 
+    def problems_of_choosing(self, examples: Sequence[Example]) -> list[str]:
+        """Why `metric` of these labelled examples, the first validation split, is a number for no prediction."""
+        return []
+
     def notes(self) -> list[str]:
         """What the user should know of how examples were read: how many were cut, for example."""
         return []

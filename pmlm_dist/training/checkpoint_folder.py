@@ -170,7 +170,9 @@ def checkpoints_at(path: Path) -> list[Path]:
         found = CheckpointFolder(place, keep=1).steps()
         if found:
             return found
-    raise ConfigError([f"there is no checkpoint in {path}: pass RUN_DIR/checkpoints, or RUN_DIR/checkpoints/step-N"])
+    runs = sorted(str(folder.parent) for folder in path.glob("*/checkpoints"))
+    way_out = f"name one of its runs, {runs[0]} for example" if runs else "pass RUN_DIR, or RUN_DIR/checkpoints/step-N"
+    raise ConfigError([f"there is no checkpoint in {path}: {way_out}"])
 
 
 def newest_whole_at(path: Path) -> Path:

@@ -238,7 +238,7 @@ def claimed(run_dir: Path, topology: Topology) -> Iterator[Claim]:
         except FolderInUse as error:
             in_use = str(error)
         except OSError as error:
-            problems = [f"--run-dir ({run_dir}) cannot be written to: {error}"]
+            problems = [f"the folder to write, {run_dir}, cannot be written to: {error}"]
     life, in_use, problems = topology.broadcast((lock.life if lock else "", in_use, problems))
     refuse(problems)
     if in_use:

@@ -105,7 +105,7 @@ class RunLock:
                 before = read_holder(path)
                 if before is not None and _is_alive(before, own, path):
                     raise FolderInUse(
-                        f"{run_dir} is in use by {before}: wait for its end, end it, or choose another --run-dir"
+                        f"{run_dir} is in use by {before}: wait for its end, end it, or choose another folder"
                     ) from None
                 os.replace(own_file, path)
                 time.sleep(_SETTLE_S)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_tasks import config, text_rows, write_jsonl, write_model, write_text_task
+from small_tasks import config, text_rows, write_jsonl
 from worlds import RankFailed, run_world
 
 from pmlm_dist.config import ConfigError, ParallelConfig
@@ -27,16 +27,6 @@ from pmlm_dist.downstream.summary import Trial, summarise
 from pmlm_dist.training.metrics import read_metrics
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "weights")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_task(tmp_path_factory.mktemp("data"))
 
 
 def learn(wanted: FinetuneConfig) -> list[Trial]:
@@ -168,9 +158,11 @@ def test_every_example_is_read_once_an_epoch_in_an_order_of_seed_and_epoch(model
 
 def test_seeds_and_grid_give_mean_and_deviation(model: Path, data: Path, tmp_path: Path):
     recipe = Recipe(lr=1e-3, batch=8, epochs=1, dropout=0.0)
-    wanted = config(model, data, tmp_path / "out", seeds=2, grid=("lr=1e-3,1e-5",), recipe=recipe)
+    wanted = config(model, data, tmp_path / "out", seeds=2, grid=("lr=1e-3,1e-5,0.001",), recipe=recipe)
     (trials,) = run_world(learn, 1, wanted)
     assert [(trial.recipe["lr"], trial.seed) for trial in trials] == [(1e-3, 0), (1e-3, 1), (1e-5, 0), (1e-5, 1)]
+    with pytest.raises(ConfigError, match=r"no checkpoint in .*: name one of its runs, .*/lr=0\.001-seed=0 for"):
+        score(EvaluateConfig(tmp_path / "out"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     for entry in summary["recipes"]:
         folders = [Path(folder) for folder in entry["folders"]]
@@ -247,8 +239,10 @@ def test_a_summary_puts_the_best_mean_first():
             "9 tokens, at most 8 .*--inputs.too-long",
         ),
         (text_rows(3), {"recipe": Recipe(lr=-1.0, warmup=1.0)}, r"recipe.lr \(-1.0\)[^$]*recipe.warmup \(1.0\)"),
+        (text_rows(3), {"recipe": Recipe(lr=float("inf")), "seed": -1}, r"recipe.lr \(inf\)[^$]*seed \(-1\)"),
         (text_rows(3), {"grid": ("ls=3",)}, "--grid .ls=3. is not NAME=VALUE"),
-        ([{"text": "a fish", "label": float("nan")}], {}, "row 1: the label nan .* was not in training"),
+        ([{"text": "a fish", "label": float("nan")}], {}, "row 1: nan in column label is no label"),
+        ([{"text": "a fish", "label": ""}, *text_rows(1)], {}, "row 1: '' in column label is no label"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_message_and_nothing_is_written(
@@ -274,6 +268,15 @@ def test_a_score_that_is_no_number_stops_it_before_anything_is_written(model: Pa
     for split in ("train", "validation"):
         write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
     with pytest.raises(ConfigError, match=r"row 2: the score in column label .* is not a finite number"):
+        learn(config(model, tmp_path / "data", tmp_path / "out", task="regression"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_validation_scores_that_no_prediction_correlates_with_are_refused_before_training(model: Path, tmp_path: Path):
+    rows = [{"text": "a fish", "label": 1.5}, {"text": "a bird", "label": 2.5}]
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "data" / "validation.jsonl", rows[:1] * 2)
+    with pytest.raises(ConfigError, match=r"all scores of the validation split are 1\.5: pearson is no number"):
         learn(config(model, tmp_path / "data", tmp_path / "out", task="regression"))
     assert not (tmp_path / "out").exists()
 

@@ -16,26 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_tasks import config, text_rows, write_jsonl, write_model, write_text_task
+from small_tasks import config, text_rows, write_jsonl
 from worlds import run_world
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.downstream.settings import UNFINISHED, FinetuneConfig, Recipe, WritingConfig, check
+from pmlm_dist.conversion.pretrained import find_pretrained
+from pmlm_dist.downstream.settings import UNFINISHED, EvaluateConfig, FinetuneConfig, Recipe, WritingConfig, check
 from pmlm_dist.training.checkpoint_files import read_state, read_weights
+from pmlm_dist.training.checkpoint_folder import step_of
 from pmlm_dist.training.metrics import read_metrics
 from pmlm_dist.training.preemption import EXIT_PREEMPTED, STOP_FILE, Stopped, StopSignals
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "weights")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_task(tmp_path_factory.mktemp("data"))
 
 
 class StopAfter(StopSignals):
@@ -156,6 +148,26 @@ def killed(wanted: FinetuneConfig, step: int) -> None:
 
     driver.train_step = train_step
     driver.finetune(wanted)
+
+
+def test_what_is_opened_of_an_unfinished_folder_is_the_best_so_far(model: Path, data: Path, tmp_path: Path):
+    wanted = config(model, data, tmp_path / "out", recipe=recipe(lr=0.3))  # it gets worse, and is told to stop later
+    assert run_world(learn, 1, wanted, 13) == [f"exit code {EXIT_PREEMPTED}"]
+    checkpoints = sorted((tmp_path / "out" / "checkpoints").glob("step-*"))
+    best = read_state(checkpoints[-1])["progress"]["best_step"]
+    assert [step_of(folder) for folder in checkpoints] == [best, step_of(checkpoints[-1])]
+    assert best < step_of(checkpoints[-1])
+    for place in (tmp_path / "out", tmp_path / "out" / "checkpoints"):
+        assert find_pretrained(place).folder == checkpoints[0]
+    assert find_pretrained(checkpoints[-1]).folder == checkpoints[-1]
+    written = read_metrics(tmp_path / "out")[best]["validation/accuracy"]
+    assert run_world(accuracy, 1, EvaluateConfig(tmp_path / "out", ds_config=wanted.ds_config)) == [written]
+
+
+def accuracy(wanted: EvaluateConfig) -> float:
+    from pmlm_dist.downstream.finetune import evaluate_saved
+
+    return evaluate_saved(wanted)["validation"].scores["accuracy"]
 
 
 def test_seeds_go_on_with_the_one_that_was_stopped(model: Path, data: Path, tmp_path: Path):

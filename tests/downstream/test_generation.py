@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_tasks import COLOURS, KINDS, config, write_jsonl, write_model
+from small_tasks import COLOURS, KINDS, config, write_jsonl
 from worlds import run_world
 
 from pmlm_dist.cli import main
@@ -40,11 +42,6 @@ def pair_rows(count: int, *, first: int = 0) -> list[dict[str, Any]]:
             {"id": f"p{number}", "src": f"{'who' if number % 2 else 'what'} {filler} {colour} {kind}", "tgt": target}
         )
     return rows
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "weights")
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +204,7 @@ def test_more_ranks_than_sources_and_refusals_on_all_ranks(tuned: tuple[Path, fl
         (("--min-length", "6", "--max-length", "5"), "decoding.min_length (6) must be below decoding.max_length (5)"),
         (("--no-repeat-ngram", "-1"), "decoding.no_repeat_ngram (-1) must not be negative"),
         (("--returned", "3", "--beam", "2"), "decoding.returned (3)"),
+        (("--seed", "-1"), "decoding.seed (-1) must not be negative"),
         (("--batch", "0"), "--batch (0) must be positive"),
         (("--length-penalty", "nan"), "decoding.length_penalty (nan) must be a finite number"),
         (("--method", "sample", "--temperature", "inf"), "decoding.temperature (inf) must be"),
@@ -252,6 +250,9 @@ def test_generate_overwrites_nothing_and_says_what_does_not_fit(tuned, tmp_path,
     assert "is there already, and nothing is overwritten" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     (tmp_path / "out.jsonl").unlink()
+    inside_a_file = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "in.jsonl" / "out")]
+    assert main(["generate", "--model", str(tuned[0]), *inside_a_file]) == 2
+    assert "cannot be a folder" in capsys.readouterr().err
     long = [{"src": "red fish " * 9}]
     for rows, flags, message in (
         (long, (), "row 1: its source has 20 tokens, at most 10 fit"),
@@ -293,7 +294,7 @@ def test_a_model_of_another_task_cannot_write(model, data, tmp_path, capsys):
 
 def test_masks_are_read_at_their_places(model):
     vocabulary = open_pretrained(model).vocabulary
-    masked = read_masks("the [MASK] fish [MASK:2].", vocabulary)
+    masked = read_masks("the [MASK] fish [MASK:2].", vocabulary, positions=9)
     tokens = [vocabulary.token(id) for id in masked.ids]
     assert tokens == ["[CLS]", "the", "[MASK]", "fish", "[MASK]", "[MASK]", ".", "[SEP]"]
     assert masked.spans == [[2], [4, 5]]
@@ -311,11 +312,29 @@ def test_fill_prints_the_text_and_its_alternatives(model, capsys, order):
     assert "mask 2, step" in capsys.readouterr().out
 
 
+def filled(arguments: list[str]) -> tuple[int, str]:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        return main(["fill", *arguments]), said.getvalue()
+
+
+@pytest.mark.distributed
+def test_of_several_ranks_one_prints_what_was_filled(model):
+    (code, alone), (other_code, said) = run_world(filled, 2, ["a [MASK] fish", "--model", str(model)])
+    assert (code, other_code) == (0, 0)
+    assert "mask 1, step 1" in alone
+    assert not said
+
+
 @pytest.mark.parametrize(
     ("text", "flags", "message"),
     [
         ("no mask here", [], "there is nothing to fill"),
         ("a [MASK:0]", [], "stands for no token"),
+        ("a [MASK:65]", [], "[MASK:65] stands for more tokens than the model has positions, 64"),
+        ("a [MASK:99999999999999999999]", [], "is no mask"),
+        ("a [MASK] and [MASK:-1]", [], "[MASK:-1] is no mask: put [MASK] for a token"),
+        ("caf\udce9 [MASK]", [], "the text is not UTF-8"),
         ("a [MASK]", ["--order", "1,2"], "--order (1,2) must be ae, left, right, confidence"),
         ("a " * 70 + "[MASK]", [], "the text has 73 tokens, the model 64 positions"),
         ("a [MASK]", ["--alternatives", "0"], "--alternatives (0)"),
@@ -334,6 +353,9 @@ def test_a_lengthened_model_has_more_positions_and_computes_the_same_before_them
     assert torch.equal(after.weights[name][:64], before.weights[name])
     assert torch.equal(after.weights[name][128:], before.weights[name][:22])
     assert all(torch.equal(after.weights[n], w) for n, w in before.weights.items() if n != name)
+    assert main(["lengthen", str(model), "--positions", str(10**15), "--output", str(tmp_path / "huge")]) == 81
+    assert "pmlm: out of memory" in capsys.readouterr().err
+    assert not (tmp_path / "huge").exists()
     assert main(["lengthen", str(model), "--positions", "64", "--output", str(tmp_path / "same")]) == 2
     assert "--positions (64) must exceed the model's 64" in capsys.readouterr().err
 

@@ -206,6 +206,9 @@ def test_the_best_span_is_that_of_all_pairs(seed: int):
     [
         ({"answers": {"text": ["blue"], "answer_start": [0]}}, "the answer 'blue' does not stand at character 0"),
         ({"answers": ["blue"]}, "must be an object with the lists text and answer_start"),
+        ({"answers": {"text": "blue", "answer_start": 4}}, "must be an object with the lists text and answer_start"),
+        ({"answers": {"text": ["the"], "answer_start": ["0"]}}, "the answer 'the' does not stand at character 0"),
+        ({"answers": {"text": ["the"], "answer_start": [-len(LONG["context"])]}}, "the answer 'the' does not stand at"),
         ({"answers": {"text": ["the"], "answer_start": []}}, "1 answers with 0 places"),
         ({"answers": {"text": [], "answer_start": []}}, "no answer, and every question of the training split had one"),
         ({"question": ""}, "column question holds no text"),

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def configured(corpus: Path, run_dir: Path, **engine) -> RunConfig:
 
 def losses(run_dir: Path) -> dict[int, float]:
     return {step: scalars["train/total"] for step, scalars in read_metrics(run_dir).items() if "train/total" in scalars}
+
+
+def failures_of_two_ranks(function: Callable[[RunConfig], None], config: RunConfig) -> tuple[str, str]:
+    """What each of two ranks, which must both fail, says of it."""
+    with pytest.raises(RankFailed) as caught:
+        run_world(function, 2, config)
+    of_rank_0, _, of_rank_1 = str(caught.value).partition("rank 1:\n")
+    return of_rank_0, of_rank_1
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +154,7 @@ def test_a_validation_shard_that_one_rank_cannot_read_ends_all_at_once(corpus, t
         validation_samples=8,
         collective_timeout_s=900,
     )
-    with pytest.raises(RankFailed) as caught:
-        run_world(_with_a_bad_validation_shard, 2, config)
-    of_rank_0, of_rank_1 = str(caught.value).split("rank 1:\n", 1)
+    of_rank_0, of_rank_1 = failures_of_two_ranks(_with_a_bad_validation_shard, config)
     assert "ReadingError: rank 1 cannot go on reading: " in of_rank_0
     assert "validation/shard-000000.tar is broken on this node" in of_rank_0
     assert "ShardError: " in of_rank_1
@@ -175,9 +182,7 @@ def _with_a_killer(config: RunConfig) -> None:
 def test_a_killed_worker_ends_the_run_on_every_rank_with_its_name(corpus, tmp_path):
     config = configured(corpus, tmp_path / "run")
     config = replace(config, data=replace(config.data, workers=1))
-    with pytest.raises(RankFailed) as caught:
-        run_world(_with_a_killer, 2, config)
-    of_rank_0, of_rank_1 = str(caught.value).split("rank 1:\n", 1)
+    of_rank_0, of_rank_1 = failures_of_two_ranks(_with_a_killer, config)
     assert "ReadingError: rank 1 cannot go on reading: loader worker 0" in of_rank_0
     assert "WorkerError: loader worker 0" in of_rank_1
     assert "died by signal SIGKILL" in of_rank_1

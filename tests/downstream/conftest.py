@@ -1,0 +1,18 @@
+"""What the tests of fine-tuning start from; nobody writes into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_tasks import write_model, write_text_task
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "weights")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_task(tmp_path_factory.mktemp("data"))
