@@ -97,6 +97,18 @@ def send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
+def send_to_main_thread(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process' main thread, which handles it before all else, also where it was stopped.
+
+    A signal to the process is any thread's to handle, while the others go on. Without glibc it is such a one.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "tgkill"):
+        libc.tgkill(pid, pid, number)
+    else:
+        send(pid, number)
+
+
 def name_of(number: int) -> str:
     """`SIGKILL` for 9."""
     return signal.Signals(number).name if number in {int(known) for known in signal.Signals} else f"signal {number}"

@@ -254,7 +254,7 @@ class Supervisor:
     def _dump_stacks(self) -> str:
         """What the rank's threads were at: its last words where it crashed, else as it says when it is asked."""
         if self._status is None and self._heart.words().traceback == "":
-            processes.send(self._child, signal.SIGUSR2)
+            processes.send_to_main_thread(self._child, signal.SIGUSR2)
             processes.send(self._child, signal.SIGCONT)  # a process that somebody has stopped tells nothing
             size, deadline = -1, time.monotonic() + 1.0
             while time.monotonic() < deadline and (size <= 0 or size != os.fstat(self._stacks.fileno()).st_size):

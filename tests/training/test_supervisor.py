@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from pmlm_dist.ranks import rank_in
 from pmlm_dist.training.causes import Report, summary
 from pmlm_dist.training.exit_codes import Again, ExitCode, again_after, code_of, describe, is_of_peers
 from pmlm_dist.training.heartbeat import DATA, PHASES, SAVE, STEP, Heartbeat, phase_limits
-from pmlm_dist.training.processes import count_of_kills
+from pmlm_dist.training.processes import count_of_kills, send, send_to_main_thread, state_of
 from pmlm_dist.training.run_lock import FolderInUse
 
 RANK = """
@@ -253,3 +255,38 @@ def test_errors_that_tell_of_other_ranks_are_known():
     assert is_of_peers(RuntimeError("[third_party/gloo/pair.cc:525] Connection closed by peer [127.0.0.1]:2"))
     assert is_of_peers(RuntimeError("NCCL communicator was aborted on rank 3"))
     assert not is_of_peers(RuntimeError("parameters that ranks hold in common are not equal"))
+
+
+STANDING = """
+import faulthandler, os, signal, sys, threading, time
+faulthandler.register(signal.SIGUSR2, open(sys.argv[1], "w"))
+for _ in range(3):
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+def stand_still():
+    os.kill(os.getpid(), signal.SIGSTOP)
+stand_still()
+time.sleep(60)
+"""
+
+
+def test_a_process_that_was_stopped_tells_where_before_it_goes_on(tmp_path: Path):
+    places = [tmp_path / str(number) for number in range(16)]  # told by any of its threads, one in six was too late
+    children = [subprocess.Popen([sys.executable, "-c", STANDING, str(place)]) for place in places]
+    try:
+        for child, place in zip(children, places, strict=True):
+            wait_until(lambda child=child: state_of(child.pid) == "stopped")
+            send_to_main_thread(child.pid, signal.SIGUSR2)
+            send(child.pid, signal.SIGCONT)
+            wait_until(lambda place=place: "in <module>" in place.read_text())
+            assert "in stand_still" in place.read_text()
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def wait_until(is_so: Callable[[], bool], *, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
