@@ -110,8 +110,8 @@ def test_what_lives_on_without_its_nodes_daemon_changes_nothing(submit: Submissi
         assert job.wait_for_end() == "COMPLETED", job.printed()
         wait_until(
             lambda: not any(Path(f"/proc/{pid}").exists() for pid in old),
-            timeout_s=60,
-            what=lambda: f"{old} have not all ended\n{job.printed()}",
+            timeout_s=180,
+            what=lambda: f"not all have ended: { {pid: state_of(pid) for pid in old} }\n{job.printed()}",
         )
     finally:
         cluster.start_daemon(node)
