@@ -66,9 +66,11 @@ RECORD := PYTHONPATH=tests $(BIN)/python -m pytest -p fault_record --record-faul
 test-faults-all: $(VENV)/.dev
 	tests/cluster/install.sh
 	rm -f $(FAULTS)
-	$(RECORD) -m "fault and not cluster"
-	$(RECORD) -m "fault and cluster" tests/cluster
-	$(BIN)/python tests/fault_record.py $(FAULTS)
+	failed=0; \
+	$(RECORD) -m "fault and not cluster" || failed=1; \
+	$(RECORD) -m "fault and cluster" tests/cluster || failed=1; \
+	$(BIN)/python tests/fault_record.py $(FAULTS); \
+	exit $$failed
 
 test-soak: $(VENV)/.dev
 	SOAK_MINUTES=30 $(BIN)/python -m pytest -m nightly tests/faults/test_soak.py $(ARGS)

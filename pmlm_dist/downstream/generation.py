@@ -200,8 +200,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         from pmlm_dist.training.engine import whole_module  # it needs DeepSpeed, which `pmlm generate` does without
 
         nats_B, counts_B = self._target_nats(engine, batch)
-        num_source = batch.tensors["tokens_BT"].shape[1] - 2 * batch.tensors["predicted_BM"].shape[1]
-        tokens_BS, valid_BS = (batch.tensors[name][:, :num_source].cpu() for name in ("tokens_BT", "valid_BT"))
+        tokens_BS, valid_BS = (_of_source(batch, name).cpu() for name in ("tokens_BT", "valid_BT"))
         sources = [row[valid].numpy() for row, valid in zip(tokens_BS, valid_BS, strict=True)]
         with whole_module(engine, self._fresh) as model:
             found = write_batch(model, sources, search=search_of(self.decoding, self._special), special=self._special)
@@ -212,9 +211,8 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         """Negative log-likelihood [B] of each target, and its tokens [B], in one pass under the layout of decoding."""
         tensors = batch.tensors
         targets_BM, weights_BM = tensors["targets_BM"], tensors["weights_BM"]
-        num_source = tensors["tokens_BT"].shape[1] - 2 * targets_BM.shape[1]
         masks_BM = torch.full_like(targets_BM, self._special.mask)
-        tokens_BT = torch.cat([tensors["tokens_BT"][:, :num_source], targets_BM, masks_BM], dim=1)
+        tokens_BT = torch.cat([_of_source(batch, "tokens_BT"), targets_BM, masks_BM], dim=1)
         losses_1MB, _ = engine(
             **{**{name: tensors[name] for name in _INPUTS}, "tokens_BT": tokens_BT},
             targets_BM=targets_BM,
@@ -253,6 +251,11 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         nats, tokens = (sum(row[f"reference_{what}"] for row in predictions) for what in ("nats", "tokens"))
         overlap = overlap_scores([prediction["prediction"] for prediction in predictions], references)
         return {**overlap, "nll": nats / tokens}
+
+
+def _of_source(batch: TaskBatch, name: str) -> Tensor:
+    """The source's slots [B, S] of a tensor [B, T]; the target's tokens and pseudo masks follow them."""
+    return batch.tensors[name][:, : -2 * batch.tensors["targets_BM"].shape[1]]
 
 
 def source_of(words: Sequence[int], settings: WritingConfig, vocabulary: Vocabulary) -> np.ndarray:

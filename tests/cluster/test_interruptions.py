@@ -110,7 +110,7 @@ def test_what_lives_on_without_its_nodes_daemon_changes_nothing(submit: Submissi
         assert job.wait_for_end() == "COMPLETED", job.printed()
         wait_until(
             lambda: not any(Path(f"/proc/{pid}").exists() for pid in old),
-            timeout_s=180,
+            timeout_s=60,
             what=lambda: f"not all have ended: { {pid: state_of(pid) for pid in old} }\n{job.printed()}",
         )
     finally:
