@@ -1,6 +1,6 @@
 """What a text must be to become part of the corpus, one document at a time. Duplicates are judged in duplicates.py.
 
-text -> Unicode normalisation -> long enough? -> in a wanted language? -> text | why not
+text -> Unicode normalisation -> long enough? -> in a wanted language? -> not held out? -> text | why not
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from types import ModuleType
 from typing import Literal
 
 from pmlm_dist.config import ConfigError
+from pmlm_dist.corpus.contamination import HeldOut
 from pmlm_dist.corpus.documents import Document, Skips
 
 Unicode = Literal["none", "nfc", "nfd", "nfkc", "nfkd"]
 
 TOO_FEW = "fewer than min_characters"
 LANGUAGE = "refused by the language filter"
+HELD_OUT = "shares words with held-out texts"
 NORMALISED = "Unicode normalisation"
 
 
@@ -71,6 +73,7 @@ class Cleaner:
     unicode: Unicode = "none"
     min_characters: int = 0
     keeps: Callable[[str], object] | None = None
+    held_out: HeldOut | None = None
     skips: Skips = field(default_factory=Skips)
     changed: Counter[str] = field(default_factory=Counter)
     """Documents changed, by what changed them."""
@@ -91,6 +94,8 @@ class Cleaner:
             return TOO_FEW
         if self.keeps is not None and not self.keeps(text):
             return LANGUAGE
+        if self.held_out is not None and self.held_out.meets(text):
+            return HELD_OUT
         return None
 
 

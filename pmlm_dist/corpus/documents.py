@@ -145,6 +145,42 @@ def read_unit(unit: Unit, *, text_field: str = "text", skips: Skips) -> Iterator
     skips.records += number
 
 
+def read_strings(unit: Unit) -> Iterator[str]:
+    """Every string in the records of `unit`, of whatever field: for text that is compared, not trained on.
+
+    Raises ConfigError for a damaged file and for a record that cannot be read: none is left out.
+    """
+    if unit.format == "dataset":
+        yield from _strings_in(open_dataset(unit.name)[unit.start : unit.stop])
+        return
+    with _damage_named(unit.name), open_source(unit.name) as raw:
+        if unit.format == "parquet":
+            for batch in _parquet(unit.name, raw).iter_batches(batch_size=_BATCH_ROWS, row_groups=[unit.start]):
+                yield from _strings_in(batch.to_pydict())
+            return
+        with _decompressed(unit, raw) as file:
+            for place, record in _objects(file, unit) if unit.format == "jsonl" else _paragraphs(file, unit):
+                yield from _strings_in(_value_of(record, unit=unit, place=place))
+
+
+def _value_of(record: bytes | _Refused, *, unit: Unit, place: str) -> Any:
+    try:
+        if isinstance(record, _Refused):
+            raise ValueError(record.reason)
+        text = record.decode("utf-8")
+        return json.loads(text) if unit.format == "jsonl" else text
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"{unit.name}, {place} cannot be read: {error}; mend the record"]) from error
+
+
+def _strings_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings_in(part)
+
+
 @dataclass(frozen=True)
 class _Refused:
     reason: str

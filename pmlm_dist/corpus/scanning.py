@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pmlm_dist.corpus import duplicates
 from pmlm_dist.corpus.cleaning import Cleaner, language_filter
+from pmlm_dist.corpus.contamination import HeldOut, read_held_out
 from pmlm_dist.corpus.documents import Unit, label, read_unit
 from pmlm_dist.corpus.duplicates import NearDuplicates, Parts
 from pmlm_dist.corpus.outcome import Tally, merged
@@ -135,4 +137,9 @@ class Scan:
     def _cleaner(self) -> Cleaner:
         address = self.config.language_filter
         keeps = None if address is None else language_filter(address).keeps
-        return Cleaner(self.config.unicode, self.config.min_characters, keeps)
+        return Cleaner(self.config.unicode, self.config.min_characters, keeps, self._held_out)
+
+    @cached_property
+    def _held_out(self) -> HeldOut | None:
+        files = self.config.decontaminate
+        return read_held_out(files, words=self.config.decontaminate_words) if files else None

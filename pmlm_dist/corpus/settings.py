@@ -12,6 +12,7 @@ from typing import Any
 
 from pmlm_dist.config import refuse
 from pmlm_dist.corpus.cleaning import Unicode, language_filter
+from pmlm_dist.corpus.contamination import read_held_out
 from pmlm_dist.corpus.documents import UNIT_BYTES
 from pmlm_dist.corpus.packing import MIN_SEQUENCE_LENGTH, Joined
 from pmlm_dist.corpus.shards import MANIFEST, Manifest
@@ -19,7 +20,14 @@ from pmlm_dist.corpus.sources import find_files
 from pmlm_dist.vocab import Vocabulary
 
 PYTHON_DOCS = "python-docs"
-_ABSENT = {"unicode": "none", "min_characters": 0, "language_filter": None, "near_duplicates": None}
+_ABSENT = {
+    "unicode": "none",
+    "min_characters": 0,
+    "language_filter": None,
+    "near_duplicates": None,
+    "decontaminate": [],
+    "decontaminate_words": 13,
+}
 """What manifests stand for that were written before there were these settings."""
 _SHORT = 200
 SAMPLES_PER_SHARD = 8192
@@ -64,6 +72,11 @@ class PrepareConfig:
     """Leave out shorter documents."""
     language_filter: str | None = None
     """`package.module:function` or `file.py:function` that takes a text and says whether to keep it."""
+    decontaminate: tuple[str, ...] = ()
+    """Held-out texts: files, globs or addresses of the kinds of `source`, every field of theirs. Documents that share a
+    run of words with them are left out."""
+    decontaminate_words: int = 13
+    """Words of such a run."""
     text_field: str = "text"
     """Field of a JSON object, or column of a parquet file, that holds the text."""
     unit_bytes: int = UNIT_BYTES
@@ -89,7 +102,7 @@ def problems(config: PrepareConfig) -> list[str]:
         found.append(f"near_duplicates ({config.near_duplicates}) must lie above 0 and at most at 1: use 0.8")
     if config.min_characters < 0:
         found.append(f"min_characters ({config.min_characters}) must not be negative: use 0")
-    for name in ("shards", "samples_per_shard", "vocabulary_size", "vocabulary_sample_bytes", "unit_bytes"):
+    for name in ("decontaminate_words", "shards", "samples_per_shard", "vocabulary_size", "vocabulary_sample_bytes", "unit_bytes"):
         value = getattr(config, name)
         if value is not None and value < 1:
             found.append(f"{name} ({value}) must be positive")
@@ -135,6 +148,9 @@ def recorded(config: PrepareConfig) -> dict[str, Any]:
         plain["vocabulary_fingerprint"] = Vocabulary.load(config.vocabulary).fingerprint
     if config.language_filter is not None:
         plain["language_filter_fingerprint"] = language_filter(config.language_filter).fingerprint
+    if config.decontaminate:
+        held_out = read_held_out(config.decontaminate, words=config.decontaminate_words)
+        plain["decontaminate_fingerprint"] = held_out.fingerprint
     return plain
 
 

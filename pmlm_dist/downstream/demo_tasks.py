@@ -1,6 +1,7 @@
 """The demo's two tasks side by side: their data, and their scores beside baselines.
 
-data/demo/python-docs.jsonl  --write_data-->  data/demo-tasks/{package,summary}
+data/demo/python-docs.jsonl  --write_data-->  data/demo-tasks/{package,summary}, held-out.jsonl
+pmlm prepare-corpus --decontaminate held-out.jsonl, train.py  -->  a model that has read no text of validation or test
 pmlm finetune, twice a task (pre-trained, --untrained; see the Makefile)  -->  runs/demo-{package,summary}[-untrained]
 write_table  -->  a table for people
 """
@@ -18,6 +19,7 @@ from pmlm_dist.downstream.docstring_packages import PackageTaskConfig, write_pac
 from pmlm_dist.downstream.docstring_summaries import SummaryTaskConfig, write_summary_task
 
 Scores = dict[str, dict[str, float]]
+_HELD_OUT = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,26 @@ DEMO_TASKS = {
 
 
 def write_data(source: Path = Path("data/demo/python-docs.jsonl"), output: Path = Path("data/demo-tasks")) -> None:
-    """Write the data of both tasks, those that are not there yet.
+    """Write the data of both tasks, those that are not there yet, and the docstrings that pre-training must not read.
 
     Args:
         source: Docstrings, as `pmlm prepare-corpus --source python-docs` writes them beside its corpus.
-        output: Where a folder for each task is written.
+        output: Where a folder for each task is written, and `held-out.jsonl`: the docstrings, whole and as they are,
+            that validation and test of either task are made from.
     """
     for name, task in DEMO_TASKS.items():
         if not (output / name).exists():
             sizes = task.write(source, output / name)
             print(f"{output / name}: " + ", ".join(f"{size:,} {split}" for split, size in sizes.items()))
+    held_out = {row["id"] for name in DEMO_TASKS for split in _HELD_OUT for row in _rows(output / name / f"{split}.jsonl")}
+    texts = [{"text": row["text"]} for row in _rows(source) if row["name"] in held_out]
+    lines = (json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
+    (output / "held-out.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def write_table(data: Path = Path("data/demo-tasks"), runs: Path = Path("runs")) -> None:
