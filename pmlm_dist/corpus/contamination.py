@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pmlm_dist.config import ConfigError
+from pmlm_dist.config import ConfigError, refuse
 from pmlm_dist.corpus.documents import list_units, read_strings
 from pmlm_dist.corpus.sources import find_files
 
@@ -44,8 +44,8 @@ class HeldOut:
     def meets(self, text: str) -> bool:
         """Whether `text` has one of the runs."""
         runs = _runs(text, self.words)
-        nearest = np.searchsorted(self.runs, runs) % len(self.runs)
-        return bool((self.runs[nearest] == runs).any())
+        first, last = (np.searchsorted(self.runs, runs, side=side) for side in ("left", "right"))
+        return bool((first < last).any())
 
     @property
     def fingerprint(self) -> str:
@@ -55,10 +55,12 @@ class HeldOut:
 
 def read_held_out(patterns: Sequence[str], *, words: int) -> HeldOut:
     """The texts of files: of any field and column. Raises ConfigError for none, and for what cannot be read."""
-    units = list_units(find_files(patterns))
-    held_out = HeldOut.of((text for unit in units for text in read_strings(unit)), words=words)
-    if not len(held_out.runs):
-        raise ConfigError([f"decontaminate: there is no text in {', '.join(patterns)}: give the held-out files"])
+    try:
+        units = list_units(find_files(patterns))
+        held_out = HeldOut.of((text for unit in units for text in read_strings(unit)), words=words)
+        refuse([f"there is no text in {', '.join(patterns)}: give the held-out files"] * (not len(held_out.runs)))
+    except ConfigError as error:
+        raise ConfigError([f"decontaminate: {problem}" for problem in error.problems]) from error
     return held_out
 
 

@@ -102,7 +102,14 @@ def problems(config: PrepareConfig) -> list[str]:
         found.append(f"near_duplicates ({config.near_duplicates}) must lie above 0 and at most at 1: use 0.8")
     if config.min_characters < 0:
         found.append(f"min_characters ({config.min_characters}) must not be negative: use 0")
-    for name in ("decontaminate_words", "shards", "samples_per_shard", "vocabulary_size", "vocabulary_sample_bytes", "unit_bytes"):
+    for name in (
+        "decontaminate_words",
+        "shards",
+        "samples_per_shard",
+        "vocabulary_size",
+        "vocabulary_sample_bytes",
+        "unit_bytes",
+    ):
         value = getattr(config, name)
         if value is not None and value < 1:
             found.append(f"{name} ({value}) must be positive")

@@ -58,7 +58,9 @@ def write_data(source: Path = Path("data/demo/python-docs.jsonl"), output: Path 
         if not (output / name).exists():
             sizes = task.write(source, output / name)
             print(f"{output / name}: " + ", ".join(f"{size:,} {split}" for split, size in sizes.items()))
-    held_out = {row["id"] for name in DEMO_TASKS for split in _HELD_OUT for row in _rows(output / name / f"{split}.jsonl")}
+    held_out = {
+        row["id"] for name in DEMO_TASKS for split in _HELD_OUT for row in _rows(output / name / f"{split}.jsonl")
+    }
     texts = [{"text": row["text"]} for row in _rows(source) if row["name"] in held_out]
     lines = (json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
     (output / "held-out.jsonl").write_text("".join(lines), encoding="utf-8")

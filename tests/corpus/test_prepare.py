@@ -13,6 +13,7 @@ from faulty_server import serving
 from preparations import command, config, content, samples, texts, write_source
 
 from pmlm_dist.config import ConfigError
+from pmlm_dist.corpus.cleaning import HELD_OUT
 from pmlm_dist.corpus.outcome import entropy
 from pmlm_dist.corpus.prepare import even_cuts, prepare_corpus, uneven_files
 from pmlm_dist.corpus.settings import PrepareConfig, problems
@@ -249,6 +250,36 @@ def test_cleaning_is_counted_and_every_record_accounted_for(tmp_path: Path):
     (tmp_path / "languages.py").write_text("def wanted(text):\n    return True\n")
     with pytest.raises(ConfigError, match="language_filter_fingerprint"):
         prepare_corpus(wanted)
+
+
+def test_held_out_texts_are_in_no_sample(source: Path, tmp_path: Path):
+    held_out = [text for text in texts() if len(text.split()) > 50][:5]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"src": text, "label": "one"}) + "\n" for text in held_out))
+    settings = {"decontaminate": (f"{tmp_path}/*.jsonl",), "decontaminate_words": 40}
+    wanted = config(source, tmp_path / "corpus", joined="pad", sequence_length=512, **settings)
+    manifest = prepare_corpus(wanted)
+    assert manifest.counts["skipped"][HELD_OUT] == 5
+    verify(tmp_path / "corpus")
+    vocabulary = Vocabulary.load(tmp_path / "corpus")
+    gone = {tuple(ids) for ids in vocabulary.encode_batch(held_out)}
+    stored = [*samples(tmp_path / "corpus", "train"), *samples(tmp_path / "corpus", "validation")]
+    kept = {tuple(id for id in ids if id not in vocabulary.special_ids) for ids in stored}
+    assert len(kept) == 295
+    assert not gone & kept
+    assert prepare_corpus(wanted).counts == manifest.counts  # it stands
+    with (tmp_path / "test.jsonl").open("a") as file:
+        file.write('"another text"\n')
+    with pytest.raises(ConfigError, match="decontaminate_fingerprint"):
+        prepare_corpus(wanted)
+
+
+@pytest.mark.parametrize("patterns", [("none/*.jsonl",), ("test.csv",)])
+def test_unusable_held_out_files_are_refused_before_anything_is_written(source: Path, tmp_path: Path, patterns):
+    (tmp_path / "test.csv").write_text("a,b\n")
+    paths = tuple(f"{tmp_path}/{pattern}" for pattern in patterns)
+    with pytest.raises(ConfigError, match="decontaminate"):
+        prepare_corpus(config(source, tmp_path / "corpus", decontaminate=paths))
+    assert not (tmp_path / "corpus").exists()
 
 
 def test_kept_duplicates_are_all_there(source: Path, tmp_path: Path):
