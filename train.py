@@ -18,7 +18,7 @@ import tyro
 
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.presets import PRESETS
-from pmlm_dist.ranks import share_cores, speaks
+from pmlm_dist.ranks import forget_broken_output, share_cores, speaks
 from pmlm_dist.training.exit_codes import ExitCode
 from pmlm_dist.training.heartbeat import Heartbeat
 from pmlm_dist.training.preemption import Stopped, StopSignals
@@ -55,6 +55,9 @@ def main(heart: Heartbeat) -> int:
         pretrain(config, signals, heart)
     except Stopped as stopped:
         return stopped.exit_code
+    except BrokenPipeError:
+        if not forget_broken_output():
+            raise
     except ConfigError as error:
         _say(f"This run cannot start:\n{error}", anybody=False)
         return ExitCode.BAD_CONFIGURATION

@@ -17,7 +17,7 @@ from functools import partial
 from typing import NoReturn
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.ranks import share_cores, speaks
+from pmlm_dist.ranks import forget_broken_output, share_cores, speaks
 from pmlm_dist.training.heartbeat import Heartbeat
 from pmlm_dist.training.preemption import Stopped, StopSignals
 from pmlm_dist.training.run_lock import FolderInUse
@@ -282,6 +282,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "fill": fill,
     "lengthen": lengthen,
 }
+ALONE = (export, import_weights, lengthen)
+"""Commands that write a folder from one process."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -296,6 +298,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(f"no command {arguments[0]!r}{_closest(arguments[0])}; `pmlm --help` lists them")
     if is_process and command is finetune:
         _become_supervised(arguments[1:])
+    if command in ALONE:
+        from pmlm_dist.parallel.launch import rendezvous
+
+        ranks = int(rendezvous(os.environ)["WORLD_SIZE"])
+        if ranks > 1:
+            return _failed(f"{arguments[0]} runs in one process and found itself among {ranks}: start it by itself")
     return _said(partial(command, arguments[1:]))
 
 
@@ -343,6 +351,9 @@ def _outcome(run: Callable[[], None]) -> int:
         return error.exit_code
     except Stopped as stopped:
         return stopped.exit_code
+    except BrokenPipeError:
+        if not forget_broken_output():
+            raise
     return 0
 
 

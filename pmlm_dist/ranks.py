@@ -1,4 +1,4 @@
-"""What a process knows of its world before it joins it: whether it speaks for all, how many threads are its share.
+"""What a process knows of its world before it joins it: whether it speaks for all and is heard, its share of threads.
 
 Standard library only: torch reads the number of threads when it is imported.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import sys
 from collections.abc import Mapping
 
 # Of torchrun and deepspeed, Open MPI, MPICH, srun: the first that is set counts (see parallel/launch.py).
@@ -35,6 +37,16 @@ def threads(environ: Mapping[str, str], *, cores: int) -> int:
 
 def _first_set(names: tuple[str, ...], environ: Mapping[str, str], *, default: str) -> str:
     return next((environ[name] for name in names if environ.get(name)), default)
+
+
+def forget_broken_output() -> bool:
+    """Whether nobody reads standard output any more (`--help | head`); what is left of it then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    is_broken = any(event & select.POLLERR for _, event in output.poll(0))
+    if is_broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_broken
 
 
 def share_cores() -> None:

@@ -1,11 +1,14 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pmlm_dist import cli
 from pmlm_dist.config import ConfigError
 from pmlm_dist.corpus.shards import ShardError
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_help_names_every_command_and_imports_nothing_heavy():
@@ -41,6 +44,29 @@ def test_errors_of_the_program_keep_their_traceback(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "prepare-corpus", fail)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["prepare-corpus"])
+
+
+@pytest.mark.parametrize("command", ["export", "import", "lengthen"])
+def test_what_writes_a_folder_from_one_process_is_refused_on_several_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([command, "model", "output"]) == 2
+    assert f"{command} runs in one process and found itself among 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["train.py", "-m pmlm_dist.cli plan", "-m pmlm_dist.cli finetune"])
+def test_a_reader_who_has_enough_of_the_help_gets_no_traceback(program: str):
+    command = [sys.executable, *program.split(), "--help"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    with process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "Error" not in errors
+    assert "supervisor" not in errors
 
 
 def test_settings_are_listed_all_at_once(capsys: pytest.CaptureFixture[str]):

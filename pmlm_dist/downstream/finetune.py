@@ -356,12 +356,13 @@ def learn(learner: Learner, life: Life) -> Trial:
         if topology.is_first:
             session.start.vocabulary.save(output)
         try:
-            _train(learner, engine, state, log, progress=progress, folder=folder, life=life)
-            trial = _report(learner, engine, state, log, progress=progress, folder=folder, stop=life.stop)
+            tuning = _Tuning(learner, engine, state, log, folder, life, progress)
+            tuning.train()
+            trial = tuning.report()
         except Stopped as stopped:
             log.say(f"stopped by {stopped}; the same command goes on from {newest_of(folder) or 'the beginning'}")
             raise
-    del engine, state
+    del engine, state, tuning
     gc.collect()  # an engine is full of circles; the next one needs its memory
     return trial
 
@@ -429,71 +430,6 @@ class _Progress:
             refuse([f"{best}, the best checkpoint so far, is not whole: {fault}" for fault in faults])
 
 
-def _train(
-    learner: Learner,
-    engine: DeepSpeedEngine,
-    state: EngineState,
-    log: RunLog,
-    *,
-    progress: _Progress,
-    folder: CheckpointFolder,
-    life: Life,
-) -> None:
-    """All steps that are left; the best checkpoint by validation is in `folder` afterwards."""
-    session, heart, stop = learner.session, learner.session.heart, life.stop
-    about = {"identity": _identity(learner), "configuration": _configuration(learner)}
-    saver = Saver(
-        state,
-        folder,
-        log,
-        about=about,
-        timeout_s=_SAVE_TIMEOUT_S,
-        limit=stop.deadline,
-        alive=heart.go_on,
-        life=life.claim.life,
-    )
-    check_replicas(module_of(engine), session.topology)
-    saved, is_sound = progress.step, True
-    skips, losses, start = Skips(limit=session.config.max_skipped_steps), [], time.perf_counter()
-    try:
-        while True:
-            if learner.is_evaluated(progress.step) and progress.evaluated < progress.step:
-                _score(learner, engine, log, progress=progress, stop=stop)
-                _save(learner, saver, progress)
-                saved = progress.step
-            if progress.step == learner.steps:
-                break
-            stop.check()
-            loss, norm = train_step(learner, engine, progress.step + 1)
-            progress.step, is_sound = progress.step + 1, norm is not None
-            skips.count(skipped=not is_sound, last_good=None if is_sound else saver.newest)
-            losses.append(loss)
-            if learner.is_logged(progress.step):
-                seconds = (time.perf_counter() - start) / len(losses)
-                _log_step(learner, log, progress.step, losses=losses, norm=norm, seconds=seconds)
-                losses, start = [], time.perf_counter()
-            saver.report()
-            heart.limit(phase_limits(session.config.watch, warm=True))
-        heart.enter(SAVE)
-        saver.close()
-    except Stopped:
-        if is_sound and progress.step != saved:
-            _save(learner, saver, progress)
-        saver.wait()  # where it cannot be written in time the checkpoint before stands
-        raise
-    finally:
-        saver.leave()
-
-
-def _save(learner: Learner, saver: Saver, progress: _Progress) -> None:
-    """Save, once the last checkpoint is written: the one that is the best must not go before the next is there."""
-    learner.session.heart.enter(SAVE)
-    saver.close()
-    progress.kept = progress.best_step
-    samples = min(progress.step * learner.recipe.batch, len(learner.session.train.features) * learner.recipe.epochs)
-    saver.save(RunState(step=progress.step, samples_consumed=samples), progress=progress.as_json())
-
-
 def train_step(learner: Learner, engine: DeepSpeedEngine, step: int) -> tuple[float, float | None]:
     """The update number `step` (from 1): mean loss over what all ranks have read, and the gradient's norm.
 
@@ -540,59 +476,117 @@ def _order(count: int, *, seed: int, epoch: int) -> np.ndarray:
     return permutation(count, seed=seed, epoch=epoch)
 
 
-def _score(learner: Learner, engine: DeepSpeedEngine, log: RunLog, *, progress: _Progress, stop: StopAgreement) -> None:
-    """Evaluate the validation splits, and take them for the best if they are. A score that is not a number never is."""
-    session, step = learner.session, progress.step
-    session.heart.enter(VALIDATION)
-    found = {split.name: _evaluate(learner, engine, split, stop) for split in session.scored}
-    for name, evaluation in found.items():
-        log.scores({f"{name}/{metric}": value for metric, value in evaluation.scores.items()}, step=step)
-        log.say(f"step {step}: {_score_line(name, evaluation.scores)}")
-    value = found[session.scored[0].name].scores[session.task.metric]
-    progress.evaluated = step
-    if value > progress.best_value:
-        progress.best_step, progress.best_value, progress.evaluations = step, value, found
+@dataclass
+class _Tuning:
+    """A fine-tuning at work, on every rank."""
 
+    learner: Learner
+    engine: DeepSpeedEngine
+    state: EngineState
+    log: RunLog
+    folder: CheckpointFolder
+    life: Life
+    progress: _Progress
 
-def _evaluate(learner: Learner, engine: DeepSpeedEngine, split: Split, stop: StopAgreement) -> Evaluation:
-    session, micro = learner.session, learner.engine.micro_batch
-    return evaluate(engine, session.task, split, session.topology, micro_batch=micro, between=stop.check)
-
-
-def _report(
-    learner: Learner,
-    engine: DeepSpeedEngine,
-    state: EngineState,
-    log: RunLog,
-    *,
-    progress: _Progress,
-    folder: CheckpointFolder,
-    stop: StopAgreement,
-) -> Trial:
-    """Go back to the best checkpoint, score with it what it has not been scored on; write scores and predictions."""
-    session = learner.session
-    if not progress.best_step:
-        raise FloatingPointError(
-            f"no evaluation gave a number for {session.task.metric}: the training has diverged, lower --recipe.lr"
+    def train(self) -> None:
+        """All steps that are left; the best checkpoint by validation is in `folder` afterwards."""
+        learner, progress, log = self.learner, self.progress, self.log
+        session, heart, stop = learner.session, learner.session.heart, self.life.stop
+        saver = Saver(
+            self.state,
+            self.folder,
+            log,
+            about={"identity": _identity(learner), "configuration": _configuration(learner)},
+            timeout_s=_SAVE_TIMEOUT_S,
+            limit=stop.deadline,
+            alive=heart.go_on,
+            life=self.life.claim.life,
         )
-    best = folder.folder(progress.best_step)
-    left = [split for split in (*session.scored, *session.reported) if split.name not in progress.evaluations]
-    if left:
-        with CheckpointReader(best) as reader:
-            state.start_from(reader)
-    session.heart.enter(VALIDATION)
-    progress.evaluations |= {split.name: _evaluate(learner, engine, split, stop) for split in left}
-    scores = {name: evaluation.scores for name, evaluation in progress.evaluations.items()}
-    if session.topology.is_first:
-        for name, evaluation in progress.evaluations.items():
-            _predictions_file(learner.output, name).unlink(missing_ok=True)  # of a start that ended right here
-            write_predictions(_predictions_file(learner.output, name), evaluation.predictions)
-        folder.keep_only(progress.best_step)
-        _write_json(learner.output / SCORES, {"step": progress.best_step, "scores": scores})  # from now on it is done
-    for name, values in scores.items():
-        log.say(f"best, step {progress.best_step}: {_score_line(name, values)}")
-    log.say(f"written: {best}")
-    return Trial(dataclasses.asdict(learner.recipe), learner.seed, scores, str(learner.output))
+        check_replicas(module_of(self.engine), session.topology)
+        saved, is_sound = progress.step, True
+        skips, losses, start = Skips(limit=session.config.max_skipped_steps), [], time.perf_counter()
+        try:
+            while True:
+                if learner.is_evaluated(progress.step) and progress.evaluated < progress.step:
+                    self._score()
+                    self._save(saver)
+                    saved = progress.step
+                if progress.step == learner.steps:
+                    break
+                stop.check()
+                loss, norm = train_step(learner, self.engine, progress.step + 1)
+                progress.step, is_sound = progress.step + 1, norm is not None
+                skips.count(skipped=not is_sound, last_good=None if is_sound else saver.newest)
+                losses.append(loss)
+                if learner.is_logged(progress.step):
+                    seconds = (time.perf_counter() - start) / len(losses)
+                    _log_step(learner, log, progress.step, losses=losses, norm=norm, seconds=seconds)
+                    losses, start = [], time.perf_counter()
+                saver.report()
+                heart.limit(phase_limits(session.config.watch, warm=True))
+            heart.enter(SAVE)
+            saver.close()
+        except Stopped:
+            if is_sound and progress.step != saved:
+                self._save(saver)
+            saver.wait()  # where it cannot be written in time the checkpoint before stands
+            raise
+        finally:
+            saver.leave()
+
+    def _save(self, saver: Saver) -> None:
+        """Save, once the last checkpoint is written: the one that is the best must not go before the next is there."""
+        learner, progress = self.learner, self.progress
+        learner.session.heart.enter(SAVE)
+        saver.close()
+        progress.kept = progress.best_step
+        samples = min(progress.step * learner.recipe.batch, len(learner.session.train.features) * learner.recipe.epochs)
+        saver.save(RunState(step=progress.step, samples_consumed=samples), progress=progress.as_json())
+
+    def _score(self) -> None:
+        """Evaluate the validation splits, and take them for the best if they are. What is not a number never is."""
+        session, progress = self.learner.session, self.progress
+        session.heart.enter(VALIDATION)
+        found = {split.name: self._evaluate(split) for split in session.scored}
+        for name, evaluation in found.items():
+            values = evaluation.scores.items()
+            self.log.scores({f"{name}/{metric}": value for metric, value in values}, step=progress.step)
+            self.log.say(f"step {progress.step}: {_score_line(name, evaluation.scores)}")
+        value = found[session.scored[0].name].scores[session.task.metric]
+        progress.evaluated = progress.step
+        if value > progress.best_value:
+            progress.best_step, progress.best_value, progress.evaluations = progress.step, value, found
+
+    def _evaluate(self, split: Split) -> Evaluation:
+        session, micro = self.learner.session, self.learner.engine.micro_batch
+        between = self.life.stop.check
+        return evaluate(self.engine, session.task, split, session.topology, micro_batch=micro, between=between)
+
+    def report(self) -> Trial:
+        """Go back to the best checkpoint, score with it what it has not been scored on; write scores, predictions."""
+        learner, progress, session = self.learner, self.progress, self.learner.session
+        if not progress.best_step:
+            raise FloatingPointError(
+                f"no evaluation gave a number for {session.task.metric}: the training has diverged, lower --recipe.lr"
+            )
+        best = self.folder.folder(progress.best_step)
+        left = [split for split in (*session.scored, *session.reported) if split.name not in progress.evaluations]
+        if left:
+            with CheckpointReader(best) as reader:
+                self.state.start_from(reader)
+        session.heart.enter(VALIDATION)
+        progress.evaluations |= {split.name: self._evaluate(split) for split in left}
+        scores = {name: evaluation.scores for name, evaluation in progress.evaluations.items()}
+        if session.topology.is_first:
+            for name, evaluation in progress.evaluations.items():
+                _predictions_file(learner.output, name).unlink(missing_ok=True)  # of a start that ended right here
+                write_predictions(_predictions_file(learner.output, name), evaluation.predictions)
+            self.folder.keep_only(progress.best_step)
+            _write_json(learner.output / SCORES, {"step": progress.best_step, "scores": scores})  # now it is done
+        for name, values in scores.items():
+            self.log.say(f"best, step {progress.best_step}: {_score_line(name, values)}")
+        self.log.say(f"written: {best}")
+        return Trial(dataclasses.asdict(learner.recipe), learner.seed, scores, str(learner.output))
 
 
 # -------------------------------------------------------------------------------------------------------- what is told

@@ -35,6 +35,8 @@ _NO_LABEL = -1
 
 def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     """All rows of `split` at `source`, in their order. Raises `ConfigError` when there is none, or they are no rows."""
+    if not split or Path(split).name != split:
+        raise ConfigError([f"a split ({split}) is a name, not a path: put its file into {source} and name that"])
     folder = Path(source)
     if not folder.exists() or _is_repository(folder):
         rows = _read_hub(source, split)

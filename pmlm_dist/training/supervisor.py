@@ -106,8 +106,16 @@ def _run(main: Callable[[Heartbeat], int], heart: Heartbeat) -> int:
     except BaseException as error:
         heart.fail(error)
         with contextlib.suppress(OSError, ValueError):
-            traceback.print_exc()
+            _tell(error)
         return heart.words().code
+
+
+def _tell(error: BaseException) -> None:
+    """What ended a rank; of a training that has diverged, which no line of code tells more of, its own words."""
+    if isinstance(error, FloatingPointError):
+        print(f"\nThis run cannot go on: {error}\n", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exc()
 
 
 class Supervisor:

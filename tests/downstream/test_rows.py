@@ -100,6 +100,14 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str, m
         read_rows(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("split", ["../test", "folder/test", "/test", ""])
+def test_a_split_is_no_path(tmp_path: Path, split: str):
+    (tmp_path / "test.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="is a name, not a path"):
+        read_rows(str(tmp_path / "folder"), split)
+
+
 def test_a_split_that_is_there_twice_is_refused(tmp_path: Path):
     for name in ("train.jsonl", "train.tsv"):
         (tmp_path / name).write_text("a\n")

@@ -75,6 +75,14 @@ def test_an_error_is_told_with_its_traceback(tmp_path: Path):
     assert "LookupError: lost" in (tmp_path / "logs/life/rank-00000.txt").read_text()
 
 
+def test_a_training_that_has_diverged_is_told_in_its_own_words(tmp_path: Path):
+    done = run("raise FloatingPointError('20 steps in a row: lower --optim.peak-lr')", tmp_path)
+    assert done.returncode == ExitCode.NOT_FINITE
+    assert "Traceback" not in done.stderr
+    assert "This run cannot go on: 20 steps in a row: lower --optim.peak-lr" in done.stderr
+    assert "FloatingPointError" in (tmp_path / "logs/life/rank-00000.txt").read_text()
+
+
 def test_another_ranks_cause_ends_this_one_with_its_code(tmp_path: Path):
     body = """(__import__('pathlib').Path(sys.argv[1]) / 'logs/life').mkdir(parents=True)
     open(sys.argv[1] + '/logs/life/cause.json', 'w').write(
