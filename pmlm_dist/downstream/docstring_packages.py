@@ -198,7 +198,7 @@ def frequent_words(train: Sequence[dict[str, str]], held_out: Sequence[dict[str,
     """For each text the class that shares most of its words; ties go to the first in the alphabet."""
     by_class: dict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
-        by_class[row["label"]].update(_words(row["text"]))
+        by_class[row["label"]].update(sorted(_words(row["text"])))
     everywhere = {word for word, _ in sum(by_class.values(), Counter()).most_common(_FREQUENT)}
     typical = {
         label: {word for word, _ in counts.most_common(2 * _FREQUENT) if word not in everywhere}
