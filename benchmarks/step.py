@@ -8,8 +8,8 @@ Hugging Face            `BertForMaskedLM` and `MPNetForMaskedLM` (relative bias)
 .. memory kept          the same where freed memory is kept as our training keeps it (training/allocator.py), on a CPU
 limit                   nothing but matrix products, of the shape that is fastest here: the model FLOPs of our step
 
-What ours is compared with runs as plain torch runs it: a loop of forward, backward, fused AdamW, weights in the dtype
-that is asked for (ours in bf16 keeps fp32 masters besides), freed memory treated as the C library does unless told.
+What ours is compared with runs as plain torch runs it: a loop of forward, backward, fused AdamW (in bf16 on fp32
+masters, as ours), freed memory treated as the C library does unless told.
 """
 
 from __future__ import annotations
@@ -190,27 +190,45 @@ def _ours(options: StepOptions, corpus: Path, row: str) -> Callable[[], object]:
 
 
 def _two_passes(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
-    model, optimizer, batch = _plain(options, corpus, dataclasses.replace(options.model))
+    model, update, batch = _plain(options, corpus, dataclasses.replace(options.model))
 
     def step() -> None:
         for kind in ("ae", "par"):
             objective = ObjectiveConfig(kind=kind)
             targets_K = target_weights(objective, batch.weights_BM, batch.kept_BM).sum(dim=(1, 2))
             (losses_of(model, batch, objective).nll_K * loss_scales(objective, targets_K)).sum().backward()
-        _update(model, optimizer)
+        update()
 
     return step
 
 
-def _update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """With gradients clipped at 1, as Hugging Face's Trainer does it by default; ours does it, too."""
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+def _update_of(model: torch.nn.Module) -> Callable[[], None]:
+    """AdamW in fp32, whatever the weights are in, gradients clipped at 1 as by Hugging Face's Trainer; as ours."""
+    weights = list(model.parameters())
+    masters = [
+        weight.float().detach().requires_grad_() if weight.dtype != torch.float32 else weight for weight in weights
+    ]
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
+
+    @torch.no_grad()
+    def update() -> None:
+        for weight, master in zip(weights, masters, strict=True):
+            if master is not weight:
+                assert weight.grad is not None
+                master.grad = weight.grad.float()
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        for weight, master in zip(weights, masters, strict=True):
+            if master is not weight:
+                weight.copy_(master)
+                weight.grad = None
+        optimizer.zero_grad()
+
+    return update
 
 
 def _naive(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
-    model, optimizer, batch = _plain(options, corpus, dataclasses.replace(options.model, attention="dense"))
+    model, update, batch = _plain(options, corpus, dataclasses.replace(options.model, attention="dense"))
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.inputs.items() if name != "predicted_BM"}
     rows = torch.arange(len(batch.tokens_BT), device=batch.tokens_BT.device)[:, None]
     pseudo = slice(batch.num_context + batch.num_predictions, None)
@@ -221,7 +239,7 @@ def _naive(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
         read = [logits_BTV[rows, batch.predicted_BM], logits_BTV[:, pseudo]]
         losses = [F.cross_entropy(logits.flatten(0, 1).float(), batch.targets_BM.flatten()) for logits in read]
         torch.stack(losses).sum().backward()
-        _update(model, optimizer)
+        update()
 
     return step
 
@@ -245,7 +263,7 @@ def _hugging_face(options: StepOptions, corpus: Path, row: str) -> Callable[[], 
     else:
         model = MPNetForMaskedLM(MPNetConfig(**settings))
     model = model.to(device(), options.torch_dtype).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    update = _update_of(model)
     batch = _batch(options, corpus)
     context = slice(0, batch.num_context)
     labels = torch.full_like(batch.tokens_BT[:, context], -100).scatter(1, batch.predicted_BM, batch.targets_BM)
@@ -253,7 +271,7 @@ def _hugging_face(options: StepOptions, corpus: Path, row: str) -> Callable[[], 
     def step() -> None:
         valid = batch.valid_BT[:, context].long()
         model(input_ids=batch.tokens_BT[:, context], attention_mask=valid, labels=labels).loss.backward()
-        _update(model, optimizer)
+        update()
 
     return step
 
@@ -313,12 +331,10 @@ def _batch(options: StepOptions, corpus: Path) -> Batch:
     return next(batches).to(device())
 
 
-def _plain(
-    options: StepOptions, corpus: Path, shape: ModelConfig
-) -> tuple[PseudoMaskedLM, torch.optim.Optimizer, Batch]:
+def _plain(options: StepOptions, corpus: Path, shape: ModelConfig) -> tuple[PseudoMaskedLM, Callable[[], None], Batch]:
     padded = Vocabulary.load(corpus).padded_size()
     model = build_model(shape, padded_vocab_size=padded).to(device(), options.torch_dtype).train()
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), _batch(options, corpus)
+    return model, _update_of(model), _batch(options, corpus)
 
 
 def _flops(options: StepOptions, kind: str) -> float:
