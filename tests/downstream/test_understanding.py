@@ -266,8 +266,8 @@ def test_a_score_is_learned(tmp_path: Path):
         {"sentence1": f"the {a}", "sentence2": f"the {b}", "label": 5.0 * ("fish", "bird", "tree").index(b) / 2}
         for a, b in itertools.product(("fish", "bird", "tree"), repeat=2)
     ]
-    for split in ("train", "validation"):
-        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows * 2)
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows * 2)
+    write_jsonl(tmp_path / "data" / "validation.jsonl", rows)  # each once: the ranks of equal ones are rounding's
     recipe = Recipe(lr=2e-3, batch=6, epochs=40, dropout=0.0)
     wanted = config(model, tmp_path / "data", tmp_path / "out", task="stsb", recipe=recipe, evaluate_every=60)
     ((trials, again),) = run_world(learn, 1, wanted)
