@@ -73,6 +73,14 @@ def test_columns_of_strings_and_of_other_things_are_read(tmp_path: Path):
     assert [held_out.meets(text) for text in ("two three", "four five", "six seven", "seven x")] == [True] * 3 + [False]
 
 
+def test_a_data_set_s_columns_are_read(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"n": [1, 2], "question": ["who wrote it", "when"], "answers": [["nobody did"], ["some day", "then"]]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    held_out = read_held_out([f"datasets://{tmp_path}/saved"], words=2)
+    assert [held_out.meets(text) for text in ("wrote it", "nobody did", "some day", "day then")] == [True] * 3 + [False]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
