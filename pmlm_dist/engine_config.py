@@ -55,6 +55,11 @@ _UNSAVABLE = {
     "fp16.fp16_master_weights_and_grads": True,
 }
 """Where masters or moments would lie outside memory, or not be fp32: checkpoints hold them as fp32 from memory."""
+_UNGUARDED = {
+    "zero_optimization.compute_grad_norm": False,
+    "bf16.check_grad_overflow": False,
+}
+"""Where DeepSpeed would not tell, or not heed, that a gradient is not finite."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,7 @@ def _problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
         *_section_problems(raw),
         *_precision_problems(raw, has_accelerator=has_accelerator),
         *_layout_problems(raw),
+        *_guard_problems(raw),
     ]
 
 
@@ -240,6 +246,14 @@ def _layout_problems(raw: dict[str, Any]) -> list[str]:
         if value not in (None, -1):
             found.append(f"zero_optimization.{name} ({value}) cuts weights in a way checkpoints do not know: remove it")
     return found
+
+
+def _guard_problems(raw: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} ({json.dumps(value)}) hides whether a gradient is finite; a step without one is left out: remove it"
+        for name, value in _UNGUARDED.items()
+        if _setting(raw, name) == value
+    ]
 
 
 def _setting(raw: dict[str, Any], name: str) -> Any:

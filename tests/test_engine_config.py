@@ -121,6 +121,19 @@ def test_masters_in_half_precision_are_refused(tmp_path: Path, precision: str):
     assert f"{precision}.{precision}_master_weights_and_grads (true) cannot be saved" in found
 
 
+@pytest.mark.parametrize(
+    ("section", "name"), [("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")]
+)
+def test_a_gradient_that_is_not_finite_cannot_be_hidden(tmp_path: Path, section: str, name: str):
+    def stated(value: bool) -> dict[str, Any]:
+        sections = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
+        return {**SOUND, **sections, section: {**sections[section], name: value}}
+
+    load(tmp_path, stated(True))
+    (found,) = refusals(tmp_path, stated(False))
+    assert f"{section}.{name} (false) hides whether a gradient is finite" in found
+
+
 @pytest.mark.parametrize("zero", [{"stage": 0}, {}, None])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_stage_0_is_refused_with_less_than_fp32(tmp_path: Path, precision: str, zero: dict[str, int] | None):
