@@ -52,8 +52,9 @@ class Report:
         for name, row in self.rows.items():
             table.add_row(name, *(f"{row[column]:.4g}" if column in row else "" for column in columns))
         console.print(table)
+        width = max(map(len, self.figures))
         for name, figure in self.figures.items():
-            console.print(f"{name:>24}  {figure:.3f}")
+            console.print(f"{name:>{width}}  {figure:.3f}")
 
     def write(self, path: Path) -> None:
         """Write the report as JSON."""

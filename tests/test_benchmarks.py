@@ -16,7 +16,10 @@ FIGURES = {
     "scaling": {"dp2_weak", "dp2_strong", "tp2_weak", "tp2_strong", "deepspeed_overhead"},
     "zero": {*(f"zero{stage}_standing_vs_theory" for stage in range(4)), "plan_error"},
     "generate": {"vs_hf_generate", "vs_hf_encoder_decoder", "vs_hf_greedy"},
-    "step": {"vs_hf_bert", "vs_hf_mpnet", "vs_two_passes", "vs_naive", "vs_ae_only", "mfu", "peak_memory_vs_naive"},
+    "step": {
+        *(f"vs_{name}" for name in ("hf_bert", "hf_mpnet", "two_passes", "naive", "ae_only")),
+        *("one_pass_vs_two", "mfu", "peak_memory_vs_naive"),
+    },
     "loader": {"vs_hf_collator", "vs_hf_whole_word", "workers_for_300k_tokens", "data_wait_share"},
     "prepare": {"vs_tokenizer", "two_ranks", "memory_at_twice_the_text"},
     "attention": {
