@@ -39,6 +39,7 @@ THIRD_PARTIES = {
         *("training/engine.py", "training/engine_state.py", "training/loop.py", "training/validation.py"),
         "downstream/",
     ),
+    "pydantic": ("training/engine.py",),
     "safetensors": ("training/checkpoint_files.py", "conversion/"),
     "webdataset": ("corpus/shards.py",),
     "fsspec": ("data/transfer.py", "corpus/sources.py"),

@@ -5,6 +5,7 @@ Pre-training (`training/loop.py`) and fine-tuning (`downstream/finetune.py`) tra
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -16,9 +17,10 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from pydantic import ValidationError
 from torch import nn
 
-from pmlm_dist.config import OptimConfig
+from pmlm_dist.config import ConfigError, OptimConfig
 from pmlm_dist.engine_config import EngineConfig
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel.groups import ModelParallelUnit, Topology
@@ -37,24 +39,44 @@ def start_engine(
 ) -> DeepSpeedEngine:
     """Optimizer and engine of `model`, whose weights are drawn; every rank must call.
 
-    `keep_memory`: on a CPU, whether the process keeps freed memory (training/allocator.py).
+    `keep_memory`: on a CPU, whether the process keeps freed memory (training/allocator.py). Raises `ConfigError` on
+    every rank when DeepSpeed does not know, or cannot read, a setting inside a section of its JSON.
     """
     # Training does not use this op; compiling it takes a lock that a killed rank leaves behind for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
     if topology.device.type == "cpu":
         keep_freed_memory(keep=keep_memory)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=_optimizer(model, optim=optim, config=config),
-        config=config.for_deepspeed(),
-        mpu=ModelParallelUnit(),
-        dist_init_required=False,
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_optimizer(model, optim=optim, config=config),
+            config=config.for_deepspeed(),
+            mpu=ModelParallelUnit(),
+            dist_init_required=False,
+        )
+    except ValidationError as error:
+        raise ConfigError(_refusals(error, config.raw)) from error
     check_engine(engine.dp_world_size, topology)
     if config.zero_stage == 0:  # a single rank would copy all gradients to and fro for nothing
         engine.enable_backward_allreduce = topology.dp > 1
     return engine
+
+
+def _refusals(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+    """What DeepSpeed says against settings inside sections, each with its whole name."""
+    found = []
+    for problem in error.errors():
+        names = [str(part) for part in problem["loc"]]
+        if not names:  # it holds of several settings together, and names them
+            found.append(f"DeepSpeed's JSON (--ds-config): {problem['msg']}")
+            continue
+        sections = [name for name, section in raw.items() if isinstance(section, dict) and names[0] in section]
+        name, value = ".".join([*sections[:1], *names]), json.dumps(problem["input"], default=str)
+        unknown = problem["type"] == "extra_forbidden"
+        reason = "DeepSpeed knows no such setting: correct its name or remove it" if unknown else problem["msg"]
+        found.append(f"{name} ({value}) in DeepSpeed's JSON (--ds-config): {reason}")
+    return found
 
 
 def _optimizer(model: PseudoMaskedLM, *, optim: OptimConfig, config: EngineConfig) -> torch.optim.Optimizer:
