@@ -21,6 +21,7 @@ BENCHMARKS = {
     "prepare": "PrepareOptions",
     "scaling": "ScalingOptions",
     "step": "StepOptions",
+    "update": "UpdateOptions",
     "zero": "ZeroOptions",
 }
 

@@ -52,6 +52,7 @@ from pmlm_dist.parallel import groups
 from pmlm_dist.presets import PRESETS
 from pmlm_dist.training.allocator import keep_freed_memory
 from pmlm_dist.training.checkpoint import RunState
+from pmlm_dist.training.engine import has_bf16_products
 from pmlm_dist.training.flops import training_flops
 from pmlm_dist.training.loop import advance, build_engine, train_step
 from pmlm_dist.training.meter import Stopwatch
@@ -104,9 +105,29 @@ class StepOptions:
         """The dtype as torch names it."""
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
+    @property
+    def engine(self) -> dict[str, Any]:
+        """DeepSpeed's JSON: in bf16 as in `ds_configs/`."""
+        engine: dict[str, Any] = {
+            "train_batch_size": self.batch,
+            "train_micro_batch_size_per_gpu": self.batch,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": 0},
+        }
+        if self.dtype == "bf16":
+            engine["bf16"] = {"enabled": True}
+            engine["data_types"] = {"grad_accum_dtype": "fp32"}
+            engine["zero_optimization"] = {"stage": 1, "reduce_bucket_size": 10_000_000}
+        return engine
+
 
 def run(options: StepOptions) -> Report:
     """The memory of ours and of naive; then all rows timed in turn."""
+    if options.dtype == "bf16" and not has_bf16_products(device()):
+        raise SystemExit(
+            "this CPU has no bf16 products: a step takes many minutes and tells how torch does without; "
+            "`run.py update` times what a step in bf16 is beside its products"
+        )
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         corpus = random_corpus(
             Path(folder),
@@ -208,7 +229,7 @@ def _passes(options: StepOptions, corpus: Path, row: str) -> Callable[[], object
     return step
 
 
-def _update_of(model: torch.nn.Module) -> Callable[[], None]:
+def adamw_on_masters(model: torch.nn.Module) -> Callable[[], None]:
     """AdamW in fp32, whatever the weights are in, gradients clipped at 1 as by Hugging Face's Trainer; as ours."""
     weights = list(model.parameters())
     masters = [
@@ -269,7 +290,7 @@ def _hugging_face(options: StepOptions, corpus: Path, row: str) -> Callable[[], 
     else:
         model = MPNetForMaskedLM(MPNetConfig(**settings))
     model = model.to(device(), options.torch_dtype).train()
-    update = _update_of(model)
+    update = adamw_on_masters(model)
     batch = _batch(options, corpus)
     context = slice(0, batch.num_context)
     labels = torch.full_like(batch.tokens_BT[:, context], -100).scatter(1, batch.predicted_BM, batch.targets_BM)
@@ -308,16 +329,8 @@ def _kind(row: str) -> str:
 
 
 def _run_config(options: StepOptions, corpus: Path, kind: Any, *, attention: Any = "split") -> RunConfig:
-    engine: dict[str, Any] = {
-        "train_batch_size": options.batch,
-        "train_micro_batch_size_per_gpu": options.batch,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 0},
-    }
-    if options.dtype == "bf16":
-        engine |= {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000_000}}
     path = corpus / f"engine-{os.getpid()}.json"
-    path.write_text(json.dumps(engine))
+    path.write_text(json.dumps(options.engine))
     return RunConfig(
         corpus=corpus,
         run_dir=corpus / "run",
@@ -340,7 +353,7 @@ def _batch(options: StepOptions, corpus: Path) -> Batch:
 def _plain(options: StepOptions, corpus: Path, shape: ModelConfig) -> tuple[PseudoMaskedLM, Callable[[], None], Batch]:
     padded = Vocabulary.load(corpus).padded_size()
     model = build_model(shape, padded_vocab_size=padded).to(device(), options.torch_dtype).train()
-    return model, _update_of(model), _batch(options, corpus)
+    return model, adamw_on_masters(model), _batch(options, corpus)
 
 
 def _flops(options: StepOptions, kind: str) -> float:

@@ -79,10 +79,14 @@ class EngineConfig:
     def for_deepspeed(self) -> dict[str, Any]:
         """The JSON that DeepSpeed gets: as the file says, silent, and without the clipping that is its own default.
 
-        With ZeRO-0 it never clips: the training does, which needs the gradient's norm anyway.
+        With ZeRO-0 it never clips: the training does, which needs the gradient's norm anyway. With bf16 and fp32 sums
+        a gradient goes into its sum as soon as it is there (training/bf16_optimizer.py).
         """
         clipping = self.gradient_clipping if self.zero_stage else 0.0
-        return {"steps_per_print": 2**31, **self.raw, "gradient_clipping": clipping}
+        settings = {"steps_per_print": 2**31, **self.raw, "gradient_clipping": clipping}
+        if self.precision == "bf16":
+            settings["bf16"] = {**self.raw["bf16"], "immediate_grad_update": True}
+        return settings
 
     def accumulation(self, dp: int) -> int:
         """Gradient accumulation steps on `dp` data-parallel ranks."""

@@ -15,7 +15,7 @@ FAULTS: dict[str, tuple[int, str, str]] = {
     "F06": (1, "one rank leaves out a collective", "an agreement with itself alone"),
     "F07": (1, "a rank dies before it has joined", "SIGKILL before the process group"),
     "F08": (1, "a lock that a killed compiler left behind", "the lock file in the folder of extensions"),
-    "F09": (2, "killed while it compiles, started again", "nothing is compiled: the test of F08 sees to that"),
+    "F09": (2, "killed while it compiles, started again", "SIGKILL to the process that compiles, its lock file left"),
     "F10": (1, "an abort at the exit of a finished run", "complete ZeRO-3 runs, one after another"),
     "F11": (2, "shared memory that is left behind", "/dev/shm before and after every life of the chains of kills"),
     "F12": (1, "the port is taken", "a listener on MASTER_PORT"),

@@ -36,8 +36,8 @@ BESIDES = {("data/", "pmlm_dist.corpus.shards")}
 THIRD_PARTIES = {
     "megatron": ("parallel/",),
     "deepspeed": (
-        *("training/engine.py", "training/engine_state.py", "training/loop.py", "training/validation.py"),
-        "downstream/",
+        *("training/engine.py", "training/engine_state.py", "training/bf16_optimizer.py"),
+        *("training/loop.py", "training/validation.py", "downstream/"),
     ),
     "pydantic": ("training/engine.py",),
     "safetensors": ("training/checkpoint_files.py", "conversion/"),

@@ -20,6 +20,7 @@ FIGURES = {
         *(f"vs_{name}" for name in ("hf_bert", "hf_mpnet", "two_passes", "naive", "ae_only")),
         *("one_pass_vs_two", "mfu", "peak_memory_vs_naive"),
     },
+    "update": {"vs_plain", "vs_deepspeed"},
     "loader": {"vs_hf_collator", "vs_hf_whole_word", "workers_for_300k_tokens", "data_wait_share"},
     "prepare": {"vs_tokenizer", "two_ranks", "memory_at_twice_the_text"},
     "attention": {

@@ -8,8 +8,9 @@ DeepSpeed 0.19 differs from it, and the formulas here are what it does, read in 
 allocates (tests/planning/test_memory.py). There are four keepers of the model:
 
     plain     stage 0, fp32: torch's AdamW; gradients are averaged through a flat copy
-    bf16      stage 1 in bf16 with fp32 accumulation: fp32 gradients of *all* parameters stand between steps; they are
-              flattened and rounded to the communication's precision to be averaged, after the backward pass
+    bf16      stage 1 in bf16 with fp32 accumulation: fp32 sums of *all* gradients stand between steps; a gradient goes
+              into its sum as soon as it is there. After the backward pass several ranks flatten the sums and round
+              them to the communication's precision to average them
     cutting   other stages 1 and 2: a master copy even in fp32; two buckets where communication overlaps
     stage 3   weights are gathered layer by layer, but a model that is smaller than `max_live_parameters` stays whole
               from its first use to the end of the backward pass
@@ -143,14 +144,15 @@ def _plain(work: Workload, zero: Zero, dp: int) -> ModelStates:
 def _bf16(work: Workload, zero: Zero, dp: int) -> ModelStates:
     numbers = model_parameters(work).on_rank(work.tp)
     rounded = zero.communicated if zero.communicated != FULL else 0
+    flattened = (FULL + rounded) * min(numbers, _FLATTENED) if dp > 1 else 0
+    tied = work.element * work.vocabulary * work.model.hidden_size  # the head's gradient waits for the embedding's
     return ModelStates(
         weights=work.element * numbers,
         optimizer=3 * FULL * numbers / dp,
         gradients=FULL * numbers,
-        grown=work.element * numbers,
-        carried=work.element * numbers,
-        averaging=(FULL + rounded) * min(numbers, _FLATTENED),
-        updating=work.element * numbers + _copied_to_gather(work, work.element * numbers, dp),
+        buckets=tied,
+        averaging=max(0, flattened - tied),
+        updating=_copied_to_gather(work, work.element * numbers, dp),
     )
 
 

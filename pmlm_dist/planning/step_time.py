@@ -129,8 +129,12 @@ def _update(work: Workload, zero: Zero, device: Device, *, dp: int, accumulation
         return moved + over_link + (_ADAM + 2 * FULL + w) * share / device.host_bandwidth
     every_micro_batch, every_step = {
         "plain": (0.0, _ADAM * numbers),
-        # Into the fp32 gradients; then flattened, rounded, averaged, copied back, taken the norm of and zeroed.
-        "bf16": ((2 * w + 2 * FULL) * numbers, (8 * FULL + 2 * w) * numbers + (_ADAM + FULL + w) * share),
+        # Into the fp32 sums, which the first micro-batch does not read: as much as the norm does. Among several ranks
+        # the sums are flattened, rounded, averaged and copied back.
+        "bf16": (
+            (w + 2 * FULL) * numbers,
+            (6 * FULL + 2 * w if dp > 1 else 0) * numbers + (_ADAM + FULL + w) * share,
+        ),
         # Into the bucket, divided, flattened, copied back; then norm, flat fp32 copy, update, weights.
         "cutting": (0.0, 8 * w * numbers + (_ADAM + 3 * FULL + 2 * w) * share),
         "stage 3": (8 * w * numbers, (_ADAM + 3 * FULL + 2 * w) * share),

@@ -16,6 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from pydantic import ValidationError
 from torch import nn
@@ -25,6 +26,8 @@ from pmlm_dist.engine_config import EngineConfig
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel.groups import ModelParallelUnit, Topology
 from pmlm_dist.training.allocator import keep_freed_memory
+from pmlm_dist.training.bf16_optimizer import SummingBF16Optimizer
+from pmlm_dist.training.compiling import compiling
 from pmlm_dist.training.guards import check_engine
 from pmlm_dist.training.optimizer import clip_or_drop_gradients, gradient_norm, parameter_groups
 
@@ -50,7 +53,7 @@ def start_engine(
     try:
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=_optimizer(model, optim=optim, config=config),
+            optimizer=lambda _: _optimizer(model, optim=optim, config=config),  # made once the JSON has been read
             config=config.for_deepspeed(),
             mpu=ModelParallelUnit(),
             dist_init_required=False,
@@ -58,8 +61,11 @@ def start_engine(
     except ValidationError as error:
         raise ConfigError(_refusals(error, config.raw)) from error
     check_engine(engine.dp_world_size, topology)
-    if config.zero_stage == 0:  # a single rank would copy all gradients to and fro for nothing
-        engine.enable_backward_allreduce = topology.dp > 1
+    optimizer: Any = engine.optimizer
+    if isinstance(optimizer, BF16_Optimizer):
+        optimizer.__class__ = SummingBF16Optimizer  # DeepSpeed lets nobody name the class
+    if config.zero_stage == 0 or isinstance(optimizer, SummingBF16Optimizer):
+        engine.enable_backward_allreduce = topology.dp > 1  # one rank would copy all gradients to and fro for nothing
     return engine
 
 
@@ -85,7 +91,8 @@ def _optimizer(model: PseudoMaskedLM, *, optim: OptimConfig, config: EngineConfi
     if config.offload_optimizer:
         # DeepSpeed compiles it when it is first used, with the ninja that pip has put beside this interpreter.
         os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps)
+        with compiling():
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps)
     return torch.optim.AdamW(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps, fused=True)
 
 
@@ -111,6 +118,14 @@ def _fill_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+
+
+def has_bf16_products(device: torch.device) -> bool:
+    """Whether torch multiplies bf16 matrices on `device` by more than single numbers.
+
+    On a CPU it needs AVX-512 for that, or what came later; without, a product took 200 times as long as in fp32.
+    """
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def module_of(engine: DeepSpeedEngine) -> nn.Module:

@@ -32,7 +32,7 @@ from pmlm_dist.parallel.layers import count_parameters
 from pmlm_dist.training.checkpoint import RunState, find_checkpoint, load_checkpoint
 from pmlm_dist.training.checkpoint_files import read_state
 from pmlm_dist.training.checkpoint_folder import CheckpointFolder
-from pmlm_dist.training.engine import module_of, start_engine, update
+from pmlm_dist.training.engine import has_bf16_products, module_of, start_engine, update
 from pmlm_dist.training.engine_state import EngineState
 from pmlm_dist.training.exit_codes import ExitCode, code_of
 from pmlm_dist.training.guards import Skips, check_batches, check_replicas, find_causes
@@ -350,6 +350,11 @@ def _announce(run: Run, engine: DeepSpeedEngine, state: RunState, log: RunLog) -
         f"micro-batches of {engine_config.micro_batch}\n"
         f"TensorBoard: tensorboard --logdir {config.run_dir / 'tensorboard'}"
     )
+    if engine_config.precision == "bf16" and not has_bf16_products(topology.device):
+        log.say(
+            "warning: this CPU has no bf16 products and torch computes them number by number, hundreds of times slower "
+            "than in fp32: use a --ds-config without bf16, ds_configs/tiny.json for example"
+        )
     start = f"going on after step {state.step}" if state.step else "starting"
     log.say(f"{start}; {config.train.steps} steps in all")
 

@@ -1,7 +1,10 @@
-"""Building the engine: what DeepSpeed alone finds wrong with its JSON is told like any other wrong setting."""
+"""Building the engine: what DeepSpeed alone finds wrong is told like any other wrong setting; what a CPU is slow at."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +68,24 @@ def test_a_wrong_setting_inside_a_section_is_named_on_every_rank(
 ):
     config = run_config(small_corpus, tmp_path, **settings)
     assert [sorted(found) for found in run_world(refusals, 2, config)] == [problems] * 2
+
+
+def said_at_the_start(config: RunConfig, *, has_products: bool) -> str:
+    """What a run prints on a CPU that has bf16 products, or has not."""
+    from pmlm_dist.training import loop
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "has_bf16_products", lambda device: has_products)
+        loop.pretrain(config)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("has_products", [True, False])
+def test_bf16_on_a_cpu_without_its_products_is_warned_of(
+    small_corpus: Path, tmp_path: Path, precision: str, has_products: bool
+):
+    config = run_config(small_corpus, tmp_path, steps=3, precision=precision)
+    printed = run_world(partial(said_at_the_start, has_products=has_products), 1, config)[0]
+    assert "complete: step 3" in printed
+    assert ("no bf16 products" in printed) == (precision == "bf16" and not has_products)
