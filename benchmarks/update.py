@@ -43,8 +43,6 @@ class UpdateOptions:
     """Precision of weights and gradients."""
     layers: int = 4
     """Layers of hidden 512, beside 15.6 M numbers of the token matrix."""
-    accumulation: int = 1
-    """Micro-batches of a step."""
     threads: int = 2
     """Threads of torch."""
     repeats: int = 20
@@ -62,7 +60,6 @@ class UpdateOptions:
     def engine(self, row: str) -> dict[str, Any]:
         """DeepSpeed's JSON."""
         engine = self.step.engine
-        engine["train_batch_size"] = engine["train_micro_batch_size_per_gpu"] * self.accumulation
         if row == OTHER_CLASS:
             del engine["data_types"]
         return engine
@@ -94,9 +91,8 @@ def prepare(row: str, options: UpdateOptions) -> Callable[[], None]:
     gradients = [1e-3 * torch.randn_like(weight) for weight in weights]
 
     def step() -> None:
-        for number in range(options.accumulation):
-            backward(_Given.apply(gradients, *weights))
-            finish(number == options.accumulation - 1)
+        backward(_Given.apply(gradients, *weights))
+        finish()
         synchronize()
 
     return step
@@ -115,13 +111,12 @@ class _Given(torch.autograd.Function):
         return None, *ctx.gradients
 
 
-_Made = tuple[Callable[[Any], Any], Callable[[bool], Any]]
-"""Backward pass of a loss; what comes after it, told whether it was the step's last."""
+_Made = tuple[Callable[[Any], Any], Callable[[], Any]]
+"""Backward pass of a loss, and what comes after it."""
 
 
 def _plain(model: Any, _: str, options: UpdateOptions) -> _Made:
-    update = adamw_on_masters(model.to(device(), options.step.torch_dtype))
-    return torch.Tensor.backward, lambda is_last: update() if is_last else None
+    return torch.Tensor.backward, adamw_on_masters(model.to(device(), options.step.torch_dtype))
 
 
 def _ours(model: Any, row: str, options: UpdateOptions) -> _Made:
@@ -133,7 +128,7 @@ def _ours(model: Any, row: str, options: UpdateOptions) -> _Made:
         path.write_text(json.dumps(options.engine(row)))
         config = load_engine_config(path, has_accelerator=topology.device.type == "cuda")
     engine = start_engine(model, optim=OptimConfig(), config=config, topology=topology)
-    return engine.backward, lambda is_last: update(engine, config, topology, is_boundary=is_last)
+    return engine.backward, lambda: update(engine, config, topology, is_boundary=True)
 
 
 def _deepspeed(model: Any, row: str, options: UpdateOptions) -> _Made:
@@ -142,4 +137,4 @@ def _deepspeed(model: Any, row: str, options: UpdateOptions) -> _Made:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # not used, and it takes a minute to compile
     optimizer, config = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), options.engine(row)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    return engine.backward, lambda _: engine.step()
+    return engine.backward, engine.step

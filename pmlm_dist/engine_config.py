@@ -60,6 +60,7 @@ _UNGUARDED = {
     "bf16.check_grad_overflow": False,
 }
 """Where DeepSpeed would not tell, or not heed, that a gradient is not finite."""
+_SUMMED_AT_ONCE = "bf16.immediate_grad_update"
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class EngineConfig:
     def for_deepspeed(self) -> dict[str, Any]:
         """The JSON that DeepSpeed gets: as the file says, silent, and without the clipping that is its own default.
 
-        With ZeRO-0 it never clips: the training does, which needs the gradient's norm anyway. With bf16 and fp32 sums
-        a gradient goes into its sum as soon as it is there (training/bf16_optimizer.py).
+        With ZeRO-0 it never clips: the training does, which needs the gradient's norm anyway. bf16
+        gradients go into fp32 sums, where there are such, as soon as they are there (training/bf16_optimizer.py).
         """
         clipping = self.gradient_clipping if self.zero_stage else 0.0
         settings = {"steps_per_print": 2**31, **self.raw, "gradient_clipping": clipping}
@@ -172,6 +173,7 @@ def _problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
         *_precision_problems(raw, has_accelerator=has_accelerator),
         *_layout_problems(raw),
         *_guard_problems(raw),
+        *_summing_problems(raw),
     ]
 
 
@@ -257,6 +259,15 @@ def _guard_problems(raw: dict[str, Any]) -> list[str]:
         f"{name} ({json.dumps(value)}) hides whether a gradient is finite; a step without one is left out: remove it"
         for name, value in _UNGUARDED.items()
         if _setting(raw, name) == value
+    ]
+
+
+def _summing_problems(raw: dict[str, Any]) -> list[str]:
+    value = _setting(raw, _SUMMED_AT_ONCE)
+    if value is None or value is True:
+        return []
+    return [
+        f"{_SUMMED_AT_ONCE} ({json.dumps(value)}): gradients are always summed as soon as they are there: remove it"
     ]
 
 

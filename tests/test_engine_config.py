@@ -134,6 +134,22 @@ def test_a_gradient_that_is_not_finite_cannot_be_hidden(tmp_path: Path, section:
     assert f"{section}.{name} (false) hides whether a gradient is finite" in found
 
 
+@pytest.mark.parametrize("value", [False, "banana"])
+def test_that_gradients_are_summed_at_once_is_no_choice(tmp_path: Path, value: Any):
+    def stated(value: Any) -> dict[str, Any]:
+        return {**SOUND, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True, "immediate_grad_update": value}}
+
+    load(tmp_path, stated(True))
+    (found,) = refusals(tmp_path, stated(value))
+    assert f"bf16.immediate_grad_update ({json.dumps(value)}): gradients are always summed" in found
+
+
+def test_deepspeed_is_told_to_sum_bf16_gradients_at_once(tmp_path: Path):
+    bf16 = {**SOUND, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
+    assert load(tmp_path, bf16).for_deepspeed()["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert "bf16" not in load(tmp_path, SOUND).for_deepspeed()
+
+
 @pytest.mark.parametrize("zero", [{"stage": 0}, {}, None])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_stage_0_is_refused_with_less_than_fp32(tmp_path: Path, precision: str, zero: dict[str, int] | None):

@@ -144,7 +144,8 @@ def _plain(work: Workload, zero: Zero, dp: int) -> ModelStates:
 def _bf16(work: Workload, zero: Zero, dp: int) -> ModelStates:
     numbers = model_parameters(work).on_rank(work.tp)
     rounded = zero.communicated if zero.communicated != FULL else 0
-    flattened = (FULL + rounded) * min(numbers, _FLATTENED) if dp > 1 else 0
+    # All sums are flattened together, unless those of the matrices alone fill a bucket: that is averaged in place.
+    flattened = (rounded + (FULL if numbers <= _FLATTENED else 0)) * numbers if dp > 1 else 0
     tied = work.element * work.vocabulary * work.model.hidden_size  # the head's gradient waits for the embedding's
     return ModelStates(
         weights=work.element * numbers,

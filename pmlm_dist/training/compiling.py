@@ -1,14 +1,17 @@
 """The optimizer that DeepSpeed compiles when it is first used, for offloading to the CPU.
 
 torch guards a compilation by a file, which a process that is killed leaves behind: whoever comes later waits for it for
-ever. Here ranks of a machine take turns by a lock that the system takes back when its holder dies; who has it removes
-torch's. For no other program's compilation to be disturbed, ours has a folder of its own.
+ever. Here the ranks of a machine take turns by a lock that the system takes back when its holder dies. Whoever has it
+and finds torch's removes all that was begun there, the folder too: the compiler itself may still be writing to it.
+A folder of this project and machine is compiled in, so that nobody else's work is disturbed.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,27 +19,42 @@ from pathlib import Path
 
 import torch
 
+from pmlm_dist.config import ConfigError
+
 _FOLDER = "TORCH_EXTENSIONS_DIR"
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """A place to compile in, one process of this machine at a time; a compiler that was killed in it is forgotten."""
-    from torch.utils.cpp_extension import get_default_build_root
+    """A place to compile in, one process of this machine at a time.
 
-    given = os.environ.get(_FOLDER)
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
-    folder = Path(given or get_default_build_root()) / f"pmlm_dist-{version}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "in-turn").open("w") as turn:
+    Raises `ConfigError` where there is none that can be written to and locked.
+    """
+    given, folder = os.environ.get(_FOLDER), _folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        turn = (folder / "in-turn").open("w")
         fcntl.flock(turn, fcntl.LOCK_EX)
+    except OSError as error:
+        raise ConfigError(
+            [f"DeepSpeed's CPU Adam cannot be compiled in {folder}: {error}; set {_FOLDER} to a folder on a local disk"]
+        ) from error
+    with turn:
         for left in folder.glob("*/lock"):
-            left.unlink()
+            shutil.rmtree(left.parent)
         os.environ[_FOLDER] = str(folder)
         try:
             yield
         finally:
-            if given is None:
-                del os.environ[_FOLDER]
-            else:
+            os.environ.pop(_FOLDER)
+            if given is not None:
                 os.environ[_FOLDER] = given
+
+
+def _folder() -> Path:
+    """Machines may share a home and have other processors."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = os.environ.get(_FOLDER) or get_default_build_root()
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    return Path(root) / f"pmlm_dist-{platform.node()}-{python}-torch{torch.__version__}"

@@ -11,11 +11,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from pydantic import ValidationError
@@ -89,9 +90,9 @@ def _optimizer(model: PseudoMaskedLM, *, optim: OptimConfig, config: EngineConfi
     parameters = parameter_groups(model, weight_decay=optim.weight_decay)
     betas = (optim.beta1, optim.beta2)
     if config.offload_optimizer:
-        # DeepSpeed compiles it when it is first used, with the ninja that pip has put beside this interpreter.
+        # Unless it was installed compiled DeepSpeed does that now, with the ninja that pip put beside this interpreter.
         os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-        with compiling():
+        with nullcontext() if installed_ops.get("cpu_adam") else compiling():
             return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps)
     return torch.optim.AdamW(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps, fused=True)
 

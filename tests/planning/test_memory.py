@@ -45,6 +45,7 @@ CASES = {
     "ZeRO 1": Case(engine=zero(1)),
     "bf16, ZeRO 1": Case(engine={**zero(1), **BF16}),
     "bf16 in fp32, ZeRO 1": Case(engine={**zero(1), **BF16_SUMMED_IN_FP32}),
+    "bf16 in fp32, ZeRO 1, accumulation": Case(engine={**zero(1), **BF16_SUMMED_IN_FP32}, accumulation=2),
     "bf16, ZeRO 2": Case(engine={**zero(2), **BF16}),
     "bf16, ZeRO 1, overlap": Case(engine={**zero(1, overlap_comm=True), **BF16}),
     "2 ranks": Case(dp=2),
@@ -146,7 +147,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, flo
     for dp, tp in sorted({(case.dp, case.tp) for case in CASES.values()}):
         names = [name for name, case in CASES.items() if (case.dp, case.tp) == (dp, tp)]
         configs = [CASES[name].write(folders[name]) for name in names]
-        by_rank = run_world(most_allocated, dp * tp, configs, timeout_s=300)
+        by_rank = run_world(most_allocated, dp * tp, configs, timeout_s=600)
         for name, most in zip(names, map(max, zip(*by_rank, strict=True)), strict=True):
             found[name] = (planned_memory(CASES[name], folders[name]).allocated, most)
     return found

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from pmlm_dist.config import ConfigError
 from pmlm_dist.training.compiling import compiling
+
+COMPILER = "(echo begun > object; sleep 3; echo ended >> object) &"
+"""What goes on when the process that started it is killed."""
 
 
 def killed_while_it_compiles(begun: Connection, folder: Path) -> None:
@@ -21,6 +25,10 @@ def killed_while_it_compiles(begun: Connection, folder: Path) -> None:
         lock = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "cpu_adam" / "lock"
         lock.parent.mkdir()
         lock.touch()
+        os.chdir(lock.parent)
+        os.system(COMPILER)
+        while not Path("object").exists():
+            time.sleep(0.01)
         begun.send(lock)
         time.sleep(60)
 
@@ -44,8 +52,11 @@ def test_who_was_killed_while_it_compiled_is_not_waited_for(tmp_path: Path, monk
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     with compiling():
-        assert not lock.exists()
         assert Path(os.environ["TORCH_EXTENSIONS_DIR"]) == lock.parent.parent
+        assert not lock.parent.exists()
+        lock.parent.mkdir()
+        time.sleep(4)  # the compiler ends
+        assert list(lock.parent.iterdir()) == []
     assert foreign.exists()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path)
 
@@ -83,3 +94,10 @@ def test_the_variable_is_not_left_set(tmp_path: Path, monkeypatch: pytest.Monkey
     with compiling():
         assert str(tmp_path) in os.environ["TORCH_EXTENSIONS_DIR"]
     assert "TORCH_EXTENSIONS_DIR" not in os.environ
+
+
+def test_a_place_that_cannot_be_had_is_told_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="set TORCH_EXTENSIONS_DIR to a folder on a local disk"), compiling():
+        pass
