@@ -60,7 +60,6 @@ _UNGUARDED = {
     "bf16.check_grad_overflow": False,
 }
 """Where DeepSpeed would not tell, or not heed, that a gradient is not finite."""
-_SUMMED_AT_ONCE = "bf16.immediate_grad_update"
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ class EngineConfig:
     def for_deepspeed(self) -> dict[str, Any]:
         """The JSON that DeepSpeed gets: as the file says, silent, and without the clipping that is its own default.
 
-        With ZeRO-0 it never clips: the training does, which needs the gradient's norm anyway. bf16
-        gradients go into fp32 sums, where there are such, as soon as they are there (training/bf16_optimizer.py).
+        With ZeRO-0 it never clips: the training does, which needs the gradient's norm anyway. Where it keeps fp32 sums
+        of bf16 gradients, these go into them as soon as they are there (training/bf16_optimizer.py).
         """
         clipping = self.gradient_clipping if self.zero_stage else 0.0
         settings = {"steps_per_print": 2**31, **self.raw, "gradient_clipping": clipping}
@@ -263,12 +262,11 @@ def _guard_problems(raw: dict[str, Any]) -> list[str]:
 
 
 def _summing_problems(raw: dict[str, Any]) -> list[str]:
-    value = _setting(raw, _SUMMED_AT_ONCE)
+    name = "bf16.immediate_grad_update"
+    value = _setting(raw, name)
     if value is None or value is True:
         return []
-    return [
-        f"{_SUMMED_AT_ONCE} ({json.dumps(value)}): gradients are always summed as soon as they are there: remove it"
-    ]
+    return [f"{name} ({json.dumps(value)}): gradients are always summed as soon as they are there: remove it"]
 
 
 def _setting(raw: dict[str, Any], name: str) -> Any:

@@ -129,8 +129,8 @@ def _update(work: Workload, zero: Zero, device: Device, *, dp: int, accumulation
         return moved + over_link + (_ADAM + 2 * FULL + w) * share / device.host_bandwidth
     every_micro_batch, every_step = {
         "plain": (0.0, _ADAM * numbers),
-        # Into the fp32 sums, which the first micro-batch does not read: as much as the norm does. Among several ranks
-        # the sums are flattened, rounded, averaged and copied back.
+        # Into the fp32 sums. That the first micro-batch does not read them makes up for the norm, which does. Among
+        # several ranks the sums are flattened, rounded, averaged and copied back.
         "bf16": (
             (w + 2 * FULL) * numbers,
             (6 * FULL + 2 * w if dp > 1 else 0) * numbers + (_ADAM + FULL + w) * share,
