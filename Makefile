@@ -70,7 +70,7 @@ test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "fault and not nightly and not cluster" $(ARGS)
 
 FAULTS := build/faults.json
-RECORD := PYTHONPATH=tests $(BIN)/python -m pytest -p fault_record --record-faults $(FAULTS)
+RECORD := PYTHONPATH=tests $(BIN)/python -m pytest -p support.fault_record --record-faults $(FAULTS)
 
 test-faults-all: $(VENV)/.dev
 	tests/cluster/install.sh
@@ -78,7 +78,7 @@ test-faults-all: $(VENV)/.dev
 	failed=0; \
 	$(RECORD) -m "fault and not cluster" || failed=1; \
 	$(RECORD) -m "fault and cluster" tests/cluster || failed=1; \
-	$(BIN)/python tests/fault_record.py $(FAULTS); \
+	$(BIN)/python tests/support/fault_record.py $(FAULTS); \
 	exit $$failed
 
 test-soak: $(VENV)/.dev

@@ -19,11 +19,11 @@ import tyro
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.presets import PRESETS
 from pmlm_dist.ranks import forget_broken_output, share_cores, speaks
-from pmlm_dist.training.exit_codes import ExitCode
-from pmlm_dist.training.heartbeat import Heartbeat
-from pmlm_dist.training.preemption import Stopped, StopSignals
-from pmlm_dist.training.run_lock import FolderInUse
-from pmlm_dist.training.supervisor import leave, supervised
+from pmlm_dist.supervision.exit_codes import ExitCode
+from pmlm_dist.supervision.heartbeat import Heartbeat
+from pmlm_dist.supervision.run_lock import FolderInUse
+from pmlm_dist.supervision.signals import Stopped, StopSignals
+from pmlm_dist.supervision.supervisor import leave, supervised
 
 
 def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
@@ -44,7 +44,7 @@ def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
 
 
 def main(heart: Heartbeat) -> int:
-    """Run as a rank, with signs of life on `heart`, and return the exit code (training/exit_codes.py)."""
+    """Run as a rank, with signs of life on `heart`, and return the exit code (supervision/exit_codes.py)."""
     signals = StopSignals()
     signals.listen()
     share_cores()

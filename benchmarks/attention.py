@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from harness import Report, device, interleaved, ratio
 
+from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.model.attention import ATTENTION, Slots
 from pmlm_dist.model.relative_position import RelativeBias
-from pmlm_dist.training.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)

@@ -23,18 +23,18 @@ import torch
 from harness import Report
 from random_text import random_corpus
 
+from pmlm_dist.checkpoint.async_save import Saver
+from pmlm_dist.checkpoint.engine_state import EngineState
+from pmlm_dist.checkpoint.folder import CheckpointFolder
+from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from pmlm_dist.data.loader import training_batches
+from pmlm_dist.metrics.meter import Stopwatch
+from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.layers import count_parameters
-from pmlm_dist.training.checkpoint import RunState
-from pmlm_dist.training.checkpoint_folder import CheckpointFolder
-from pmlm_dist.training.engine_state import EngineState
 from pmlm_dist.training.loop import advance, build_engine, train_step
-from pmlm_dist.training.meter import Stopwatch
-from pmlm_dist.training.metrics import RunLog
-from pmlm_dist.training.run import resolve
-from pmlm_dist.training.saver import Saver
+from pmlm_dist.training.resolve import resolve
 
 ENGINES: dict[str, dict[str, Any]] = {
     "bf16, ZeRO 1": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000_000}},

@@ -25,11 +25,11 @@ import torch
 from harness import Report, device, interleaved, ratio
 
 from pmlm_dist.config import ModelConfig
+from pmlm_dist.decoding.batch_generation import search_of, write
 from pmlm_dist.decoding.settings import DecodingConfig
-from pmlm_dist.decoding.writing import search_of, write
+from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.masking.blockwise import SpecialIds
 from pmlm_dist.model.transformer import build_model
-from pmlm_dist.training.allocator import keep_freed_memory
 
 OURS, GREEDY = "ours, beams", "ours, greedy"
 PEERS = {"vs_hf_generate": "Hugging Face, decoder", "vs_hf_encoder_decoder": "Hugging Face, encoder-decoder"}

@@ -35,18 +35,18 @@ import torch
 from harness import Report, interleaved, synchronize
 from random_text import SHARDS, random_corpus
 
+from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import DataConfig, MaskingConfig
 from pmlm_dist.corpus.shards import MANIFEST, Manifest, ShardReader
 from pmlm_dist.data.batch import build_batch, special_ids
 from pmlm_dist.data.loader import Batches, BatchSource, training_batches
 from pmlm_dist.data.order import BatchShare
 from pmlm_dist.data.stream import CorpusSource
+from pmlm_dist.metrics.meter import Stopwatch
 from pmlm_dist.parallel import groups
 from pmlm_dist.presets import tiny
-from pmlm_dist.training.checkpoint import RunState
 from pmlm_dist.training.loop import advance, build_engine, train_step
-from pmlm_dist.training.meter import Stopwatch
-from pmlm_dist.training.run import resolve
+from pmlm_dist.training.resolve import resolve
 from pmlm_dist.vocab import Vocabulary
 
 TOKENS_PER_S = 300_000

@@ -26,10 +26,10 @@ from pathlib import Path
 
 from harness import Report
 
-from pmlm_dist.corpus.prepare import prepare_corpus
-from pmlm_dist.corpus.python_docs import write_python_docs
-from pmlm_dist.corpus.ranks import world
-from pmlm_dist.corpus.settings import PrepareConfig
+from pmlm_dist.corpus.input.python_docs import write_python_docs
+from pmlm_dist.corpus.prepare.mpi import world
+from pmlm_dist.corpus.prepare.pipeline import prepare_corpus
+from pmlm_dist.corpus.prepare.settings import PrepareConfig
 from pmlm_dist.vocab import Vocabulary
 
 CORES = sorted(os.sched_getaffinity(0))

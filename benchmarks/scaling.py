@@ -132,12 +132,12 @@ def _plain(config: RunConfig) -> Callable[[], object]:
     import torch
 
     from pmlm_dist.data.loader import training_batches
+    from pmlm_dist.engine.malloc import keep_freed_memory
+    from pmlm_dist.engine.optimizer import parameter_groups
     from pmlm_dist.model.transformer import build_model
     from pmlm_dist.objectives import loss_scales, target_weights
     from pmlm_dist.parallel import groups
-    from pmlm_dist.training.allocator import keep_freed_memory
-    from pmlm_dist.training.optimizer import parameter_groups
-    from pmlm_dist.training.run import resolve
+    from pmlm_dist.training.resolve import resolve
     from pmlm_dist.training.validation import losses_of
 
     run = resolve(config, groups.start())

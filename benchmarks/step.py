@@ -6,7 +6,7 @@ two passes              an AE pass and a PAR pass, nothing shared, one optimizer
 one pass                the same loop with both objectives in one pass: ours without DeepSpeed
 naive                   one dense mask over all T slots, the head on every slot
 Hugging Face            `BertForMaskedLM` and `MPNetForMaskedLM` (relative bias), sdpa
-.. memory kept          the same where freed memory is kept as our training keeps it (training/allocator.py), on a CPU
+.. memory kept          the same where freed memory is kept as our training keeps it (engine/malloc.py), on a CPU
 limit                   nothing but matrix products, of the shape that is fastest here: the model FLOPs of our step
 
 What ours is compared with runs as plain torch runs it: a loop of forward, backward, fused AdamW (in bf16 on fp32
@@ -35,6 +35,7 @@ from harness import Report, best_product, device, interleaved, memory_of, ratio,
 from random_text import random_corpus
 from ranks import World
 
+from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import (
     DataConfig,
     MaskingConfig,
@@ -46,17 +47,16 @@ from pmlm_dist.config import (
 )
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.data.loader import training_batches
+from pmlm_dist.engine.deepspeed_engine import has_bf16_products
+from pmlm_dist.engine.malloc import keep_freed_memory
+from pmlm_dist.metrics.flops import training_flops
+from pmlm_dist.metrics.meter import Stopwatch
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.objectives import READS, loss_scales, target_weights
 from pmlm_dist.parallel import groups
 from pmlm_dist.presets import PRESETS
-from pmlm_dist.training.allocator import keep_freed_memory
-from pmlm_dist.training.checkpoint import RunState
-from pmlm_dist.training.engine import has_bf16_products
-from pmlm_dist.training.flops import training_flops
 from pmlm_dist.training.loop import advance, build_engine, train_step
-from pmlm_dist.training.meter import Stopwatch
-from pmlm_dist.training.run import resolve
+from pmlm_dist.training.resolve import resolve
 from pmlm_dist.training.validation import losses_of
 from pmlm_dist.vocab import Vocabulary
 

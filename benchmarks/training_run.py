@@ -15,6 +15,7 @@ from typing import Any
 from random_text import random_corpus
 from torch import nn
 
+from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import (
     DataConfig,
     MaskingConfig,
@@ -26,18 +27,17 @@ from pmlm_dist.config import (
 )
 from pmlm_dist.data.loader import training_batches
 from pmlm_dist.devices import Device
-from pmlm_dist.engine_config import EngineConfig, load_engine_config
+from pmlm_dist.engine.deepspeed_config import EngineConfig, load_engine_config
 from pmlm_dist.masking.blockwise import max_predictions
+from pmlm_dist.metrics.meter import Stopwatch
 from pmlm_dist.parallel import groups
 from pmlm_dist.planning.communication import Cluster, collectives, traffic
 from pmlm_dist.planning.memory import Memory, memory
 from pmlm_dist.planning.model_states import Zero
 from pmlm_dist.planning.step_time import StepTime, step_time
 from pmlm_dist.planning.workload import Precision, Workload
-from pmlm_dist.training.checkpoint import RunState
 from pmlm_dist.training.loop import advance, build_engine, train_step
-from pmlm_dist.training.meter import Stopwatch
-from pmlm_dist.training.run import resolve
+from pmlm_dist.training.resolve import resolve
 
 HOST = Device("cpu", 0.0, {}, 1.0, 1.0, 1.0, is_accelerator=False, slack=0.0)
 """A CPU of which only its memory is planned."""

@@ -27,10 +27,10 @@ from ranks import World
 from step import StepOptions, adamw_on_masters
 
 from pmlm_dist.config import OptimConfig
-from pmlm_dist.engine_config import load_engine_config
+from pmlm_dist.engine.deepspeed_config import load_engine_config
+from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.model.transformer import build_model
 from pmlm_dist.parallel import groups
-from pmlm_dist.training.allocator import keep_freed_memory
 
 OURS, PLAIN, OTHER_CLASS = "ours", "plain torch", "DeepSpeed, ZeRO 1, bf16 sums"
 
@@ -120,7 +120,7 @@ def _plain(model: Any, _: str, options: UpdateOptions) -> _Made:
 
 
 def _ours(model: Any, row: str, options: UpdateOptions) -> _Made:
-    from pmlm_dist.training.engine import start_engine, update
+    from pmlm_dist.engine.deepspeed_engine import start_engine, update
 
     topology = groups.start()
     with tempfile.TemporaryDirectory() as folder:

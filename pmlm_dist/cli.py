@@ -18,9 +18,9 @@ from typing import NoReturn
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.ranks import forget_broken_output, share_cores, speaks
-from pmlm_dist.training.heartbeat import Heartbeat
-from pmlm_dist.training.preemption import Stopped, StopSignals
-from pmlm_dist.training.run_lock import FolderInUse
+from pmlm_dist.supervision.heartbeat import Heartbeat
+from pmlm_dist.supervision.run_lock import FolderInUse
+from pmlm_dist.supervision.signals import Stopped, StopSignals
 
 USER_ERROR = 2
 
@@ -29,16 +29,16 @@ def prepare_corpus(arguments: Sequence[str]) -> None:
     """Cut raw text into shuffled WebDataset shards of packed samples (with mpirun: on many cores and nodes)."""
     import tyro
 
-    from pmlm_dist.corpus import prepare
+    from pmlm_dist.corpus.prepare import pipeline
 
     config = tyro.cli(
-        prepare.PrepareConfig,
+        pipeline.PrepareConfig,
         prog="pmlm prepare-corpus",
         description=prepare_corpus.__doc__,
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    prepare.prepare_corpus(config)
+    pipeline.prepare_corpus(config)
 
 
 def corpus(arguments: Sequence[str]) -> None:
@@ -56,17 +56,17 @@ def inspect(arguments: Sequence[str]) -> None:
     """Show one sample of a corpus as the model reads it: spans, factorization order, slots, visibility."""
     import tyro
 
-    from pmlm_dist import inspection
+    from pmlm_dist.commands import inspect
 
-    config = tyro.cli(inspection.InspectConfig, prog="pmlm inspect", description=inspect.__doc__, args=arguments)
-    inspection.inspect(config)
+    config = tyro.cli(inspect.InspectConfig, prog="pmlm inspect", description=inspect.__doc__, args=arguments)
+    inspect.inspect(config)
 
 
 def curves(arguments: Sequence[str]) -> None:
     """Draw the losses of a run as a PNG."""
     import tyro
 
-    from pmlm_dist.training.curves import CurvesConfig, draw_curves
+    from pmlm_dist.commands.plot import CurvesConfig, draw_curves
 
     draw_curves(tyro.cli(CurvesConfig, prog="pmlm curves", description=curves.__doc__, args=arguments))
 
@@ -75,7 +75,7 @@ def checkpoint(arguments: Sequence[str]) -> None:
     """List, verify or reshape the checkpoints of a run: `pmlm checkpoint ls|verify|reshape DIR`."""
     import tyro
 
-    from pmlm_dist.training import checkpoint_commands as commands
+    from pmlm_dist.commands import checkpoint as commands
 
     tyro.extras.subcommand_cli_from_dict(
         {"ls": commands.ls, "verify": commands.verify, "reshape": commands.reshape},
@@ -89,7 +89,7 @@ def plan(arguments: Sequence[str]) -> None:
     """Say what a run needs before it is queued: memory, step time, communication, days; and what does not fit."""
     import tyro
 
-    from pmlm_dist.planning import command
+    from pmlm_dist.commands import plan
     from pmlm_dist.planning.settings import PlanConfig
     from pmlm_dist.presets import PRESETS
 
@@ -98,7 +98,7 @@ def plan(arguments: Sequence[str]) -> None:
         raise ConfigError([f"--preset ({preset}) must be one of {', '.join(sorted(PRESETS))}"])
     description = f"{plan.__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
     default = PlanConfig.of_preset(preset)
-    command.run(tyro.cli(PlanConfig, prog="pmlm plan", description=description, args=rest, default=default))
+    plan.run(tyro.cli(PlanConfig, prog="pmlm plan", description=description, args=rest, default=default))
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -127,7 +127,7 @@ def finetune(arguments: Sequence[str], heart: Heartbeat | None = None, signals: 
 
     share_cores()
     from pmlm_dist.downstream import finetune as driver
-    from pmlm_dist.downstream.tasks import TASKS
+    from pmlm_dist.downstream.tasks.registry import TASKS
 
     task, rest = _chosen("task", arguments), _without("preset", arguments)
     if task == "list":
@@ -209,7 +209,7 @@ def generate(arguments: Sequence[str]) -> None:
     import tyro
 
     share_cores()
-    from pmlm_dist.downstream import generate as answers
+    from pmlm_dist.commands import generate as answers
 
     default = answers.GenerateConfig(model=tyro.MISSING, input=tyro.MISSING, output=tyro.MISSING)
     model, vocabulary = (_chosen(name, arguments) for name in ("model", "vocabulary"))
@@ -231,7 +231,7 @@ def fill(arguments: Sequence[str]) -> None:
     """Fill the masks of a text in any order: pmlm fill "text with [MASK] and [MASK:3]" --model DIR."""
     import tyro
 
-    from pmlm_dist.downstream.generate import fill_masks
+    from pmlm_dist.commands.generate import fill_masks
 
     tyro.cli(
         fill_masks,
@@ -247,7 +247,7 @@ def lengthen(arguments: Sequence[str]) -> None:
     """Give a model more positions, for longer sources and targets than it was pre-trained on."""
     import tyro
 
-    from pmlm_dist.downstream.generate import lengthen as write
+    from pmlm_dist.commands.generate import lengthen as write
 
     tyro.cli(write, prog="pmlm lengthen", description=lengthen.__doc__, args=arguments)
 
@@ -256,7 +256,7 @@ def demo_tasks(arguments: Sequence[str]) -> None:
     """The demo's tasks: `pmlm demo-tasks data` writes them, `table` shows the scores; `make demo-tasks` does all."""
     import tyro
 
-    from pmlm_dist.downstream.demo_tasks import write_data, write_table
+    from pmlm_dist.downstream.demo.demo_tasks import write_data, write_table
 
     tyro.extras.subcommand_cli_from_dict(
         {"data": write_data, "table": write_table},
@@ -299,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_process and command is finetune:
         _become_supervised(arguments[1:])
     if command in ALONE:
-        from pmlm_dist.parallel.launch import rendezvous
+        from pmlm_dist.launch_environment import rendezvous
 
         ranks = int(rendezvous(os.environ)["WORLD_SIZE"])
         if ranks > 1:
@@ -308,8 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _become_supervised(arguments: Sequence[str]) -> NoReturn:
-    """Fine-tune in a process below a supervisor (training/supervisor.py), as train.py does; ends both processes."""
-    from pmlm_dist.training.supervisor import leave, supervised
+    """Fine-tune in a process below a supervisor (supervision/supervisor.py), as train.py does; ends both processes."""
+    from pmlm_dist.supervision.supervisor import leave, supervised
 
     def rank(heart: Heartbeat) -> int:
         signals = StopSignals()
@@ -321,7 +321,7 @@ def _become_supervised(arguments: Sequence[str]) -> NoReturn:
 
 def _said(run: Callable[[], None]) -> int:
     """`_outcome`; an interruption, or asking for more memory than there is, ends with one message and its code."""
-    from pmlm_dist.training.exit_codes import SIGNALLED, ExitCode, code_of
+    from pmlm_dist.supervision.exit_codes import SIGNALLED, ExitCode, code_of
 
     try:
         return _outcome(run)

@@ -3,7 +3,7 @@
     preset (presets.py)  +  command line (train.py)  ->  RunConfig  ->  problems(config)
 
 Model, masking, data, schedule, intervals and tensor-parallel size live here; batch sizes, precision, ZeRO, clipping and
-offload live in DeepSpeed's JSON (`engine_config.py`); sequence length and vocabulary live in the corpus' manifest.
+offload live in DeepSpeed's JSON (`engine/deepspeed_config.py`); sequence length and vocabulary in the corpus manifest.
 Every field is documented below itself; the same text is the command line's help. Standard library only.
 """
 
@@ -210,7 +210,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """How long a rank may show no progress before its supervisor ends the run (training/supervisor.py)."""
+    """How long a rank may show no progress before its supervisor ends the run (supervision/supervisor.py)."""
 
     startup_s: float = 1800.0
     """Seconds from one sign of life to the next in start-up and the first step: reading a checkpoint, building the

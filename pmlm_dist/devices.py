@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 TERA, GIGA = 1e12, 1e9
 HEAP_SLACK = 0.4
-"""What glibc's heap keeps in pieces of what is freed (training/allocator.py), as a share of what is in use, as
+"""What glibc's heap keeps in pieces of what is freed (engine/malloc.py), as a share of what is in use, as
 measured (`benchmarks/run.py plan`): 0.23 to 0.43, and 0.65 with two ranks of the tiny model."""
 
 

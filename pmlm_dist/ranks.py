@@ -11,7 +11,7 @@ import select
 import sys
 from collections.abc import Mapping
 
-# Of torchrun and deepspeed, Open MPI, MPICH, srun: the first that is set counts (see parallel/launch.py).
+# Of torchrun and deepspeed, Open MPI, MPICH, srun: the first that is set counts (see launch_environment.py).
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _RANKS_OF_THIS_HOST = (
     *("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),

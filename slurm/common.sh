@@ -20,7 +20,7 @@ fi
 # --------------------------------------------------------------------------------------------------------- rendezvous
 
 # Rank 0 is on the first node of the list. Where nodes' names do not resolve, Slurm's own address of the node is taken.
-# The port follows from the job's id (pmlm_dist/parallel/launch.py) unless MASTER_PORT is set.
+# The port follows from the job's id (pmlm_dist/launch_environment.py) unless MASTER_PORT is set.
 rendezvous() {
     local first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -71,7 +71,7 @@ EXIT_BAD_CONFIGURATION=2
 EXIT_PREEMPTED=75
 
 # What the job does after its ranks have ended with `code`: a new life, the next job of the chain, or the end.
-# The rule is pmlm_dist/training/restarts.py's, the meaning of the codes that of exit_codes.py beside it. In short: done
+# The rule is pmlm_dist/supervision/restart.py's, the meaning of the codes that of exit_codes.py beside it. In short: done
 # or set wrongly is the end; told to stop is a new life, unless MAX_IDLE_PREEMPTIONS lives in a row gained no step; a
 # failure is a new life, at most MAX_FAILURES times, and only if steps were gained since the last one.
 next_life() {
@@ -84,7 +84,7 @@ next_life() {
         exit "$code"
     fi
     if [[ -n $asked && $code -ne 0 && $code -ne $EXIT_BAD_CONFIGURATION ]]; then code=$EXIT_PREEMPTED; fi
-    "${PYTHON[@]}" -m pmlm_dist.training.restarts decide "$RUN_DIR" --key "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" \
+    "${PYTHON[@]}" -m pmlm_dist.supervision.restart decide "$RUN_DIR" --key "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" \
         --code "$code" --max-failures "$MAX_FAILURES" --max-idle-preemptions "$MAX_IDLE_PREEMPTIONS" || end_chain "$code"
     if [[ $ON_STOP == next ]]; then exit 0; fi
     scontrol requeue "$SLURM_JOB_ID"

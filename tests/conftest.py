@@ -10,8 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
-from corpora import write_corpus
-from worlds import start_server
+from support.corpora import write_corpus
+from support.worlds import start_server
 
 start_server()
 hypothesis.settings.register_profile("busy machine", deadline=None)  # no test asserts a time

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from worlds import run_world
+from support.worlds import run_world
 
 from pmlm_dist import config as config_module
 from pmlm_dist.config import (

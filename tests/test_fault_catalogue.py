@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from fault_catalogue import FAULTS
-from fault_record import DOCUMENT, table_rows
+from support.fault_catalogue import FAULTS
+from support.fault_record import DOCUMENT, table_rows
 
 TESTS = Path(__file__).parent
 

@@ -12,23 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from corpora import write_corpus
+from support.corpora import write_corpus
 
 from pmlm_dist.config import ConfigError, DataConfig
 from pmlm_dist.conversion.files import read_tensors
 from pmlm_dist.corpus.shards import MANIFEST, Manifest
+from pmlm_dist.data.remote_files import address_of
 from pmlm_dist.data.stream import CorpusSource
-from pmlm_dist.data.transfer import address_of
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("pmlm_dist/**/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "train.py"])
 DOCUMENT = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 
-PIPES = {"pmlm_dist/data/workers.py"}
+PIPES = {"pmlm_dist/data/worker_pool.py"}
 """Where pickles go between a rank and processes that it has started itself."""
 STARTS_PROGRAMS = {
-    "pmlm_dist/data/transfer.py",
-    "pmlm_dist/training/restarts.py",
+    "pmlm_dist/data/remote_files.py",
+    "pmlm_dist/supervision/restart.py",
     "benchmarks/loader.py",
     "benchmarks/prepare.py",
     "benchmarks/zero.py",

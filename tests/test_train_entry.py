@@ -13,15 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_runs import run_config, write_engine_config
-from worlds import free_port, run_world
+from support.small_runs import run_config, write_engine_config
+from support.worlds import free_port, run_world
 
 import train
 from pmlm_dist.config import ConfigError, RunConfig
+from pmlm_dist.metrics.run_log import read_metrics
 from pmlm_dist.presets import PRESETS, base, tiny
 from pmlm_dist.ranks import speaks, threads
-from pmlm_dist.training.exit_codes import ExitCode
-from pmlm_dist.training.metrics import read_metrics
+from pmlm_dist.supervision.exit_codes import ExitCode
 
 ROOT = Path(__file__).parent.parent
 SECRET = "a-token-that-nobody-may-read"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pmlm_dist.checkpoint.initial_weights import COMPUTED, flag_of
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.conversion.files import (
     CONFIG,
@@ -26,7 +27,6 @@ from pmlm_dist.conversion.huggingface import from_bert, from_mpnet
 from pmlm_dist.conversion.pretrained import Pretrained, save_pretrained
 from pmlm_dist.conversion.tensors import Tensors
 from pmlm_dist.conversion.unilm import from_unilm, is_unilm
-from pmlm_dist.training.initial_weights import COMPUTED, flag_of
 from pmlm_dist.vocab import Vocabulary
 
 Format = Literal["auto", "bert", "mpnet", "unilm"]

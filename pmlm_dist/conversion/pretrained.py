@@ -19,12 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pmlm_dist.config import ConfigError, ModelConfig, refuse
-from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, own_shapes
-from pmlm_dist.model.task_model import TASK_HEAD
-from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
-from pmlm_dist.parallel import groups
-from pmlm_dist.training.checkpoint_files import (
+from pmlm_dist.checkpoint.files import (
     STATE,
     Damaged,
     rank_file,
@@ -33,9 +28,14 @@ from pmlm_dist.training.checkpoint_files import (
     write_json,
     write_numbers,
 )
-from pmlm_dist.training.checkpoint_folder import IMPORTED, CheckpointFolder, newest_whole_at
-from pmlm_dist.training.initial_weights import COMPUTED
-from pmlm_dist.training.placement import Placement
+from pmlm_dist.checkpoint.folder import IMPORTED, CheckpointFolder, newest_whole_at
+from pmlm_dist.checkpoint.fragments import Placement
+from pmlm_dist.checkpoint.initial_weights import COMPUTED
+from pmlm_dist.config import ConfigError, ModelConfig, refuse
+from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, own_shapes
+from pmlm_dist.model.task_model import TASK_HEAD
+from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
+from pmlm_dist.parallel import groups
 from pmlm_dist.vocab import Vocabulary
 
 _BY_TOKEN = (TOKENS, HEAD_BIAS)

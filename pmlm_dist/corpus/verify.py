@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from pmlm_dist.config import refuse
-from pmlm_dist.corpus.packing import SPECIAL_TOKENS_PER_SAMPLE
-from pmlm_dist.corpus.proof import ORIGINS, base, digest, places_in_streams
+from pmlm_dist.corpus.packing.packer import SPECIAL_TOKENS_PER_SAMPLE
+from pmlm_dist.corpus.packing.stream_digest import ORIGINS, base, digest, places_in_streams
 from pmlm_dist.corpus.shards import SPLITS, Manifest, Shard, ShardError, ShardReader, open_shard
 from pmlm_dist.vocab import Vocabulary
 

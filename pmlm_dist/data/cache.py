@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pmlm_dist.config import refuse
 from pmlm_dist.corpus.shards import MANIFEST, Shard, ShardError, open_shard
-from pmlm_dist.data.transfer import TransferError, chunks, url_of, whole
+from pmlm_dist.data.remote_files import TransferError, chunks, url_of, whole
 
 _POLL_S = 0.02
 

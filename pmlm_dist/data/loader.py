@@ -25,7 +25,7 @@ from pmlm_dist.data.batch import Batch, build_batch
 from pmlm_dist.data.cache import CacheError
 from pmlm_dist.data.order import BatchShare, micro_batch_samples
 from pmlm_dist.data.stream import Access, CorpusSource, Sample, SplitReader, TrainingStream
-from pmlm_dist.data.workers import InOrder
+from pmlm_dist.data.worker_pool import InOrder
 from pmlm_dist.masking.blockwise import SpecialIds
 
 VALIDATION_SEED = 0x5EED

@@ -26,7 +26,7 @@ from pmlm_dist.corpus.shards import TRAIN, Manifest, Shard, ShardError, ShardRea
 from pmlm_dist.data.cache import CacheError, ShardCache, mirror
 from pmlm_dist.data.mixture import Mixture
 from pmlm_dist.data.order import SampleAddress, SampleOrder
-from pmlm_dist.data.transfer import address_of
+from pmlm_dist.data.remote_files import address_of
 
 
 class Sample(NamedTuple):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pmlm_dist.decoding.beam_search import refuse_nan
-from pmlm_dist.decoding.session import Appended, Context, Session
+from pmlm_dist.decoding.incremental import Appended, Context, Session
 from pmlm_dist.masking.blockwise import SpecialIds
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel.cross_entropy import whole_logits

@@ -32,6 +32,11 @@ import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from pmlm_dist.checkpoint.async_save import Saver
+from pmlm_dist.checkpoint.engine_state import EngineState
+from pmlm_dist.checkpoint.files import MANIFEST, CheckpointReader, faults_of, read_state, sha256_of
+from pmlm_dist.checkpoint.folder import CheckpointFolder, newest_whole_at
+from pmlm_dist.checkpoint.resume import RunState, differences, find_checkpoint, load_checkpoint
 from pmlm_dist.config import ConfigError, ModelConfig, OptimConfig, as_dict, divisors, problems_of_model, refuse
 from pmlm_dist.conversion.pretrained import Found, find_pretrained
 from pmlm_dist.data.order import BatchShare, micro_batch_samples, permutation
@@ -47,24 +52,19 @@ from pmlm_dist.downstream.settings import (
     recipes,
 )
 from pmlm_dist.downstream.summary import Trial, summarise
-from pmlm_dist.downstream.task import Task, TaskBatch
-from pmlm_dist.downstream.tasks import TASKS
-from pmlm_dist.engine_config import EngineConfig, load_engine_config
+from pmlm_dist.downstream.tasks.registry import TASKS
+from pmlm_dist.downstream.tasks.task import Task, TaskBatch
+from pmlm_dist.engine.deepspeed_config import EngineConfig, load_engine_config
+from pmlm_dist.engine.deepspeed_engine import module_of, start_engine, update
+from pmlm_dist.engine.optimizer import learning_rate, set_learning_rate
+from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.model.task_model import TASK_HEAD
 from pmlm_dist.parallel import groups, seeding
 from pmlm_dist.parallel.groups import Topology, together
-from pmlm_dist.training.checkpoint import RunState, differences, find_checkpoint, load_checkpoint
-from pmlm_dist.training.checkpoint_files import MANIFEST, CheckpointReader, faults_of, read_state, sha256_of
-from pmlm_dist.training.checkpoint_folder import CheckpointFolder, newest_whole_at
-from pmlm_dist.training.engine import module_of, start_engine, update
-from pmlm_dist.training.engine_state import EngineState
+from pmlm_dist.supervision.heartbeat import DATA, SAVE, START_UP, STEP, VALIDATION, Heartbeat, phase_limits
+from pmlm_dist.supervision.signals import STOP_FILE, StopAgreement, Stopped, StopSignals
 from pmlm_dist.training.guards import Skips, check_replicas
-from pmlm_dist.training.heartbeat import DATA, SAVE, START_UP, STEP, VALIDATION, Heartbeat, phase_limits
-from pmlm_dist.training.metrics import RunLog
-from pmlm_dist.training.optimizer import learning_rate, set_learning_rate
-from pmlm_dist.training.preemption import STOP_FILE, StopAgreement, Stopped, StopSignals
-from pmlm_dist.training.run import Claim, claimed
-from pmlm_dist.training.saver import Saver
+from pmlm_dist.training.resolve import Claim, claimed
 
 SCORES, SUMMARY = "scores.json", "summary.json"
 _SAVE_TIMEOUT_S = 1800.0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from pmlm_dist.downstream.task import Task
+from pmlm_dist.downstream.tasks.task import Task
 from pmlm_dist.parallel.groups import Topology
 
 

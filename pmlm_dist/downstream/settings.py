@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, WatchConfig, refuse
 from pmlm_dist.decoding.settings import DecodingConfig
-from pmlm_dist.training.run_lock import LOCK
+from pmlm_dist.supervision.run_lock import LOCK
 
 UNFINISHED = "UNFINISHED"
 """A file in the folder of a fine-tuning that has not come to its end."""

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pmlm_dist.config import ModelConfig
 from pmlm_dist.model.attention import ATTENTION, Groups, Slots
-from pmlm_dist.model.heads import TiedHead
+from pmlm_dist.model.lm_head import TiedHead
 from pmlm_dist.model.relative_position import RelativeBias
 from pmlm_dist.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding, tp_size
 from pmlm_dist.parallel.seeding import different_on_tp_peers

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from torch._C._distributed_c10d import HashStore
 
 from pmlm_dist.config import ConfigError, divisors, refuse
-from pmlm_dist.parallel.launch import rendezvous
+from pmlm_dist.launch_environment import rendezvous
 
 T = TypeVar("T")
 

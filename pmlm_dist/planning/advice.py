@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pmlm_dist.engine_config import batch_problems
+from pmlm_dist.engine.deepspeed_config import batch_problems
 from pmlm_dist.planning.estimate import Estimate
 from pmlm_dist.planning.parameters import model_parameters
 from pmlm_dist.planning.reliability import Checkpoints

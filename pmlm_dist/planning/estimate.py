@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pmlm_dist.config import ModelConfig, divisors
-from pmlm_dist.engine_config import EngineConfig
+from pmlm_dist.engine.deepspeed_config import EngineConfig
 from pmlm_dist.planning.communication import Cluster, Traffic, collectives, traffic
 from pmlm_dist.planning.memory import Memory, memory
 from pmlm_dist.planning.model_states import Zero

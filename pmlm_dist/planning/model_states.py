@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pmlm_dist.engine_config import EngineConfig
+from pmlm_dist.engine.deepspeed_config import EngineConfig
 from pmlm_dist.planning.parameters import largest_tensor, model_parameters, uncut_numbers
 from pmlm_dist.planning.workload import ELEMENT, Workload
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pmlm_dist.config import ConfigError, refuse
 from pmlm_dist.devices import DEVICES, Device
-from pmlm_dist.engine_config import EngineConfig, load_engine_config
+from pmlm_dist.engine.deepspeed_config import EngineConfig, load_engine_config
 from pmlm_dist.masking.blockwise import max_predictions
 from pmlm_dist.objectives import READS
 from pmlm_dist.planning.advice import advice

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pmlm_dist.training.lives import best_interval
+from pmlm_dist.supervision.attempts import best_interval
 
 BYTES_OF_PARAMETER = 12
-"""fp32 weight and both moments, each once over all ranks (training/checkpoint_files.py)."""
+"""fp32 weight and both moments, each once over all ranks (checkpoint/files.py)."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pmlm_dist.config import MaskingConfig, ModelConfig, ObjectiveConfig, ParallelConfig, RunConfig, divisors, problems
 from pmlm_dist.devices import DEVICES, GIGA, Device
 from pmlm_dist.presets import PRESETS
-from pmlm_dist.training.lives import LLAMA_3_HOURS
+from pmlm_dist.supervision.attempts import LLAMA_3_HOURS
 
 MEASURE = "measure"
 _GPUS_PER_NODE = 8

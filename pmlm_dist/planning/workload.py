@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.training.flops import forward_flops
+from pmlm_dist.metrics.flops import forward_flops
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ELEMENT: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}

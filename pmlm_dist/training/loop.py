@@ -21,31 +21,31 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from pmlm_dist.checkpoint.async_save import Saver
+from pmlm_dist.checkpoint.engine_state import EngineState
+from pmlm_dist.checkpoint.files import read_state
+from pmlm_dist.checkpoint.folder import CheckpointFolder
+from pmlm_dist.checkpoint.initial_weights import load_initial_weights
+from pmlm_dist.checkpoint.resume import RunState, find_checkpoint, load_checkpoint
 from pmlm_dist.config import RunConfig
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.data.loader import validation_batches
+from pmlm_dist.engine.deepspeed_engine import has_bf16_products, module_of, start_engine, update
+from pmlm_dist.engine.optimizer import learning_rate, set_learning_rate
+from pmlm_dist.metrics.meter import Meter, StepResult, Stopwatch
+from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.model.transformer import build_model
 from pmlm_dist.objectives import NUM_COUNTS, loss_scales, target_weights
 from pmlm_dist.parallel import groups, seeding
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.parallel.layers import count_parameters
-from pmlm_dist.training.checkpoint import RunState, find_checkpoint, load_checkpoint
-from pmlm_dist.training.checkpoint_files import read_state
-from pmlm_dist.training.checkpoint_folder import CheckpointFolder
-from pmlm_dist.training.engine import has_bf16_products, module_of, start_engine, update
-from pmlm_dist.training.engine_state import EngineState
-from pmlm_dist.training.exit_codes import ExitCode, code_of
+from pmlm_dist.supervision.attempts import LifeLog
+from pmlm_dist.supervision.exit_codes import ExitCode, code_of
+from pmlm_dist.supervision.heartbeat import SAVE, VALIDATION, Heartbeat, phase_limits
+from pmlm_dist.supervision.signals import STOP_FILE, StopAgreement, Stopped, StopSignals
+from pmlm_dist.training.batches import Reading, read_together
 from pmlm_dist.training.guards import Skips, check_batches, check_replicas, find_causes
-from pmlm_dist.training.heartbeat import SAVE, VALIDATION, Heartbeat, phase_limits
-from pmlm_dist.training.initial_weights import load_initial_weights
-from pmlm_dist.training.lives import LifeLog
-from pmlm_dist.training.meter import Meter, StepResult, Stopwatch
-from pmlm_dist.training.metrics import RunLog
-from pmlm_dist.training.optimizer import learning_rate, set_learning_rate
-from pmlm_dist.training.preemption import STOP_FILE, StopAgreement, Stopped, StopSignals
-from pmlm_dist.training.reading import Reading, read_together
-from pmlm_dist.training.run import Claim, Run, check, claimed, resolve
-from pmlm_dist.training.saver import Saver
+from pmlm_dist.training.resolve import Claim, Run, check, claimed, resolve
 from pmlm_dist.training.validation import losses_of, validate
 
 _COMPLETE = "COMPLETE"

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, missing_programs, running
-from small_runs import write_engine_config
-from submissions import Submission
+from support.slurm_cluster import Cluster, missing_programs, running
+from support.small_runs import write_engine_config
+from support.submissions import Submission
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

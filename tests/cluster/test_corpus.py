@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slurm_cluster import Cluster
-from submissions import ROOT
+from support.slurm_cluster import Cluster
+from support.submissions import ROOT
 
 SETTINGS = ("--sequence-length", "32", "--shards", "4")
 

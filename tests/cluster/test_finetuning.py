@@ -6,10 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-from downstream.small_tasks import write_model, write_text_task
-from slurm_cluster import Cluster, Job
-from small_runs import write_engine_config
-from submissions import ROOT
+from support.small_tasks import write_model, write_text_task
+from support.slurm_cluster import Cluster, Job
+from support.small_runs import write_engine_config
+from support.submissions import ROOT
 
 
 def fine_tune(cluster: Cluster, folder: Path, *arguments: str) -> Job:

@@ -8,10 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from slurm_cluster import processes_of, rank_process, wait_until
-from submissions import ROOT, Submission, check_equal, learned
+from support.slurm_cluster import processes_of, rank_process, wait_until
+from support.submissions import ROOT, Submission, check_equal, learned
 
-from pmlm_dist.training.processes import state_of
+from pmlm_dist.supervision.processes import state_of
 
 
 def steps_saved(run_dir: Path) -> list[int]:

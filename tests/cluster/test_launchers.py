@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from submissions import ROOT, SMALL, Submission, learned
+from support.submissions import ROOT, SMALL, Submission, learned
 
 BESIDE_PYTHON = Path(sys.executable).parent
 STEPS = 5

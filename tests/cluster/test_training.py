@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from submissions import STEPS, Submission, learned
+from support.submissions import STEPS, Submission, learned
 
 
 def test_a_run_over_two_nodes_learns(straight: Path):

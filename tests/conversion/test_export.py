@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from random_models import MODEL, WORDS, own_answers, random_pretrained, random_text, saved
-from small_runs import run_config
+from support.random_models import MODEL, WORDS, own_answers, random_pretrained, random_text, saved
+from support.small_runs import run_config
+from support.worlds import run_world
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
-from worlds import run_world
 
 from pmlm_dist import cli
+from pmlm_dist.checkpoint.files import read_weights
 from pmlm_dist.conversion import export as exporting
 from pmlm_dist.conversion.export import Format, export
 from pmlm_dist.conversion.pretrained import open_pretrained
 from pmlm_dist.conversion.tensors import join_key_value, own_shapes, split_key_value
 from pmlm_dist.model.transformer import build_model
 from pmlm_dist.parallel import groups
-from pmlm_dist.training.checkpoint_files import read_weights
 
 FORMATS: list[tuple[Format, bool]] = [("mpnet", True), ("mpnet", False), ("bert", False)]
 SWAPPED = torch.tensor([1, 0, *range(2, len(WORDS))])

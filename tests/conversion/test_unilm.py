@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from random_models import WORDS, bert_folder, own_answers, random_pretrained, random_text, saved
+from support.random_models import WORDS, bert_folder, own_answers, random_pretrained, random_text, saved
 from transformers import MPNetConfig, MPNetForMaskedLM
 
 from pmlm_dist import cli

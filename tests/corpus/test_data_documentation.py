@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preparations import config, samples, write_source
+from support.preparations import config, samples, write_source
 
-from pmlm_dist.corpus.prepare import prepare_corpus
+from pmlm_dist.corpus.prepare.pipeline import prepare_corpus
 from pmlm_dist.corpus.verify import verify
 from pmlm_dist.data.order import BatchShare, micro_batch_samples
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import write_corpus
-from preparations import config, write_source
+from support.corpora import write_corpus
+from support.preparations import config, write_source
 
 from pmlm_dist import cli
 from pmlm_dist.config import ConfigError
-from pmlm_dist.corpus.prepare import prepare_corpus
+from pmlm_dist.corpus.prepare.pipeline import prepare_corpus
 from pmlm_dist.corpus.shards import Manifest, Shard, ShardReader, Split, write_shard
 from pmlm_dist.corpus.verify import verify
 from pmlm_dist.vocab import Vocabulary

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from numbered_corpus import SHARD_SIZES, SPECIAL, write_corpus
+from support.numbered_corpus import SHARD_SIZES, SPECIAL, write_corpus
 
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.data.loader import BatchSource

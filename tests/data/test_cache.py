@@ -14,16 +14,16 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from faulty_server import FaultyServer, serving
-from numbered_corpus import SHARD_SIZES, SPECIAL, tokens_of, write_corpus
+from support.faulty_server import FaultyServer, serving
+from support.numbered_corpus import SHARD_SIZES, SPECIAL, tokens_of, write_corpus
 
 from pmlm_dist.config import ConfigError, DataConfig, MaskingConfig
 from pmlm_dist.corpus.shards import TRAIN, Manifest, ShardError
 from pmlm_dist.data.cache import CacheError, ShardCache
 from pmlm_dist.data.loader import BatchSource, training_batches
 from pmlm_dist.data.order import BatchShare
+from pmlm_dist.data.remote_files import address_of
 from pmlm_dist.data.stream import Access, CorpusSource, SplitReader
-from pmlm_dist.data.transfer import address_of
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numbered_corpus import SHARD_SIZES, SPECIAL, write_corpus
+from support.numbered_corpus import SHARD_SIZES, SPECIAL, write_corpus
 
 from pmlm_dist.config import DataConfig, MaskingConfig
 from pmlm_dist.corpus.shards import TRAIN, VALIDATION, Manifest

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from numbered_corpus import SEQUENCE_LENGTH, SPECIAL, write_corpus
+from support.numbered_corpus import SEQUENCE_LENGTH, SPECIAL, write_corpus
 
 from pmlm_dist.config import ConfigError, DataConfig, MaskingConfig
 from pmlm_dist.corpus.shards import TRAIN, VALIDATION, ShardError
@@ -181,7 +181,7 @@ TRAINER = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from numbered_corpus import SPECIAL
+from support.numbered_corpus import SPECIAL
 from test_loader import loader_workers, training
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.data.loader import BatchSource

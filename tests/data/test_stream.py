@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from numbered_corpus import SHARD_SIZES, tokens_of, write_corpus
+from support.numbered_corpus import SHARD_SIZES, tokens_of, write_corpus
 
 from pmlm_dist.corpus.shards import TRAIN, VALIDATION, ShardError
 from pmlm_dist.data.stream import CorpusSource, SplitReader, TrainingStream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import SPECIAL, VOCABULARY, model_of
+from support.batches import SPECIAL, VOCABULARY, model_of
 
 from pmlm_dist.decoding.infilling import Guess, fill
 

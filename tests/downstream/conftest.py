@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_tasks import write_model, write_text_task
+from support.small_tasks import write_model, write_text_task
 
 
 @pytest.fixture(scope="session")

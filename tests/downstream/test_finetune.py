@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_tasks import config, text_rows, write_jsonl
-from worlds import RankFailed, run_world
+from support.small_tasks import config, text_rows, write_jsonl
+from support.worlds import RankFailed, run_world
 
 from pmlm_dist.config import ConfigError, ParallelConfig
 from pmlm_dist.conversion.pretrained import open_pretrained
@@ -24,7 +24,7 @@ from pmlm_dist.downstream.settings import (
     recipes,
 )
 from pmlm_dist.downstream.summary import Trial, summarise
-from pmlm_dist.training.metrics import read_metrics
+from pmlm_dist.metrics.run_log import read_metrics
 
 pytestmark = pytest.mark.distributed
 

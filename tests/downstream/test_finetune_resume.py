@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_tasks import config, text_rows, write_jsonl
-from worlds import run_world
+from support.small_tasks import config, text_rows, write_jsonl
+from support.worlds import run_world
 
+from pmlm_dist.checkpoint.files import read_state, read_weights
+from pmlm_dist.checkpoint.folder import step_of
 from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.pretrained import find_pretrained
 from pmlm_dist.downstream.settings import UNFINISHED, EvaluateConfig, FinetuneConfig, Recipe, WritingConfig, check
-from pmlm_dist.training.checkpoint_files import read_state, read_weights
-from pmlm_dist.training.checkpoint_folder import step_of
-from pmlm_dist.training.metrics import read_metrics
-from pmlm_dist.training.preemption import EXIT_PREEMPTED, STOP_FILE, Stopped, StopSignals
+from pmlm_dist.metrics.run_log import read_metrics
+from pmlm_dist.supervision.signals import EXIT_PREEMPTED, STOP_FILE, Stopped, StopSignals
 
 pytestmark = pytest.mark.distributed
 

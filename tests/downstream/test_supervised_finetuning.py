@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import worlds
-from small_runs import write_engine_config
-from small_tasks import write_model, write_text_task
+from support import worlds
+from support.small_runs import write_engine_config
+from support.small_tasks import write_model, write_text_task
 
 from pmlm_dist import cli
-from pmlm_dist.training.exit_codes import ExitCode
+from pmlm_dist.supervision.exit_codes import ExitCode
 
 pytestmark = pytest.mark.distributed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from jobs import straight_run
+from support.fault_jobs import straight_run
 
 from pmlm_dist.config import RunConfig
 

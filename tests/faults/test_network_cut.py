@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import Fault, check_recovered, live_on, small_run
+from support.fault_jobs import Fault, check_recovered, live_on, small_run
 
 from pmlm_dist.config import RunConfig
-from pmlm_dist.training.exit_codes import ExitCode
+from pmlm_dist.supervision.exit_codes import ExitCode
 
 LINK = "pmlm"
 _CLONE_NEWNET = 0x40000000

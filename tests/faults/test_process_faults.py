@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import (
+from support.fault_jobs import (
     LIMIT_S,
     Fault,
     check_recovered,
@@ -38,14 +38,14 @@ from jobs import (
     straight_run,
     with_the_next_file,
 )
-from small_runs import with_train
+from support.small_runs import with_train
 
 from pmlm_dist.config import RunConfig
-from pmlm_dist.training.exit_codes import ExitCode
-from pmlm_dist.training.lives import effective, read_lives
-from pmlm_dist.training.preemption import STOP_FILE
-from pmlm_dist.training.restarts import Limits
-from pmlm_dist.training.run_lock import LOCK, read_holder
+from pmlm_dist.supervision.attempts import effective, read_lives
+from pmlm_dist.supervision.exit_codes import ExitCode
+from pmlm_dist.supervision.restart import Limits
+from pmlm_dist.supervision.run_lock import LOCK, read_holder
+from pmlm_dist.supervision.signals import STOP_FILE
 
 Record = Callable[[str, object], None]
 _CLONE_NEWNS = 0x00020000
@@ -603,9 +603,9 @@ def test_after_a_spike_of_the_loss_the_run_book_leads_back_to_the_run_without_it
 
 
 def forget_the_groups() -> None:
-    from pmlm_dist.training import engine
+    from pmlm_dist.engine import deepspeed_engine
 
-    engine.ModelParallelUnit = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+    deepspeed_engine.ModelParallelUnit = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.fault("F18")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import (
+from support.fault_jobs import (
     Fault,
     check_recovered,
     children_of,
@@ -31,8 +31,8 @@ from jobs import (
     with_the_next_file,
 )
 
-from pmlm_dist.training.exit_codes import ExitCode
-from pmlm_dist.training.restarts import Limits
+from pmlm_dist.supervision.exit_codes import ExitCode
+from pmlm_dist.supervision.restart import Limits
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "3.5"))
 PACE_S = 0.25

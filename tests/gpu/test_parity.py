@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from batches import MODEL, logits_of, model_of, random_batch
+from support.batches import MODEL, logits_of, model_of, random_batch
 from torch import Tensor
 
 from pmlm_dist.config import MaskingConfig

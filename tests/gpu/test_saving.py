@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import run_config, start_run, take_steps
-from worlds import run_world
+from support.small_runs import run_config, start_run, take_steps
+from support.worlds import run_world
 
+from pmlm_dist.checkpoint.files import read_weights
 from pmlm_dist.config import RunConfig
-from pmlm_dist.training.checkpoint_files import read_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +31,7 @@ SETTINGS = [
 
 def started(config: RunConfig) -> tuple[Any, Any, Any]:
     """Run, engine and its state on this rank."""
-    from pmlm_dist.training.engine_state import EngineState
+    from pmlm_dist.checkpoint.engine_state import EngineState
     from pmlm_dist.training.loop import build_engine
 
     run = start_run(config)
@@ -41,10 +41,10 @@ def started(config: RunConfig) -> tuple[Any, Any, Any]:
 
 def saved_and_on(config: RunConfig) -> tuple[str, list[float]]:
     """Train, save, train on at once; where the checkpoint lies, and the losses after it."""
-    from pmlm_dist.training.checkpoint import RunState
-    from pmlm_dist.training.checkpoint_folder import CheckpointFolder
-    from pmlm_dist.training.metrics import RunLog
-    from pmlm_dist.training.saver import Saver
+    from pmlm_dist.checkpoint.async_save import Saver
+    from pmlm_dist.checkpoint.folder import CheckpointFolder
+    from pmlm_dist.checkpoint.resume import RunState
+    from pmlm_dist.metrics.run_log import RunLog
 
     run, engine, engine_state = started(config)
     log = RunLog(run.config.run_dir, enabled=False, first_step=0)
@@ -60,7 +60,7 @@ def saved_and_on(config: RunConfig) -> tuple[str, list[float]]:
 
 
 def opened_and_on(config: RunConfig, path: str, device: str) -> list[float]:
-    from pmlm_dist.training.checkpoint import load_checkpoint
+    from pmlm_dist.checkpoint.resume import load_checkpoint
 
     os.environ["DS_ACCELERATOR"] = device
     run, engine, engine_state = started(config)

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from corpora import write_corpus
-from small_runs import Trained, run_config, train, with_model, with_train, write_engine_config
-from worlds import run_world
+from support.corpora import write_corpus
+from support.small_runs import Trained, run_config, train, with_model, with_train, write_engine_config
+from support.worlds import run_world
 
 from pmlm_dist.config import DataConfig, OptimConfig, RunConfig
 from pmlm_dist.presets import base
@@ -35,9 +35,9 @@ def train_on_the_cpu(config: RunConfig) -> Trained:
 
 def pretrain_and_read(config: RunConfig) -> dict[int, dict[str, float]]:
     """The scalars of a whole run by step, and where the model was."""
+    from pmlm_dist.metrics.run_log import read_metrics
     from pmlm_dist.parallel import groups
     from pmlm_dist.training.loop import pretrain
-    from pmlm_dist.training.metrics import read_metrics
 
     pretrain(config)
     assert groups.start().device.type == "cuda"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import MODEL, logits_of, model_of, random_batch
+from support.batches import MODEL, logits_of, model_of, random_batch
 
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.model.attention import ATTENTION

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from batches import MODEL, PADDED, logits_of, random_batch
+from support.batches import MODEL, PADDED, logits_of, random_batch
+from support.worlds import run_world
 from torch import Tensor, nn
-from worlds import run_world
 
 pytestmark = pytest.mark.distributed
 

@@ -13,10 +13,10 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import torch.nn.attention.flex_attention
-from batches import MODEL, PADDED, logits_of, model_of, random_batch
-from small_runs import Trained, run_config, train, with_model
+from support.batches import MODEL, PADDED, logits_of, model_of, random_batch
+from support.small_runs import Trained, run_config, train, with_model
+from support.worlds import run_world
 from torch import Tensor
-from worlds import run_world
 
 from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, problems
 from pmlm_dist.data.batch import Batch
@@ -25,7 +25,7 @@ from pmlm_dist.model import flex_attention
 from pmlm_dist.model.attention import ATTENTION, AttentionPlan, Slots
 from pmlm_dist.model.flex_attention import BlockGroup
 from pmlm_dist.parallel import groups
-from pmlm_dist.training.run import resolve
+from pmlm_dist.training.resolve import resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
@@ -187,10 +187,10 @@ def test_tensor_parallel_ranks_compute_the_heads_of_one():
 
 def train_with_flex(config: RunConfig) -> Trained:
     """As `train`, on a CPU all the same; for a world of its own, where nobody misses the refusals that are lifted."""
-    from pmlm_dist.training import run
+    from pmlm_dist.training import resolve
 
     torch.nn.attention.flex_attention._validate_device = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
-    run._device_problems = lambda *_: []
+    resolve._device_problems = lambda *_: []
     return train(with_model(config, attention="flex"))
 
 

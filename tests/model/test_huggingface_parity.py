@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import MODEL, PADDED, SPECIAL, VOCABULARY, model_of, random_batch
+from support.batches import MODEL, PADDED, SPECIAL, VOCABULARY, model_of, random_batch
 from transformers import BertConfig, BertForMaskedLM, MPNetConfig, MPNetForMaskedLM
 
 from pmlm_dist.model.transformer import PseudoMaskedLM

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import model_of, random_batch
+from support.batches import model_of, random_batch
 
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.data.batch import Batch

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import longhand
 import torch
-from batches import MODEL, model_of, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import longhand
+from support.batches import MODEL, model_of, random_batch
 
 from pmlm_dist.config import MaskingConfig, ObjectiveConfig
 from pmlm_dist.objectives import READS, loss_scales, target_weights

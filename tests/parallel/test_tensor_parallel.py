@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import MODEL
-from worlds import run_world
+from support.small_runs import MODEL
+from support.worlds import run_world
 
 pytestmark = pytest.mark.distributed
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_runs import BF16, BF16_SUMMED_IN_FP32, Case, zero, zero_settings
-from worlds import run_world
+from support.real_runs import BF16, BF16_SUMMED_IN_FP32, Case, zero, zero_settings
+from support.worlds import run_world
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.devices import DEVICES
@@ -44,11 +44,11 @@ def bytes_of_steps(configs: list[RunConfig]) -> list[Counter[str]]:
 def _bytes_of_a_step(config: RunConfig) -> Counter[str]:
     """Of the longer side of a gather."""
     import torch
-    from small_runs import start_run, take_steps
+    from support.small_runs import start_run, take_steps
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    from pmlm_dist.training.checkpoint import RunState
+    from pmlm_dist.checkpoint.resume import RunState
     from pmlm_dist.training.loop import build_engine
 
     counted: Counter[str] = Counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from worlds import run_world
+from support.worlds import run_world
 
 from pmlm_dist.config import ModelConfig
 from pmlm_dist.devices import Device

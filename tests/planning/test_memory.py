@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_runs import BF16, BF16_SUMMED_IN_FP32, Case, zero, zero_settings
-from worlds import run_world
+from support.real_runs import BF16, BF16_SUMMED_IN_FP32, Case, zero, zero_settings
+from support.worlds import run_world
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.devices import DEVICES, Device
@@ -92,10 +92,10 @@ def _wait_for_gloo() -> None:
 def _most_of_a_run(config: RunConfig, kept: list[Any]) -> float:
     import gc
 
-    from small_runs import start_run, take_steps
+    from support.small_runs import start_run, take_steps
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from pmlm_dist.training.checkpoint import RunState
+    from pmlm_dist.checkpoint.resume import RunState
     from pmlm_dist.training.loop import build_engine
 
     gc.disable()

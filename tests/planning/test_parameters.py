@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from worlds import run_world
+from support.worlds import run_world
 
 from pmlm_dist.config import ModelConfig
 from pmlm_dist.planning.parameters import largest_tensor, model_parameters, uncut_numbers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pmlm_dist.planning.reliability import Checkpoints, checkpoints
-from pmlm_dist.training.lives import LLAMA_3_HOURS
+from pmlm_dist.supervision.attempts import LLAMA_3_HOURS
 
 
 def planned(**changes: float) -> Checkpoints:

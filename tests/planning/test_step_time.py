@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from real_runs import zero_settings
+from support.real_runs import zero_settings
 
 from pmlm_dist.config import ModelConfig
 from pmlm_dist.devices import DEVICES, Device
+from pmlm_dist.metrics.flops import training_flops
 from pmlm_dist.planning.communication import Cluster, Traffic, collectives, traffic
 from pmlm_dist.planning.model_states import Zero
 from pmlm_dist.planning.step_time import StepTime, executed_flops, moved_bytes, step_time
 from pmlm_dist.planning.workload import Workload
-from pmlm_dist.training.flops import training_flops
 
 MODEL = ModelConfig(vocab_size=30_522, hidden_dropout=0.0, attention_dropout=0.0)
 WORK = Workload(MODEL, context=512, predictions=77, micro_batch=32)

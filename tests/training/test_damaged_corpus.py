@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_runs import run_config, train
-from worlds import RankFailed, run_world
+from support.small_runs import run_config, train
+from support.worlds import RankFailed, run_world
 
 pytestmark = pytest.mark.distributed
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import run_config, whole_weights, with_model, with_train
-from worlds import run_world
+from support.small_runs import run_config, whole_weights, with_model, with_train
+from support.worlds import run_world
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.training.guards import Skips
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 
 def failure_of_check_batches(tp: int, fault: str) -> str:
     """What `check_batches` says on this rank about random batches of which rank 1's is wrong."""
-    from batches import random_batch
+    from support.batches import random_batch
 
     from pmlm_dist.parallel import groups
     from pmlm_dist.training.guards import GuardError, check_batches
@@ -58,7 +58,7 @@ def test_batches_are_compared(tp, fault, expected):
 def engine_of(config: RunConfig) -> tuple[Any, Any]:
     from pmlm_dist.parallel import groups
     from pmlm_dist.training.loop import build_engine
-    from pmlm_dist.training.run import resolve
+    from pmlm_dist.training.resolve import resolve
 
     topology = groups.start(tp=config.parallel.tp)
     run = resolve(config, topology)
@@ -107,10 +107,10 @@ def test_one_flipped_bit_of_a_replica_is_found_and_named(small_corpus, tmp_path,
 
 def train_with_fault(config: RunConfig, step: int, fault: str) -> dict[str, Any]:
     """Train; in the attempt at `step` rank 1 of the world (or the only one) meets `fault`."""
+    from pmlm_dist.checkpoint.resume import RunState
     from pmlm_dist.data.loader import training_batches
+    from pmlm_dist.metrics.meter import Stopwatch
     from pmlm_dist.training import loop
-    from pmlm_dist.training.checkpoint import RunState
-    from pmlm_dist.training.meter import Stopwatch
 
     run, engine = engine_of(config)
     losses_of, state = loop.losses_of, RunState()

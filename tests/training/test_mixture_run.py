@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from corpora import write_corpus
-from faulty_server import serving
-from small_runs import run_config, start_run, with_train
-from worlds import RankFailed, run_world
+from support.corpora import write_corpus
+from support.faulty_server import serving
+from support.small_runs import run_config, start_run, with_train
+from support.worlds import RankFailed, run_world
 
 from pmlm_dist.config import ConfigError, DataConfig, RunConfig
 from pmlm_dist.data.mixture import Mixture
-from pmlm_dist.training.metrics import read_metrics
+from pmlm_dist.metrics.run_log import read_metrics
 
 pytestmark = pytest.mark.distributed
 

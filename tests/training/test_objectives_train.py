@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Trained, run_config, train
-from worlds import run_world
+from support.small_runs import Trained, run_config, train
+from support.worlds import run_world
 
 from pmlm_dist.config import ObjectiveConfig, RunConfig
 from pmlm_dist.objectives import READS
@@ -27,7 +27,7 @@ def first_batch(config: RunConfig) -> dict[str, Any]:
     from pmlm_dist.data.loader import training_batches
     from pmlm_dist.model.transformer import build_model
     from pmlm_dist.parallel import groups
-    from pmlm_dist.training.run import resolve
+    from pmlm_dist.training.resolve import resolve
     from pmlm_dist.training.validation import losses_of
 
     run = resolve(config, groups.start())

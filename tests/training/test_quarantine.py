@@ -12,14 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_runs import run_config, with_train
-from worlds import RankFailed, run_world
+from support.small_runs import run_config, with_train
+from support.worlds import RankFailed, run_world
 
 from pmlm_dist.config import ConfigError, DataConfig, RunConfig
 from pmlm_dist.corpus.shards import TRAIN, VALIDATION, Manifest, ShardError
 from pmlm_dist.data.order import SampleOrder
-from pmlm_dist.training.metrics import read_metrics
-from pmlm_dist.training.reading import BadShard, load_quarantine, save_quarantine
+from pmlm_dist.metrics.run_log import read_metrics
+from pmlm_dist.training.batches import BadShard, load_quarantine, save_quarantine
 
 pytestmark = pytest.mark.distributed
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpora import write_corpus
 from safetensors.numpy import load_file
-from small_runs import run_config, with_model, with_train, write_engine_config
-from worlds import run_world
+from support.corpora import write_corpus
+from support.small_runs import run_config, with_model, with_train, write_engine_config
+from support.worlds import run_world
 
 from pmlm_dist.config import ConfigError, RunConfig
-from pmlm_dist.training.metrics import read_metrics
+from pmlm_dist.metrics.run_log import read_metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -277,10 +277,10 @@ def test_how_a_run_is_computed_and_logged_may_change(finished: Finished, tmp_pat
 
 def optimizer_settings(config: RunConfig) -> list[tuple[float, float]]:
     """Weight decay and beta2 of each group after a checkpoint has been loaded and gone on from."""
-    from small_runs import start_run, take_steps
+    from support.small_runs import start_run, take_steps
 
-    from pmlm_dist.training.checkpoint import load_checkpoint
-    from pmlm_dist.training.engine_state import EngineState
+    from pmlm_dist.checkpoint.engine_state import EngineState
+    from pmlm_dist.checkpoint.resume import load_checkpoint
     from pmlm_dist.training.loop import build_engine
 
     run = start_run(config)

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Trained, run_config, train, with_model
-from worlds import run_world
+from support.small_runs import Trained, run_config, train, with_model
+from support.worlds import run_world
 
 from pmlm_dist.config import RunConfig
 

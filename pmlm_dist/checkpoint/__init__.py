@@ -1,0 +1,1 @@
+"""Checkpoints: fragments of tensors, files, folders, asynchronous saving, resuming."""

@@ -1,0 +1,1 @@
+"""Commands of `pmlm` that are not library functions, one file each."""

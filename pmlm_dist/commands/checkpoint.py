@@ -1,0 +1,112 @@
+"""`pmlm checkpoint ls | verify | reshape`: looking at checkpoints, checking them, rewriting one as whole tensors.
+
+None of this needs torch, a GPU or the ranks that wrote them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pmlm_dist.checkpoint.files import (
+    KINDS,
+    STATE,
+    CheckpointReader,
+    Damaged,
+    Written,
+    faults_of,
+    rank_file,
+    read_state,
+    write_json,
+    write_numbers,
+)
+from pmlm_dist.checkpoint.folder import CheckpointFolder, checkpoints_at, newest_whole_at
+from pmlm_dist.config import ConfigError, refuse
+
+
+def ls(folder: Path, /) -> None:
+    """List the checkpoints in a folder: step, size, age, who wrote them, and whether all files are there.
+
+    Checksums are left to `pmlm checkpoint verify`.
+    """
+    print(f"{'step':>10}  {'size':>9}  {'age':>9}  {'written by':32}  files")
+    for path in checkpoints_at(folder):
+        print("  ".join(_row(path)))
+
+
+def verify(folder: Path, /) -> None:
+    """Read a checkpoint, or all in a folder: every checksum, and that each number of each tensor is there once."""
+    found = []
+    for path in checkpoints_at(folder):
+        faults = faults_of(path)
+        print(f"{path}: {'damaged' if faults else 'whole'}")
+        found += [f"{path}: {fault}" for fault in faults]
+    refuse(found)
+
+
+def reshape(folder: Path, /, *, output: Path) -> None:
+    """Rewrite a checkpoint (of several, the newest whole one) with whole tensors, in a single file any tool can read.
+
+    `output`: a folder of checkpoints, as RUN_DIR/checkpoints is; a run goes on from what is written there as from any
+    other. It is written under a temporary name first, so half of it never counts.
+    """
+    path, target = newest_whole_at(folder), CheckpointFolder(output, keep=1)
+    state = read_state(path)
+    step = int(state["step"])
+    if target.folder(step).exists():
+        raise ConfigError([f"{target.folder(step)} is there already: choose another --output"])
+    target.remove_leftovers()
+    temporary = target.temporary(step, life="reshape")
+    try:
+        temporary.mkdir(parents=True)
+        files = {rank_file(0): _write_whole_tensors(path, temporary / rank_file(0))}
+        files[STATE] = write_json(temporary / STATE, state)
+        print(f"written: {target.commit(step, temporary, files)}")
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ConfigError([f"--output ({output}) cannot be written: {error}; nothing is left there"]) from error
+
+
+def _write_whole_tensors(path: Path, file: Path) -> Written:
+    with CheckpointReader(path) as reader:
+        wholes, kinds = list(reader.tensors.values()), KINDS if reader.has_moments else KINDS[:1]
+        chunks = (reader.read(whole, kind).reshape(-1).view(np.uint8).data for whole in wholes for kind in kinds)
+        return write_numbers(file, wholes, chunks, kinds=kinds)
+
+
+def _row(path: Path) -> Iterator[str]:
+    faults = faults_of(path, thorough=False)
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    try:
+        state: dict[str, Any] = read_state(path)
+    except Damaged:
+        state = {}
+    yield f"{state.get('step', path.name.removeprefix('step-').lstrip('0')):>10}"
+    yield f"{_size(size):>9}"
+    yield f"{_age(state.get('written_at')):>9}"
+    yield f"{_topology(state.get('configuration', {})):32}"
+    yield faults[0] if faults else "all there"
+
+
+def _size(size: int) -> str:
+    power = min(3, (len(str(size)) - 1) // 3)
+    return f"{size / 1000**power:.1f} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+def _age(written_at: Any) -> str:
+    if not isinstance(written_at, int | float):
+        return "?"
+    hours = (time.time() - written_at) / 3600
+    return f"{hours / 24:.1f} d" if hours >= 48 else f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
+
+
+def _topology(configuration: dict[str, Any]) -> str:
+    ranks, engine = configuration.get("topology", {}), configuration.get("engine", {})
+    precision = next((name for name in ("bf16", "fp16") if engine.get(name, {}).get("enabled")), "fp32")
+    stage = engine.get("zero_optimization", {}).get("stage", 0)
+    return f"dp {ranks.get('dp', '?')} x tp {ranks.get('tp', '?')}, ZeRO {stage}, {precision}"

@@ -1,0 +1,64 @@
+"""`pmlm plan`: make the plan, measure this machine if asked, print, write.
+
+pmlm plan --preset large --nodes 8 --gpus-per-node 8 --device h100-80gb --tp 2 --zero 1 --micro-batch 64
+torchrun --nproc_per_node 2 --no-python pmlm plan --preset tiny --device measure
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+import torch
+
+from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.devices import Device
+from pmlm_dist.engine.deepspeed_config import load_engine_config
+from pmlm_dist.parallel import groups
+from pmlm_dist.parallel.groups import Topology
+from pmlm_dist.planning import report
+from pmlm_dist.planning.measure import measure_device
+from pmlm_dist.planning.plan import Plan, make_plan
+from pmlm_dist.planning.settings import MEASURE, PlanConfig
+
+
+def run(config: PlanConfig) -> None:
+    """Plan `config`; print the plan and write it to `config.json`. Raises `ConfigError` where it cannot be laid out."""
+    if config.device != MEASURE:
+        _publish(make_plan(config))
+        return
+    topology = groups.start()
+    if config.gpus_per_node is None:
+        config = dataclasses.replace(config, gpus_per_node=topology.world_size)
+    refuse(config.problems())
+    plan = make_plan(config, measured=_measured(config, topology))
+    if topology.is_first:
+        _publish(plan)
+
+
+def _publish(plan: Plan) -> None:
+    report.show(plan)
+    if plan.config.json:
+        plan.config.json.parent.mkdir(parents=True, exist_ok=True)
+        plan.config.json.write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _measured(config: PlanConfig, topology: Topology) -> Device:
+    """This machine's device, with as many threads for a rank as the training gives it."""
+    if topology.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // topology.world_size))
+    has_accelerator = topology.device.type != "cpu"
+    engine = load_engine_config(config.ds_config, has_accelerator=has_accelerator, overrides=config.overrides)
+    tokens = engine.micro_batch * config.context
+    device = measure_device(engine.precision, topology, model=config.model, tokens=tokens)
+    if config.gpus > 1 and topology.world_size == 1:
+        if config.assume.link_gb_per_s is None:
+            raise ConfigError(
+                [
+                    f"device measure finds no link with one rank, and {config.gpus} are planned: start as many with "
+                    "torchrun --nproc_per_node N --no-python pmlm plan ..., or state --assume.link-gb-per-s"
+                ]
+            )
+        device = dataclasses.replace(device, network=config.assume.link_gb_per_s * 1e9)
+    return device

@@ -1,0 +1,60 @@
+"""A run's losses as a picture, from its `metrics.jsonl`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pmlm_dist.config import ConfigError
+from pmlm_dist.metrics.run_log import read_metrics
+
+_COLOURS = {"ae": "#1f6feb", "par": "#d1490b"}
+_NAMES = {"ae": "AE", "par": "PAR"}
+
+
+@dataclass(frozen=True)
+class CurvesConfig:
+    """Which run to draw, and where to."""
+
+    run_dir: Path = Path("runs/demo")
+    """Folder of the run."""
+    png: Path = Path("losses.png")
+    """Picture to write."""
+
+
+def draw_curves(config: CurvesConfig) -> None:
+    """Draw training and validation losses of both objectives by step, beside the corpus' unigram entropy.
+
+    Raises `ConfigError` when the run has logged nothing yet.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    if not (config.run_dir / "metrics.jsonl").is_file():
+        raise ConfigError(
+            [f"{config.run_dir} holds no metrics.jsonl: pass the --run-dir of a run that has logged steps"]
+        )
+    metrics = read_metrics(config.run_dir)
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    for objective, colour in _COLOURS.items():
+        axes.plot(*_series(metrics, f"train/{objective}"), color=colour, alpha=0.35, linewidth=1.2)
+        held_out = _series(metrics, f"validation/{objective}")
+        axes.plot(*held_out, color=colour, marker="o", label=f"{_NAMES[objective]}, held-out")
+    steps, entropy = _series(metrics, "validation/unigram_entropy")
+    if steps:
+        axes.axhline(entropy[-1], color="#666666", linestyle="--", linewidth=1, label="unigram entropy of the corpus")
+    axes.set(xlabel="step", ylabel="nats per predicted token (thin: training)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    config.png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.png)
+    plt.close(figure)
+
+
+def _series(metrics: dict[int, dict[str, float]], name: str) -> tuple[list[int], list[float]]:
+    present = {step: scalars[name] for step, scalars in metrics.items() if name in scalars}
+    return list(present), list(present.values())

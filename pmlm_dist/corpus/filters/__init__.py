@@ -1,0 +1,1 @@
+"""Filters of documents: normalisation, language, duplicates, held-out texts."""

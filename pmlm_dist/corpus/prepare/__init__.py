@@ -1,0 +1,1 @@
+"""`pmlm prepare-corpus`: the MPI program and its phases."""

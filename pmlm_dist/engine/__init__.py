@@ -1,0 +1,1 @@
+"""DeepSpeed: its JSON, its engine, the optimizer and what it compiles."""

@@ -1,0 +1,283 @@
+"""DeepSpeed's JSON, read and checked before any engine is built.
+
+It is the home of batch sizes, precision, ZeRO stage, clipping and offload, in DeepSpeed's own schema. What DeepSpeed
+would swallow silently or compute wrongly is refused here. Standard library only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pmlm_dist.config import ConfigError, divisors, refuse
+
+_ALLOWED = {
+    "train_batch_size": "sequences of one optimizer step over all ranks",
+    "train_micro_batch_size_per_gpu": "sequences of one forward pass on one rank",
+    "gradient_accumulation_steps": "derived from the two batch sizes when absent",
+    "gradient_clipping": "largest gradient norm; absent: no clipping, as in the paper",
+    "zero_optimization": "ZeRO",
+    "bf16": "bfloat16 weights with fp32 master copies",
+    "fp16": "half precision with loss scaling",
+    "data_types": "dtype of accumulated gradients",
+    "communication_data_type": "dtype of gradient reduction",
+    "prescale_gradients": "divide before reducing",
+    "gradient_predivide_factor": "with prescale_gradients",
+    "steps_per_print": "DeepSpeed's own console lines",
+    "wall_clock_breakdown": "DeepSpeed's own timers",
+    "dump_state": "print DeepSpeed's state",
+    "comms_logger": "log of collectives",
+    "flops_profiler": "DeepSpeed's profiler",
+    "zero_allow_untested_optimizer": "ZeRO with other optimizers",
+    "zero_force_ds_cpu_optimizer": "offload with other optimizers",
+}
+_SECTIONS = ("zero_optimization", "bf16", "fp16")
+_REFUSED = {
+    "optimizer": "the optimizer is AdamW with the settings `--optim.*`: remove the section",
+    "scheduler": "the schedule is set by `--optim.warmup-steps` and `--train.steps`: remove the section",
+    "tensor_parallel": "tensor parallelism is set by `--parallel.tp`; AutoTP would replace it: remove the section",
+    "activation_checkpointing": "it is set by `--model.activation-checkpointing`: remove the section",
+    "checkpoint": "checkpoints are written and reshaped by the training itself: remove the section",
+    "tensorboard": "TensorBoard files are written to RUN_DIR/tensorboard: remove the section",
+    "amp": "use bf16 or fp16: remove the section",
+    "aio": "it serves offload to NVMe, from which no checkpoint can be made: remove the section",
+}
+_UNSAVABLE = {
+    "zero_optimization.offload_optimizer.device": "nvme",
+    "zero_optimization.offload_param.device": "nvme",
+    "zero_optimization.offload_optimizer.super_offload": True,
+    "bf16.bf16_master_weights_and_grads": True,
+    "bf16.bf16_optimizer_states": True,
+    "fp16.fp16_master_weights_and_grads": True,
+}
+"""Where masters or moments would lie outside memory, or not be fp32: checkpoints hold them as fp32 from memory."""
+_UNGUARDED = {
+    "zero_optimization.compute_grad_norm": False,
+    "bf16.check_grad_overflow": False,
+}
+"""Where DeepSpeed would not tell, or not heed, that a gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the training must know of DeepSpeed's JSON."""
+
+    raw: dict[str, Any]
+    """What the file says."""
+    global_batch: int
+    micro_batch: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    zero_stage: int
+    offload_optimizer: bool
+    gradient_clipping: float
+    """Largest gradient norm; 0: no clipping."""
+
+    def for_deepspeed(self) -> dict[str, Any]:
+        """The JSON that DeepSpeed gets: as the file says, silent, and without the clipping that is its own default.
+
+        With ZeRO-0 it never clips: the training does, which needs the gradient's norm anyway. Where it keeps fp32 sums
+        of bf16 gradients, these go into them as soon as they are there (engine/bf16_optimizer.py).
+        """
+        clipping = self.gradient_clipping if self.zero_stage else 0.0
+        settings = {"steps_per_print": 2**31, **self.raw, "gradient_clipping": clipping}
+        if self.precision == "bf16":
+            settings["bf16"] = {**self.raw["bf16"], "immediate_grad_update": True}
+        return settings
+
+    def accumulation(self, dp: int) -> int:
+        """Gradient accumulation steps on `dp` data-parallel ranks."""
+        return self.global_batch // (self.micro_batch * dp)
+
+
+def load_engine_config(
+    path: Path, *, has_accelerator: bool, overrides: Mapping[str, Any] | None = None
+) -> EngineConfig:
+    """Read and check DeepSpeed's JSON at `path`; raises `ConfigError` with everything that is wrong with it.
+
+    `overrides` replace settings of the file; sections are merged.
+    """
+    raw = _read(path)
+    for name, value in (overrides or {}).items():
+        raw[name] = {**_section(raw, name), **value} if isinstance(value, dict) else value
+    refuse([f"{path}: {problem}" for problem in _problems(raw, has_accelerator=has_accelerator)])
+    zero = _section(raw, "zero_optimization")
+    return EngineConfig(
+        raw=raw,
+        global_batch=raw["train_batch_size"],
+        micro_batch=raw["train_micro_batch_size_per_gpu"],
+        precision=_precision(raw),
+        zero_stage=zero.get("stage", 0),
+        offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        gradient_clipping=float(raw.get("gradient_clipping", 0.0)),
+    )
+
+
+def batch_problems(engine: EngineConfig, *, dp: int) -> list[str]:
+    """Why the global batch cannot be cut over `dp` data-parallel ranks, if it cannot."""
+    if engine.global_batch % (engine.micro_batch * dp):
+        usable = [
+            d
+            for d in divisors(engine.global_batch)
+            if d * dp <= engine.global_batch and engine.global_batch % (d * dp) == 0
+        ]
+        way_out = (
+            f"train_micro_batch_size_per_gpu one of {usable}" if usable else f"a train_batch_size divisible by {dp}"
+        )
+        return [
+            f"train_batch_size ({engine.global_batch}) must be a multiple of train_micro_batch_size_per_gpu "
+            f"({engine.micro_batch}) x data-parallel ranks ({dp}): use {way_out}"
+        ]
+    stated = engine.raw.get("gradient_accumulation_steps")
+    derived = engine.accumulation(dp)
+    if stated is not None and stated != derived:
+        return [
+            f"gradient_accumulation_steps ({stated}) contradicts train_batch_size / (micro-batch x data-parallel "
+            f"ranks) = {derived}: remove it, it is derived"
+        ]
+    return []
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(
+            [f"{path} does not exist: pass DeepSpeed's JSON with --ds-config, ds_configs/base.json for example"]
+        )
+    repeated: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        repeated.extend(sorted({name for name in names if names.count(name) > 1}))
+        return dict(pairs)
+
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except ValueError as error:
+        raise ConfigError([f"{path} is not JSON: {error}"]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{path} must hold one JSON object"])
+    refuse([f"{path}: setting `{name}` is given twice: remove one" for name in repeated])
+    return raw
+
+
+def _problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
+    return [
+        *_key_problems(raw),
+        *_batch_size_problems(raw),
+        *_clipping_problems(raw),
+        *_section_problems(raw),
+        *_precision_problems(raw, has_accelerator=has_accelerator),
+        *_layout_problems(raw),
+        *_guard_problems(raw),
+        *_summing_problems(raw),
+    ]
+
+
+def _key_problems(raw: dict[str, Any]) -> list[str]:
+    found = []
+    for key in raw:
+        if key in _REFUSED:
+            found.append(f"section `{key}` is not taken from here: {_REFUSED[key]}")
+        elif key not in _ALLOWED:
+            close = difflib.get_close_matches(key, _ALLOWED, n=1)
+            found.append(f"unknown setting `{key}`" + (f": did you mean `{close[0]}`?" if close else ": remove it"))
+    return found
+
+
+def _batch_size_problems(raw: dict[str, Any]) -> list[str]:
+    found = []
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        if type(raw.get(key)) is not int or raw[key] < 1:  # `true` is an int to isinstance
+            found.append(f"`{key}` ({raw.get(key)}) must be a positive integer: {_ALLOWED[key]}")
+    return found
+
+
+def _clipping_problems(raw: dict[str, Any]) -> list[str]:
+    largest = raw.get("gradient_clipping", 0.0)
+    if type(largest) in (int, float) and largest >= 0:  # `true` is an int to isinstance
+        return []
+    return [f"`gradient_clipping` ({largest!r}) must be a number, 0 (no clipping) or more"]
+
+
+def _section_problems(raw: dict[str, Any]) -> list[str]:
+    found = []
+    for name in _SECTIONS:
+        section = raw.get(name, {})
+        if not isinstance(section, dict):
+            found.append(f"`{name}` ({section}) must be an object: {_ALLOWED[name]}")
+        elif not isinstance(section.get("enabled", False), bool):
+            found.append(f"{name}.enabled ({section['enabled']!r}) must be true or false")
+    return found
+
+
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    section = raw.get(name, {})
+    return section if isinstance(section, dict) else {}
+
+
+def _precision_problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
+    enabled = [name for name in ("bf16", "fp16") if _section(raw, name).get("enabled", False)]
+    stage = _section(raw, "zero_optimization").get("stage", 0)
+    found = []
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        found.append(f"zero_optimization.stage ({stage}) must be 0, 1, 2 or 3")
+    if len(enabled) == 2:
+        found.append("bf16 and fp16 are both enabled: choose one")
+    elif enabled and stage == 0:
+        found.append(
+            f"ZeRO stage 0 with {enabled[0]} trains wrongly in DeepSpeed: use zero_optimization.stage 1 "
+            "(with one data-parallel rank it costs nothing)"
+        )
+    if "fp16" in enabled and not has_accelerator:
+        found.append("fp16 needs a GPU; there is none here: use bf16 or fp32")
+    return found
+
+
+def _layout_problems(raw: dict[str, Any]) -> list[str]:
+    """Ways to hold weights and moments that a checkpoint cannot be made from, or filled into."""
+    found = [
+        f"{name} ({json.dumps(value)}) cannot be saved to a checkpoint: remove it"
+        for name, value in _UNSAVABLE.items()
+        if _setting(raw, name) == value
+    ]
+    ratio = _setting(raw, "zero_optimization.offload_optimizer.ratio")
+    if ratio not in (None, 1):
+        found.append(f"zero_optimization.offload_optimizer.ratio ({ratio}) must be 1: offload all of it or nothing")
+    for name in ("mics_shard_size", "zenflow"):
+        value = _setting(raw, f"zero_optimization.{name}")
+        if value not in (None, -1):
+            found.append(f"zero_optimization.{name} ({value}) cuts weights in a way checkpoints do not know: remove it")
+    return found
+
+
+def _guard_problems(raw: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} ({json.dumps(value)}) hides whether a gradient is finite; a step without one is left out: remove it"
+        for name, value in _UNGUARDED.items()
+        if _setting(raw, name) == value
+    ]
+
+
+def _summing_problems(raw: dict[str, Any]) -> list[str]:
+    name = "bf16.immediate_grad_update"
+    value = _setting(raw, name)
+    if value is None or value is True:
+        return []
+    return [f"{name} ({json.dumps(value)}): gradients are always summed as soon as they are there: remove it"]
+
+
+def _setting(raw: dict[str, Any], name: str) -> Any:
+    """Value of a setting by its dotted name; None where it is not set."""
+    value: Any = raw
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _precision(raw: dict[str, Any]) -> Literal["fp32", "bf16", "fp16"]:
+    if _section(raw, "bf16").get("enabled", False):
+        return "bf16"
+    return "fp16" if _section(raw, "fp16").get("enabled", False) else "fp32"

@@ -1,0 +1,1 @@
+"""Metrics of a run: TensorBoard and metrics.jsonl, step times, FLOPs, stragglers."""

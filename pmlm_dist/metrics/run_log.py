@@ -1,0 +1,220 @@
+"""What a run tells: console lines, TensorBoard, `metrics.jsonl`. Only rank 0 writes.
+
+RUN_DIR/tensorboard/     scalars, configuration and fill-ins as text
+RUN_DIR/metrics.jsonl    the same scalars, one JSON object a line; after a resume the last line of a step counts
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from pmlm_dist.metrics.stragglers import RankTimes
+from pmlm_dist.objectives import LossMeans
+
+if TYPE_CHECKING:
+    from pmlm_dist.training.validation import Validation
+
+_RANKS_SHOWN = 64
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One interval of training, as logged. Rates are of the whole world, seconds those of this rank for one step."""
+
+    step: int
+    steps: int
+    losses: LossMeans
+    learning_rate: float
+    gradient_norm: float | None
+    loss_scale: float | None
+    skipped_steps: int
+    """Since the run was started."""
+    tokens_per_s: float
+    slots_per_s: float
+    mfu: float | None
+    seconds: dict[str, float]
+    eta_s: float
+
+
+class RunLog:
+    """Writes what happens; on ranks other than 0 every method does nothing."""
+
+    def __init__(self, run_dir: Path, *, enabled: bool, first_step: int):
+        self.enabled = enabled
+        self.lost_lines = 0
+        """Lines that could not be written."""
+        if not enabled:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._run_dir = run_dir
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._lines = _open_lines(run_dir / "metrics.jsonl")
+
+    def say(self, text: str) -> None:
+        """Print `text` once for the whole run; a terminal or disk that is gone does not end the training."""
+        if self.enabled:
+            try:
+                print(text, flush=True)
+            except (OSError, ValueError):
+                self.lost_lines += 1
+
+    def write_configuration(self, configuration: dict[str, Any]) -> None:
+        """The resolved configuration as RUN_DIR/config.json and as TensorBoard text."""
+        if self.enabled:
+            (self._run_dir / "config.json").write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
+            self._writer.add_text("configuration", f"```json\n{json.dumps(configuration, indent=2)}\n```")
+
+    def progress(self, progress: Progress, device: torch.device) -> None:
+        """A console line and the training scalars of an interval."""
+        if not self.enabled:
+            return
+        scalars: dict[str, float | None] = {"log/lost_lines": self.lost_lines or None}
+        scalars |= {f"train/{name}": value for name, value in vars(progress.losses).items()}
+        scalars |= {f"seconds/{name}": value for name, value in progress.seconds.items()}
+        scalars |= {
+            "train/learning_rate": progress.learning_rate,
+            "train/gradient_norm": progress.gradient_norm,
+            "train/loss_scale": progress.loss_scale,
+            "train/skipped_steps": progress.skipped_steps,
+            "speed/text_tokens_per_s": progress.tokens_per_s,
+            "speed/slots_per_s": progress.slots_per_s,
+            "speed/mfu": progress.mfu,
+            "memory/peak_gib": peak_memory_gib(device),
+        }
+        self._scalars(scalars, step=progress.step)
+        self.say(_console_line(progress))
+
+    def validation(self, validation: Validation, *, step: int, unigram_entropy: float) -> None:
+        """Held-out losses beside the corpus' unigram entropy, and the fill-ins."""
+        if not self.enabled:
+            return
+        means = validation.means
+        scalars = {f"validation/{name}": value for name, value in vars(means).items()}
+        self._scalars({**scalars, "validation/unigram_entropy": unigram_entropy}, step=step)
+        for number, text in enumerate(validation.fill_ins):
+            self._writer.add_text(f"fill_in/{number}", text, step)
+        parts = [
+            *_objective("AE", means.ae, means.ae_accuracy),
+            *_objective("PAR", means.par, means.par_accuracy),
+            *_objective("PAR on [MASK] slots", means.par_masked, means.par_masked_accuracy),
+            f"unigram entropy {unigram_entropy:6.3f}",
+        ]
+        self.say(f"validation at step {step}:  {'  '.join(parts)}")
+        self._writer.flush()
+
+    def ranks(self, of_rank: Sequence[RankTimes], *, step: int) -> None:
+        """Data, compute and step time of each rank, by its number; of a large world the median and the largest."""
+        if not self.enabled:
+            return
+        scalars: dict[str, float | None] = {}
+        for name in ("data_s", "compute_s", "step_s"):
+            values = [getattr(times, name) for times in of_rank]
+            scalars |= {f"ranks/{name}/median": median(values), f"ranks/{name}/largest": max(values)}
+            if len(values) <= _RANKS_SHOWN:
+                scalars |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(values)}
+        self._scalars(scalars, step=step)
+
+    def reading(self, scalars: dict[str, float | None], *, step: int) -> None:
+        """How far the corpora have been read, and what of them cannot be."""
+        if self.enabled:
+            self._scalars(scalars, step=step)
+
+    def scores(self, scalars: dict[str, float | None], *, step: int) -> None:
+        """What a fine-tuning has measured."""
+        if self.enabled:
+            self._scalars(scalars, step=step)
+
+    def failed_checkpoints(self, count: int, *, step: int) -> None:
+        """How many checkpoints could not be written since the run was started; the last of them at `step`."""
+        if self.enabled:
+            self._scalars({"checkpoint/failed": count}, step=step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        if self.enabled:
+            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._lines.close()
+
+    def _scalars(self, scalars: dict[str, float | None], *, step: int) -> None:
+        present = {name: value for name, value in scalars.items() if value is not None}
+        for name, value in present.items():
+            self._writer.add_scalar(name, value, step)
+        try:
+            self._lines.write(json.dumps({"step": step, **present}) + "\n")
+            self._lines.flush()
+        except OSError:
+            self.lost_lines += 1
+
+
+def _open_lines(path: Path) -> TextIO:
+    """`path` for appending lines; a line that a killed run left open is ended first."""
+    torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    lines = path.open("a", encoding="utf-8")
+    lines.write("\n" if torn else "")
+    return lines
+
+
+def read_metrics(run_dir: Path) -> dict[int, dict[str, float]]:
+    """All scalars of a run by step, ascending; where a step was logged again after a resume, the last one counts."""
+    by_step: dict[int, dict[str, float]] = {}
+    with (run_dir / "metrics.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                scalars = json.loads(line)
+            except ValueError:  # torn by a kill
+                continue
+            by_step.setdefault(int(scalars.pop("step")), {}).update(scalars)
+    return dict(sorted(by_step.items()))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this rank has held, in GiB: on the accelerator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` for 3723 seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _objective(name: str, loss: float | None, accuracy: float | None) -> list[str]:
+    return [] if loss is None or accuracy is None else [f"{name} {loss:6.3f} ({accuracy:5.1%})"]
+
+
+def _console_line(progress: Progress) -> str:
+    losses = progress.losses
+    parts = [
+        f"step {progress.step:>{len(str(progress.steps))}}/{progress.steps}",
+        f"loss {losses.total:6.3f}",
+        *_objective("AE", losses.ae, losses.ae_accuracy),
+        *_objective("PAR", losses.par, losses.par_accuracy),
+        f"lr {progress.learning_rate:.2e}",
+    ]
+    if progress.gradient_norm is not None:
+        parts.append(f"grad {progress.gradient_norm:.2f}")
+    if progress.loss_scale is not None:
+        parts.append(f"scale {progress.loss_scale:g}")
+    if progress.skipped_steps:
+        parts.append(f"skipped {progress.skipped_steps}")
+    parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
+    if progress.mfu is not None:
+        parts.append(f"mfu {progress.mfu:.1%}")
+    parts.append(f"ETA {duration(progress.eta_s)}")
+    return "  ".join(parts)

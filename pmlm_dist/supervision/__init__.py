@@ -1,0 +1,1 @@
+"""Supervision of ranks: heartbeat, signals, exit codes, run lock, attempts, restarts. Without torch."""

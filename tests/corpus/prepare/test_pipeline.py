@@ -1,0 +1,317 @@
+import dataclasses
+import json
+import random
+import shutil
+import subprocess
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.faulty_server import serving
+from support.preparations import command, config, content, samples, texts, write_source
+
+from pmlm_dist.config import ConfigError
+from pmlm_dist.corpus.filters.cleaning import HELD_OUT
+from pmlm_dist.corpus.input.sources import SourceFile
+from pmlm_dist.corpus.prepare.counts import entropy
+from pmlm_dist.corpus.prepare.pipeline import even_cuts, prepare_corpus, uneven_files
+from pmlm_dist.corpus.prepare.settings import PrepareConfig, problems
+from pmlm_dist.corpus.shards import Manifest
+from pmlm_dist.corpus.verify import verify
+from pmlm_dist.vocab import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def corpus(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("corpus") / "corpus"
+    prepare_corpus(config(source, output))
+    return output
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_bytes_do_not_depend_on_the_number_of_ranks(source: Path, corpus: Path, tmp_path: Path, ranks: int):
+    done = subprocess.run(
+        command(config(source, tmp_path / "corpus"), ranks=ranks),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "corpus") == content(corpus)
+    assert done.stdout.count("unigram entropy") == 1
+
+
+def test_every_document_is_in_the_corpus_once(corpus: Path):
+    """The multiset of tokens, counted from the texts, is that of the shards; so are all the counts."""
+    manifest, vocabulary = Manifest.load(corpus), Vocabulary.load(corpus)
+    expected = Counter(id for ids in vocabulary.encode_batch(texts()) for id in ids)
+    found: Counter[int] = Counter()
+    for split in ("train", "validation"):
+        stored = samples(corpus, split)
+        assert len(stored) == manifest.splits[split].samples
+        assert sum(map(len, stored)) == manifest.splits[split].tokens
+        assert all(ids[0] == vocabulary.cls_id and ids[-1] == vocabulary.sep_id and len(ids) <= 32 for ids in stored)
+        found.update(id for ids in stored for id in ids if id not in vocabulary.special_ids)
+    assert found == expected
+    assert manifest.counts["documents"]["train"] + manifest.counts["documents"]["validation"] == 300
+    assert manifest.counts["characters"] == sum(map(len, texts()))
+    assert manifest.counts["skipped"] == {"broken JSON": 1, "duplicate": 1, "fewer than two tokens": 1}
+
+
+def test_manifest_describes_the_folder(corpus: Path):
+    manifest, vocabulary = Manifest.load(corpus), Vocabulary.load(corpus)
+    assert manifest.vocabulary == {"size": vocabulary.size, "fingerprint": vocabulary.fingerprint}
+    assert (manifest.token_dtype, manifest.sequence_length) == ("uint16", 32)
+    sizes = [shard.samples for shard in manifest.splits["train"].shards]
+    assert len(sizes) == 5
+    assert max(sizes) - min(sizes) <= 1
+    counts = Counter(id for ids in samples(corpus, "train") for id in ids if id not in vocabulary.special_ids)
+    total = counts.total()
+    assert manifest.unigram_entropy == pytest.approx(-sum(c / total * np.log(c / total) for c in counts.values()))
+    assert sorted(path.name for path in corpus.iterdir()) == [
+        *("manifest.json", "origins.npy", "tokenizer.json", "train", "validation", "vocab.txt")
+    ]
+
+
+def test_validation_holds_whole_documents_out(corpus: Path):
+    """The last word of every text is its number: no number is in both splits."""
+    vocabulary = Vocabulary.load(corpus)
+    held_out = " ".join(vocabulary.decode(ids) for ids in samples(corpus, "validation"))
+    train = " ".join(vocabulary.decode(ids) for ids in samples(corpus, "train"))
+    words = {word for word in held_out.split() if word.isdigit() and len(word) == 3}
+    assert words
+    assert not words & set(train.split())
+
+
+def test_samples_are_shuffled_over_the_sources(corpus: Path):
+    """Neighbours in the corpus come from anywhere: numbers of texts in shard order are not sorted."""
+    vocabulary = Vocabulary.load(corpus)
+    words = " ".join(vocabulary.decode(ids) for ids in samples(corpus, "train")).split()
+    numbers = [int(word) for word in words if word.isdigit()]
+    rises = np.mean(np.diff(numbers) > 0)
+    assert 0.3 < rises < 0.85
+
+
+def test_seed_and_joining_change_the_samples(source: Path, corpus: Path, tmp_path: Path):
+    given = Vocabulary.load(corpus)
+    other = config(source, tmp_path / "seed", vocabulary=corpus, vocabulary_size=None, seed=1, samples_per_shard=30)
+    manifest = prepare_corpus(dataclasses.replace(other, shards=None))
+    assert manifest.vocabulary["fingerprint"] == given.fingerprint
+    assert manifest.fingerprint != Manifest.load(corpus).fingerprint
+    assert all(20 <= shard.samples <= 30 for shard in manifest.splits["train"].shards)
+    padded = prepare_corpus(config(source, tmp_path / "pad", joined="pad"))
+    assert padded.splits["train"].samples > manifest.splits["train"].samples
+
+
+def test_one_validation_document_at_least(source: Path, tmp_path: Path):
+    manifest = prepare_corpus(config(source, tmp_path / "corpus", validation_fraction=1e-12))
+    assert manifest.counts["documents"]["validation"] == 1
+    assert manifest.splits["validation"].samples >= 1
+
+
+def test_a_corpus_from_a_web_server_is_that_of_the_files(source: Path, corpus: Path, tmp_path: Path):
+    with serving(source) as server:
+        server.ranges = True
+        addresses = tuple(f"{server.address}/{path.name}" for path in sorted(source.iterdir()))
+        prepare_corpus(dataclasses.replace(config(source, tmp_path / "corpus"), source=addresses))
+    verify(tmp_path / "corpus")
+    for part in ("train", "validation"):
+        assert content(tmp_path / "corpus" / part) == content(corpus / part)
+
+
+def test_texts_without_spaces_are_split_too(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"日本語{number}" for number in range(300)))
+    manifest = prepare_corpus(config(tmp_path, tmp_path / "corpus", validation_fraction=0.1))
+    assert manifest.counts["documents"]["train"] + manifest.counts["documents"]["validation"] == 300
+    assert 10 <= manifest.counts["documents"]["validation"] <= 60
+
+
+def test_a_standing_corpus_is_left_alone(source: Path, corpus: Path, tmp_path: Path, capsys):
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus, copy)
+    before = content(copy)
+    prepare_corpus(config(source, copy))
+    assert "stands already" in capsys.readouterr().out
+    with pytest.raises(ConfigError) as caught:
+        prepare_corpus(config(source, copy, seed=4, shards=6))
+    assert len(caught.value.problems) == 2
+    assert "holds a corpus with seed 0, not 4: remove the folder or give another --output" in str(caught.value)
+    assert content(copy) == before
+
+
+def test_changed_input_is_not_taken_for_the_same(source: Path, corpus: Path, tmp_path: Path):
+    input, copy = tmp_path / "source", tmp_path / "corpus"
+    shutil.copytree(source, input)
+    prepare_corpus(config(input, copy))
+    (input / "b.txt").write_text("something else")
+    with pytest.raises(ConfigError, match="input_files"):
+        prepare_corpus(config(input, copy))
+
+
+@pytest.mark.distributed
+def test_one_rank_s_failure_ends_all_with_one_message(source: Path, tmp_path: Path):
+    """The damaged file is the second unit, so rank 1 meets it while rank 0 waits."""
+    (tmp_path / "a.txt").write_text("\n\n".join(texts(20)))
+    (tmp_path / "b.txt.gz").write_bytes((source / "c.txt.gz").read_bytes()[:-30])
+    wanted = config(tmp_path, tmp_path / "corpus", unit_bytes=1 << 20)
+    done = subprocess.run(command(wanted, ranks=2), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("b.txt.gz is damaged") == 1
+    assert "rank 1 of 2" in done.stderr
+    assert not (tmp_path / "corpus/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("documents", "changes", "message"),
+    [
+        ([], {}, "holds no usable document (1 x broken JSON (first: "),
+        (['{"body": "elsewhere"}'], {}, "check the files, --text-field"),
+        (['{"text": "only one document"}'], {"shards": None}, "no sample is left for train"),
+        ([json.dumps({"text": text}) for text in texts(30)], {"shards": 1000}, "shards (1000) exceeds the "),
+    ],
+)
+def test_too_little_text_is_refused(tmp_path: Path, documents: list[str], changes: dict, message: str):
+    (tmp_path / "a.jsonl").write_text("\n".join([*documents, "broken"]))
+    wanted = config(tmp_path, tmp_path / "corpus", **changes)
+    with pytest.raises(ConfigError) as caught:
+        prepare_corpus(wanted)
+    assert message in str(caught.value)
+    assert not (tmp_path / "corpus/manifest.json").exists()
+
+
+def test_every_problem_of_the_settings_is_listed():
+    wrong = PrepareConfig(
+        sequence_length=5, shards=0, samples_per_shard=1, validation_fraction=1.5, vocabulary_size=0, unit_bytes=-1
+    )
+    found = "\n".join(problems(wrong))
+    for part in ("source:", "exclude each other", "(5) must be at least 8", "(1.5)", "shards (0)", "unit_bytes (-1)"):
+        assert part in found
+    assert problems(PrepareConfig(source=("a.txt",), vocabulary_size=100)) == []
+
+
+def test_even_cuts_cover_everything():
+    for total, parts in ((10, 3), (3, 3), (64, 7), (5, 1)):
+        cuts = even_cuts(total, parts)
+        assert [n for start, stop in cuts for n in range(start, stop)] == list(range(total))
+        assert {stop - start for start, stop in cuts} <= {total // parts, total // parts + 1}
+
+
+def test_entropy_of_equal_counts_is_the_logarithm():
+    assert entropy(np.array([5, 0, 5, 5])) == pytest.approx(np.log(3))
+
+
+def test_a_small_corpus_still_has_shards_for_many_ranks(source: Path, tmp_path: Path):
+    manifest = prepare_corpus(config(source, tmp_path / "small", shards=None))
+    train = manifest.splits["train"]
+    assert len(train.shards) == min(64, train.samples)
+    assert len(manifest.splits["validation"].shards) <= len(train.shards)
+
+
+# ----------------------------------------------------------------------------------------------------------- cleaning
+
+
+def test_cleaning_is_counted_and_every_record_accounted_for(tmp_path: Path):
+    pytest.importorskip("datasketch")
+    choose = random.Random(5)
+    long = [" ".join(f"{word}{choose.randint(0, 99)}" for word in texts(1)[0].split() * 5) for _ in range(40)]
+    near = [text + " end" for text in long[:6]]
+    other = [f"ein deutscher Satz Nummer {number}" for number in range(9)]
+    decomposed = [unicodedata.normalize("NFD", f"déjà vu et été numéro {number}") for number in range(4)]
+    documents = [*long, *near, *other, *decomposed, *long[:3], unicodedata.normalize("NFC", decomposed[0]), "a b"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    (tmp_path / "languages.py").write_text("def wanted(text):\n    return 'deutsch' not in text\n")
+    wanted = config(
+        *(tmp_path / "a.jsonl", tmp_path / "corpus"),
+        near_duplicates=0.8,
+        unicode="nfc",
+        min_characters=5,
+        language_filter=f"{tmp_path}/languages.py:wanted",
+    )
+    manifest = prepare_corpus(wanted)
+    assert manifest.counts["records"] == len(documents)
+    assert manifest.counts["skipped"] == {
+        "duplicate": 4,
+        "fewer than min_characters": 1,
+        "near duplicate": 6,
+        "refused by the language filter": 9,
+    }
+    assert manifest.counts["changed"] == {"Unicode normalisation": 4}
+    assert sum(manifest.counts["documents"].values()) == len(documents) - 20
+    verify(tmp_path / "corpus")
+    (tmp_path / "languages.py").write_text("def wanted(text):\n    return True\n")
+    with pytest.raises(ConfigError, match="language_filter_fingerprint"):
+        prepare_corpus(wanted)
+
+
+def test_held_out_texts_are_in_no_sample(source: Path, tmp_path: Path):
+    held_out = [text for text in texts() if len(text.split()) > 50][:5]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"src": text, "label": "one"}) + "\n" for text in held_out))
+    settings = {"decontaminate": (f"{tmp_path}/*.jsonl",), "decontaminate_words": 40}
+    wanted = config(source, tmp_path / "corpus", joined="pad", sequence_length=512, **settings)
+    manifest = prepare_corpus(wanted)
+    assert manifest.counts["skipped"][HELD_OUT] == 5
+    verify(tmp_path / "corpus")
+    vocabulary = Vocabulary.load(tmp_path / "corpus")
+    gone = {tuple(ids) for ids in vocabulary.encode_batch(held_out)}
+    stored = [*samples(tmp_path / "corpus", "train"), *samples(tmp_path / "corpus", "validation")]
+    kept = {tuple(id for id in ids if id not in vocabulary.special_ids) for ids in stored}
+    assert len(kept) == 295
+    assert not gone & kept
+    assert prepare_corpus(wanted).counts == manifest.counts  # it stands
+    with (tmp_path / "test.jsonl").open("a") as file:
+        file.write('"another text"\n')
+    with pytest.raises(ConfigError, match="decontaminate_fingerprint"):
+        prepare_corpus(wanted)
+
+
+@pytest.mark.parametrize("patterns", [("none/*.jsonl",), ("test.csv",)])
+def test_unusable_held_out_files_are_refused_before_anything_is_written(source: Path, tmp_path: Path, patterns):
+    (tmp_path / "test.csv").write_text("a,b\n")
+    paths = tuple(f"{tmp_path}/{pattern}" for pattern in patterns)
+    with pytest.raises(ConfigError, match="decontaminate"):
+        prepare_corpus(config(source, tmp_path / "corpus", decontaminate=paths))
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_kept_duplicates_are_all_there(source: Path, tmp_path: Path):
+    manifest = prepare_corpus(config(source, tmp_path / "corpus", deduplicate=False))
+    assert sum(manifest.counts["documents"].values()) == 301
+    assert "duplicate" not in manifest.counts["skipped"]
+    verify(tmp_path / "corpus")
+
+
+@pytest.mark.distributed
+def test_near_duplicates_do_not_depend_on_the_number_of_ranks(tmp_path: Path):
+    pytest.importorskip("datasketch")
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{text} {text} {number}" for text in texts(60) for number in (1, 2)))
+    wanted = config(tmp_path / "a.txt", tmp_path / "one", near_duplicates=0.7)
+    assert prepare_corpus(wanted).counts["skipped"]["near duplicate"] > 20
+    started = [*command(dataclasses.replace(wanted, output=tmp_path / "two"), ranks=2), "--near-duplicates", "0.7"]
+    done = subprocess.run(started, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def test_a_file_that_one_rank_must_read_alone_is_named():
+    small, packed = SourceFile("a.txt", 100, ""), SourceFile("b.jsonl.gz", 200, "")
+    (line,) = uneven_files([small, packed], ranks=2, unit_bytes=10)
+    assert "b.jsonl.gz (200 bytes) cannot be cut" in line
+    assert "split it into 2 files or more" in line
+    whole_only = SourceFile("http://host/c.txt", 200, "", seekable=False)
+    assert uneven_files([small, whole_only], ranks=2, unit_bytes=10)
+    for files, ranks, unit_bytes in (
+        ([small, packed], 1, 10),
+        ([small, packed], 2, 300),
+        ([packed] * 4, 2, 10),
+        ([SourceFile("d.txt", 900, "")], 2, 10),
+    ):
+        assert not uneven_files(files, ranks=ranks, unit_bytes=unit_bytes)

@@ -1,0 +1,153 @@
+"""Decoding step by step gives what fine-tuning computes in one pass: one visibility rule, one network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.batches import MODEL, SPECIAL, VOCABULARY, model_of
+from support.worlds import run_world
+
+from pmlm_dist.decoding.incremental import Appended, Context, Session
+from pmlm_dist.masking.layout import Layout
+from pmlm_dist.masking.seq2seq_layout import PairRule, lay_out_pairs
+from pmlm_dist.model.transformer import PseudoMaskedLM
+
+RULE = PairRule(max_source=14, max_target=7, noise=False)
+
+
+def random_layout(*, batch: int = 3, seed: int = 0, rule: PairRule = RULE) -> Layout:
+    """Sources and targets of different lengths, laid out as for fine-tuning but without noise."""
+    random = np.random.default_rng(seed)
+    lengths = [(rule.max_source - 2, rule.max_target - 1), *random.integers(1, (12, 6), size=(batch - 1, 2))]
+    pairs = [tuple(random.integers(5, VOCABULARY, size=n) for n in both) for both in lengths]
+    ids = list(range(batch))
+    return lay_out_pairs(pairs, sample_ids=ids, epochs=[0] * batch, seed=0, rule=rule, special=SPECIAL)  # pyright: ignore[reportArgumentType]
+
+
+def tensors(layout: Layout, *, left: bool) -> dict[str, torch.Tensor]:
+    """The layout's tensors; `left`: its sources padded on the left instead of the right."""
+    found = {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
+    if left:
+        num_source = context_length(layout)
+        for row in range(len(layout.tokens_BT)):
+            shift = num_source - int(layout.valid_BT[row, :num_source].sum())
+            for name in ("tokens_BT", "positions_BT", "segments_BT", "valid_BT"):
+                found[name][row, :num_source] = found[name][row, :num_source].roll(shift)
+    return found
+
+
+def context_length(layout: Layout) -> int:
+    return layout.tokens_BT.shape[1] - 2 * layout.predicted_BM.shape[1]
+
+
+def teacher_forced(model: PseudoMaskedLM, layout: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probabilities [B, M, V] of the target's tokens, in one pass, from this rank's rows of the vocabulary."""
+    from pmlm_dist.parallel.cross_entropy import whole_logits
+
+    inputs = {name: layout[f"{name}_BT"] for name in ("tokens", "positions", "segments", "order", "valid")}
+    logits_MBV = model(
+        *(inputs.pop("tokens"),),
+        **{f"{name}_BT": value for name, value in inputs.items()},
+        predicted_BM=layout["predicted_BM"],
+        reads=("par",),
+    )[0]
+    return whole_logits(logits_MBV)[..., :VOCABULARY].log_softmax(-1).transpose(0, 1)
+
+
+def step_by_step(
+    model: PseudoMaskedLM, layout: dict[str, torch.Tensor], num_source: int, parents: torch.Tensor, *, beams: int
+) -> torch.Tensor:
+    """Log-probabilities [B, M, V] of the true hypothesis, which is beam `parents[m]` in step m among random ones."""
+    M = layout["targets_BM"].shape[1]
+    names = ("tokens_BT", "positions_BT", "segments_BT", "valid_BT")
+    context = Context(*(layout[name][:, :num_source] for name in names))
+    session = Session(model, context, mask_id=SPECIAL.mask, beams=beams, capacity=M + 1)
+    batch, lengths_B = len(context.tokens_BS), context.valid_BS.sum(1)
+    random = torch.Generator().manual_seed(0)
+    read, before = [], torch.tensor(0)
+    for m in range(M):
+        if m == 0:
+            tokens = layout["tokens_BT"].new_empty(batch, 0, 1)
+            steps, parents_BK = torch.tensor([0]), None
+        else:
+            tokens = torch.randint(5, VOCABULARY, (batch, 1, beams), generator=random)
+            tokens[:, 0, parents[m]] = layout["targets_BM"][:, m - 1]
+            steps = torch.tensor([m - 1, m])
+            parents_BK = torch.randint(beams, (batch, beams), generator=random)
+            parents_BK[:, parents[m]] = before
+        positions = (lengths_B[:, None] + steps).clamp(max=model.config.max_positions - 1)
+        logits = session.step(Appended(tokens, positions, torch.ones_like(positions), parents_BK))
+        read.append(logits[:, 0, 0 if m == 0 else parents[m]])
+        before = parents[m]
+    return torch.stack(read, dim=1).log_softmax(-1)
+
+
+def compare(tp: int, settings: dict, left: bool, beams: int, dtype: torch.dtype = torch.float64) -> tuple[float, float]:
+    """The largest difference over the targets that count, and the largest log-probability in magnitude."""
+    from pmlm_dist.parallel import groups
+
+    groups.start(tp=tp)
+    model = model_of(replace(MODEL, **settings), dtype=dtype).eval()
+    layout = random_layout()
+    found = tensors(layout, left=left)
+    parents = torch.randint(beams, (RULE.max_target,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        at_once = teacher_forced(model, found)
+    stepwise = step_by_step(model, found, context_length(layout), parents, beams=beams)
+    counts = found["weights_BM"].bool()
+    assert at_once[counts].std() > 0.1
+    return float((at_once - stepwise)[counts].abs().max()), float(at_once[counts].abs().max())
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("settings", [{}, {"relative_bias": False}, {"attention": "dense"}], ids=str)
+def test_steps_equal_one_teacher_forced_pass(settings, beams, left):
+    difference, _ = compare(1, settings, left, beams)
+    assert difference < 1e-11
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_steps_equal_one_pass_in_lower_precision(dtype, tolerance):
+    difference, largest = compare(1, {}, False, 3, dtype)
+    assert difference < tolerance * largest
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("relative_bias", [True, False])
+def test_steps_equal_one_pass_on_two_tensor_parallel_ranks(relative_bias):
+    answers = run_world(compare, 2, 2, {"relative_bias": relative_bias}, True, 3)
+    assert max(difference for difference, _ in answers) < 1e-11
+    assert answers[0] == answers[1]
+
+
+def test_the_source_is_computed_once_and_shared_by_the_beams():
+    model, layout = model_of().eval(), tensors(random_layout(), left=False)
+    slots = []
+    for layer in model.layers:
+        projection: Any = layer.get_submodule("attention.key_value")
+        projection.register_forward_hook(lambda _m, inputs, _o: slots.append(inputs[0].shape[:-1].numel()))
+    step_by_step(model, layout, RULE.max_source, torch.zeros(RULE.max_target, dtype=torch.long), beams=4)
+    per_layer = 3 * RULE.max_source + 3 * 1 + 3 * 2 * 4 * (RULE.max_target - 1)
+    assert sum(slots) == per_layer * MODEL.num_layers
+
+
+def test_samples_that_are_kept_go_on_as_before():
+    model, layout = model_of().eval(), tensors(random_layout(), left=False)
+    names = ("tokens_BT", "positions_BT", "segments_BT", "valid_BT")
+    context = Context(*(layout[name][:, : RULE.max_source] for name in names))
+    sessions = [Session(model, context, mask_id=SPECIAL.mask, beams=2, capacity=4) for _ in range(2)]
+    kept, lengths_B = torch.tensor([2, 0]), context.valid_BS.sum(1)
+    nothing, words = torch.empty(3, 0, 1, dtype=torch.long), torch.randint(5, VOCABULARY, (3, 1, 2))
+    first = Appended(nothing, lengths_B[:, None], torch.ones(3, 1, dtype=torch.long))
+    for session in sessions:
+        session.step(first)
+    sessions[1].keep(kept)
+    positions = lengths_B[:, None] + torch.arange(2)
+    whole = sessions[0].step(Appended(words, positions, torch.ones_like(positions)))
+    part = sessions[1].step(Appended(words[kept], positions[kept], torch.ones(2, 2, dtype=torch.long)))
+    torch.testing.assert_close(part, whole[kept], rtol=0, atol=1e-12)

@@ -1,0 +1,98 @@
+"""The demo's classification task: nothing of a held-out text is in training, and no text names its package."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pmlm_dist.config import ConfigError
+from pmlm_dist.downstream.demo.package_task import (
+    SPLITS,
+    PackageTaskConfig,
+    baseline_scores,
+    frequent_words,
+    write_package_task,
+)
+
+PACKAGES = ("numpy", "pandas", "scipy")
+
+
+def write_docstrings(path: Path) -> Path:
+    """Forty modules a package, six docstrings each; one of them stands, but for two words, in every module."""
+    draw, rows = random.Random(0), []
+    for package in PACKAGES:
+        for module in range(40):
+            for number in range(6):
+                words = [f"{package[0]}{draw.randrange(50)}" for _ in range(30)]
+                if number == 0:
+                    words = [f"common{n}" for n in range(40)] + [f"x{module}", f"y{module}"]
+                text = f"Part of {package.upper()} ({package}core, pd, np): " + " ".join(words)
+                rows.append({"text": text, "package": package, "name": f"{package}.m{module}.f{number}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("demo")
+    wanted = PackageTaskConfig(
+        write_docstrings(root / "docs.jsonl"), root / "package", classes=3, train=60, held_out=12
+    )
+    assert write_package_task(wanted) == {"train": 180, "validation": 36, "test": 36}
+    return root / "package"
+
+
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in SPLITS}
+
+
+def test_classes_are_balanced_and_modules_lie_in_one_split(folder: Path):
+    splits = read(folder)
+    modules = {name: {row["id"].rpartition(".")[0] for row in rows} for name, rows in splits.items()}
+    assert not modules["train"] & modules["validation"]
+    assert not modules["train"] & modules["test"]
+    assert not modules["validation"] & modules["test"]
+    for rows in splits.values():
+        counts = [sum(row["label"] == package for row in rows) for package in PACKAGES]
+        assert len(set(counts)) == 1
+
+
+def test_an_installation_with_fewer_packages_gives_those_it_has(folder: Path, tmp_path: Path):
+    source = folder.parent / "docs.jsonl"
+    few = PackageTaskConfig(source, tmp_path / "few", classes=10, fewest_classes=3, train=60, held_out=12)
+    assert write_package_task(few) == {"train": 180, "validation": 36, "test": 36}
+    with pytest.raises(ConfigError, match="3 packages have enough docstrings"):
+        write_package_task(PackageTaskConfig(source, tmp_path / "none", train=60, held_out=12))
+
+
+def test_no_text_names_a_package_and_held_out_texts_are_new(folder: Path):
+    splits = read(folder)
+    for rows in splits.values():
+        for row in rows:
+            assert not re.search(r"numpy|pandas|scipy|\bnp\b|\bpd\b", row["text"], flags=re.IGNORECASE)
+    assert any("common7" in row["text"] for row in splits["train"])
+    assert not any("common7" in row["text"] for name in SPLITS[1:] for row in splits[name])
+
+
+def test_baselines(folder: Path):
+    scores = baseline_scores(folder)
+    assert scores["majority class"]["accuracy"] == pytest.approx(1 / 3)
+    assert scores["frequent words"]["accuracy"] > 0.9  # every class has words of its own
+    train = [{"text": "red red cat", "label": "b"}, {"text": "blue dog", "label": "a"}]
+    assert frequent_words(train * 60, [{"text": "x"}]) == ["a"]  # nothing in common with any: the first
+
+
+def test_nothing_is_overwritten_and_too_few_docstrings_are_refused(folder: Path, tmp_path: Path):
+    source = folder.parent / "docs.jsonl"
+    with pytest.raises(ConfigError, match="is there already, and nothing is overwritten"):
+        write_package_task(PackageTaskConfig(source, folder))
+    with pytest.raises(ConfigError, match=r"0 packages have enough docstrings \(150 for .*\), 4 are wanted"):
+        write_package_task(PackageTaskConfig(source, tmp_path / "new"))
+    with pytest.raises(ConfigError, match="make it with `pmlm prepare-corpus"):
+        write_package_task(PackageTaskConfig(tmp_path / "none.jsonl", tmp_path / "new"))
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,120 @@
+"""fp32 sums of bf16 gradients: the numbers of DeepSpeed's own optimizer, bit for bit, in fewer passes over memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.small_runs import Trained, run_config, start_run, take_steps, train, whole_weights, with_model
+from support.worlds import run_world
+
+from pmlm_dist.checkpoint.resume import RunState
+from pmlm_dist.config import RunConfig
+
+pytestmark = pytest.mark.distributed
+
+
+def train_as_deepspeed_does(config: RunConfig) -> Trained:
+    """`train` with DeepSpeed's own sums: zeros, then gradients added when the backward pass is over, then averaged."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    from pmlm_dist.engine import deepspeed_engine as engine_module
+    from pmlm_dist.engine.deepspeed_config import EngineConfig
+    from pmlm_dist.training.loop import build_engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "SummingBF16Optimizer", BF16_Optimizer)
+        patch.setattr(EngineConfig, "for_deepspeed", lambda config: {**config.raw, "gradient_clipping": 0.05})
+        run = start_run(config)
+        engine: Any = build_engine(run)
+    assert type(engine.optimizer) is BF16_Optimizer
+    assert not engine.optimizer.immediate_grad_update
+    engine.enable_backward_allreduce = True
+    _, losses, norms = take_steps(run, engine, RunState(), steps=config.train.steps)
+    return Trained(losses, norms, whole_weights(engine.module))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (1, {"micro_batch": 8}),
+        (2, {"micro_batch": 4}),
+        (2, {"micro_batch": 2}),
+        (2, {"micro_batch": 1, "checkpointing": True}),
+        (2, {"micro_batch": 8, "tp": 2}),
+        (1, {"micro_batch": 2, "communication_data_type": "fp32"}),
+    ],
+    ids=lambda value: "-".join(f"{name}{value}" for name, value in value.items()) if isinstance(value, dict) else None,
+)
+def test_sums_are_those_of_deepspeed_bit_for_bit(
+    small_corpus: Path, tmp_path: Path, ranks: int, settings: dict[str, Any]
+):
+    settings = dict(settings)
+    checkpointing = settings.pop("checkpointing", False)
+    config = run_config(small_corpus, tmp_path, precision="bf16", gradient_clipping=0.05, **settings)
+    config = with_model(config, activation_checkpointing=checkpointing)
+    ours, theirs = run_world(train, ranks, config), run_world(train_as_deepspeed_does, ranks, config)
+    assert min(ours[0].norms) > 0.05  # every step is clipped
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine.losses == reference.losses
+        assert mine.norms == reference.norms
+        for name, weight in reference.weights.items():
+            assert torch.equal(mine.weights[name], weight), name
+
+
+def a_step_without_the_head(config: RunConfig) -> dict[str, float]:
+    """Sums' largest number by parameter after a step of the whole model and a backward pass that reaches no head."""
+    from pmlm_dist.engine.bf16_optimizer import SummingBF16Optimizer
+    from pmlm_dist.training.loop import build_engine
+
+    run = start_run(config)
+    engine: Any = build_engine(run)
+    take_steps(run, engine, RunState(), steps=1)
+    optimizer, model = engine.optimizer, engine.module
+    assert type(optimizer) is SummingBF16Optimizer
+    engine.backward(model.embeddings.token.weight.float().square().sum())
+    assert all(parameter.grad is None for parameter in model.parameters())  # freed
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+    return {
+        names[id(parameter)]: float(total.abs().max())
+        for parameters, sums in groups
+        for parameter, total in zip(parameters, sums, strict=True)
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_parameter_without_a_gradient_has_a_sum_of_zero(small_corpus: Path, tmp_path: Path, ranks: int):
+    config = run_config(small_corpus, tmp_path, precision="bf16", micro_batch=8 // ranks)
+    for largest in run_world(a_step_without_the_head, ranks, config):
+        assert largest.pop("embeddings.token.weight") > 0
+        assert set(largest.values()) == {0.0}
+
+
+def norms_around_a_broken_step(
+    config: RunConfig,
+) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Norms of a step, one whose gradient is infinite, and one more; weights before and after the broken one."""
+    from pmlm_dist.training import loop
+
+    run = start_run(config)
+    engine = loop.build_engine(run)
+    state, _, first = take_steps(run, engine, RunState(), steps=1)
+    before = whole_weights(engine.module)
+    scale = loop._loss_scale
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_loss_scale", lambda *args: scale(*args) * float("inf"))
+        state, _, broken = take_steps(run, engine, state, steps=1)
+    after = whole_weights(engine.module)
+    _, _, last = take_steps(run, engine, state, steps=1)
+    return first + broken + last, before, after
+
+
+def test_a_broken_gradient_leaves_nothing_behind(small_corpus: Path, tmp_path: Path):
+    config = run_config(small_corpus, tmp_path, precision="bf16", micro_batch=8)
+    norms, before, after = run_world(norms_around_a_broken_step, 1, config)[0]
+    assert norms[1] == 0.0  # left out
+    assert 0 < norms[2] < 2 * norms[0]
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())

@@ -1,0 +1,91 @@
+"""Building the engine: what DeepSpeed alone finds wrong is told like any other wrong setting; what a CPU is slow at."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.small_runs import run_config, start_run
+from support.worlds import run_world
+
+from pmlm_dist.config import ConfigError, RunConfig
+
+pytestmark = pytest.mark.distributed
+
+
+def refusals(config: RunConfig) -> list[str]:
+    """Why no engine can be built."""
+    from pmlm_dist.training.loop import build_engine
+
+    run = start_run(config)
+    with pytest.raises(ConfigError) as caught:
+        build_engine(run)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("settings", "problems"),
+    [
+        (
+            {"zero_optimization": {"stage": 1, "reduce_buckt_size": 5, "overlap_comm": "maybe"}},
+            [
+                'zero_optimization.overlap_comm ("maybe") in DeepSpeed\'s JSON (--ds-config): '
+                "Input should be a valid boolean, unable to interpret input",
+                "zero_optimization.reduce_buckt_size (5) in DeepSpeed's JSON (--ds-config): "
+                "DeepSpeed knows no such setting: correct its name or remove it",
+            ],
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpuu"}}},
+            [
+                'zero_optimization.offload_optimizer.device ("cpuu") in DeepSpeed\'s JSON (--ds-config): '
+                "Input should be 'none', 'cpu' or 'nvme'"
+            ],
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_size": 0}},
+            [
+                "zero_optimization.reduce_bucket_size (0) in DeepSpeed's JSON (--ds-config): "
+                "Input should be greater than 0"
+            ],
+        ),
+        (
+            {"bf16": {"enabled": True, "grad_overflow": False}},
+            [
+                "bf16.grad_overflow (false) in DeepSpeed's JSON (--ds-config): "
+                "DeepSpeed knows no such setting: correct its name or remove it"
+            ],
+        ),
+    ],
+    ids=["unknown and unreadable", "nested", "out of range", "another section"],
+)
+def test_a_wrong_setting_inside_a_section_is_named_on_every_rank(
+    small_corpus: Path, tmp_path: Path, settings: dict[str, Any], problems: list[str]
+):
+    config = run_config(small_corpus, tmp_path, **settings)
+    assert [sorted(found) for found in run_world(refusals, 2, config)] == [problems] * 2
+
+
+def said_at_the_start(config: RunConfig, *, has_products: bool) -> str:
+    """What a run prints on a CPU that has bf16 products, or has not."""
+    from pmlm_dist.training import loop
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "has_bf16_products", lambda device: has_products)
+        loop.pretrain(config)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("has_products", [True, False])
+def test_bf16_on_a_cpu_without_its_products_is_warned_of(
+    small_corpus: Path, tmp_path: Path, precision: str, has_products: bool
+):
+    config = run_config(small_corpus, tmp_path, steps=3, precision=precision)
+    printed = run_world(partial(said_at_the_start, has_products=has_products), 1, config)[0]
+    assert "complete: step 3" in printed
+    assert ("no bf16 products" in printed) == (precision == "bf16" and not has_products)

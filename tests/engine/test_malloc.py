@@ -1,0 +1,36 @@
+"""What becomes of freed memory: kept in the process, or given back; each in a process of its own."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+BLOCKS = """
+from pathlib import Path
+import sys
+import torch
+from pmlm_dist.engine.malloc import keep_freed_memory
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) // 1024
+
+assert keep_freed_memory(keep=sys.argv[1] == "keep")
+torch.ones(1)
+before = resident()
+blocks = [torch.ones(2**18) for _ in range(256)]  # 1 MiB each
+del blocks
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.parametrize(("word", "least", "most"), [("keep", 240, 300), ("give back", -10, 20)])
+def test_freed_memory_is_kept_or_given_back(word: str, least: int, most: int):
+    kept = subprocess.run(
+        [sys.executable, "-c", BLOCKS, word], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert least <= int(kept) <= most

@@ -1,0 +1,131 @@
+"""The FLOPs formula against torch's count of what the model really multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from support.worlds import run_world
+
+from pmlm_dist.config import ModelConfig
+from pmlm_dist.metrics.flops import forward_flops, peak_tflops, training_flops
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the batch that it reads."""
+
+    model: ModelConfig
+    context: int
+    predictions: int
+    batch: int
+    vocab_rows: int
+    reads: tuple[str, ...] = ("ae", "par")
+
+    def formula(self, of: Callable[..., float]) -> float:
+        """FLOPs of a sample by the formula `of`."""
+        return of(
+            self.model,
+            context=self.context,
+            predictions=self.predictions,
+            vocab_rows=self.vocab_rows,
+            reads=self.reads,
+        )
+
+
+BASIC = ModelConfig(vocab_size=250, hidden_size=64, num_layers=3, num_heads=4, ffn_size=256, max_positions=160)
+CASES = {
+    "short": Case(BASIC, context=32, predictions=5, batch=2, vocab_rows=256),
+    "long": Case(BASIC, context=160, predictions=24, batch=1, vocab_rows=256),
+    "half masked": Case(BASIC, context=64, predictions=32, batch=2, vocab_rows=256),
+    "wide vocabulary": Case(replace(BASIC, vocab_size=8000), context=32, predictions=5, batch=3, vocab_rows=8064),
+    "one layer": Case(replace(BASIC, num_layers=1), context=32, predictions=5, batch=2, vocab_rows=256),
+    "narrow, deep": Case(
+        replace(BASIC, hidden_size=32, num_layers=6, ffn_size=96), context=64, predictions=10, batch=2, vocab_rows=256
+    ),
+    "AE alone": Case(BASIC, context=32, predictions=5, batch=2, vocab_rows=256, reads=("ae",)),
+    "PAR alone": Case(BASIC, context=32, predictions=5, batch=2, vocab_rows=256, reads=("par",)),
+    "no relative positions": Case(
+        replace(BASIC, relative_bias=False), context=32, predictions=5, batch=2, vocab_rows=256
+    ),
+}
+
+
+def counted(cases: list[Case]) -> list[tuple[float, float]]:
+    """FLOPs of one sample, forward and forward with backward, as torch counts them; in a world of one."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pmlm_dist.model.transformer import build_model
+    from pmlm_dist.parallel import groups
+
+    groups.start()
+    counts = []
+    for case in cases:
+        model = build_model(case.model, padded_vocab_size=case.vocab_rows)
+        slots = case.context + 2 * case.predictions
+        zeros = torch.zeros(case.batch, slots, dtype=torch.int64)
+        predicted = torch.arange(case.predictions).expand(case.batch, -1)
+        with FlopCounterMode(display=False) as forward:
+            nll_KMB, _ = model(
+                tokens_BT=zeros,
+                positions_BT=zeros,
+                segments_BT=zeros,
+                order_BT=zeros,
+                valid_BT=torch.ones_like(zeros).bool(),
+                predicted_BM=predicted,
+                targets_BM=torch.zeros_like(predicted),
+                reads=case.reads,
+            )
+        with FlopCounterMode(display=False) as backward:
+            nll_KMB.sum().backward()
+        first = forward.get_total_flops()
+        counts.append((first / case.batch, (first + backward.get_total_flops()) / case.batch))
+    return counts
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict[str, tuple[float, float]]:
+    (found,) = run_world(counted, 1, list(CASES.values()))
+    return dict(zip(CASES, found, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_formula_is_what_torch_counts(counts: dict[str, tuple[float, float]], name: str):
+    case = CASES[name]
+    assert case.formula(forward_flops) == pytest.approx(counts[name][0], rel=0.01)
+    assert case.formula(training_flops) == pytest.approx(counts[name][1], rel=0.01)
+
+
+def test_recomputation_does_not_count():
+    case = CASES["short"]
+    again = replace(case, model=replace(case.model, activation_checkpointing=True))
+    assert again.formula(training_flops) == case.formula(training_flops)
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("device_name", "peak"),
+    [
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("Tesla V100-SXM2-32GB", 125.0),
+        ("NVIDIA Imaginary 1", None),
+    ],
+)
+def test_the_peak_comes_from_the_devices_name(monkeypatch: pytest.MonkeyPatch, device_name: str, peak: float | None):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: device_name)
+    assert peak_tflops(None, GPU) == peak
+
+
+def test_a_stated_peak_wins_and_a_cpu_has_none_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H100 80GB HBM3")
+    assert peak_tflops(123.0, GPU) == 123.0
+    assert peak_tflops(1.5, CPU) == 1.5
+    assert peak_tflops(None, CPU) is None

@@ -1,0 +1,73 @@
+"""What a run writes down can be read again, also after a kill in the middle of a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pmlm_dist.commands.plot import CurvesConfig, draw_curves
+from pmlm_dist.config import ConfigError
+from pmlm_dist.metrics.run_log import Progress, RunLog, duration, read_metrics
+from pmlm_dist.objectives import LossMeans
+
+
+def progress(step: int, *, ae: float = 5.0) -> Progress:
+    return Progress(
+        step=step,
+        steps=10,
+        losses=LossMeans(
+            total=2 * ae,
+            ae=ae,
+            par=ae,
+            ae_accuracy=0.1,
+            par_accuracy=0.1,
+            par_masked=None,
+            par_masked_accuracy=None,
+        ),
+        learning_rate=0.1,
+        gradient_norm=1.0,
+        loss_scale=None,
+        skipped_steps=0,
+        tokens_per_s=1.0,
+        slots_per_s=1.0,
+        mfu=None,
+        seconds={"data": 0.0},
+        eta_s=0.0,
+    )
+
+
+def write(run_dir: Path, *entries: Progress) -> None:
+    log = RunLog(run_dir, enabled=True, first_step=0)
+    for entry in entries:
+        log.progress(entry, torch.device("cpu"))
+    log.close()
+
+
+def test_a_torn_line_costs_that_line_alone(tmp_path):
+    write(tmp_path, progress(1), progress(2))
+    lines = tmp_path / "metrics.jsonl"
+    lines.write_bytes(lines.read_bytes()[:-20])
+    write(tmp_path, progress(2, ae=4.0), progress(3))
+    metrics = read_metrics(tmp_path)
+    assert list(metrics) == [1, 2, 3]
+    assert metrics[2]["train/ae"] == 4.0
+
+
+def test_what_is_not_known_is_not_written(tmp_path):
+    write(tmp_path, progress(1))
+    assert {"train/par_masked", "speed/mfu", "train/loss_scale"}.isdisjoint(read_metrics(tmp_path)[1])
+
+
+def test_curves_are_drawn_from_a_run_and_refused_without_one(tmp_path):
+    write(tmp_path / "run", progress(1), progress(2))
+    draw_curves(CurvesConfig(run_dir=tmp_path / "run", png=tmp_path / "losses.png"))
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl"):
+        draw_curves(CurvesConfig(run_dir=tmp_path / "nothing", png=tmp_path / "losses.png"))
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "0:00"), (61, "1:01"), (3723, "1:02:03")])
+def test_durations_read_like_clocks(seconds, text):
+    assert duration(seconds) == text

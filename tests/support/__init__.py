@@ -1,0 +1,1 @@
+"""Helpers of the tests: worlds of ranks, small corpora, models and runs."""

@@ -1,0 +1,90 @@
+"""A small pre-trained model without a run, and small data sets in the forms of GLUE and SQuAD."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pmlm_dist.config import ParallelConfig
+from pmlm_dist.conversion.pretrained import Pretrained, save_pretrained
+from pmlm_dist.conversion.tensors import own_shapes
+from pmlm_dist.downstream.settings import FinetuneConfig, InputConfig, Recipe
+from pmlm_dist.vocab import Vocabulary
+from support.small_runs import MODEL, write_engine_config
+
+WORDS = (
+    "red",
+    "green",
+    "blue",
+    "fish",
+    "bird",
+    "tree",
+    "swims",
+    "flies",
+    "stands",
+    "the",
+    "a",
+    "?",
+    ".",
+    "who",
+    "what",
+)
+
+
+def write_model(folder: Path, *, seed: int = 0) -> Path:
+    """A model with random weights, as `pmlm import` writes one."""
+    vocabulary = Vocabulary.from_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
+    model = MODEL.__class__(**{**vars(MODEL), "vocab_size": vocabulary.size, "max_positions": 64})
+    random = torch.Generator().manual_seed(seed)
+    weights = {
+        name: 0.1 * torch.randn(shape, generator=random) + (1.0 if name.endswith("norm.weight") else 0.0)
+        for name, shape in own_shapes(model).items()
+    }
+    return save_pretrained(Pretrained(model, weights, vocabulary), folder)
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+COLOURS, KINDS = ("red", "green", "blue"), ("fish", "bird", "tree")
+
+
+def text_rows(count: int, *, first: int = 0) -> list[dict[str, Any]]:
+    """Texts whose class is their colour, of different lengths."""
+    rows = []
+    for number in range(first, first + count):
+        colour, kind = COLOURS[number % 3], KINDS[(number // 3) % 3]
+        text = " ".join(["the", colour, kind, *["stands"] * (number % 5), "."])
+        rows.append({"id": f"q{number}", "text": text, "label": colour})
+    return rows
+
+
+def write_text_task(folder: Path, *, train: int = 21, validation: int = 9) -> Path:
+    write_jsonl(folder / "train.jsonl", text_rows(train))
+    write_jsonl(folder / "validation.jsonl", text_rows(validation, first=100))
+    write_jsonl(folder / "test.jsonl", text_rows(5, first=200))
+    return folder
+
+
+def config(model: Path, data: Path | None, output: Path, **changes: Any) -> FinetuneConfig:
+    """A fine-tuning of a few steps: 21 examples in batches of 8 are not cut evenly."""
+    engine = {name: changes.pop(name) for name in ("zero", "micro_batch", "precision") if name in changes}
+    settings: dict[str, Any] = {
+        "task": "classification",
+        "recipe": Recipe(lr=3e-3, batch=8, epochs=2, dropout=0.0),
+        "inputs": InputConfig(max_tokens=16),
+        "parallel": ParallelConfig(tp=changes.pop("tp", 1)),
+        "log_every": 1,
+        "collective_timeout_s": 60,
+        "ds_config": write_engine_config(output.parent / f"{output.name}-ds.json", **{"micro_batch": 4, **engine}),
+    }
+    return FinetuneConfig(
+        **{**settings, "model": model, "data": str(data) if data else None, "output": output, **changes}
+    )
