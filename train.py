@@ -17,13 +17,13 @@ import sys
 import tyro
 
 from pmlm_dist.config import ConfigError, RunConfig
+from pmlm_dist.launch_environment import discard_broken_stdout, is_rank_zero, set_num_threads
 from pmlm_dist.presets import PRESETS
-from pmlm_dist.ranks import forget_broken_output, share_cores, speaks
 from pmlm_dist.supervision.exit_codes import ExitCode
 from pmlm_dist.supervision.heartbeat import Heartbeat
 from pmlm_dist.supervision.run_lock import FolderInUse
 from pmlm_dist.supervision.signals import Stopped, StopSignals
-from pmlm_dist.supervision.supervisor import leave, supervised
+from pmlm_dist.supervision.supervisor import exit_now, run_supervised
 
 
 def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
@@ -43,20 +43,20 @@ def parse(arguments: list[str], *, quiet: bool = False) -> RunConfig:
     )
 
 
-def main(heart: Heartbeat) -> int:
+def main(heartbeat: Heartbeat) -> int:
     """Run as a rank, with signs of life on `heart`, and return the exit code (supervision/exit_codes.py)."""
     signals = StopSignals()
-    signals.listen()
-    share_cores()
+    signals.install()
+    set_num_threads()
     try:
-        config = parse(sys.argv[1:], quiet=not speaks(os.environ))
+        config = parse(sys.argv[1:], quiet=not is_rank_zero(os.environ))
         from pmlm_dist.training.loop import pretrain  # torch reads OMP_NUM_THREADS when it is imported
 
-        pretrain(config, signals, heart)
+        pretrain(config, signals, heartbeat)
     except Stopped as stopped:
         return stopped.exit_code
     except BrokenPipeError:
-        if not forget_broken_output():
+        if not discard_broken_stdout():
             raise
     except ConfigError as error:
         _say(f"This run cannot start:\n{error}", anybody=False)
@@ -69,7 +69,7 @@ def main(heart: Heartbeat) -> int:
 
         if not isinstance(error, ShardError):
             raise
-        heart.fail(error)
+        heartbeat.fail(error)
         _say(f"This run cannot go on: {error}", anybody=True)  # whichever rank met it
         return ExitCode.FAILED
     return ExitCode.DONE
@@ -77,10 +77,10 @@ def main(heart: Heartbeat) -> int:
 
 def _say(text: str, *, anybody: bool) -> None:
     """Print `text`, on the rank that speaks or on any; a log whose disk is full changes no exit code."""
-    if anybody or speaks(os.environ):
+    if anybody or is_rank_zero(os.environ):
         with contextlib.suppress(OSError):
             print(f"\n{text}\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    leave(supervised(main))
+    exit_now(run_supervised(main))

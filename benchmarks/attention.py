@@ -16,7 +16,7 @@ import torch
 from harness import Report, device, interleaved, ratio
 
 from pmlm_dist.engine.malloc import keep_freed_memory
-from pmlm_dist.model.attention import ATTENTION, Slots
+from pmlm_dist.model.attention import ATTENTION_BACKENDS, Slots
 from pmlm_dist.model.relative_position import RelativeBias
 
 
@@ -51,21 +51,21 @@ def run(options: AttentionOptions) -> Report:
     """All rows in turn, for every length."""
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    trained = [name for name in ATTENTION if name != "flex" or device().type == "cuda"]
+    trained = [name for name in ATTENTION_BACKENDS if name != "flex" or device().type == "cuda"]
     rows: dict[str, dict[str, float]] = {}
     figures: dict[str, float] = {}
     for length in options.lengths:
         torch.compiler.reset()  # else the lengths would count towards torch's limit of compiled shapes
         steps = {name: _step(name, length, options) for name in trained}
-        steps |= {f"{name}, forward": _step(name, length, options, forward_only=True) for name in ATTENTION}
+        steps |= {f"{name}, forward": _step(name, length, options, forward_only=True) for name in ATTENTION_BACKENDS}
         seconds = interleaved(steps, repeats=options.repeats)
         for name, times in seconds.items():
             rows.setdefault(name, {})[f"S={length} ms"] = 1e3 * statistics.median(times)
-        figures[f"split_vs_dense_{length}"] = ratio(seconds, "split", "dense")
-        for other in ("dense", "split"):
+        figures[f"fused_vs_reference_{length}"] = ratio(seconds, "fused", "reference")
+        for other in ("reference", "fused"):
             figures[f"flex_vs_{other}_forward_{length}"] = ratio(seconds, "flex, forward", f"{other}, forward")
         if "flex" in trained:
-            figures[f"flex_vs_split_{length}"] = ratio(seconds, "flex", "split")
+            figures[f"flex_vs_fused_{length}"] = ratio(seconds, "flex", "fused")
     return Report("attention", dataclasses.asdict(options), rows, figures)
 
 
@@ -77,7 +77,7 @@ def _step(name: str, length: int, options: AttentionOptions, *, forward_only: bo
     q_QBHD, kv_TBH2D = torch.randn(*shape, 64, **settings), torch.randn(*shape, 2, 64, **settings)
     gradient_QBHD = torch.randn_like(q_QBHD)
     table = RelativeBias(options.num_heads, buckets=32, max_distance=128, std=0.02).to(**settings)
-    attention = ATTENTION[name]
+    attention = ATTENTION_BACKENDS[name]
 
     def forward() -> torch.Tensor:
         plan = attention.plan(slots, table, q_QBHD.dtype)

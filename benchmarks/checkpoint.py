@@ -23,7 +23,7 @@ import torch
 from harness import Report
 from random_text import random_corpus
 
-from pmlm_dist.checkpoint.async_save import Saver
+from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
 from pmlm_dist.checkpoint.engine_state import EngineState
 from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import RunState
@@ -71,7 +71,7 @@ class CheckpointOptions:
 def run(options: CheckpointOptions) -> Report:
     """Save with each engine; one process, one rank."""
     torch.set_num_threads(options.threads)
-    groups.start()
+    groups.init_process_groups()
     rows: dict[str, dict[str, float]] = {}
     for name, engine in ENGINES.items():
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -119,14 +119,14 @@ def _compare(options: CheckpointOptions, engine: dict[str, Any], folder: Path) -
 
 def _round(training: _Training) -> _Round:
     step = statistics.median(_seconds(training.step) for _ in range(3))
-    stalled_before, start, steps = training.saver.stalled_s, time.perf_counter(), 0
+    stalled_before, start, steps = training.checkpointer.stalled_s, time.perf_counter(), 0
     training.save()
     while steps == 0 or training.is_writing():
         training.step()
         steps += 1
     lost = time.perf_counter() - start - steps * step
-    training.saver.close()
-    stalled = training.saver.stalled_s - stalled_before
+    training.checkpointer.close()
+    stalled = training.checkpointer.stalled_s - stalled_before
     return _Round(step, stalled, lost, saved=training.save_as_deepspeed_does())
 
 
@@ -142,7 +142,7 @@ class _Training:
     def __init__(self, options: CheckpointOptions, engine: dict[str, Any], folder: Path):
         self._folder, self.state, self.bytes_of_theirs = folder, RunState(), 0
         config = _run_config(options, engine, folder)
-        self._run = resolve(config, groups.start())
+        self._run = resolve(config, groups.init_process_groups())
         self._engine = build_engine(self._run)
         assert isinstance(self._engine.module, torch.nn.Module)
         self.parameters = count_parameters(self._engine.module, self._run.topology)
@@ -154,13 +154,13 @@ class _Training:
         log = RunLog(folder, enabled=False, first_step=0)
         about = {"identity": self._run.identity(), "configuration": self._run.configuration()}
         engine_state = EngineState(self._engine, self._run.topology)
-        self.saver = Saver(engine_state, self._checkpoints, log, about=about, timeout_s=600)
+        self.checkpointer = AsyncCheckpointer(engine_state, self._checkpoints, log, about=about, timeout_s=600)
         self._watch, self._saved_step = Stopwatch(self._run.topology.device), 0
 
     def save(self) -> None:
         """Start to save, our way."""
         self._saved_step = self.state.step
-        self.saver.save(self.state)
+        self.checkpointer.save(self.state)
 
     def step(self) -> None:
         """One step of the training."""
@@ -169,8 +169,8 @@ class _Training:
 
     def is_writing(self) -> bool:
         """Whether the last checkpoint is neither on the disk nor given up."""
-        self.saver.report()
-        return self.saver.failures == 0 and not self._checkpoints.folder(self._saved_step).exists()
+        self.checkpointer.log_finished()
+        return self.checkpointer.failures == 0 and not self._checkpoints.folder(self._saved_step).exists()
 
     def bytes_of_ours(self) -> int:
         """Size of the newest of our checkpoints."""

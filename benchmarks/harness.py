@@ -97,7 +97,7 @@ def device() -> Any:
     """The device (`torch.device`) that this process computes on: that of its rank in a world of one."""
     from pmlm_dist.parallel import groups
 
-    return groups.start().device
+    return groups.init_process_groups().device
 
 
 def synchronize() -> None:

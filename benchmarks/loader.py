@@ -249,7 +249,7 @@ def _data_wait_share(options: LoaderOptions) -> float:
         corpus = options.demo or random_corpus(
             Path(folder), vocabulary_size=1000, samples=512, sequence_length=options.sequence_length
         )
-        topology = groups.start()
+        topology = groups.init_process_groups()
         run = resolve(dataclasses.replace(tiny(), corpus=corpus, run_dir=Path(folder) / "run"), topology)
         engine = build_engine(run)
         batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=run.config.data)

@@ -106,7 +106,7 @@ def _measuring(config: RunConfig, repeats: int, precision: str, tokens: int) -> 
     from pmlm_dist.parallel import groups
     from pmlm_dist.planning.measure import measure_device
 
-    topology = groups.start()
+    topology = groups.init_process_groups()
     device: Device = measure_device(precision, topology, model=config.model, tokens=tokens)
     hold, training = _held_by_training(config)
 
@@ -125,7 +125,7 @@ def _measuring(config: RunConfig, repeats: int, precision: str, tokens: int) -> 
 def _holding(config: RunConfig) -> Callable[[], float]:
     from pmlm_dist.parallel import groups
 
-    groups.start()
+    groups.init_process_groups()
     return _held_by_training(config)[0]
 
 

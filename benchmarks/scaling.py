@@ -138,9 +138,9 @@ def _plain(config: RunConfig) -> Callable[[], object]:
     from pmlm_dist.objectives import loss_scales, target_weights
     from pmlm_dist.parallel import groups
     from pmlm_dist.training.resolve import resolve
-    from pmlm_dist.training.validation import losses_of
+    from pmlm_dist.training.validation import forward_losses
 
-    run = resolve(config, groups.start())
+    run = resolve(config, groups.init_process_groups())
     keep_freed_memory()
     model = build_model(run.config.model, padded_vocab_size=run.vocabulary.padded_size()).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.01), lr=1e-4, fused=True)
@@ -152,7 +152,7 @@ def _plain(config: RunConfig) -> Callable[[], object]:
         weights = [target_weights(objective, batch.weights_BM, batch.kept_BM) for batch in micro_batches]
         scale_K = loss_scales(objective, torch.stack(weights).sum(dim=(0, 2, 3)))
         for batch in micro_batches:
-            (losses_of(model, batch, objective).nll_K * scale_K).sum().backward()
+            (forward_losses(model, batch, objective).nll_K * scale_K).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 

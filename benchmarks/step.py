@@ -47,17 +47,17 @@ from pmlm_dist.config import (
 )
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.data.loader import training_batches
-from pmlm_dist.engine.deepspeed_engine import has_bf16_products
+from pmlm_dist.engine.deepspeed_engine import has_fast_bf16
 from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.metrics.flops import training_flops
 from pmlm_dist.metrics.meter import Stopwatch
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
-from pmlm_dist.objectives import READS, loss_scales, target_weights
+from pmlm_dist.objectives import OBJECTIVES, loss_scales, target_weights
 from pmlm_dist.parallel import groups
 from pmlm_dist.presets import PRESETS
 from pmlm_dist.training.loop import advance, build_engine, train_step
 from pmlm_dist.training.resolve import resolve
-from pmlm_dist.training.validation import losses_of
+from pmlm_dist.training.validation import forward_losses
 from pmlm_dist.vocab import Vocabulary
 
 OURS = {"ours, AE+PAR": "ae+par", "ours, AE only": "ae", "ours, PAR only": "par"}
@@ -123,7 +123,7 @@ class StepOptions:
 
 def run(options: StepOptions) -> Report:
     """The memory of ours and of naive; then all rows timed in turn."""
-    if options.dtype == "bf16" and not has_bf16_products(device()):
+    if options.dtype == "bf16" and not has_fast_bf16(device()):
         raise SystemExit(
             "this CPU has no bf16 products: a step takes many minutes and tells how torch does without; "
             "`run.py update` times what a step in bf16 is beside its products"
@@ -173,7 +173,7 @@ def _report(options: StepOptions, seconds: dict[str, list[float]], memory: dict[
 def prepare(row: str, options: StepOptions, corpus: Path) -> Callable[[], None]:
     """The step of a row, ready to be called; it is over when it returns."""
     torch.set_num_threads(options.threads)
-    groups.start()
+    groups.init_process_groups()
     if row.endswith(KEPT):
         keep_freed_memory()
     step = ROWS[row](options, corpus, row)
@@ -194,8 +194,8 @@ def _giving_back(row: str, options: StepOptions, corpus: Path) -> Callable[[], N
 
 
 def _ours(options: StepOptions, corpus: Path, row: str) -> Callable[[], object]:
-    topology = groups.start()
-    attention = "flex" if row == FLEX else "split"
+    topology = groups.init_process_groups()
+    attention = "flex" if row == FLEX else "fused"
     run = resolve(_run_config(options, corpus, _kind(row), attention=attention), topology)
     engine = build_engine(run)
     batches = training_batches(
@@ -223,7 +223,7 @@ def _passes(options: StepOptions, corpus: Path, row: str) -> Callable[[], object
         for kind in kinds:
             objective = ObjectiveConfig(kind=kind)
             targets_K = target_weights(objective, batch.weights_BM, batch.kept_BM).sum(dim=(1, 2))
-            (losses_of(model, batch, objective).nll_K * loss_scales(objective, targets_K)).sum().backward()
+            (forward_losses(model, batch, objective).nll_K * loss_scales(objective, targets_K)).sum().backward()
         update()
 
     return step
@@ -255,7 +255,7 @@ def adamw_on_masters(model: torch.nn.Module) -> Callable[[], None]:
 
 
 def _naive(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
-    model, update, batch = _plain(options, corpus, dataclasses.replace(options.model, attention="dense"))
+    model, update, batch = _plain(options, corpus, dataclasses.replace(options.model, attention="reference"))
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.inputs.items() if name != "predicted_BM"}
     rows = torch.arange(len(batch.tokens_BT), device=batch.tokens_BT.device)[:, None]
     pseudo = slice(batch.num_context + batch.num_predictions, None)
@@ -328,7 +328,7 @@ def _kind(row: str) -> str:
     return OURS[row.removesuffix(", flex")]
 
 
-def _run_config(options: StepOptions, corpus: Path, kind: Any, *, attention: Any = "split") -> RunConfig:
+def _run_config(options: StepOptions, corpus: Path, kind: Any, *, attention: Any = "fused") -> RunConfig:
     path = corpus / f"engine-{os.getpid()}.json"
     path.write_text(json.dumps(options.engine))
     return RunConfig(
@@ -345,7 +345,7 @@ def _run_config(options: StepOptions, corpus: Path, kind: Any, *, attention: Any
 
 
 def _batch(options: StepOptions, corpus: Path) -> Batch:
-    run = resolve(_run_config(options, corpus, "ae+par"), groups.start())
+    run = resolve(_run_config(options, corpus, "ae+par"), groups.init_process_groups())
     batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=run.config.data)
     return next(batches).to(device())
 
@@ -363,7 +363,7 @@ def _flops(options: StepOptions, kind: str) -> float:
         context=options.sequence_length,
         predictions=predictions,
         vocab_rows=options.vocabulary,
-        reads=READS[kind],
+        objectives=OBJECTIVES[kind],
     )
 
 

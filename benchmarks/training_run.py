@@ -132,7 +132,7 @@ class Training:
     """A run on this rank that can be stepped; every rank of the world makes one."""
 
     def __init__(self, config: RunConfig):
-        topology = groups.start(tp=config.parallel.tp)
+        topology = groups.init_process_groups(tp=config.parallel.tp)
         self.run = resolve(config, topology)
         self.engine = build_engine(self.run)
         self.batches = training_batches(

@@ -81,7 +81,7 @@ def run(options: UpdateOptions) -> Report:
 
 def prepare(row: str, options: UpdateOptions) -> Callable[[], None]:
     """The update of a row, ready to be called; it is over when it returns."""
-    groups.start()
+    groups.init_process_groups()
     keep_freed_memory()
     torch.manual_seed(0)
     model = build_model(options.step.model, padded_vocab_size=options.step.vocabulary)
@@ -120,15 +120,15 @@ def _plain(model: Any, _: str, options: UpdateOptions) -> _Made:
 
 
 def _ours(model: Any, row: str, options: UpdateOptions) -> _Made:
-    from pmlm_dist.engine.deepspeed_engine import start_engine, update
+    from pmlm_dist.engine.deepspeed_engine import initialize_engine, optimizer_step
 
-    topology = groups.start()
+    topology = groups.init_process_groups()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "engine.json"
         path.write_text(json.dumps(options.engine(row)))
         config = load_engine_config(path, has_accelerator=topology.device.type == "cuda")
-    engine = start_engine(model, optim=OptimConfig(), config=config, topology=topology)
-    return engine.backward, lambda: update(engine, config, topology, is_boundary=True)
+    engine = initialize_engine(model, optim=OptimConfig(), config=config, topology=topology)
+    return engine.backward, lambda: optimizer_step(engine, config, topology, is_boundary=True)
 
 
 def _deepspeed(model: Any, row: str, options: UpdateOptions) -> _Made:

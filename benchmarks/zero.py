@@ -118,7 +118,7 @@ def _holding(config: RunConfig) -> Callable[[], dict[str, float]]:
     from pmlm_dist.parallel import groups
     from pmlm_dist.parallel.layers import count_parameters
 
-    groups.start()
+    groups.init_process_groups()
     warm_up(config)
     held = Held()
     training = Training(config)

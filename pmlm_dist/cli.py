@@ -17,7 +17,7 @@ from functools import partial
 from typing import NoReturn
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.ranks import forget_broken_output, share_cores, speaks
+from pmlm_dist.launch_environment import discard_broken_stdout, is_rank_zero, set_num_threads
 from pmlm_dist.supervision.heartbeat import Heartbeat
 from pmlm_dist.supervision.run_lock import FolderInUse
 from pmlm_dist.supervision.signals import Stopped, StopSignals
@@ -62,13 +62,13 @@ def inspect(arguments: Sequence[str]) -> None:
     inspect.inspect(config)
 
 
-def curves(arguments: Sequence[str]) -> None:
+def plot(arguments: Sequence[str]) -> None:
     """Draw the losses of a run as a PNG."""
     import tyro
 
-    from pmlm_dist.commands.plot import CurvesConfig, draw_curves
+    from pmlm_dist.commands.plot import PlotConfig, plot_losses
 
-    draw_curves(tyro.cli(CurvesConfig, prog="pmlm curves", description=curves.__doc__, args=arguments))
+    plot_losses(tyro.cli(PlotConfig, prog="pmlm plot", description=plot.__doc__, args=arguments))
 
 
 def checkpoint(arguments: Sequence[str]) -> None:
@@ -93,7 +93,7 @@ def plan(arguments: Sequence[str]) -> None:
     from pmlm_dist.planning.settings import PlanConfig
     from pmlm_dist.presets import PRESETS
 
-    preset, rest = _chosen("preset", arguments) or "base", _without("preset", arguments)
+    preset, rest = _option_value("preset", arguments) or "base", _without_option("preset", arguments)
     if preset not in PRESETS:
         raise ConfigError([f"--preset ({preset}) must be one of {', '.join(sorted(PRESETS))}"])
     description = f"{plan.__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
@@ -119,21 +119,21 @@ def import_weights(arguments: Sequence[str]) -> None:
     tyro.cli(read, prog="pmlm import", description=import_weights.__doc__, args=arguments)
 
 
-def finetune(arguments: Sequence[str], heart: Heartbeat | None = None, signals: StopSignals | None = None) -> None:
+def finetune(arguments: Sequence[str], heartbeat: Heartbeat | None = None, signals: StopSignals | None = None) -> None:
     """Fine-tune a model on a task: GLUE, SQuAD or your own; `pmlm finetune --task list` shows all."""
     import tyro
 
-    from pmlm_dist.downstream.settings import RECIPES, WRITING, FinetuneConfig, WritingConfig
+    from pmlm_dist.downstream.settings import GENERATION, RECIPES, FinetuneConfig, GenerationConfig
 
-    share_cores()
+    set_num_threads()
     from pmlm_dist.downstream import finetune as driver
     from pmlm_dist.downstream.tasks.registry import TASKS
 
-    task, rest = _chosen("task", arguments), _without("preset", arguments)
+    task, rest = _option_value("task", arguments), _without_option("preset", arguments)
     if task == "list":
         print("\n".join(f"{name:16}{kind.about}" for name, kind in TASKS.items()))
         return
-    preset = _chosen("preset", arguments) or (TASKS[task].preset if task in TASKS else "glue")
+    preset = _option_value("preset", arguments) or (TASKS[task].preset if task in TASKS else "glue")
     if preset not in RECIPES:
         raise ConfigError([f"--preset ({preset}) must be one of {', '.join(RECIPES)}"])
     default = FinetuneConfig(
@@ -142,7 +142,7 @@ def finetune(arguments: Sequence[str], heart: Heartbeat | None = None, signals: 
         output=tyro.MISSING,
         preset=preset,
         recipe=RECIPES[preset],
-        writing=WRITING.get(preset, WritingConfig()),
+        generation=GENERATION.get(preset, GenerationConfig()),
     )
     description = f"{finetune.__doc__}\n--preset {'|'.join(RECIPES)}: where the recipe comes from (now: {preset})."
     driver.finetune(
@@ -152,9 +152,9 @@ def finetune(arguments: Sequence[str], heart: Heartbeat | None = None, signals: 
             description=description,
             args=rest,
             default=default,
-            console_outputs=speaks(os.environ),
+            console_outputs=is_rank_zero(os.environ),
         ),
-        heart,
+        heartbeat,
         signals,
     )
 
@@ -165,7 +165,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from pmlm_dist.downstream.settings import EvaluateConfig
 
-    share_cores()
+    set_num_threads()
     from pmlm_dist.downstream.finetune import evaluate_saved
 
     evaluate_saved(
@@ -174,29 +174,29 @@ def evaluate(arguments: Sequence[str]) -> None:
             prog="pmlm evaluate",
             description=evaluate.__doc__,
             args=arguments,
-            console_outputs=speaks(os.environ),
+            console_outputs=is_rank_zero(os.environ),
         )
     )
-    _leave_world()
+    _exit_distributed()
 
 
-def _chosen(name: str, arguments: Sequence[str]) -> str | None:
+def _option_value(name: str, arguments: Sequence[str]) -> str | None:
     """Value of the setting `--name` among `arguments`, if it is there."""
-    return getattr(_only(name).parse_known_args(arguments)[0], name)
+    return getattr(_option_parser(name).parse_known_args(arguments)[0], name)
 
 
-def _without(name: str, arguments: Sequence[str]) -> list[str]:
+def _without_option(name: str, arguments: Sequence[str]) -> list[str]:
     """`arguments` without the setting `--name`, which a launcher has added or which has been read."""
-    return _only(name).parse_known_args(arguments)[1]
+    return _option_parser(name).parse_known_args(arguments)[1]
 
 
-def _only(name: str) -> argparse.ArgumentParser:
+def _option_parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     return parser
 
 
-def _leave_world() -> None:
+def _exit_distributed() -> None:
     """End a rank of several at once: after ZeRO-3 on gloo it can abort in its destructors."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
@@ -208,11 +208,11 @@ def generate(arguments: Sequence[str]) -> None:
     """Write answers to a file of sources with a model that was fine-tuned for it."""
     import tyro
 
-    share_cores()
+    set_num_threads()
     from pmlm_dist.commands import generate as answers
 
     default = answers.GenerateConfig(model=tyro.MISSING, input=tyro.MISSING, output=tyro.MISSING)
-    model, vocabulary = (_chosen(name, arguments) for name in ("model", "vocabulary"))
+    model, vocabulary = (_option_value(name, arguments) for name in ("model", "vocabulary"))
     if model is not None:
         default = dataclasses.replace(default, decoding=answers.saved_decoding(model, vocabulary=vocabulary))
     config = tyro.cli(
@@ -222,7 +222,7 @@ def generate(arguments: Sequence[str]) -> None:
         args=arguments,
         default=default,
         config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=speaks(os.environ),
+        console_outputs=is_rank_zero(os.environ),
     )
     answers.generate(config)
 
@@ -239,17 +239,17 @@ def fill(arguments: Sequence[str]) -> None:
         description=fill.__doc__,
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=speaks(os.environ),
+        console_outputs=is_rank_zero(os.environ),
     )
 
 
-def lengthen(arguments: Sequence[str]) -> None:
+def extend_positions(arguments: Sequence[str]) -> None:
     """Give a model more positions, for longer sources and targets than it was pre-trained on."""
     import tyro
 
-    from pmlm_dist.commands.generate import lengthen as write
+    from pmlm_dist.commands.generate import extend_positions as write
 
-    tyro.cli(write, prog="pmlm lengthen", description=lengthen.__doc__, args=arguments)
+    tyro.cli(write, prog="pmlm extend-positions", description=extend_positions.__doc__, args=arguments)
 
 
 def demo_tasks(arguments: Sequence[str]) -> None:
@@ -270,7 +270,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare-corpus": prepare_corpus,
     "corpus": corpus,
     "inspect": inspect,
-    "curves": curves,
+    "plot": plot,
     "plan": plan,
     "checkpoint": checkpoint,
     "export": export,
@@ -280,16 +280,18 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo-tasks": demo_tasks,
     "generate": generate,
     "fill": fill,
-    "lengthen": lengthen,
+    "extend-positions": extend_positions,
 }
-ALONE = (export, import_weights, lengthen)
+SINGLE_PROCESS = (export, import_weights, extend_positions)
 """Commands that write a folder from one process."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, or 2 for settings or data that a user can mend."""
     is_process = arguments is None
-    arguments = _without("local_rank", sys.argv[1:] if arguments is None else arguments)  # deepspeed puts it first
+    arguments = _without_option(
+        "local_rank", sys.argv[1:] if arguments is None else arguments
+    )  # deepspeed puts it first
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else USER_ERROR
@@ -297,8 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command is None:
         return _failed(f"no command {arguments[0]!r}{_closest(arguments[0])}; `pmlm --help` lists them")
     if is_process and command is finetune:
-        _become_supervised(arguments[1:])
-    if command in ALONE:
+        _run_finetune_supervised(arguments[1:])
+    if command in SINGLE_PROCESS:
         from pmlm_dist.launch_environment import rendezvous
 
         ranks = int(rendezvous(os.environ)["WORLD_SIZE"])
@@ -307,21 +309,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _said(partial(command, arguments[1:]))
 
 
-def _become_supervised(arguments: Sequence[str]) -> NoReturn:
+def _run_finetune_supervised(arguments: Sequence[str]) -> NoReturn:
     """Fine-tune in a process below a supervisor (supervision/supervisor.py), as train.py does; ends both processes."""
-    from pmlm_dist.supervision.supervisor import leave, supervised
+    from pmlm_dist.supervision.supervisor import exit_now, run_supervised
 
-    def rank(heart: Heartbeat) -> int:
+    def rank(heartbeat: Heartbeat) -> int:
         signals = StopSignals()
-        signals.listen()
-        return _outcome(partial(finetune, arguments, heart, signals))
+        signals.install()
+        return _outcome(partial(finetune, arguments, heartbeat, signals))
 
-    leave(supervised(rank))
+    exit_now(run_supervised(rank))
 
 
 def _said(run: Callable[[], None]) -> int:
     """`_outcome`; an interruption, or asking for more memory than there is, ends with one message and its code."""
-    from pmlm_dist.supervision.exit_codes import SIGNALLED, ExitCode, code_of
+    from pmlm_dist.supervision.exit_codes import SIGNALLED, ExitCode, exit_code_of
 
     try:
         return _outcome(run)
@@ -329,7 +331,7 @@ def _said(run: Callable[[], None]) -> int:
         _failed("interrupted")
         return SIGNALLED + signal.SIGINT
     except (MemoryError, OSError, RuntimeError) as error:
-        if code_of(error) is not ExitCode.OUT_OF_MEMORY:
+        if exit_code_of(error) is not ExitCode.OUT_OF_MEMORY:
             raise
         _failed(f"out of memory ({str(error).splitlines()[0]}): ask for less, a smaller batch or fewer beams")
         return ExitCode.OUT_OF_MEMORY
@@ -352,7 +354,7 @@ def _outcome(run: Callable[[], None]) -> int:
     except Stopped as stopped:
         return stopped.exit_code
     except BrokenPipeError:
-        if not forget_broken_output():
+        if not discard_broken_stdout():
             raise
     return 0
 
@@ -369,7 +371,7 @@ def _closest(name: str) -> str:
 
 
 def _failed(message: str) -> int:
-    if speaks(os.environ):
+    if is_rank_zero(os.environ):
         print(f"pmlm: {message}", file=sys.stderr, flush=True)
     return USER_ERROR
 

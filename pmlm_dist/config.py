@@ -24,7 +24,7 @@ class ConfigError(ValueError):
         super().__init__("\n".join(f"- {problem}" for problem in problems))
 
 
-def refuse(problems: list[str]) -> None:
+def raise_if_any(problems: list[str]) -> None:
     """Raise one `ConfigError` for all `problems`; do nothing when there are none."""
     if problems:
         raise ConfigError(problems)
@@ -62,8 +62,8 @@ class ModelConfig:
     """Epsilon of LayerNorm."""
     initializer_range: float = 0.02
     """Standard deviation of the normal initialiser."""
-    attention: Literal["split", "dense", "flex"] = "split"
-    """How visibility is computed: `split` (fast, any device), `dense` (one mask over all, the specification) or `flex`
+    attention: Literal["fused", "reference", "flex"] = "fused"
+    """How visibility is computed: `fused` (fast, any device), `reference` (one mask over all, the specification) or `flex`
     (FlexAttention: trains on a GPU only, without attention_dropout)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
@@ -209,7 +209,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class WatchConfig:
+class WatchdogConfig:
     """How long a rank may show no progress before its supervisor ends the run (supervision/supervisor.py)."""
 
     startup_s: float = 1800.0
@@ -248,7 +248,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def _model_problems(model: ModelConfig) -> list[str]:
     if model.attention == "flex" and model.attention_dropout > 0:
         found.append(
             f"model.attention_dropout ({model.attention_dropout}) must be 0 with model.attention flex, whose kernel "
-            "drops no attention probabilities: use --model.attention-dropout 0, or --model.attention split"
+            "drops no attention probabilities: use --model.attention-dropout 0, or --model.attention fused"
         )
     return found
 
@@ -371,12 +371,12 @@ _POSITIVE = (
     "data.timeout_s",
     "data.cache_gib",
     "data.transfer_timeout_s",
-    "watch.startup_s",
-    "watch.data_s",
-    "watch.step_s",
-    "watch.save_s",
-    "watch.validation_s",
-    "watch.slow_ratio",
+    "watchdog.startup_s",
+    "watchdog.data_s",
+    "watchdog.step_s",
+    "watchdog.save_s",
+    "watchdog.validation_s",
+    "watchdog.slow_ratio",
 )
 _NOT_NEGATIVE = (
     "data.workers",

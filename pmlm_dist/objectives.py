@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pmlm_dist.config import ObjectiveConfig
 
-READS = {"ae+par": ("ae", "par"), "ae": ("ae",), "par": ("par",), "ar": ("par",), "ae+ar": ("ae", "par")}
+OBJECTIVES = {"ae+par": ("ae", "par"), "ae": ("ae",), "par": ("par",), "ar": ("par",), "ae+ar": ("ae", "par")}
 """What each objective reads: AR is PAR over spans of one token."""
 
 NUM_COUNTS = 9
@@ -30,13 +30,13 @@ def target_weights(objective: ObjectiveConfig, weights_BM: Tensor, kept_BM: Tens
     """
     par_BM = weights_BM * ~kept_BM if objective.drop_kept else weights_BM
     by_name = {"ae": weights_BM, "par": par_BM}
-    return torch.stack([by_name[name] for name in READS[objective.kind]])
+    return torch.stack([by_name[name] for name in OBJECTIVES[objective.kind]])
 
 
 def loss_scales(objective: ObjectiveConfig, targets_K: Tensor) -> Tensor:
     """Factor [K] of each objective's summed negative log-likelihood: its weight / its number of targets `targets_K`."""
     by_name = {"ae": objective.ae_weight, "par": objective.par_weight}
-    weights_K = torch.tensor([by_name[name] for name in READS[objective.kind]], device=targets_K.device)
+    weights_K = torch.tensor([by_name[name] for name in OBJECTIVES[objective.kind]], device=targets_K.device)
     return weights_K / targets_K.clamp(min=1.0)
 
 
@@ -100,7 +100,7 @@ def loss_sums(
     right_KMB = right_KMB * weights_KMB
     nll_KMB = nll_KMB * weights_KMB
     nll_K = nll_KMB.sum(dim=(1, 2))
-    names = READS[objective.kind]
+    names = OBJECTIVES[objective.kind]
     by_name = {
         name: torch.stack([nll_K[k].detach(), right_KMB[k].sum(), weights_KMB[k].sum()]) for k, name in enumerate(names)
     }

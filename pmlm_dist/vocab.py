@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.config import ConfigError, raise_if_any
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -58,7 +58,7 @@ class Vocabulary:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            refuse([f"vocabulary ({path}): no such file; give a tokenizer.json, its folder, or a BERT vocab.txt"])
+            raise_if_any([f"vocabulary ({path}): no such file; give a tokenizer.json, its folder, or a BERT vocab.txt"])
         try:
             text = file.read_text(encoding="utf-8")
             if file.suffix != ".json":
@@ -72,7 +72,9 @@ class Vocabulary:
         """The uncased BERT tokenizer over `tokens`, whose ids are their positions."""
         repeated = [token for token, count in Counter(tokens).items() if count > 1]
         if repeated:
-            refuse([f"{origin} holds tokens more than once, for example {repeated[0]!r}: every line must be distinct"])
+            raise_if_any(
+                [f"{origin} holds tokens more than once, for example {repeated[0]!r}: every line must be distinct"]
+            )
         return cls(_tokenizer_json(tokens), origin=origin)
 
     @classmethod
@@ -90,7 +92,9 @@ class Vocabulary:
         continuations = sorted(token for token in pieces if token.startswith(CONTINUATION) and len(token) == 3)
         tokens = _train(texts, size=size, alphabet=alphabet, first=(*SPECIAL_TOKENS, *continuations))
         if len(tokens) > size:
-            refuse([f"vocabulary_size ({size}) is below the {len(tokens)} characters and special tokens: use more"])
+            raise_if_any(
+                [f"vocabulary_size ({size}) is below the {len(tokens)} characters and special tokens: use more"]
+            )
         return cls.from_tokens(tokens, origin="trained vocabulary")
 
     def save(self, folder: Path) -> None:
@@ -223,13 +227,15 @@ class Vocabulary:
 def _ordered_tokens(specification: dict[str, Any], *, origin: str) -> list[str]:
     model = specification.get("model", {}) if isinstance(specification, dict) else {}
     if model.get("type") != "WordPiece":
-        refuse([f"{origin} holds a {model.get('type') or 'nameless'} model, not WordPiece: give a WordPiece tokenizer"])
+        raise_if_any(
+            [f"{origin} holds a {model.get('type') or 'nameless'} model, not WordPiece: give a WordPiece tokenizer"]
+        )
     ids: dict[str, int] = dict(model["vocab"])
     for added in specification.get("added_tokens") or []:
         ids.setdefault(added["content"], added["id"])
     tokens = sorted(ids, key=ids.__getitem__)
     if [ids[token] for token in tokens] != list(range(len(tokens))):
-        refuse([f"{origin}: the token ids are not 0 .. {len(tokens) - 1}: give a vocabulary without gaps"])
+        raise_if_any([f"{origin}: the token ids are not 0 .. {len(tokens) - 1}: give a vocabulary without gaps"])
     return tokens
 
 

@@ -90,7 +90,13 @@ WITHOUT_TORCH = [
     ),
     "pmlm_dist.commands.checkpoint",
     "pmlm_dist.decoding.settings",
-    *("pmlm_dist.config", "pmlm_dist.presets", "pmlm_dist.engine.deepspeed_config", "pmlm_dist.cli", "pmlm_dist.ranks"),
+    *(
+        "pmlm_dist.config",
+        "pmlm_dist.presets",
+        "pmlm_dist.engine.deepspeed_config",
+        "pmlm_dist.cli",
+        "pmlm_dist.launch_environment",
+    ),
     *("pmlm_dist.downstream.rows", "pmlm_dist.downstream.settings", "pmlm_dist.downstream.summary", "train"),
 ]
 

@@ -46,7 +46,7 @@ def test_errors_of_the_program_keep_their_traceback(monkeypatch):
         cli.main(["prepare-corpus"])
 
 
-@pytest.mark.parametrize("command", ["export", "import", "lengthen"])
+@pytest.mark.parametrize("command", ["export", "import", "extend-positions"])
 def test_what_writes_a_folder_from_one_process_is_refused_on_several_ranks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ):

@@ -24,7 +24,7 @@ from pmlm_dist.config import (
     RunConfig,
     as_dict,
     problems,
-    refuse,
+    raise_if_any,
     setting,
 )
 from pmlm_dist.presets import PRESETS, base, large, tiny
@@ -160,13 +160,13 @@ def test_all_problems_are_listed_at_once_one_a_line():
     for start in expected:
         assert sum(problem.startswith(start) for problem in found) == 1, start
     with pytest.raises(ConfigError) as caught:
-        refuse(found)
+        raise_if_any(found)
     assert caught.value.problems == found
     assert len(str(caught.value).splitlines()) == len(found)
 
 
 def test_nothing_is_raised_where_nothing_is_wrong():
-    refuse([])
+    raise_if_any([])
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -228,7 +228,7 @@ def parameter_counts() -> dict[str, int]:
     from pmlm_dist.model.transformer import build_model
     from pmlm_dist.parallel import groups
 
-    groups.start()
+    groups.init_process_groups()
     counts = {}
     for preset, vocabulary in ((base(), 30_522), (large(), 30_522), (tiny(), 8_192)):
         with torch.device("meta"):

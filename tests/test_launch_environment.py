@@ -128,7 +128,7 @@ def test_ranks_of_a_job_derive_one_port_and_other_jobs_another(launcher: dict[st
 
 def test_a_requeued_job_takes_another_port():
     """Ranks of the old life may still hold the first one."""
-    ports = {rendezvous({**SRUN, "SLURM_RESTART_COUNT": str(life)})["MASTER_PORT"] for life in range(4)}
+    ports = {rendezvous({**SRUN, "SLURM_RESTART_COUNT": str(attempt)})["MASTER_PORT"] for attempt in range(4)}
     assert len(ports) == 4
 
 

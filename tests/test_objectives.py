@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from pmlm_dist.config import ObjectiveConfig
-from pmlm_dist.objectives import NUM_COUNTS, READS, LossMeans, LossSums, loss_scales, loss_sums, target_weights
+from pmlm_dist.objectives import NUM_COUNTS, OBJECTIVES, LossMeans, LossSums, loss_scales, loss_sums, target_weights
 
 B, M, V = 3, 5, 11
-OBJECTIVES = [
+CASES = [
     *(ObjectiveConfig(kind=kind) for kind in ("ae+par", "ae", "par", "ar", "ae+ar")),
     ObjectiveConfig(ae_weight=0.3, par_weight=2.0),
     ObjectiveConfig(drop_kept=True),
@@ -26,7 +26,7 @@ def example(objective: ObjectiveConfig, seed: int = 0) -> dict[str, torch.Tensor
     weights_BM[1, 3:] = 0.0
     masked_BM = torch.rand(B, M, generator=random) < 0.6
     return {
-        "logits_KMBV": 3 * torch.randn(len(READS[objective.kind]), M, B, V, generator=random),
+        "logits_KMBV": 3 * torch.randn(len(OBJECTIVES[objective.kind]), M, B, V, generator=random),
         "targets_BM": torch.randint(V, (B, M), generator=random),
         "weights_BM": weights_BM,
         "masked_BM": masked_BM,
@@ -48,7 +48,7 @@ def sums_of(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, 
 def by_hand(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, masked_BM, kept_BM) -> LossMeans:
     """A loop over objectives, samples and predictions."""
     found: dict[str, list[tuple[float, bool, bool]]] = {}
-    for k, name in enumerate(READS[objective.kind]):
+    for k, name in enumerate(OBJECTIVES[objective.kind]):
         for b in range(B):
             for m in range(M):
                 dropped = name == "par" and objective.drop_kept and kept_BM[b, m]
@@ -75,7 +75,7 @@ def by_hand(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, 
     )
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("objective", CASES, ids=str)
 @pytest.mark.parametrize("seed", range(2))
 def test_means_equal_a_loop_over_predictions(objective, seed):
     tensors = example(objective, seed)
@@ -88,7 +88,7 @@ def test_means_equal_a_loop_over_predictions(objective, seed):
             assert math.isclose(getattr(found, name), value, rel_tol=1e-5), name
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("objective", CASES, ids=str)
 def test_the_scaled_sums_are_the_weighted_sum_of_means_and_have_its_gradient(objective):
     tensors = example(objective)
     logits = tensors["logits_KMBV"].requires_grad_()
@@ -99,7 +99,7 @@ def test_the_scaled_sums_are_the_weighted_sum_of_means_and_have_its_gradient(obj
     assert math.isclose(float(loss.detach()), by_hand(objective, **tensors).total, rel_tol=1e-5)
     probabilities = logits.detach().softmax(-1)
     one_hot = F.one_hot(tensors["targets_BM"].t().expand(len(logits), -1, -1), V)
-    for k, name in enumerate(READS[objective.kind]):
+    for k, name in enumerate(OBJECTIVES[objective.kind]):
         weights = tensors["weights_BM"].clone()
         if name == "par" and objective.drop_kept:
             weights[tensors["kept_BM"]] = 0.0
@@ -109,7 +109,7 @@ def test_the_scaled_sums_are_the_weighted_sum_of_means_and_have_its_gradient(obj
         torch.testing.assert_close(logits.grad[k], expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("objective", CASES, ids=str)
 def test_sums_of_parts_add_up_to_the_sums_of_the_whole(objective):
     tensors = example(objective)
     halves = [

@@ -110,10 +110,10 @@ def test_the_ranks_get_the_settings_and_the_arguments_of_sbatch(batch: Batch):
 
 
 def test_fine_tuning_gets_the_arguments_of_sbatch_and_is_restarted_by_the_same_rule(batch: Batch):
-    life = batch.end(batch.start(137, script="finetune.sh", GAINED="00000003"))
-    (call, *_) = [call for call in life.calls if call.startswith("srun")]
+    attempt = batch.end(batch.start(137, script="finetune.sh", GAINED="00000003"))
+    (call, *_) = [call for call in attempt.calls if call.startswith("srun")]
     assert "/.venv/bin/python -m pmlm_dist.cli finetune --train.seed 3 MASTER_ADDR=localhost" in call
-    assert life.requeued
+    assert attempt.requeued
     assert not batch.end(batch.start(137, script="finetune.sh")).requeued
 
 
@@ -123,20 +123,20 @@ def test_a_run_folder_with_spaces_and_signs_of_the_shell_is_only_a_name(tmp_path
     folder.mkdir()
     batch = Batch(folder)
     for _ in range(2):
-        life = batch.end(batch.start(75, script=script, GAINED="00000003"))
-    assert life.requeued, life.printed
+        attempt = batch.end(batch.start(75, script=script, GAINED="00000003"))
+    assert attempt.requeued, attempt.printed
     assert (folder / "run" / ".restarts-77").exists()
     if script == "pretrain_base.sh":
-        assert f"--run-dir {folder / 'run'} --ds-config ds_configs/base.json" in life.calls[1]
+        assert f"--run-dir {folder / 'run'} --ds-config ds_configs/base.json" in attempt.calls[1]
     assert not [path for path in (*ROOT.glob("*"), *tmp_path.rglob("*")) if path.name == "PWNED"]
 
 
 def test_a_shell_that_has_outlived_its_life_leaves_the_job_alone(batch: Batch):
     """The job has other nodes by now: its daemon had died, so nobody has ended this shell."""
     (batch.bin / "scontrol").write_text(SCONTROL.replace("exit 0", '[ "$2" = job ] && echo "  Restarts=1 X=2"; exit 0'))
-    life = batch.live(137)
-    assert not life.requeued
-    assert "Slurm has started this job again, life 1: nothing is left to do for life 0" in life.printed
+    attempt = batch.live(137)
+    assert not attempt.requeued
+    assert "Slurm has started this job again, life 1: nothing is left to do for life 0" in attempt.printed
     assert not list(batch.run_dir.glob(".restarts-*"))
     assert batch.live(137, SLURM_RESTART_COUNT="1").requeued
 
@@ -150,53 +150,53 @@ def test_a_container_image_replaces_the_environment(batch: Batch):
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_what_is_done_or_set_wrongly_ends_the_job_and_its_chain(batch: Batch, code: int):
-    life = batch.live(code, **IN_ARRAY)
-    assert (life.code, life.requeued, life.ended_its_chain) == (code, False, True)
-    life = batch.live(code)
-    assert (life.code, life.requeued, life.ended_its_chain) == (code, False, False)
+    attempt = batch.live(code, **IN_ARRAY)
+    assert (attempt.code, attempt.requeued, attempt.ended_its_chain) == (code, False, True)
+    attempt = batch.live(code)
+    assert (attempt.code, attempt.requeued, attempt.ended_its_chain) == (code, False, False)
 
 
 def test_a_job_that_was_told_to_stop_is_requeued_as_long_as_it_gains_steps(batch: Batch):
     for step in range(1, 8):
-        life = batch.live(75, gained=step, MAX_FAILURES="2")
-        assert life.requeued
-        assert life.code == 75
+        attempt = batch.live(75, gained=step, MAX_FAILURES="2")
+        assert attempt.requeued
+        assert attempt.code == 75
     idle = [batch.live(75).requeued for _ in range(3)]
     assert idle == [True, True, False]
 
 
 def test_in_a_chain_the_next_job_goes_on_instead(batch: Batch):
-    life = batch.live(75, gained=3, **IN_ARRAY)
-    assert (life.code, life.requeued, life.ended_its_chain) == (0, False, False)
-    life = batch.live(75, gained=4, ON_STOP="next")
-    assert (life.code, life.requeued) == (0, False)
+    attempt = batch.live(75, gained=3, **IN_ARRAY)
+    assert (attempt.code, attempt.requeued, attempt.ended_its_chain) == (0, False, False)
+    attempt = batch.live(75, gained=4, ON_STOP="next")
+    assert (attempt.code, attempt.requeued) == (0, False)
 
 
 def test_a_failure_is_restarted_only_after_steps_were_gained(batch: Batch):
     assert batch.live(1).requeued, "the first failure has no restart before it"
-    life = batch.live(1)
-    assert not life.requeued
-    assert life.code == 1
-    assert "no step was gained since the last restart" in life.printed
+    attempt = batch.live(1)
+    assert not attempt.requeued
+    assert attempt.code == 1
+    assert "no step was gained since the last restart" in attempt.printed
 
 
 def test_failures_are_bounded_even_if_steps_are_gained(batch: Batch):
-    lives = [batch.live(137, gained=step, MAX_FAILURES="3") for step in range(8, 13)]
-    assert [life.requeued for life in lives[:4]] == [True, True, True, False]
-    assert lives[3].code == 137
-    assert "failure 4" in lives[3].printed
+    attempts = [batch.live(137, gained=step, MAX_FAILURES="3") for step in range(8, 13)]
+    assert [attempt.requeued for attempt in attempts[:4]] == [True, True, True, False]
+    assert attempts[3].code == 137
+    assert "failure 4" in attempts[3].printed
 
 
 def test_giving_up_ends_the_chain_too(batch: Batch):
     batch.live(1, **IN_ARRAY)
-    life = batch.live(1, **IN_ARRAY)
-    assert (life.code, life.requeued, life.ended_its_chain) == (1, False, True)
+    attempt = batch.live(1, **IN_ARRAY)
+    assert (attempt.code, attempt.requeued, attempt.ended_its_chain) == (1, False, True)
 
 
 def test_the_signal_before_the_limit_is_passed_on_to_the_ranks(batch: Batch):
-    life = batch.signalled(75, signal.SIGUSR1, GAINED="00000005")
-    assert "srun got USR1" in life.calls
-    assert life.requeued
+    attempt = batch.signalled(75, signal.SIGUSR1, GAINED="00000005")
+    assert "srun got USR1" in attempt.calls
+    assert attempt.requeued
 
 
 @pytest.mark.parametrize("code", [1, 138])
@@ -206,13 +206,13 @@ def test_ranks_that_fail_because_the_time_is_over_have_not_failed(batch: Batch, 
 
 
 def test_a_run_that_completes_after_the_signal_is_complete(batch: Batch):
-    life = batch.signalled(0, signal.SIGUSR1)
-    assert (life.code, life.requeued) == (0, False)
+    attempt = batch.signalled(0, signal.SIGUSR1)
+    assert (attempt.code, attempt.requeued) == (0, False)
 
 
 def test_a_cancelled_job_waits_for_its_ranks_and_leaves_the_rest_to_slurm(batch: Batch):
-    life = batch.signalled(75, signal.SIGTERM)
-    assert (life.code, life.requeued) == (75, False)
+    attempt = batch.signalled(75, signal.SIGTERM)
+    assert (attempt.code, attempt.requeued) == (75, False)
 
 
 @pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)

@@ -18,9 +18,9 @@ from support.worlds import free_port, run_world
 
 import train
 from pmlm_dist.config import ConfigError, RunConfig
+from pmlm_dist.launch_environment import is_rank_zero, threads_per_rank
 from pmlm_dist.metrics.run_log import read_metrics
 from pmlm_dist.presets import PRESETS, base, tiny
-from pmlm_dist.ranks import speaks, threads
 from pmlm_dist.supervision.exit_codes import ExitCode
 
 ROOT = Path(__file__).parent.parent
@@ -116,14 +116,14 @@ LAUNCHERS: dict[str, list[dict[str, str]]] = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_one_rank_speaks_and_the_cores_are_shared(launcher: str):
     ranks = LAUNCHERS[launcher]
-    assert [speaks(environ) for environ in ranks] == [True, False]
-    assert [threads(environ, cores=12) for environ in ranks] == [6, 6]
+    assert [is_rank_zero(environ) for environ in ranks] == [True, False]
+    assert [threads_per_rank(environ, cores=12) for environ in ranks] == [6, 6]
 
 
 def test_a_process_alone_speaks_and_takes_all_cores():
-    assert speaks({})
-    assert threads({}, cores=12) == 12
-    assert threads({"LOCAL_WORLD_SIZE": "64"}, cores=12) == 1
+    assert is_rank_zero({})
+    assert threads_per_rank({}, cores=12) == 12
+    assert threads_per_rank({"LOCAL_WORLD_SIZE": "64"}, cores=12) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- processes

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmlm_dist.checkpoint.engine_state import EngineState, Piece
+from pmlm_dist.checkpoint.engine_state import EngineState, OwnedFragment
 from pmlm_dist.checkpoint.files import (
     STATE,
-    Damaged,
-    Written,
+    CorruptCheckpoint,
+    FileDigest,
     rank_file,
     read_json,
     write_json,
@@ -39,7 +39,7 @@ from pmlm_dist.checkpoint.files import (
 )
 from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import RunState, describe
-from pmlm_dist.config import refuse
+from pmlm_dist.config import raise_if_any
 from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.parallel.groups import Topology
 
@@ -50,7 +50,7 @@ _BUSY = "busy"
 _LATE = "it took longer than --train.save-timeout-s, or than a signal to stop left time"
 
 
-class Saver:
+class AsyncCheckpointer:
     """Saves one engine's checkpoints into one folder; made, and told what to do, by every rank alike.
 
     Raises `ConfigError` on every rank when rank 0 cannot write there, or another rank does not see what it writes.
@@ -70,17 +70,17 @@ class Saver:
         timeout_s: float,
         limit: Callable[[], float] = lambda: math.inf,
         alive: Callable[[], None] = lambda: None,
-        life: str | None = None,
+        attempt: str | None = None,
     ):
         self.failures = 0
         self.stalled_s = 0.0
         """Seconds that the training has stood still for saving."""
         self._engine, self._folder, self._log = engine, folder, log
         self._about, self._timeout_s, self._limit, self._alive = about, timeout_s, limit, alive
-        self._memory = _HostMemory(engine.topology.device)
-        self._writer: _Writer | None = None
-        self._life = _begin_life(folder, engine.topology, life=life or secrets.token_hex(4))
-        engine.before_update(self._wait_until_copied)
+        self._memory = StagingBuffer(engine.topology.device)
+        self._writer: SaveThread | None = None
+        self._life = _begin_life(folder, engine.topology, attempt=attempt or secrets.token_hex(4))
+        engine.before_optimizer_step(self._wait_until_copied)
 
     @property
     def newest(self) -> Path | None:
@@ -92,14 +92,14 @@ class Saver:
 
         `facts`: what `state.json` says besides, as JSON values.
         """
-        with self._standing_still():
+        with self._stalled():
             self._settle()
             document = {**describe(self._engine, state), **self._about, **facts, "written_at": time.time()}
-            self._writer = _Writer(
-                _Order(
+            self._writer = SaveThread(
+                SaveRequest(
                     step=state.step,
                     folder=self._folder,
-                    temporary=self._folder.temporary(state.step, life=self._life),
+                    temporary=self._folder.temporary(state.step, attempt=self._life),
                     rank=self._engine.topology.rank,
                     ranks=self._engine.topology.world_size,
                     document=document,
@@ -111,7 +111,7 @@ class Saver:
             )
             self._writer.start()
 
-    def report(self) -> None:
+    def log_finished(self) -> None:
         """Say what became of the last checkpoint, once that is known. To be called after every step; never waits."""
         writer = self._writer
         if writer is None or writer.reported or (outcome := writer.state()) == _BUSY:
@@ -120,7 +120,7 @@ class Saver:
         if writer.error is not None:
             raise writer.error
         if writer.path is not None:
-            self._log.say(f"checkpoint: {writer.path}" + (f"; warning: {writer.problem}" if writer.problem else ""))
+            self._log.info(f"checkpoint: {writer.path}" + (f"; warning: {writer.problem}" if writer.problem else ""))
         elif outcome:
             self._report_failure(writer.order.step, outcome)
 
@@ -138,7 +138,7 @@ class Saver:
                 "then start the run again"
             )
 
-    def leave(self) -> None:
+    def abandon(self) -> None:
         """Give a checkpoint that is being written a few seconds to get done: this process ends before its time."""
         if self._writer is not None:
             self._writer.join(_GRACE_S)
@@ -146,7 +146,7 @@ class Saver:
     def _report_failure(self, step: int, problem: str) -> None:
         self.failures += 1
         self._log.failed_checkpoints(self.failures, step=step)
-        self._log.say(
+        self._log.info(
             f"warning: the checkpoint of step {step} was not written ({problem}); the training goes on, the one before "
             f"stands; {self.failures} failed since this run was started"
         )
@@ -159,7 +159,7 @@ class Saver:
         writer, topology = self._writer, self._engine.topology
         if writer is None or writer.settled:
             return
-        while _BUSY in (states := topology.gather(writer.state())):
+        while _BUSY in (states := topology.all_gather_object(writer.state())):
             problems = {rank: state for rank, state in enumerate(states) if state not in ("", _BUSY)}
             if problems:
                 writer.give_up(problems)
@@ -168,34 +168,34 @@ class Saver:
         writer.settled, writer.failed_anywhere = True, states[0] != ""
         if writer.is_alive():  # past its time and still at it: leave it its copy, and never its name to what it writes
             writer.abandoned = True
-            self._memory = _HostMemory(topology.device)
-        self.report()
+            self._memory = StagingBuffer(topology.device)
+        self.log_finished()
 
     def _wait_until_copied(self) -> None:
         if self._writer is not None and not self._writer.copied.is_set():
-            with self._standing_still():
+            with self._stalled():
                 self._writer.copied.wait()
 
     @contextlib.contextmanager
-    def _standing_still(self) -> Iterator[None]:
+    def _stalled(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.stalled_s += time.perf_counter() - start
 
 
-def _begin_life(folder: CheckpointFolder, topology: Topology, *, life: str) -> str:
+def _begin_life(folder: CheckpointFolder, topology: Topology, *, attempt: str) -> str:
     """A name for this start of the run, once nothing of earlier ones is left and all ranks have seen a first sign."""
     problems: list[str] = []
-    if topology.is_first:
+    if topology.is_rank_zero:
         try:
-            folder.remove_leftovers()
-            folder.temporary(0, life=life).mkdir(parents=True)
+            folder.remove_temporary()
+            folder.temporary(0, attempt=attempt).mkdir(parents=True)
         except OSError as error:
             problems = [f"no checkpoint can be written: {error}"]
-    life, problems = topology.broadcast((life, problems))
-    refuse(problems)
-    seen = topology.gather(folder.temporary(0, life=life).is_dir())
-    refuse(
+    attempt, problems = topology.broadcast_object((attempt, problems))
+    raise_if_any(problems)
+    seen = topology.all_gather_object(folder.temporary(0, attempt=attempt).is_dir())
+    raise_if_any(
         [
             f"--run-dir: rank {rank} does not see in {folder.root} what rank 0 writes there: put it on a file system "
             "that all nodes share"
@@ -203,13 +203,13 @@ def _begin_life(folder: CheckpointFolder, topology: Topology, *, life: str) -> s
             if not is_seen
         ]
     )
-    if topology.is_first:
-        folder.temporary(0, life=life).rmdir()
-    return life
+    if topology.is_rank_zero:
+        folder.temporary(0, attempt=attempt).rmdir()
+    return attempt
 
 
 @dataclass(frozen=True)
-class _Order:
+class SaveRequest:
     """One checkpoint to be written, as one rank sees it."""
 
     step: int
@@ -227,10 +227,10 @@ class _Order:
         return time.monotonic() > min(self.deadline, self.limit()) + slack_s
 
 
-class _Writer(threading.Thread):
+class SaveThread(threading.Thread):
     """Writes this rank's part of one checkpoint; rank 0's then makes the checkpoint of all parts."""
 
-    def __init__(self, order: _Order, engine: EngineState, memory: _HostMemory):
+    def __init__(self, order: SaveRequest, engine: EngineState, memory: StagingBuffer):
         super().__init__(name=f"checkpoint of step {order.step}", daemon=True)
         self.order = order
         self.copied = threading.Event()
@@ -258,34 +258,34 @@ class _Writer(threading.Thread):
         """Copy, write, and on rank 0 collect and commit. What fails is kept for the training's thread to report."""
         try:
             try:
-                pieces = self._engine.to_write()
+                pieces = self._engine.fragments_to_write()
                 self._memory.take(pieces, self._ready)
             finally:
                 self.copied.set()
             self._write(pieces)
-        except (OSError, Damaged) as error:
+        except (OSError, CorruptCheckpoint) as error:
             self.problem = str(error)
             self._withdraw()
         except BaseException as error:  # a fault of the program: raised again where it ends the run
             self.error = error
 
-    def _write(self, pieces: list[Piece]) -> None:
+    def _write(self, pieces: list[OwnedFragment]) -> None:
         order = self.order
         order.temporary.mkdir(parents=True, exist_ok=True)
-        placements = [piece.placement for piece in pieces]
-        written = write_numbers(order.temporary / rank_file(order.rank), placements, self._memory.chunks())
+        fragments = [piece.fragment for piece in pieces]
+        written = write_numbers(order.temporary / rank_file(order.rank), fragments, self._memory.chunks())
         if order.rank == 0:
             self._complete(written)
         else:
-            self._tell("done", asdict(written))
+            self._mark_done("done", asdict(written))
 
-    def _complete(self, written: Written) -> None:
+    def _complete(self, written: FileDigest) -> None:
         order = self.order
         files = {rank_file(0): written, STATE: write_json(order.temporary / STATE, order.document)}
-        for rank, word in self._hear_all().items():
+        for rank, word in self._wait_for_all_ranks().items():
             if "sha256" not in word:
                 raise OSError(f"rank {rank}: {word['problem']}")
-            files[rank_file(rank)] = Written(**word)
+            files[rank_file(rank)] = FileDigest(**word)
             (order.temporary / f"{rank_file(rank)}.done").unlink()
         if self.abandoned:
             raise OSError(_LATE)
@@ -301,26 +301,26 @@ class _Writer(threading.Thread):
         with contextlib.suppress(OSError):
             (order.temporary / rank_file(order.rank)).unlink(missing_ok=True)
         if order.rank == 0:
-            self._hear_all()
+            self._wait_for_all_ranks()
             shutil.rmtree(order.temporary, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
-                self._tell("failed", {"problem": self.problem})
+                self._mark_done("failed", {"problem": self.problem})
 
-    def _tell(self, word: str, value: dict[str, Any]) -> None:
+    def _mark_done(self, word: str, value: dict[str, Any]) -> None:
         """Leave word for rank 0, in a file that is whole or not there."""
         name = self.order.temporary / f"{rank_file(self.order.rank)}.{word}"
         part = name.with_suffix(".part")
         write_json(part, value)
         os.replace(part, name)
 
-    def _hear_all(self) -> dict[int, dict[str, Any]]:
+    def _wait_for_all_ranks(self) -> dict[int, dict[str, Any]]:
         """What every other rank has told, or why it has not, by rank."""
         heard: dict[int, dict[str, Any]] = {}
         while len(heard) < self.order.ranks - 1:
             is_late = self.order.is_late()
             for rank in set(range(1, self.order.ranks)) - heard.keys():
-                word = self._hear(rank)
+                word = self._wait_for_rank(rank)
                 if word is None and (is_late or rank in self._given_up):
                     word = {"problem": self._given_up.get(rank, _LATE)}
                 if word is not None:
@@ -329,7 +329,7 @@ class _Writer(threading.Thread):
                 time.sleep(_POLL_S)
         return heard
 
-    def _hear(self, rank: int) -> dict[str, Any] | None:
+    def _wait_for_rank(self, rank: int) -> dict[str, Any] | None:
         for word in ("done", "failed"):
             path = self.order.temporary / f"{rank_file(rank)}.{word}"
             if path.exists():
@@ -337,14 +337,14 @@ class _Writer(threading.Thread):
         return None
 
 
-class _HostMemory:
+class StagingBuffer:
     """One block of host memory that every save's copy is taken into; page-locked where the device is an accelerator."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._block = torch.empty(0)
 
-    def take(self, pieces: list[Piece], ready: torch.cuda.Event | None) -> None:
+    def take(self, pieces: list[OwnedFragment], ready: torch.cuda.Event | None) -> None:
         """Copy the numbers of `pieces`, one piece after another, each with its kinds in order."""
         sources = [numbers for piece in pieces for numbers in piece.numbers.values()]
         size = sum(source.numel() for source in sources)

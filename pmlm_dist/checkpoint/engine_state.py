@@ -22,8 +22,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from pmlm_dist.checkpoint.files import KINDS, CheckpointReader
-from pmlm_dist.checkpoint.fragments import Placement
-from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.checkpoint.fragments import Fragment
+from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.parallel.layers import is_sharded, sharded_dimension
@@ -44,10 +44,10 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OwnedFragment:
     """A run of a tensor, and where its numbers of each kind (weight and moments) lie on this rank: fp32 [numel]."""
 
-    placement: Placement
+    fragment: Fragment
     numbers: dict[str, Tensor]
 
 
@@ -78,11 +78,11 @@ class EngineState:
 
     # -------------------------------------------------------------------------------------------------------- reading
 
-    def owned(self) -> list[Piece]:
+    def owned_fragments(self) -> list[OwnedFragment]:
         """What this rank's optimizer updates."""
         return [self._piece(flat, run, self._placement(run)) for flat, run in self._runs()]
 
-    def to_write(self) -> list[Piece]:
+    def fragments_to_write(self) -> list[OwnedFragment]:
         """This rank's part of a checkpoint: what several ranks hold alike is divided evenly among them."""
         return [
             self._piece(flat, run, share)
@@ -103,7 +103,7 @@ class EngineState:
             "loss_scale": {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)},
         }
 
-    def before_update(self, callback: Callable[[], None]) -> None:
+    def before_optimizer_step(self, callback: Callable[[], None]) -> None:
         """Call `callback` before weights and moments change, in every step from now on."""
         self._adam.register_step_pre_hook(lambda *_: callback())
 
@@ -119,7 +119,7 @@ class EngineState:
         self._fill_from(reader, KINDS)
         self._restore_counters(counters)
 
-    def start_from(self, reader: CheckpointReader, *, fresh: str | None = None) -> None:
+    def load_weights(self, reader: CheckpointReader, *, fresh: str | None = None) -> None:
         """Fill the weights alone, as for a run that is about to start; every rank must call.
 
         Tensors whose names begin with `fresh` stay as they were drawn, whether the checkpoint has such or not. Raises
@@ -128,11 +128,11 @@ class EngineState:
         self._fill_from(reader, KINDS[:1], fresh=fresh)
 
     def _fill_from(self, reader: CheckpointReader, kinds: tuple[str, ...], *, fresh: str | None = None) -> None:
-        refuse(self._misfits(reader, but=fresh))
+        raise_if_any(self._misfits(reader, but=fresh))
         _before_filling(self._zero)
-        for piece in self.owned():
-            for kind in () if fresh and piece.placement.name.startswith(fresh) else kinds:
-                _fill(piece.numbers[kind], piece.placement, kind, reader)
+        for piece in self.owned_fragments():
+            for kind in () if fresh and piece.fragment.name.startswith(fresh) else kinds:
+                _fill(piece.numbers[kind], piece.fragment, kind, reader)
         _round_weights(self._zero)
 
     def _restore_counters(self, counters: dict[str, Any]) -> None:
@@ -171,26 +171,26 @@ class EngineState:
             return turn, replicas
         return turn * topology.tp + topology.tp_rank, replicas * topology.tp
 
-    def _whole(self, parameter: Tensor) -> Placement:
+    def _whole(self, parameter: Tensor) -> Fragment:
         """All of the tensor that `parameter` is this rank's slice of."""
         name, shape = self._names[id(parameter)], list(_shape(parameter))
         dim = sharded_dimension(parameter)
         if is_sharded(parameter):
             shape[dim] *= self.topology.tp
         rows = self.model.config.vocab_size if name in _VOCABULARY_TENSORS else None
-        return Placement.whole(name, shape, used_rows=rows, dim=dim)
+        return Fragment.whole(name, shape, used_rows=rows, dim=dim)
 
-    def _placement(self, run: _Run) -> Placement:
+    def _placement(self, run: _Run) -> Fragment:
         whole = self._whole(run.parameter)
         size = _shape(run.parameter)[whole.dim]
         first = self.topology.tp_rank * size if is_sharded(run.parameter) else 0
-        return Placement(
+        return Fragment(
             whole.name,
             whole.shape,
             used_rows=whole.used_rows,
             dim=whole.dim,
-            first=first,
-            last=first + size,
+            first_row=first,
+            last_row=first + size,
             start=run.start,
             stop=run.start + run.numel,
         )
@@ -198,12 +198,12 @@ class EngineState:
     def _runs(self) -> Iterator[tuple[Tensor, _Run]]:
         return ((flat, run) for flat, runs in self._layout for run in runs)
 
-    def _piece(self, flat: Tensor, run: _Run, placement: Placement) -> Piece:
+    def _piece(self, flat: Tensor, run: _Run, fragment: Fragment) -> OwnedFragment:
         """The numbers at `placement`, which is a part of `run`'s."""
-        at = run.at + placement.start - run.start
+        at = run.at + fragment.start - run.start
         state = self._adam.state[flat]
         flats = {"weight": flat.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
-        return Piece(placement, {kind: flat.view(-1)[at : at + placement.numel] for kind, flat in flats.items()})
+        return OwnedFragment(fragment, {kind: flat.view(-1)[at : at + fragment.numel] for kind, flat in flats.items()})
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:
@@ -285,12 +285,12 @@ def _adam_step(adam: torch.optim.Optimizer, flat: Tensor, step: int) -> Tensor |
     return torch.full((), step, dtype=torch.float32, device=flat.device) if is_torch else step
 
 
-def _fill(numbers: Tensor, placement: Placement, kind: str, reader: CheckpointReader) -> None:
+def _fill(numbers: Tensor, fragment: Fragment, kind: str, reader: CheckpointReader) -> None:
     if numbers.device.type == "cpu":
-        reader.fill(numbers.numpy(), placement, kind)
+        reader.fill(numbers.numpy(), fragment, kind)
     else:
         staged = numbers.cpu()
-        reader.fill(staged.numpy(), placement, kind)
+        reader.fill(staged.numpy(), fragment, kind)
         numbers.copy_(staged)
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pmlm_dist.checkpoint.fragments import Placement, coverage_faults, overlaps
+from pmlm_dist.checkpoint.fragments import Fragment, coverage_problems, overlaps
 
 VERSION = 2
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -39,12 +39,12 @@ _PLACEMENTS = "placements"
 _STATE_FIELDS = ("step", "samples_consumed", "tokens_seen", "identity", "configuration")
 
 
-class Damaged(ValueError):
+class CorruptCheckpoint(ValueError):
     """A checkpoint that cannot be read; the message is one sentence."""
 
 
 @dataclass(frozen=True)
-class Written:
+class FileDigest:
     """A file as the manifest lists it."""
 
     bytes: int
@@ -61,11 +61,11 @@ def rank_file(rank: int) -> str:
 
 def write_numbers(
     path: Path,
-    placements: Iterable[Placement],
+    fragments: Iterable[Fragment],
     chunks: Iterable[bytes | memoryview],
     *,
     kinds: tuple[str, ...] = KINDS,
-) -> Written:
+) -> FileDigest:
     """Write a rank file, flush it to the disk and read it back.
 
     `chunks`: the bytes (little-endian fp32) of each placement's `kinds` (weight, exp_avg and exp_avg_sq, or the weight
@@ -73,7 +73,7 @@ def write_numbers(
     something else.
     """
     digest, size = hashlib.sha256(), 0
-    header, expected = _header(list(placements), kinds)
+    header, expected = _header(list(fragments), kinds)
     with path.open("wb") as file:
         for chunk in itertools.chain([header], chunks):
             file.write(chunk)
@@ -84,43 +84,43 @@ def write_numbers(
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is read back then comes from the disk
     if size != expected:
         raise ValueError(f"{path} got {size} bytes, its placements need {expected}")
-    written = Written(bytes=size, sha256=digest.hexdigest())
+    written = FileDigest(bytes=size, sha256=digest.hexdigest())
     if sha256_of(path) != written.sha256:
         raise OSError(errno.EIO, "reads back with another checksum than was written", str(path))
     return written
 
 
-def _header(placements: list[Placement], kinds: tuple[str, ...]) -> tuple[bytes, int]:
+def _header(fragments: list[Fragment], kinds: tuple[str, ...]) -> tuple[bytes, int]:
     """The head of a rank file, and the size of the whole file."""
-    index = json.dumps([placement.as_json() for placement in placements])
+    index = json.dumps([fragment.as_json() for fragment in fragments])
     entries: dict[str, Any] = {"__metadata__": {_PLACEMENTS: index}}
     at = 0
-    for placement in placements:
-        shape = list(placement.shape) if placement.is_whole else [placement.numel]
+    for fragment in fragments:
+        shape = list(fragment.shape) if fragment.is_whole else [fragment.numel]
         for kind in kinds:
-            end = at + placement.numel * BYTES_PER_NUMBER
-            entries[f"{kind}/{placement.name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
+            end = at + fragment.numel * BYTES_PER_NUMBER
+            entries[f"{kind}/{fragment.name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
             at = end
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, 8 + len(text) + at
 
 
-def write_json(path: Path, value: dict[str, Any]) -> Written:
+def write_json(path: Path, value: dict[str, Any]) -> FileDigest:
     """Write `value` and flush it to the disk."""
     text = json.dumps(value, indent=2) + "\n"
     path.write_text(text, encoding="utf-8")
-    flush(path)
-    return Written(bytes=len(text.encode()), sha256=hashlib.sha256(text.encode()).hexdigest())
+    fsync_file(path)
+    return FileDigest(bytes=len(text.encode()), sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
-def write_manifest(folder: Path, files: dict[str, Written]) -> None:
+def write_manifest(folder: Path, files: dict[str, FileDigest]) -> None:
     """List `files` by name in the manifest of `folder`."""
     listed = {name: asdict(written) for name, written in sorted(files.items())}
     write_json(folder / MANIFEST, {"version": VERSION, "files": listed})
 
 
-def flush(path: Path) -> None:
+def fsync_file(path: Path) -> None:
     """Wait until the disk has a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -132,11 +132,11 @@ def flush(path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- checking
 
 
-def faults_of(folder: Path, *, thorough: bool = True) -> list[str]:
+def checkpoint_problems(folder: Path, *, thorough: bool = True) -> list[str]:
     """What is wrong with a checkpoint, a sentence each; empty when it is whole. Checksums only if `thorough`."""
     try:
         listed = _read_manifest(folder)
-    except Damaged as error:
+    except CorruptCheckpoint as error:
         return [str(error)]
     found = [
         fault
@@ -145,33 +145,35 @@ def faults_of(folder: Path, *, thorough: bool = True) -> list[str]:
     ]
     unknown = {path.name for path in folder.iterdir()} - {MANIFEST, *listed}
     found += [f"{name} is not in the manifest" for name in sorted(unknown)]
-    return found or content_faults(folder)
+    return found or content_problems(folder)
 
 
-def content_faults(folder: Path) -> list[str]:
+def content_problems(folder: Path) -> list[str]:
     """What is wrong with the content of a checkpoint whose files are as they were written."""
     try:
         read_state(folder)
-        placements = [placement for path in _rank_files(folder) for placement in _placements_of(path)]
-    except Damaged as error:
+        fragments = [fragment for path in _rank_files(folder) for fragment in _placements_of(path)]
+    except CorruptCheckpoint as error:
         return [str(error)]
-    return coverage_faults(placements) or ([] if placements else ["it holds no numbers"])
+    return coverage_problems(fragments) or ([] if fragments else ["it holds no numbers"])
 
 
-def _read_manifest(folder: Path) -> dict[str, Written]:
+def _read_manifest(folder: Path) -> dict[str, FileDigest]:
     manifest = read_json(folder / MANIFEST)
     version = manifest.get("version")
     if version != VERSION:
-        raise Damaged(f"{MANIFEST} is of format {version!r}, this program reads {VERSION}: use the one that wrote it")
+        raise CorruptCheckpoint(
+            f"{MANIFEST} is of format {version!r}, this program reads {VERSION}: use the one that wrote it"
+        )
     try:
-        files = {name: Written(**listed) for name, listed in manifest["files"].items()}
+        files = {name: FileDigest(**listed) for name, listed in manifest["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:  # any JSON may stand there
-        raise Damaged(f"{MANIFEST} cannot be read ({error!r})") from error
+        raise CorruptCheckpoint(f"{MANIFEST} cannot be read ({error!r})") from error
     if STATE not in files or rank_file(0) not in files:
-        raise Damaged(f"{MANIFEST} does not list {STATE} and {rank_file(0)}")
+        raise CorruptCheckpoint(f"{MANIFEST} does not list {STATE} and {rank_file(0)}")
     strange = [name for name in files if name != STATE and not _is_rank_file(name)]
     if strange:
-        raise Damaged(f"{MANIFEST} lists {strange[0]!r}, which is no file of a checkpoint")
+        raise CorruptCheckpoint(f"{MANIFEST} lists {strange[0]!r}, which is no file of a checkpoint")
     return files
 
 
@@ -180,7 +182,7 @@ def _is_rank_file(name: str) -> bool:
     return digits.isdecimal() and name == rank_file(int(digits))
 
 
-def _faults_of_file(path: Path, expected: Written, *, thorough: bool) -> list[str]:
+def _faults_of_file(path: Path, expected: FileDigest, *, thorough: bool) -> list[str]:
     try:
         if path.is_symlink() or not path.is_file():
             return [f"{path.name} is missing"]
@@ -208,15 +210,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     state = read_json(folder / STATE)
     missing = [name for name in _STATE_FIELDS if name not in state]
     if missing or not isinstance(state["identity"], dict) or not isinstance(state["configuration"], dict):
-        raise Damaged(f"{STATE} lacks {', '.join(missing) or 'identity or configuration'}")
+        raise CorruptCheckpoint(f"{STATE} lacks {', '.join(missing) or 'identity or configuration'}")
     return state
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
     """The whole fp32 weights of a checkpoint by name, without rows that pad. Raises `Damaged` when it is not whole."""
-    faults = faults_of(folder)
+    faults = checkpoint_problems(folder)
     if faults:
-        raise Damaged(f"checkpoint {folder} is not whole: {faults[0]}")
+        raise CorruptCheckpoint(f"checkpoint {folder} is not whole: {faults[0]}")
     with CheckpointReader(folder) as reader:
         return {whole.name: reader.read(whole, "weight")[: whole.used_rows] for whole in reader.tensors.values()}
 
@@ -229,11 +231,11 @@ class CheckpointReader:
 
     def __init__(self, folder: Path):
         self._files = ExitStack()
-        self._sources: dict[str, list[tuple[Any, Placement]]] = {}
+        self._sources: dict[str, list[tuple[Any, Fragment]]] = {}
         for path in _rank_files(folder):
             file = self._files.enter_context(_open(path))
-            for placement in _placements(file, path):
-                self._sources.setdefault(placement.name, []).append((file, placement))
+            for fragment in _placements(file, path):
+                self._sources.setdefault(fragment.name, []).append((file, fragment))
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -246,30 +248,30 @@ class CheckpointReader:
         """Whether there is more than weights."""
         return all(f"{KINDS[1]}/{source.name}" in file.keys() for file, source in self._all_sources())  # noqa: SIM118
 
-    def _all_sources(self) -> Iterator[tuple[Any, Placement]]:
+    def _all_sources(self) -> Iterator[tuple[Any, Fragment]]:
         return itertools.chain.from_iterable(self._sources.values())
 
     @property
-    def tensors(self) -> dict[str, Placement]:
+    def tensors(self) -> dict[str, Fragment]:
         """Every tensor, whole, by name."""
         first = (sources[0][1] for sources in self._sources.values())
         return {
-            part.name: Placement.whole(part.name, part.shape, used_rows=part.used_rows, dim=part.dim) for part in first
+            part.name: Fragment.whole(part.name, part.shape, used_rows=part.used_rows, dim=part.dim) for part in first
         }
 
-    def read(self, whole: Placement, kind: str) -> np.ndarray:
+    def read(self, whole: Fragment, kind: str) -> np.ndarray:
         """A whole tensor in its shape, fp32."""
         numbers = np.empty(whole.numel, np.float32)
         self.fill(numbers, whole, kind)
         return numbers.reshape(whole.shape)
 
-    def fill(self, numbers: np.ndarray, placement: Placement, kind: str) -> None:
+    def fill(self, numbers: np.ndarray, fragment: Fragment, kind: str) -> None:
         """Write `kind` (of `KINDS`) of the numbers at `placement` into the fp32 array `numbers` [numel].
 
         Where the tensor has more rows that pad than the checkpoint's, those are left as they are.
         """
-        for file, source in self._sources[placement.name]:
-            for part in overlaps(source, placement):
+        for file, source in self._sources[fragment.name]:
+            for part in overlaps(source, fragment):
                 span = (part.rows - 1) * part.source_stride + part.columns
                 block = _read_run(file, f"{kind}/{source.name}", part.source_at, part.source_at + span)
                 _matrix(numbers[part.target_at :], part.rows, part.columns, part.target_stride)[...] = _matrix(
@@ -299,27 +301,27 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise Damaged(f"{path.name} cannot be read ({error})") from error
+        raise CorruptCheckpoint(f"{path.name} cannot be read ({error})") from error
 
 
-def _placements_of(path: Path) -> list[Placement]:
+def _placements_of(path: Path) -> list[Fragment]:
     with _open(path) as file:
         return _placements(file, path)
 
 
-def _placements(file: Any, path: Path) -> list[Placement]:
+def _placements(file: Any, path: Path) -> list[Fragment]:
     """The index of an opened rank file, checked against its tensors."""
     try:
         index = json.loads((file.metadata() or {})[_PLACEMENTS])
-        found = [Placement.from_json(entry) for entry in index]
+        found = [Fragment.from_json(entry) for entry in index]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise Damaged(f"{path.name} has no readable index of its tensors ({error!r})") from error
+        raise CorruptCheckpoint(f"{path.name} has no readable index of its tensors ({error!r})") from error
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     sizes = {name: math.prod(tensor.get_shape()) for name, tensor in slices.items() if tensor.get_dtype() == "F32"}
     kinds = KINDS if any(name.startswith(KINDS[1:]) for name in sizes) else KINDS[:1]
-    expected = {f"{kind}/{placement.name}": placement.numel for placement in found for kind in kinds}
+    expected = {f"{kind}/{fragment.name}": fragment.numel for fragment in found for kind in kinds}
     if sizes != expected or len(slices) != len(sizes) or len(expected) != len(found) * len(kinds):
-        raise Damaged(f"{path.name} holds other tensors than its index says")
+        raise CorruptCheckpoint(f"{path.name} holds other tensors than its index says")
     return found
 
 
@@ -328,7 +330,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: brackets a million deep
-        raise Damaged(f"{path.name} cannot be read ({error!r})") from error
+        raise CorruptCheckpoint(f"{path.name} cannot be read ({error!r})") from error
     if not isinstance(value, dict):
-        raise Damaged(f"{path.name} cannot be read (it holds no object)")
+        raise CorruptCheckpoint(f"{path.name} cannot be read (it holds no object)")
     return value

@@ -34,8 +34,8 @@ def fingerprint(
     """
     was_training = engine.training
     engine.eval()
-    inputs = _question(vocab_size, context=min(_CONTEXT, max_positions), device=topology.device)
-    logits_KMBV = engine(**inputs, reads=_READS)
+    inputs = _probe_batch(vocab_size, context=min(_CONTEXT, max_positions), device=topology.device)
+    logits_KMBV = engine(**inputs, objectives=_READS)
     engine.train(was_training)
     return {
         "statistics": dict(zip(_READS, _statistics(logits_KMBV, topology, vocab_size=vocab_size), strict=True)),
@@ -53,7 +53,7 @@ def is_finite(answers: dict[str, Any]) -> bool:
     return all(math.isfinite(value) for read in answers["statistics"].values() for value in read.values())
 
 
-def differences_of_fingerprints(saved: dict[str, Any], now: dict[str, Any], *, precision: str) -> list[str]:
+def fingerprint_differences(saved: dict[str, Any], now: dict[str, Any], *, precision: str) -> list[str]:
     """How far the answers are apart, a sentence for each that differs by more than the tolerance."""
     same_place = saved["computed_on"] == now["computed_on"]
     tolerance = SAME_PLACE_TOLERANCE if same_place else TOLERANCES[precision]
@@ -69,7 +69,7 @@ def differences_of_fingerprints(saved: dict[str, Any], now: dict[str, Any], *, p
     return found
 
 
-def _question(vocab_size: int, *, context: int, device: torch.device) -> dict[str, Tensor]:
+def _probe_batch(vocab_size: int, *, context: int, device: torch.device) -> dict[str, Tensor]:
     """Tokens spread over the vocabulary in a context of which two positions are predicted, one after the other."""
     slots = context + 2 * _PREDICTIONS
     predicted = [context // 3, 2 * context // 3]
@@ -91,7 +91,7 @@ def _statistics(logits_KMBV: Tensor, topology: Topology, *, vocab_size: int) -> 
     """Mean, deviation, maximum and some values of each read's logits over the whole vocabulary, without its padding."""
     first_row = topology.tp_rank * logits_KMBV.shape[-1]
     own = [_own_sums(logits_MBV.double(), first_row=first_row, vocab_size=vocab_size) for logits_MBV in logits_KMBV]
-    parts = topology.gather(own)[: topology.tp]  # the ranks of one copy of the model
+    parts = topology.all_gather_object(own)[: topology.tp]  # the ranks of one copy of the model
     return [_combined([sums[k] for sums in parts]) for k in range(len(_READS))]
 
 

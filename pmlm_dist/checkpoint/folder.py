@@ -2,7 +2,7 @@
 
     RUN_DIR/checkpoints/
         step-00000400/              a checkpoint (see `checkpoint_files.py`)
-        step-00000600.tmp-LIFE/     one that is being written, or was when its run (life) ended; never counts
+        step-00000600.tmp-ATTEMPT/     one that is being written, or was when its run (life) ended; never counts
         latest                      the newest one, for people; loading looks at the folders themselves
 
 A folder gets its name when all ranks have written, every byte is on the disk and each file is accounted for. Whatever
@@ -22,10 +22,10 @@ from pathlib import Path
 from pmlm_dist.checkpoint.files import (
     MANIFEST,
     STATE,
-    Damaged,
-    Written,
-    faults_of,
-    flush,
+    CorruptCheckpoint,
+    FileDigest,
+    checkpoint_problems,
+    fsync_file,
     read_json,
     sha256_of,
     write_json,
@@ -54,14 +54,14 @@ class CheckpointFolder:
     fence: Callable[[], None] = lambda: None
     keeps: Callable[[int], bool] = lambda step: False
 
-    def newest_whole(self) -> tuple[Path | None, list[str]]:
+    def newest_valid(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies (None if there is none at all), and what is wrong with newer ones.
 
         Raises `ConfigError` when checkpoints are there but none verifies: starting from nothing would lose them.
         """
         complaints: list[str] = []
         for folder in reversed(self.steps()):
-            faults = faults_of(folder)
+            faults = checkpoint_problems(folder)
             if not faults:
                 return folder, [*complaints, *self._pointer_faults()]
             complaints += [f"checkpoint {folder} is not whole: {fault}" for fault in faults]
@@ -80,11 +80,11 @@ class CheckpointFolder:
         """Where the checkpoint of `step` lies once it is whole."""
         return self.root / f"step-{step:08d}"
 
-    def temporary(self, step: int, *, life: str) -> Path:
+    def temporary(self, step: int, *, attempt: str) -> Path:
         """Where the processes that call themselves `life` write the checkpoint of `step`, and no earlier ones."""
-        return self.root / f"step-{step:08d}{_TEMPORARY}{life}"
+        return self.root / f"step-{step:08d}{_TEMPORARY}{attempt}"
 
-    def remove_leftovers(self) -> None:
+    def remove_temporary(self) -> None:
         """Remove what earlier lives left half written or half removed.
 
         It loses its name first, at once: an old rank that is about to commit it finds nothing, or has committed it.
@@ -95,22 +95,22 @@ class CheckpointFolder:
                 path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
-    def commit(self, step: int, temporary: Path, files: Mapping[str, Written]) -> Path:
+    def commit(self, step: int, temporary: Path, files: Mapping[str, FileDigest]) -> Path:
         """Make what was written into `temporary` the checkpoint of `step`. Raises `Damaged` when it is not complete.
 
         `files`: what its writers say they wrote, by name, flushed to the disk already.
         """
         write_manifest(temporary, dict(files))
-        faults = faults_of(temporary, thorough=False)
+        faults = checkpoint_problems(temporary, thorough=False)
         if faults:
-            raise Damaged(f"{temporary} is not complete: {faults[0]}")
-        flush(temporary)
+            raise CorruptCheckpoint(f"{temporary} is not complete: {faults[0]}")
+        fsync_file(temporary)
         self.fence()
         final = self.folder(step)
         if final.exists():  # of an earlier life, and not whole: else this run would have gone on from it
             self._remove(final)
         temporary.rename(final)
-        flush(self.root)
+        fsync_file(self.root)
         self._point_to(final)
         return final
 
@@ -128,18 +128,18 @@ class CheckpointFolder:
         them. Broken ones do not count either.
         """
         before = [folder for folder in self.steps() if step_of(folder) <= step_of(newest)]
-        sound = [folder for folder in before if folder == newest or not faults_of(folder, thorough=False)]
+        sound = [folder for folder in before if folder == newest or not checkpoint_problems(folder, thorough=False)]
         oldest_kept = step_of(sound[-self.keep :][0])
         for folder in before:
-            if step_of(folder) < oldest_kept and not self._stays(step_of(folder)):
+            if step_of(folder) < oldest_kept and not self._is_kept(step_of(folder)):
                 self._remove(folder)
 
-    def _stays(self, step: int) -> bool:
+    def _is_kept(self, step: int) -> bool:
         return self.keeps(step) or bool(self.keep_every and step % self.keep_every == 0)
 
     def _remove(self, folder: Path) -> None:
         """Take a checkpoint its name first: one that is half removed must not look like one."""
-        doomed = self.temporary(step_of(folder), life="removed")
+        doomed = self.temporary(step_of(folder), attempt="removed")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
@@ -154,7 +154,7 @@ class CheckpointFolder:
         path = self.root / _LATEST
         try:
             name = read_json(path).get("checkpoint")
-        except Damaged as error:
+        except CorruptCheckpoint as error:
             return [f"{self.root}: {error}"]
         return [] if (self.root / str(name)).is_dir() else [f"{path} points to {name}, which is not there"]
 
@@ -175,11 +175,11 @@ def checkpoints_at(path: Path) -> list[Path]:
     raise ConfigError([f"there is no checkpoint in {path}: {way_out}"])
 
 
-def newest_whole_at(path: Path) -> Path:
+def newest_valid_at(path: Path) -> Path:
     """The newest checkpoint at `path` that verifies. Raises `ConfigError`, with what is wrong, when none does."""
     found = []
     for folder in reversed(checkpoints_at(path)):
-        faults = faults_of(folder)
+        faults = checkpoint_problems(folder)
         if not faults:
             return folder
         found += [f"{folder}: {fault}" for fault in faults]

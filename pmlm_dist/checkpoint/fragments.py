@@ -17,7 +17,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Placement:
+class Fragment:
     """The run [start, stop) of the numbers, in row-major order, of a slice of the tensor `name`."""
 
     name: str
@@ -27,22 +27,24 @@ class Placement:
     """Rows of the first dimension that mean something; those after it pad and never train."""
     dim: int
     """Dimension along which the tensor is sliced."""
-    first: int
+    first_row: int
     """First index of the slice along `dim`."""
-    last: int
+    last_row: int
     """Index after its last one."""
     start: int
     stop: int
 
     @classmethod
-    def whole(cls, name: str, shape: Iterable[int], *, used_rows: int | None = None, dim: int = 0) -> Placement:
+    def whole(cls, name: str, shape: Iterable[int], *, used_rows: int | None = None, dim: int = 0) -> Fragment:
         """All numbers of a tensor."""
         shape = tuple(shape)
         rows = shape[0] if used_rows is None else used_rows
-        return cls(name, shape, used_rows=rows, dim=dim, first=0, last=shape[dim], start=0, stop=math.prod(shape))
+        return cls(
+            name, shape, used_rows=rows, dim=dim, first_row=0, last_row=shape[dim], start=0, stop=math.prod(shape)
+        )
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Placement:
+    def from_json(cls, value: dict[str, Any]) -> Fragment:
         """The placement that `as_json` wrote. Raises ValueError when it describes no run of any tensor."""
         try:
             found = cls(**{**value, "shape": tuple(value["shape"])})
@@ -58,14 +60,14 @@ class Placement:
         return {**vars(self), "shape": list(self.shape)}
 
     def _is_sound(self) -> bool:
-        numbers = (*self.shape, self.used_rows, self.dim, self.first, self.last, self.start, self.stop)
+        numbers = (*self.shape, self.used_rows, self.dim, self.first_row, self.last_row, self.start, self.stop)
         return (
             isinstance(self.name, str)
             and all(type(number) is int for number in numbers)
             and min(self.shape, default=0) > 0
             and 0 < self.used_rows <= self.shape[0]
             and 0 <= self.dim < len(self.shape)
-            and 0 <= self.first < self.last <= self.shape[self.dim]
+            and 0 <= self.first_row < self.last_row <= self.shape[self.dim]
             and 0 <= self.start < self.stop <= self.slice_numel
         )
 
@@ -77,14 +79,14 @@ class Placement:
     @property
     def slice_numel(self) -> int:
         """Numbers of the slice that the run is part of."""
-        return math.prod(self.shape) // self.shape[self.dim] * (self.last - self.first)
+        return math.prod(self.shape) // self.shape[self.dim] * (self.last_row - self.first_row)
 
     @property
     def is_whole(self) -> bool:
         """Whether the run is all of the tensor."""
         return self.numel == math.prod(self.shape)
 
-    def share(self, part: int, parts: int) -> Placement | None:
+    def share(self, part: int, parts: int) -> Fragment | None:
         """Part number `part` when the run is divided evenly into `parts`; None when it is empty."""
         start, stop = (self.start + self.numel * number // parts for number in (part, part + 1))
         return replace(self, start=start, stop=stop) if start < stop else None
@@ -116,7 +118,7 @@ class _Rectangle:
         return self.at + (row - self.top) * (self.right - self.left) + column - self.left
 
 
-def overlaps(source: Placement, target: Placement) -> Iterator[Overlap]:
+def overlaps(source: Fragment, target: Fragment) -> Iterator[Overlap]:
     """What two runs of the same tensor share. Their shapes may differ in the rows that pad."""
     dim = target.dim if source.dim != target.dim and _spans_its_dimension(source) else source.dim
     assert dim == target.dim or _spans_its_dimension(target), f"{source} and {target} are cut along two dimensions"
@@ -134,13 +136,13 @@ def overlaps(source: Placement, target: Placement) -> Iterator[Overlap]:
             )
 
 
-def _spans_its_dimension(placement: Placement) -> bool:
-    return placement.last - placement.first == placement.shape[placement.dim]
+def _spans_its_dimension(fragment: Fragment) -> bool:
+    return fragment.last_row - fragment.first_row == fragment.shape[fragment.dim]
 
 
-def _rectangles(run: Placement, dim: int) -> list[_Rectangle]:
+def _rectangles(run: Fragment, dim: int) -> list[_Rectangle]:
     """`run` in the tensor as a matrix seen along `dim`; a slice that spans its own dimension can be seen along any."""
-    first, last = (run.first, run.last) if dim == run.dim else (0, run.shape[dim])
+    first, last = (run.first_row, run.last_row) if dim == run.dim else (0, run.shape[dim])
     inner = math.prod(run.shape[dim + 1 :])
     left, width = first * inner, (last - first) * inner
     cuts = sorted({run.start, min(run.stop, -(-run.start // width) * width), _floor(run, width), run.stop})
@@ -156,13 +158,13 @@ def _rectangles(run: Placement, dim: int) -> list[_Rectangle]:
     ]
 
 
-def _floor(run: Placement, width: int) -> int:
+def _floor(run: Fragment, width: int) -> int:
     return max(run.start, run.stop // width * width)
 
 
-def coverage_faults(placements: Iterable[Placement]) -> list[str]:
+def coverage_problems(fragments: Iterable[Fragment]) -> list[str]:
     """Where `placements` fail to hold every number of every tensor they name exactly once, a sentence a tensor."""
-    found, by_name = [], itertools.groupby(sorted(placements, key=_order), key=lambda placement: placement.name)
+    found, by_name = [], itertools.groupby(sorted(fragments, key=_order), key=lambda fragment: fragment.name)
     for name, group in by_name:
         parts = list(group)
         if len({(part.shape, part.used_rows, part.dim) for part in parts}) > 1:
@@ -172,14 +174,14 @@ def coverage_faults(placements: Iterable[Placement]) -> list[str]:
     return found
 
 
-def _order(placement: Placement) -> tuple[str, int, int, int, int]:
-    return placement.name, placement.first, placement.last, placement.start, placement.stop
+def _order(fragment: Fragment) -> tuple[str, int, int, int, int]:
+    return fragment.name, fragment.first_row, fragment.last_row, fragment.start, fragment.stop
 
 
-def _tiles(parts: list[Placement]) -> bool:
+def _tiles(parts: list[Fragment]) -> bool:
     """Whether parts of one tensor, in order, follow upon each other: slices along its dimension, runs in each slice."""
     reached = 0
-    for (first, last), group in itertools.groupby(parts, key=lambda part: (part.first, part.last)):
+    for (first, last), group in itertools.groupby(parts, key=lambda part: (part.first_row, part.last_row)):
         runs = list(group)
         ends = [0, *(run.stop for run in runs)]
         if first != reached or [run.start for run in runs] != ends[:-1] or ends[-1] != runs[0].slice_numel:

@@ -12,8 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmlm_dist.checkpoint.files import CheckpointReader, Damaged, read_state
-from pmlm_dist.checkpoint.folder import newest_whole_at
+from pmlm_dist.checkpoint.files import CheckpointReader, CorruptCheckpoint, read_state
+from pmlm_dist.checkpoint.folder import newest_valid_at
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.vocab import Vocabulary
 
@@ -31,11 +31,11 @@ _OF_RELATIVE_BIAS = ("relative_buckets", "relative_max_distance")
 def initial_weights_problems(path: Path, model: ModelConfig, vocabulary: Vocabulary) -> list[str]:
     """Why a run of `model` on a corpus with `vocabulary` cannot start from the weights at `path`; reads every byte."""
     try:
-        folder = newest_whole_at(path)
+        folder = newest_valid_at(path)
         state = read_state(folder)
     except ConfigError as error:
         return [f"--init ({path}): {problem}" for problem in error.problems]
-    except Damaged as error:
+    except CorruptCheckpoint as error:
         return [f"--init ({path}): {error}"]
     found = _other_settings(folder, state["configuration"].get("model"), model)
     if state["identity"].get("vocabulary") != vocabulary.fingerprint:
@@ -73,7 +73,7 @@ def load_initial_weights(engine: EngineState, path: Path) -> Path:
 
     `initial_weights_problems` has found nothing. Returns the folder that was read.
     """
-    folder = engine.topology.broadcast(newest_whole_at(path) if engine.topology.is_first else None)
+    folder = engine.topology.broadcast_object(newest_valid_at(path) if engine.topology.is_rank_zero else None)
     with CheckpointReader(folder) as reader:
-        engine.start_from(reader)
+        engine.load_weights(reader)
     return folder

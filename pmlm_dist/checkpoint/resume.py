@@ -16,9 +16,9 @@ from typing import Any
 
 from pmlm_dist.checkpoint.engine_state import EngineState
 from pmlm_dist.checkpoint.files import CheckpointReader, read_state
-from pmlm_dist.checkpoint.fingerprint import differences_of_fingerprints, fingerprint, is_finite
+from pmlm_dist.checkpoint.fingerprint import fingerprint, fingerprint_differences, is_finite
 from pmlm_dist.checkpoint.folder import CheckpointFolder
-from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.parallel.groups import Topology
 
 
@@ -37,13 +37,13 @@ def find_checkpoint(folder: CheckpointFolder, topology: Topology) -> Path | None
     Newer ones that are not whole are named in warnings. Raises `ConfigError` on every rank if none of several is whole.
     """
     path, complaints, problems = None, [], []
-    if topology.is_first:
+    if topology.is_rank_zero:
         try:
-            path, complaints = folder.newest_whole()
+            path, complaints = folder.newest_valid()
         except ConfigError as error:
             problems = error.problems
-    path, problems = topology.broadcast((path, problems))
-    refuse(problems)
+    path, problems = topology.broadcast_object((path, problems))
+    raise_if_any(problems)
     for complaint in complaints:
         warnings.warn(f"{complaint}; going on from {path}", stacklevel=2)
     return path
@@ -54,7 +54,7 @@ def describe(engine: EngineState, state: RunState) -> dict[str, Any]:
 
     Raises `FloatingPointError` when the model answers with numbers that are not finite: such weights are not kept.
     """
-    answers = _answers(engine)
+    answers = _probe_statistics(engine)
     if not is_finite(answers):
         raise FloatingPointError(f"the weights of step {state.step} give logits that are not finite: not saved")
     return {**asdict(state), "counters": engine.counters(), "fingerprint": answers}
@@ -68,12 +68,12 @@ def load_checkpoint(engine: EngineState, path: Path) -> RunState:
     saved = read_state(path)
     with CheckpointReader(path) as reader:
         engine.restore(reader, saved["counters"])
-    found = differences_of_fingerprints(saved["fingerprint"], _answers(engine), precision=engine.precision)
-    refuse([f"{path}: {difference}" for difference in found] + ([_MISREAD] if found else []))
+    found = fingerprint_differences(saved["fingerprint"], _probe_statistics(engine), precision=engine.precision)
+    raise_if_any([f"{path}: {difference}" for difference in found] + ([_MISREAD] if found else []))
     return RunState(**{name: saved[name] for name in asdict(RunState())})
 
 
-def _answers(engine: EngineState) -> dict[str, Any]:
+def _probe_statistics(engine: EngineState) -> dict[str, Any]:
     model = engine.model.config
     assert model.vocab_size is not None
     return fingerprint(

@@ -17,16 +17,16 @@ from pmlm_dist.checkpoint.files import (
     KINDS,
     STATE,
     CheckpointReader,
-    Damaged,
-    Written,
-    faults_of,
+    CorruptCheckpoint,
+    FileDigest,
+    checkpoint_problems,
     rank_file,
     read_state,
     write_json,
     write_numbers,
 )
-from pmlm_dist.checkpoint.folder import CheckpointFolder, checkpoints_at, newest_whole_at
-from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.checkpoint.folder import CheckpointFolder, checkpoints_at, newest_valid_at
+from pmlm_dist.config import ConfigError, raise_if_any
 
 
 def ls(folder: Path, /) -> None:
@@ -43,10 +43,10 @@ def verify(folder: Path, /) -> None:
     """Read a checkpoint, or all in a folder: every checksum, and that each number of each tensor is there once."""
     found = []
     for path in checkpoints_at(folder):
-        faults = faults_of(path)
+        faults = checkpoint_problems(path)
         print(f"{path}: {'damaged' if faults else 'whole'}")
         found += [f"{path}: {fault}" for fault in faults]
-    refuse(found)
+    raise_if_any(found)
 
 
 def reshape(folder: Path, /, *, output: Path) -> None:
@@ -55,13 +55,13 @@ def reshape(folder: Path, /, *, output: Path) -> None:
     `output`: a folder of checkpoints, as RUN_DIR/checkpoints is; a run goes on from what is written there as from any
     other. It is written under a temporary name first, so half of it never counts.
     """
-    path, target = newest_whole_at(folder), CheckpointFolder(output, keep=1)
+    path, target = newest_valid_at(folder), CheckpointFolder(output, keep=1)
     state = read_state(path)
     step = int(state["step"])
     if target.folder(step).exists():
         raise ConfigError([f"{target.folder(step)} is there already: choose another --output"])
-    target.remove_leftovers()
-    temporary = target.temporary(step, life="reshape")
+    target.remove_temporary()
+    temporary = target.temporary(step, attempt="reshape")
     try:
         temporary.mkdir(parents=True)
         files = {rank_file(0): _write_whole_tensors(path, temporary / rank_file(0))}
@@ -72,7 +72,7 @@ def reshape(folder: Path, /, *, output: Path) -> None:
         raise ConfigError([f"--output ({output}) cannot be written: {error}; nothing is left there"]) from error
 
 
-def _write_whole_tensors(path: Path, file: Path) -> Written:
+def _write_whole_tensors(path: Path, file: Path) -> FileDigest:
     with CheckpointReader(path) as reader:
         wholes, kinds = list(reader.tensors.values()), KINDS if reader.has_moments else KINDS[:1]
         chunks = (reader.read(whole, kind).reshape(-1).view(np.uint8).data for whole in wholes for kind in kinds)
@@ -80,11 +80,11 @@ def _write_whole_tensors(path: Path, file: Path) -> Written:
 
 
 def _row(path: Path) -> Iterator[str]:
-    faults = faults_of(path, thorough=False)
+    faults = checkpoint_problems(path, thorough=False)
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     try:
         state: dict[str, Any] = read_state(path)
-    except Damaged:
+    except CorruptCheckpoint:
         state = {}
     yield f"{state.get('step', path.name.removeprefix('step-').lstrip('0')):>10}"
     yield f"{_size(size):>9}"

@@ -15,16 +15,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pmlm_dist.config import ConfigError, refuse
-from pmlm_dist.conversion.pretrained import Pretrained, build_pretrained, find_pretrained, open_pretrained
+from pmlm_dist.config import ConfigError, raise_if_any
+from pmlm_dist.conversion.pretrained import PretrainedWeights, build_pretrained, find_pretrained, open_pretrained
 from pmlm_dist.data.batch import special_ids
-from pmlm_dist.decoding.batch_generation import search_of, write
+from pmlm_dist.decoding.batch_generation import generate_batches, search_of
 from pmlm_dist.decoding.beam_search import Hypothesis, ScoresNotFinite
-from pmlm_dist.decoding.infilling import Guess, fill
+from pmlm_dist.decoding.infilling import FilledMask, fill
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.downstream.rows import read_file
-from pmlm_dist.downstream.tasks.inputs import column, id_of, is_unicode, refuse_rows, text_of
-from pmlm_dist.downstream.tasks.seq2seq import SOURCES, refuse_checkpoint, text_of_hypothesis, writing_of
+from pmlm_dist.downstream.tasks.inputs import column, id_of, is_unicode, raise_row_problems, text_of
+from pmlm_dist.downstream.tasks.seq2seq import SOURCES, generation_of, raise_if_not_seq2seq, text_of_hypothesis
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology
@@ -60,7 +60,7 @@ def saved_decoding(model: str, *, vocabulary: str | None = None) -> DecodingConf
     """How the model at `model` was decoded when it was fine-tuned; the defaults where it was not."""
     found = find_pretrained(Path(model), vocabulary=Path(vocabulary) if vocabulary else None)
     saved = found.state["configuration"].get("task")
-    return writing_of(saved["settings"]).decoding if _writes(saved) else DecodingConfig()
+    return generation_of(saved["settings"]).decoding if _writes(saved) else DecodingConfig()
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Asked:
 
     rows: list[dict[str, Any]]
     sources: list[np.ndarray]
-    pretrained: Pretrained
+    pretrained: PretrainedWeights
 
 
 def generate(config: GenerateConfig) -> None:
@@ -77,13 +77,13 @@ def generate(config: GenerateConfig) -> None:
 
     Raises `ConfigError` on every rank, and has written nothing then.
     """
-    topology = groups.start()
-    asked = groups.together(topology, lambda: _asked(config, speaks=topology.is_first))
+    topology = groups.init_process_groups()
+    asked = groups.run_on_all_ranks(topology, lambda: _asked(config, speaks=topology.is_rank_zero))
     start = time.perf_counter()
     answers = _answers(config, asked, topology)
     seconds = time.perf_counter() - start
     _refuse_unanswered(answers)
-    if not topology.is_first:
+    if not topology.is_rank_zero:
         return
     vocabulary = asked.pretrained.vocabulary
     pairs = enumerate(zip(asked.rows, answers, strict=True))
@@ -102,12 +102,16 @@ def _answers(config: GenerateConfig, asked: _Asked, topology: Topology) -> list[
         model, search = _running(pretrained, config.precision), search_of(config.decoding, special)
         mine = [sources[number] for number in own]
         try:
-            found = write(model, mine, search=search, special=special, batch=config.batch, numbers=own)
+            found = generate_batches(model, mine, search=search, special=special, batch=config.batch, numbers=own)
         except ScoresNotFinite as error:
             raise ConfigError([f"{pretrained.facts['folder']}: {error}"]) from error
         return dict(zip(own, found, strict=True))
 
-    by_number = {n: of for part in topology.gather(groups.together(topology, answer)) for n, of in part.items()}
+    by_number = {
+        n: of
+        for part in topology.all_gather_object(groups.run_on_all_ranks(topology, answer))
+        for n, of in part.items()
+    }
     return [by_number[number] for number in range(len(sources))]
 
 
@@ -122,11 +126,11 @@ def _asked(config: GenerateConfig, *, speaks: bool) -> _Asked:
         problems.append(f"--output ({config.output}) cannot be written: {config.output.parent} cannot be a folder")
     if not config.input.is_file():
         problems.append(f"--input ({config.input}): no such file")
-    refuse(problems)
+    raise_if_any(problems)
     pretrained = open_pretrained(config.model, vocabulary=config.vocabulary)
-    refuse_checkpoint(pretrained.facts["configuration"], pretrained.facts["folder"])
+    raise_if_not_seq2seq(pretrained.facts["configuration"], pretrained.facts["folder"])
     rows = read_file(config.input)
-    refuse([] if rows else [f"--input ({config.input}) is empty"])
+    raise_if_any([] if rows else [f"--input ({config.input}) is empty"])
     return _Asked(rows, _sources(config, rows, pretrained, speaks=speaks), pretrained)
 
 
@@ -141,16 +145,16 @@ def _writes(saved: Any) -> bool:
 
 
 def _sources(
-    config: GenerateConfig, rows: list[dict[str, Any]], pretrained: Pretrained, *, speaks: bool
+    config: GenerateConfig, rows: list[dict[str, Any]], pretrained: PretrainedWeights, *, speaks: bool
 ) -> list[np.ndarray]:
     """[CLS] source [SEP] of every row, none longer than the model and its answers leave room for."""
     name, problems = column(rows, config.column, SOURCES, what="column", origin=f"--input {config.input}"), []
     texts = [text_of(row, name, where=f"row {n}", problems=problems) for n, row in enumerate(rows, start=1)]
-    refuse_rows(problems)
+    raise_row_problems(problems)
     saved, vocabulary = pretrained.facts["configuration"].get("task"), pretrained.vocabulary
     room = pretrained.model.max_positions - config.decoding.max_length
     if _writes(saved):
-        room = min(room, writing_of(saved["settings"]).max_source)
+        room = min(room, generation_of(saved["settings"]).max_source)
     elif speaks:
         print("note: this model was not fine-tuned to write; it goes on as its pre-training has taught it", flush=True)
     if room < 3 or pretrained.model.segment_types < 2:
@@ -161,7 +165,7 @@ def _sources(
         )  # fmt: skip
     words = vocabulary.encode_batch(texts)
     if config.too_long == "refuse":
-        refuse_rows(
+        raise_row_problems(
             [f"row {n}: its source has {len(w) + 2} tokens, at most {room} fit the model beside an answer of "
              f"{config.decoding.max_length}: --too-long truncate cuts off the end"
              for n, w in enumerate(words, start=1) if len(w) + 2 > room]
@@ -169,16 +173,16 @@ def _sources(
     return [np.array([vocabulary.cls_id, *w[: room - 2], vocabulary.sep_id], dtype=np.int64) for w in words]
 
 
-def _running(pretrained: Pretrained, precision: Precision) -> PseudoMaskedLM:
+def _running(pretrained: PretrainedWeights, precision: Precision) -> PseudoMaskedLM:
     """The network, ready to answer, on this process' device."""
-    device = groups.start().device
+    device = groups.init_process_groups().device
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return build_pretrained(pretrained).to(device=device, dtype=dtype)
 
 
 def _refuse_unanswered(answers: list[list[Hypothesis]]) -> None:
     """A vocabulary without an allowed token left: rules that contradict each other."""
-    refuse_rows(
+    raise_row_problems(
         [
             f"row {number}: --no-repeat-ngram, --min-length and the vocabulary leave no answer; loosen them"
             for number, of in enumerate(answers, start=1)
@@ -249,7 +253,7 @@ def read_masks(text: str, vocabulary: Vocabulary, *, positions: int) -> MaskedTe
 
     Raises `ConfigError` when there is none, one that is none by a slip, or more tokens than `positions`.
     """
-    refuse(_odd_masks(text, positions=positions))
+    raise_if_any(_odd_masks(text, positions=positions))
     ids, spans, end = [vocabulary.cls_id], [], 0
     for found in _MASK.finditer(text):
         length = int(found[1] or 1)
@@ -257,7 +261,7 @@ def read_masks(text: str, vocabulary: Vocabulary, *, positions: int) -> MaskedTe
         spans.append(list(range(len(ids), len(ids) + length)))
         ids += [vocabulary.mask_id] * length
         end = found.end()
-    refuse([] if spans else [f"there is nothing to fill in {text!r}: put [MASK] for a token, [MASK:3] for three"])
+    raise_if_any([] if spans else [f"there is nothing to fill in {text!r}: put [MASK] for a token, [MASK:3] for three"])
     ids += [*vocabulary.encode_batch([text[end:]])[0], vocabulary.sep_id]
     if len(ids) > positions:
         raise ConfigError([f"the text has {len(ids)} tokens, the model {positions} positions: shorten it"])
@@ -285,9 +289,9 @@ def fill_masks(text: str, /, config: FillConfig) -> None:
         text: The text, with [MASK] where a token is missing and [MASK:3] where three are.
         config: How to fill it.
     """
-    refuse([] if config.alternatives > 0 else [f"--alternatives ({config.alternatives}) must be positive"])
+    raise_if_any([] if config.alternatives > 0 else [f"--alternatives ({config.alternatives}) must be positive"])
     pretrained = open_pretrained(config.model, vocabulary=config.vocabulary)
-    refuse_checkpoint(pretrained.facts["configuration"], pretrained.facts["folder"])
+    raise_if_not_seq2seq(pretrained.facts["configuration"], pretrained.facts["folder"])
     vocabulary = pretrained.vocabulary
     masked = read_masks(text, vocabulary, positions=pretrained.model.max_positions)
     order, model = _order(config.order, len(masked.spans)), _running(pretrained, "fp32")
@@ -296,7 +300,7 @@ def fill_masks(text: str, /, config: FillConfig) -> None:
         found = fill(model, masked.ids, masked.spans, order=order, special=special, shown=config.alternatives)
     except ScoresNotFinite as error:
         raise ConfigError([f"{pretrained.facts['folder']}: {error}"]) from error
-    if groups.start().is_first:
+    if groups.init_process_groups().is_rank_zero:
         _print(masked, found, vocabulary, as_json=config.json)
 
 
@@ -314,7 +318,7 @@ def _order(wanted: str, spans: int) -> Any:
     return numbers
 
 
-def _print(masked: MaskedText, found: list[Guess], vocabulary: Vocabulary, *, as_json: bool) -> None:
+def _print(masked: MaskedText, found: list[FilledMask], vocabulary: Vocabulary, *, as_json: bool) -> None:
     ids = list(masked.ids)
     for guess in found:
         ids[guess.position] = guess.choices[0][0]
@@ -340,7 +344,7 @@ def _print(masked: MaskedText, found: list[Guess], vocabulary: Vocabulary, *, as
 # ------------------------------------------------------------------------------------------------------- more positions
 
 
-def lengthen(model: Path, /, *, positions: int, output: Path, vocabulary: Path | None = None) -> None:
+def extend_positions(model: Path, /, *, positions: int, output: Path, vocabulary: Path | None = None) -> None:
     """Write a model with more positions, for sources and targets that are longer than what it was trained on.
 
     Args:
@@ -353,7 +357,7 @@ def lengthen(model: Path, /, *, positions: int, output: Path, vocabulary: Path |
 
     pretrained = open_pretrained(model, vocabulary=vocabulary)
     own = pretrained.model.max_positions
-    refuse([] if positions > own else [f"--positions ({positions}) must exceed the model's {own}"])
+    raise_if_any([] if positions > own else [f"--positions ({positions}) must exceed the model's {own}"])
     name = "embeddings.position.weight"
     rows = torch.arange(positions) % own
     weights = pretrained.weights | {name: pretrained.weights[name][rows]}

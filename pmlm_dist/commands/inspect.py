@@ -19,7 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pmlm_dist.config import MaskingConfig, refuse
+from pmlm_dist.config import MaskingConfig, raise_if_any
 from pmlm_dist.corpus.shards import TRAIN
 from pmlm_dist.data.batch import Batch, special_ids
 from pmlm_dist.data.loader import BatchSource
@@ -92,7 +92,7 @@ def inspect(config: InspectConfig, *, console: Console | None = None) -> None:
     """
     console = console or Console()
     if config.example:
-        refuse([] if config.png else ["--example draws a picture: name it with --png FILE"])
+        raise_if_any([] if config.png else ["--example draws a picture: name it with --png FILE"])
         console.print(_matrix_text(example_slots(), console.width))
         _write_picture(example_slots(), config.png, console)
         return
@@ -143,7 +143,7 @@ def example_slots() -> list[Slot]:
 def _batch_of_one(config: InspectConfig, vocabulary: Vocabulary) -> Batch:
     reader = SplitReader(config.corpus, split=TRAIN)
     if not 0 <= config.sample < len(reader):
-        refuse([f"sample ({config.sample}) must lie between 0 and {len(reader) - 1}, the last training sample"])
+        raise_if_any([f"sample ({config.sample}) must lie between 0 and {len(reader) - 1}, the last training sample"])
     sample = reader.numbered(config.sample)._replace(epoch=config.epoch)
     reader.close()
     source = BatchSource(config.corpus, special=special_ids(vocabulary), masking=config.masking, seed=config.seed)

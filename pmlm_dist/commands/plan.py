@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.devices import Device
 from pmlm_dist.engine.deepspeed_config import load_engine_config
 from pmlm_dist.parallel import groups
@@ -28,12 +28,12 @@ def run(config: PlanConfig) -> None:
     if config.device != MEASURE:
         _publish(make_plan(config))
         return
-    topology = groups.start()
+    topology = groups.init_process_groups()
     if config.gpus_per_node is None:
         config = dataclasses.replace(config, gpus_per_node=topology.world_size)
-    refuse(config.problems())
+    raise_if_any(config.problems())
     plan = make_plan(config, measured=_measured(config, topology))
-    if topology.is_first:
+    if topology.is_rank_zero:
         _publish(plan)
 
 

@@ -13,7 +13,7 @@ _NAMES = {"ae": "AE", "par": "PAR"}
 
 
 @dataclass(frozen=True)
-class CurvesConfig:
+class PlotConfig:
     """Which run to draw, and where to."""
 
     run_dir: Path = Path("runs/demo")
@@ -22,7 +22,7 @@ class CurvesConfig:
     """Picture to write."""
 
 
-def draw_curves(config: CurvesConfig) -> None:
+def plot_losses(config: PlotConfig) -> None:
     """Draw training and validation losses of both objectives by step, beside the corpus' unigram entropy.
 
     Raises `ConfigError` when the run has logged nothing yet.

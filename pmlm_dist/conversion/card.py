@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pmlm_dist.conversion.huggingface import Exported
-from pmlm_dist.conversion.pretrained import Pretrained
+from pmlm_dist.conversion.pretrained import PretrainedWeights
 
 _FRONT = """---
 language: en
@@ -26,7 +26,7 @@ sentence vectors take the mean of the last hidden states. There is no trained po
 """
 
 
-def model_card(pretrained: Pretrained, exported: Exported, *, difference: float) -> str:
+def model_card(pretrained: PretrainedWeights, exported: Exported, *, difference: float) -> str:
     """Markdown with the front matter that hubs read."""
     kind = exported.settings["model_type"]
     library = "unilm" if kind == "unilm" else "transformers"
@@ -47,7 +47,7 @@ def _table(facts: dict[str, Any]) -> str:
     return f"| | |\n|---|---|\n{rows}"
 
 
-def _training_facts(pretrained: Pretrained) -> dict[str, Any]:
+def _training_facts(pretrained: PretrainedWeights) -> dict[str, Any]:
     facts, run = pretrained.facts, pretrained.facts.get("configuration", {})
     imported = run.get("imported")
     if imported:
@@ -70,7 +70,7 @@ def _training_facts(pretrained: Pretrained) -> dict[str, Any]:
     }
 
 
-def _model_facts(pretrained: Pretrained) -> dict[str, Any]:
+def _model_facts(pretrained: PretrainedWeights) -> dict[str, Any]:
     model = pretrained.model
     bias = f"{model.relative_buckets} buckets, up to {model.relative_max_distance}" if model.relative_bias else "none"
     return {

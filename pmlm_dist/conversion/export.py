@@ -15,22 +15,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.conversion.card import model_card
 from pmlm_dist.conversion.files import CONFIG, OLD_WEIGHTS, write_settings
 from pmlm_dist.conversion.huggingface import (
-    Answers,
     Exported,
-    answers_of_folder,
+    ModelOutputs,
     as_bert,
     as_mpnet,
     ids_of_folder,
     load_transformers,
+    outputs_of_folder,
     write_folder,
 )
 from pmlm_dist.conversion.importing import read_pretrained
 from pmlm_dist.conversion.pretrained import (
-    Pretrained,
+    PretrainedWeights,
     build_pretrained,
     hidden_states,
     logits,
@@ -43,11 +43,11 @@ from pmlm_dist.vocab import Vocabulary
 LARGEST_DIFFERENCE = 1e-4
 """Between logits of the checkpoint and of its export, in fp32."""
 Format = Literal["mpnet", "bert", "unilm"]
-_FORMATS: dict[str, Callable[[Pretrained], Exported]] = {"mpnet": as_mpnet, "bert": as_bert, "unilm": as_unilm}
+_FORMATS: dict[str, Callable[[PretrainedWeights], Exported]] = {"mpnet": as_mpnet, "bert": as_bert, "unilm": as_unilm}
 
 
 @dataclass(frozen=True)
-class Questions:
+class ProbeInputs:
     """Texts to compare two models by: ids of the checkpoint's vocabulary [B, T], segments, which are no padding."""
 
     ids_BT: Tensor
@@ -96,21 +96,21 @@ def export(
     )
 
 
-def _default_output(pretrained: Pretrained, format: str) -> Path:
+def _default_output(pretrained: PretrainedWeights, format: str) -> Path:
     checkpoint: Path = pretrained.facts["folder"]
     return checkpoint.parent.parent / "export" / f"{format}-{checkpoint.name.removeprefix('step-')}"
 
 
-def _write_and_compare(pretrained: Pretrained, exported: Exported, folder: Path, *, onnx: bool) -> Difference:
-    questions = ask(pretrained)
-    expected = answers_of(pretrained, questions, one_segment=exported.settings["model_type"] == "mpnet")
+def _write_and_compare(pretrained: PretrainedWeights, exported: Exported, folder: Path, *, onnx: bool) -> Difference:
+    questions = compute_outputs(pretrained)
+    expected = outputs_of(pretrained, questions, one_segment=exported.settings["model_type"] == "mpnet")
     if exported.settings["model_type"] == "unilm":
         _write_unilm(exported, folder)
-        found = answers_of(read_pretrained(folder, format="unilm"), questions)
+        found = outputs_of(read_pretrained(folder, format="unilm"), questions)
     else:
         write_folder(exported, folder, max_positions=pretrained.model.max_positions)
-        refuse(_misread_texts(pretrained.vocabulary, exported.vocabulary, folder))
-        found = _answers_of_export(pretrained, exported, folder, questions)
+        raise_if_any(_tokenization_differences(pretrained.vocabulary, exported.vocabulary, folder))
+        found = _outputs_of_export(pretrained, exported, folder, questions)
     difference = Difference(
         logits=_largest(expected.logits_NV, found.logits_NV), states=_largest(expected.states_NE, found.states_NE)
     )
@@ -135,7 +135,7 @@ def _write_unilm(exported: Exported, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- comparing
 
 
-def ask(pretrained: Pretrained) -> Questions:
+def compute_outputs(pretrained: PretrainedWeights) -> ProbeInputs:
     """Two random texts of two segments, one as long as the model takes and one of a third of that."""
     generator, longest = torch.Generator().manual_seed(0), pretrained.model.max_positions
     words = pretrained.vocabulary
@@ -146,32 +146,34 @@ def ask(pretrained: Pretrained) -> Questions:
     valid_BT = torch.arange(longest) < lengths[:, None]
     segments_BT = (torch.arange(longest) >= lengths[:, None] // 2).long() * min(1, pretrained.model.segment_types - 1)
     ids_BT[torch.arange(2), lengths - 1] = words.sep_id
-    return Questions(ids_BT.where(valid_BT, torch.tensor(words.pad_id)), segments_BT, valid_BT)
+    return ProbeInputs(ids_BT.where(valid_BT, torch.tensor(words.pad_id)), segments_BT, valid_BT)
 
 
-def answers_of(pretrained: Pretrained, questions: Questions, *, one_segment: bool = False) -> Answers:
+def outputs_of(pretrained: PretrainedWeights, questions: ProbeInputs, *, one_segment: bool = False) -> ModelOutputs:
     """What the model itself says to `questions`."""
     model = build_pretrained(pretrained)
     segments_BT = torch.zeros_like(questions.segments_BT) if one_segment else questions.segments_BT
     states_BTE = hidden_states(model, questions.ids_BT, segments_BT=segments_BT, valid_BT=questions.valid_BT)
-    return Answers(states_BTE[questions.valid_BT], logits(model, states_BTE)[questions.valid_BT])
+    return ModelOutputs(states_BTE[questions.valid_BT], logits(model, states_BTE)[questions.valid_BT])
 
 
-def _answers_of_export(pretrained: Pretrained, exported: Exported, folder: Path, questions: Questions) -> Answers:
+def _outputs_of_export(
+    pretrained: PretrainedWeights, exported: Exported, folder: Path, questions: ProbeInputs
+) -> ModelOutputs:
     """What the export says, its logits in the order of the checkpoint's vocabulary."""
     ids = {token: id for id, token in enumerate(exported.vocabulary.tokens)}
     moved_V = torch.tensor([ids[token] for token in pretrained.vocabulary.tokens])
-    found = answers_of_folder(
+    found = outputs_of_folder(
         folder, ids_BT=moved_V[questions.ids_BT], segments_BT=questions.segments_BT, valid_BT=questions.valid_BT
     )
-    return Answers(found.states_NE, found.logits_NV[:, moved_V])
+    return ModelOutputs(found.states_NE, found.logits_NV[:, moved_V])
 
 
 def _largest(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def _misread_texts(own: Vocabulary, exported: Vocabulary, folder: Path) -> list[str]:
+def _tokenization_differences(own: Vocabulary, exported: Vocabulary, folder: Path) -> list[str]:
     """Texts that the export's tokenizer cuts into other tokens than the checkpoint's vocabulary does."""
     words = [token for id, token in enumerate(own.tokens) if id not in own.special_ids and token.isalnum()]
     texts = [" ".join(words[start::7][:40]) for start in range(7)] + ["Ünïcödé, UPPER case; don't: 1,024 (x) 北京!", ""]

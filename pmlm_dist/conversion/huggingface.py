@@ -21,26 +21,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pmlm_dist.config import ConfigError, ModelConfig, refuse
+from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.files import CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, write_settings
-from pmlm_dist.conversion.pretrained import Pretrained
+from pmlm_dist.conversion.pretrained import PretrainedWeights
 from pmlm_dist.conversion.tensors import (
     HEAD_BIAS,
     POSITIONS,
     RELATIVE_BIAS,
     SEGMENTS,
     TOKENS,
-    Dialect,
+    NameScheme,
     StrictTensors,
     Tensors,
-    attention_from_dialect,
-    drawn_head,
-    from_dialect,
-    in_dialect,
+    attention_from_scheme,
+    from_scheme,
+    initial_head,
+    to_scheme,
 )
 from pmlm_dist.vocab import PAD, SPECIAL_TOKENS, Vocabulary
 
-BERT = Dialect(
+BERT = NameScheme(
     prefix="bert.",
     encoder={
         "embeddings.norm": "bert.embeddings.LayerNorm",
@@ -53,7 +53,7 @@ BERT = Dialect(
     head={"head.dense": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm"},
     attention={part: f"bert.encoder.layer.{{}}.attention.self.{part}" for part in ("query", "key", "value")},
 )
-MPNET = Dialect(
+MPNET = NameScheme(
     prefix="mpnet.",
     encoder={
         "embeddings.norm": "mpnet.embeddings.LayerNorm",
@@ -102,7 +102,7 @@ class Exported:
 # ------------------------------------------------------------------------------------------------------------ to others
 
 
-def as_bert(pretrained: Pretrained) -> Exported:
+def as_bert(pretrained: PretrainedWeights) -> Exported:
     """`BertForMaskedLM`. Raises `ConfigError` for a model with relative position bias."""
     model, weights = pretrained.model, pretrained.weights
     if model.relative_bias:
@@ -123,10 +123,10 @@ def as_bert(pretrained: Pretrained) -> Exported:
 def bert_tensors(weights: Tensors, model: ModelConfig) -> Tensors:
     """All but the relative position bias under BERT's names."""
     tables = {BERT_TOKENS: TOKENS, BERT_POSITIONS: POSITIONS, BERT_SEGMENTS: SEGMENTS, BERT_BIAS: HEAD_BIAS}
-    return {other: weights[own] for other, own in tables.items()} | in_dialect(weights, BERT, model)
+    return {other: weights[own] for other, own in tables.items()} | to_scheme(weights, BERT, model)
 
 
-def as_mpnet(pretrained: Pretrained) -> Exported:
+def as_mpnet(pretrained: PretrainedWeights) -> Exported:
     """`MPNetForMaskedLM`. Raises `ConfigError` for other buckets of distance than its own.
 
     A model without relative position bias gets a table of zeros, which computes the same.
@@ -153,7 +153,7 @@ def as_mpnet(pretrained: Pretrained) -> Exported:
     return Exported(settings, _mpnet_tensors(renumbered), moved, tuple(_lost_in_mpnet(pretrained, moved)))
 
 
-def _mpnet_tensors(pretrained: Pretrained) -> Tensors:
+def _mpnet_tensors(pretrained: PretrainedWeights) -> Tensors:
     model, weights = pretrained.model, pretrained.weights
     positions = weights[POSITIONS] + weights[SEGMENTS][0]
     before = torch.zeros(_MPNET_PAD + 1, model.hidden_size)
@@ -163,10 +163,10 @@ def _mpnet_tensors(pretrained: Pretrained) -> Tensors:
         _MPNET_POSITIONS: torch.cat([before, positions]),
         _MPNET_RELATIVE: weights.get(RELATIVE_BIAS, none).t().contiguous(),
         _MPNET_BIAS: weights[HEAD_BIAS],
-    } | in_dialect(weights, MPNET, model)
+    } | to_scheme(weights, MPNET, model)
 
 
-def _lost_in_mpnet(pretrained: Pretrained, moved: Vocabulary) -> list[str]:
+def _lost_in_mpnet(pretrained: PretrainedWeights, moved: Vocabulary) -> list[str]:
     found = ["MPNet has no segment embeddings: every token is read as of segment 0, the table's other rows are lost."]
     own = pretrained.vocabulary
     if own.pad_id != _MPNET_PAD:
@@ -177,7 +177,7 @@ def _lost_in_mpnet(pretrained: Pretrained, moved: Vocabulary) -> list[str]:
     return found
 
 
-def shared_settings(pretrained: Pretrained) -> dict[str, Any]:
+def shared_settings(pretrained: PretrainedWeights) -> dict[str, Any]:
     """What BERT's and MPNet's settings have alike."""
     named = {other: getattr(pretrained.model, own) for own, other in _SHARED_SETTINGS.items()}
     return {**named, "vocab_size": pretrained.model.vocab_size, "hidden_act": "gelu", "tie_word_embeddings": True}
@@ -212,7 +212,7 @@ def write_tokenizer(exported: Exported, folder: Path, *, max_positions: int) -> 
 # ---------------------------------------------------------------------------------------------------------- from others
 
 
-def from_bert(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> Pretrained:
+def from_bert(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> PretrainedWeights:
     """A BERT with or without its masked-LM head. Raises `ConfigError` with everything that does not fit."""
     check_settings(settings, origin)
     model = replace(
@@ -225,7 +225,7 @@ def from_bert(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary
     source = StrictTensors(with_prefix(tensors, BERT), origin=origin)
     weights, notes = bert_weights(source, model)
     source.finish()
-    return Pretrained(model, weights, vocabulary, {"format": "bert", "from": origin, "notes": notes})
+    return PretrainedWeights(model, weights, vocabulary, {"format": "bert", "from": origin, "notes": notes})
 
 
 def bert_weights(source: StrictTensors, model: ModelConfig) -> tuple[Tensors, list[str]]:
@@ -236,16 +236,16 @@ def bert_weights(source: StrictTensors, model: ModelConfig) -> tuple[Tensors, li
         TOKENS: source.take(BERT_TOKENS, (rows, size)),
         POSITIONS: source.take(BERT_POSITIONS, (model.max_positions, size)),
         SEGMENTS: source.take(BERT_SEGMENTS, (model.segment_types, size)),
-        **from_dialect(source, BERT.encoder, model),
-        **attention_from_dialect(source, BERT, model),
+        **from_scheme(source, BERT.encoder, model),
+        **attention_from_scheme(source, BERT, model),
     }
     source.drop("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")  # counters, in old files
     pooler = source.drop(*(f"bert.pooler.dense.{kind}" for kind in ("weight", "bias")))
     pair = source.drop(*(f"cls.seq_relationship.{kind}" for kind in ("weight", "bias")))
     notes = [f"left out, this model has no place for it: {', '.join(pooler + pair)}"] if pooler + pair else []
     if not source.has("cls."):
-        return weights | drawn_head(model), [*notes, _NO_HEAD]
-    weights |= from_dialect(source, BERT.head, model)
+        return weights | initial_head(model), [*notes, _NO_HEAD]
+    weights |= from_scheme(source, BERT.head, model)
     weights[HEAD_BIAS] = source.take(BERT_BIAS, (rows,))
     source.drop_copy("cls.predictions.decoder.weight", weights[TOKENS])
     source.drop_copy("cls.predictions.decoder.bias", weights[HEAD_BIAS])
@@ -255,7 +255,7 @@ def bert_weights(source: StrictTensors, model: ModelConfig) -> tuple[Tensors, li
 _NO_HEAD = "it has no masked-LM head: head.dense is drawn anew, its biases are zero"
 
 
-def from_mpnet(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> Pretrained:
+def from_mpnet(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> PretrainedWeights:
     """An MPNet with or without its masked-LM head. Raises `ConfigError` with everything that does not fit."""
     check_settings(settings, origin)
     buckets = settings.get("relative_attention_num_buckets", _MPNET_BUCKETS["relative_buckets"])
@@ -275,7 +275,7 @@ def from_mpnet(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabular
     source = StrictTensors(with_prefix(tensors, MPNET), origin=origin)
     weights, notes = _mpnet_weights(source, model, before=before)
     source.finish()
-    return Pretrained(model, weights, vocabulary, {"format": "mpnet", "from": origin, "notes": notes})
+    return PretrainedWeights(model, weights, vocabulary, {"format": "mpnet", "from": origin, "notes": notes})
 
 
 def _mpnet_weights(source: StrictTensors, model: ModelConfig, *, before: int) -> tuple[Tensors, list[str]]:
@@ -286,23 +286,23 @@ def _mpnet_weights(source: StrictTensors, model: ModelConfig, *, before: int) ->
         POSITIONS: source.take(_MPNET_POSITIONS, (model.max_positions + before, size))[before:].contiguous(),
         SEGMENTS: torch.zeros(model.segment_types, size),
         RELATIVE_BIAS: source.take(_MPNET_RELATIVE, (buckets, model.num_heads)).t().contiguous(),
-        **from_dialect(source, MPNET.encoder, model),
-        **attention_from_dialect(source, MPNET, model),
+        **from_scheme(source, MPNET.encoder, model),
+        **attention_from_scheme(source, MPNET, model),
     }
     source.drop("mpnet.embeddings.position_ids")
     pooler = source.drop(*(f"mpnet.pooler.dense.{kind}" for kind in ("weight", "bias")))
     notes = ["MPNet has no segment embeddings: both rows start as zeros"]
     notes += [f"left out, this model has no place for it: {', '.join(pooler)}"] if pooler else []
     if not source.has("lm_head."):
-        return weights | drawn_head(model), [*notes, _NO_HEAD]
-    weights |= from_dialect(source, MPNET.head, model)
+        return weights | initial_head(model), [*notes, _NO_HEAD]
+    weights |= from_scheme(source, MPNET.head, model)
     weights[HEAD_BIAS] = source.take(_MPNET_BIAS, (rows,))
     source.drop_copy("lm_head.decoder.weight", weights[TOKENS])
     source.drop_copy("lm_head.decoder.bias", weights[HEAD_BIAS])
     return weights, notes
 
 
-def with_prefix(tensors: Tensors, dialect: Dialect) -> Tensors:
+def with_prefix(tensors: Tensors, dialect: NameScheme) -> Tensors:
     """Under the names of the model with a head (a bare encoder's lack their beginning), old spellings mended."""
     bare = not any(name.startswith(dialect.prefix) for name in tensors)
     parts = ("embeddings.", "encoder.", "pooler.")
@@ -348,7 +348,7 @@ def check_settings(settings: dict[str, Any], origin: str) -> None:
         "add_cross_attention": False,
         "tie_word_embeddings": True,
     }
-    refuse(
+    raise_if_any(
         [
             f"{origin}: {name} ({settings[name]}) must be {value}: this model has nothing else"
             for name, value in expected.items()
@@ -369,7 +369,7 @@ def check_vocabulary(model: ModelConfig, vocabulary: Vocabulary, origin: str) ->
 
 
 @dataclass(frozen=True)
-class Answers:
+class ModelOutputs:
     """What a model says about some texts, at the tokens that are not padding: [tokens, E] and [tokens, V]."""
 
     states_NE: Tensor
@@ -377,7 +377,7 @@ class Answers:
 
 
 @torch.no_grad()
-def answers_of_folder(folder: Path, *, ids_BT: Tensor, segments_BT: Tensor, valid_BT: Tensor) -> Answers:
+def outputs_of_folder(folder: Path, *, ids_BT: Tensor, segments_BT: Tensor, valid_BT: Tensor) -> ModelOutputs:
     """Load a folder as anybody would, and ask it. `segments_BT` goes to models that have segments."""
     transformers = load_transformers()
     asked = {"input_ids": ids_BT, "attention_mask": valid_BT.long()}
@@ -386,7 +386,7 @@ def answers_of_folder(folder: Path, *, ids_BT: Tensor, segments_BT: Tensor, vali
         model = automatic.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
         segments = {} if model.config.model_type == "mpnet" else {"token_type_ids": segments_BT}
         answers.append(model(**asked, **segments)[0][valid_BT])
-    return Answers(*answers)
+    return ModelOutputs(*answers)
 
 
 def ids_of_folder(folder: Path, texts: list[str]) -> list[list[int]]:

@@ -24,13 +24,13 @@ from pmlm_dist.conversion.files import (
     read_vocabulary,
 )
 from pmlm_dist.conversion.huggingface import from_bert, from_mpnet
-from pmlm_dist.conversion.pretrained import Pretrained, save_pretrained
+from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
 from pmlm_dist.conversion.tensors import Tensors
 from pmlm_dist.conversion.unilm import from_unilm, is_unilm
 from pmlm_dist.vocab import Vocabulary
 
 Format = Literal["auto", "bert", "mpnet", "unilm"]
-_FORMATS: dict[str, Callable[..., Pretrained]] = {"bert": from_bert, "mpnet": from_mpnet, "unilm": from_unilm}
+_FORMATS: dict[str, Callable[..., PretrainedWeights]] = {"bert": from_bert, "mpnet": from_mpnet, "unilm": from_unilm}
 
 
 def import_weights(path: Path, /, *, output: Path, vocabulary: Path | None = None, format: Format = "auto") -> None:
@@ -67,7 +67,7 @@ def needed_flags(model: ModelConfig) -> list[str]:
     return [flag_of(name, getattr(model, name)) for name in names if getattr(model, name) != getattr(default, name)]
 
 
-def read_pretrained(path: Path, *, format: Format = "auto") -> Pretrained:
+def read_pretrained(path: Path, *, format: Format = "auto") -> PretrainedWeights:
     """The model at `path`, nothing of it left unread without a word. Raises `ConfigError` with what does not fit."""
     files = _find(path)
     settings, tensors = read_json_object(files.settings), read_tensors(files.tensors)

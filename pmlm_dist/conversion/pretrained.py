@@ -21,17 +21,17 @@ from torch import Tensor
 
 from pmlm_dist.checkpoint.files import (
     STATE,
-    Damaged,
+    CorruptCheckpoint,
     rank_file,
     read_state,
     read_weights,
     write_json,
     write_numbers,
 )
-from pmlm_dist.checkpoint.folder import IMPORTED, CheckpointFolder, newest_whole_at
-from pmlm_dist.checkpoint.fragments import Placement
+from pmlm_dist.checkpoint.folder import IMPORTED, CheckpointFolder, newest_valid_at
+from pmlm_dist.checkpoint.fragments import Fragment
 from pmlm_dist.checkpoint.initial_weights import COMPUTED
-from pmlm_dist.config import ConfigError, ModelConfig, refuse
+from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, own_shapes
 from pmlm_dist.model.task_model import TASK_HEAD
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
@@ -43,7 +43,7 @@ _BY_TOKEN = (TOKENS, HEAD_BIAS)
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class PretrainedWeights:
     """A model with its vocabulary. `weights`: fp32, whole, under the model's own names, no rows that pad."""
 
     model: ModelConfig
@@ -52,13 +52,13 @@ class Pretrained:
     facts: dict[str, Any] = field(default_factory=dict)
     """What `state.json` of its checkpoint says, or where it was imported from."""
 
-    def with_vocabulary(self, vocabulary: Vocabulary, *, origin: str) -> Pretrained:
+    def with_vocabulary(self, vocabulary: Vocabulary, *, origin: str) -> PretrainedWeights:
         """The same model for a vocabulary of the same tokens under other ids. Raises `ConfigError` for other tokens."""
         own = {token: id for id, token in enumerate(self.vocabulary.tokens)}
         wanted = vocabulary.tokens
         lacking = [token for token in wanted if token not in own]
         extra = own.keys() - set(wanted)
-        refuse(
+        raise_if_any(
             [
                 f"the vocabulary of {origin} ({len(wanted)} tokens) is not that of the weights ({len(own)}): "
                 f"{len(lacking)} of its tokens have no weights{_examples(lacking)}, "
@@ -80,7 +80,7 @@ def _examples(tokens: list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class PretrainedModel:
     """A checkpoint whose weights have not been read yet."""
 
     folder: Path
@@ -90,7 +90,7 @@ class Found:
     """Its `state.json`."""
 
 
-def find_pretrained(path: Path, *, vocabulary: Path | None = None) -> Found:
+def find_pretrained(path: Path, *, vocabulary: Path | None = None) -> PretrainedModel:
     """The newest whole checkpoint at `path`: a run's folder, its checkpoints, one of them, or what `pmlm import` wrote.
 
     In the folder of a fine-tuning the best one so far counts instead, which is the only one when it has ended.
@@ -98,39 +98,41 @@ def find_pretrained(path: Path, *, vocabulary: Path | None = None) -> Found:
     else in the corpus of the run. Raises `ConfigError` when the checkpoint is damaged or the vocabulary is not the one
     it was trained with.
     """
-    folder = newest_whole_at(path)
+    folder = newest_valid_at(path)
     state = _state_of(folder)
     best = state.get("progress", {}).get("best_step")
     if best and folder.name != path.name:
-        folder = newest_whole_at(CheckpointFolder(folder.parent, keep=1).folder(best))
+        folder = newest_valid_at(CheckpointFolder(folder.parent, keep=1).folder(best))
         state = _state_of(folder)
     model = _model_settings(state["configuration"].get("model"), folder)
-    words = Vocabulary.load(vocabulary or _place_of_vocabulary(folder, state))
+    words = Vocabulary.load(vocabulary or _vocabulary_folder(folder, state))
     if words.fingerprint != state["identity"].get("vocabulary"):
         raise ConfigError(
-            [f"the vocabulary in {vocabulary or _place_of_vocabulary(folder, state)} is not that of {folder}: "
+            [f"the vocabulary in {vocabulary or _vocabulary_folder(folder, state)} is not that of {folder}: "
              "name the one it was trained with by --vocabulary"]
         )  # fmt: skip
-    return Found(folder, replace(model, vocab_size=words.size), words, state)
+    return PretrainedModel(folder, replace(model, vocab_size=words.size), words, state)
 
 
 def _state_of(folder: Path) -> dict[str, Any]:
     try:
         return read_state(folder)
-    except Damaged as error:
+    except CorruptCheckpoint as error:
         raise ConfigError([f"{folder}: {error}"]) from error
 
 
-def open_pretrained(path: Path, *, vocabulary: Path | None = None) -> Pretrained:
+def open_pretrained(path: Path, *, vocabulary: Path | None = None) -> PretrainedWeights:
     """The checkpoint that `find_pretrained` finds, its weights read; the head of a task is left behind."""
     found = find_pretrained(path, vocabulary=vocabulary)
     try:
         arrays = read_weights(found.folder)
-    except Damaged as error:
+    except CorruptCheckpoint as error:
         raise ConfigError([f"{found.folder}: {error}"]) from error
     weights = {name: torch.from_numpy(a) for name, a in arrays.items() if not name.startswith(TASK_HEAD)}
-    pretrained = Pretrained(found.model, weights, found.vocabulary, facts={**found.state, "folder": found.folder})
-    refuse(_misfits(pretrained, found.folder))
+    pretrained = PretrainedWeights(
+        found.model, weights, found.vocabulary, facts={**found.state, "folder": found.folder}
+    )
+    raise_if_any(_shape_problems(pretrained, found.folder))
     return pretrained
 
 
@@ -141,7 +143,7 @@ def _model_settings(saved: Any, folder: Path) -> ModelConfig:
     return ModelConfig(**saved)
 
 
-def _place_of_vocabulary(folder: Path, state: dict[str, Any]) -> Path:
+def _vocabulary_folder(folder: Path, state: dict[str, Any]) -> Path:
     above = folder.parent.parent
     if folder.parent.name == IMPORTED or (above / "tokenizer.json").is_file():
         return above
@@ -151,7 +153,7 @@ def _place_of_vocabulary(folder: Path, state: dict[str, Any]) -> Path:
     return Path(corpus)
 
 
-def _misfits(pretrained: Pretrained, folder: Path) -> list[str]:
+def _shape_problems(pretrained: PretrainedWeights, folder: Path) -> list[str]:
     shapes, weights = own_shapes(pretrained.model), pretrained.weights
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     return [
@@ -164,10 +166,10 @@ def _misfits(pretrained: Pretrained, folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- running
 
 
-def build_pretrained(pretrained: Pretrained) -> PseudoMaskedLM:
+def build_pretrained(pretrained: PretrainedWeights) -> PseudoMaskedLM:
     """The module in evaluation mode, on the CPU."""
-    groups.start()
-    config = replace(pretrained.model, attention="split", activation_checkpointing=False)
+    groups.init_process_groups()
+    config = replace(pretrained.model, attention="fused", activation_checkpointing=False)
     model = build_model(config, padded_vocab_size=pretrained.vocabulary.padded_size()).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -199,13 +201,13 @@ def logits(model: PseudoMaskedLM, states_BTE: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
-def save_pretrained(pretrained: Pretrained, output: Path) -> Path:
+def save_pretrained(pretrained: PretrainedWeights, output: Path) -> Path:
     """Write a folder that `train.py --init` starts from and `pmlm export` reads. Refuses one that is there already."""
     with new_folder(output) as temporary:
         checkpoints = CheckpointFolder(temporary / IMPORTED, keep=1)
-        unfinished = checkpoints.temporary(0, life="import")
+        unfinished = checkpoints.temporary(0, attempt="import")
         unfinished.mkdir(parents=True)
-        wholes = [Placement.whole(name, weight.shape) for name, weight in pretrained.weights.items()]
+        wholes = [Fragment.whole(name, weight.shape) for name, weight in pretrained.weights.items()]
         chunks = (_bytes_of(weight) for weight in pretrained.weights.values())
         files = {
             rank_file(0): write_numbers(unfinished / rank_file(0), wholes, chunks, kinds=("weight",)),
@@ -220,7 +222,7 @@ def _bytes_of(weight: Tensor) -> memoryview:
     return np.ascontiguousarray(weight.numpy(), dtype="<f4").reshape(-1).view(np.uint8).data
 
 
-def _state(pretrained: Pretrained) -> dict[str, Any]:
+def _state(pretrained: PretrainedWeights) -> dict[str, Any]:
     return {
         **dict.fromkeys(("step", "samples_consumed", "tokens_seen"), 0),
         "identity": {"vocabulary": pretrained.vocabulary.fingerprint},

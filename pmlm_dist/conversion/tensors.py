@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pmlm_dist.config import ModelConfig, refuse
+from pmlm_dist.config import ModelConfig, raise_if_any
 
 Tensors = dict[str, Tensor]
 
@@ -26,7 +26,7 @@ RELATIVE_BIAS, HEAD_BIAS = "relative_bias.weight", "head.bias"
 
 
 @dataclass(frozen=True)
-class Dialect:
+class NameScheme:
     """Where another implementation keeps what both have alike; `{}` stands for the layer.
 
     `encoder` and `head`: own module -> its module, each with a weight and a bias. `attention`: query, key and value.
@@ -69,7 +69,7 @@ def _module(name: str, *weight: int) -> dict[str, tuple[int, ...]]:
 # ------------------------------------------------------------------------------------------------------------ to others
 
 
-def in_dialect(weights: Tensors, dialect: Dialect, config: ModelConfig) -> Tensors:
+def to_scheme(weights: Tensors, dialect: NameScheme, config: ModelConfig) -> Tensors:
     """What the dialect has alike, under its names: all but the embedding tables and the head's bias."""
     found = {other: weights[own] for own, other in _renamed(dialect.encoder | dialect.head, config)}
     for number in range(config.num_layers):
@@ -149,16 +149,16 @@ class StrictTensors:
             found.append(
                 f"{self._origin} has tensors that this model has no place for: {', '.join(sorted(self._left))}"
             )
-        refuse(found)
+        raise_if_any(found)
 
 
-def from_dialect(source: StrictTensors, modules: dict[str, str], config: ModelConfig) -> Tensors:
+def from_scheme(source: StrictTensors, modules: dict[str, str], config: ModelConfig) -> Tensors:
     """Own tensors of the `modules` (own -> its) of a dialect."""
     shapes = own_shapes(config)
     return {own: source.take(other, shapes[own]) for own, other in _renamed(modules, config)}
 
 
-def attention_from_dialect(source: StrictTensors, dialect: Dialect, config: ModelConfig) -> Tensors:
+def attention_from_scheme(source: StrictTensors, dialect: NameScheme, config: ModelConfig) -> Tensors:
     """Own queries, keys and values of all layers."""
     found, size = {}, config.hidden_size
     for number in range(config.num_layers):
@@ -172,7 +172,7 @@ def attention_from_dialect(source: StrictTensors, dialect: Dialect, config: Mode
     return found
 
 
-def drawn_head(config: ModelConfig) -> Tensors:
+def initial_head(config: ModelConfig) -> Tensors:
     """A head for a checkpoint without one, drawn as the model draws it, from a fixed seed."""
     size, generator = config.hidden_size, torch.Generator().manual_seed(0)
     assert config.vocab_size is not None

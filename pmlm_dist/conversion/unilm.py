@@ -30,7 +30,7 @@ from pmlm_dist.conversion.huggingface import (
     size_setting,
     with_prefix,
 )
-from pmlm_dist.conversion.pretrained import Pretrained
+from pmlm_dist.conversion.pretrained import PretrainedWeights
 from pmlm_dist.conversion.tensors import RELATIVE_BIAS, TOKENS, StrictTensors, Tensors
 from pmlm_dist.vocab import Vocabulary
 
@@ -48,7 +48,7 @@ def is_unilm(settings: dict[str, Any], tensors: Tensors) -> bool:
 # ------------------------------------------------------------------------------------------------------------ to UniLM
 
 
-def as_unilm(pretrained: Pretrained) -> Exported:
+def as_unilm(pretrained: PretrainedWeights) -> Exported:
     """The whole model; nothing of it is lost."""
     model = pretrained.model
     settings = {
@@ -80,7 +80,7 @@ def fused(tensors: Tensors, *, layers: int) -> Tensors:
 # ---------------------------------------------------------------------------------------------------------- from UniLM
 
 
-def from_unilm(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> Pretrained:
+def from_unilm(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> PretrainedWeights:
     """A released UniLM checkpoint, or one fine-tuned from it. Raises `ConfigError` with all that does not fit."""
     check_settings(settings, origin)
     tensors = unfused(with_prefix(tensors, BERT))
@@ -100,7 +100,9 @@ def from_unilm(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabular
     source.drop_copy("cls.predictions.decoder_weight", weights[TOKENS])
     source.drop("crit_mask_lm_smoothed.one_hot")  # a constant of the fine-tuning loss
     source.finish()
-    return Pretrained(model, weights, vocabulary, {"format": "unilm", "from": origin, "notes": [*of_bert, *notes]})
+    return PretrainedWeights(
+        model, weights, vocabulary, {"format": "unilm", "from": origin, "notes": [*of_bert, *notes]}
+    )
 
 
 def unfused(tensors: Tensors) -> Tensors:

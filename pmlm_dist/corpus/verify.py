@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pmlm_dist.config import refuse
+from pmlm_dist.config import raise_if_any
 from pmlm_dist.corpus.packing.packer import SPECIAL_TOKENS_PER_SAMPLE
 from pmlm_dist.corpus.packing.stream_digest import ORIGINS, base, digest, places_in_streams
 from pmlm_dist.corpus.shards import SPLITS, Manifest, Shard, ShardError, ShardReader, open_shard
@@ -35,7 +35,7 @@ def verify(folder: Path, /) -> None:
     corpus = _Corpus(folder, Manifest.load(folder), Vocabulary.load(folder))
     found = corpus.check()
     more = [f"and {len(found) - _NAMED} more like these"] if len(found) > _NAMED else []
-    refuse([f"{folder}: {problem}" for problem in found[:_NAMED] + more])
+    raise_if_any([f"{folder}: {problem}" for problem in found[:_NAMED] + more])
     print(f"{folder}: {corpus.said()}")
 
 

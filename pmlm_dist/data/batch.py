@@ -17,7 +17,7 @@ import torch
 
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.masking.blockwise import SpecialIds, mask_rule, max_predictions
-from pmlm_dist.masking.layout import empty_layout, lay_out
+from pmlm_dist.masking.layout import build_layout, empty_layout
 from pmlm_dist.vocab import Vocabulary
 
 
@@ -141,6 +141,6 @@ def build_batch(
         pad_id=special.pad,
     )
     rule = mask_rule(masking, special)
-    lay_out(samples, sample_ids=ids_B, epochs=epochs_B, seed=seed, rule=rule, layout=layout)
+    build_layout(samples, sample_ids=ids_B, epochs=epochs_B, seed=seed, rule=rule, layout=layout)
     tensors = {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
     return Batch(**tensors, sample_ids_B=torch.from_numpy(ids_B), epochs_B=torch.from_numpy(epochs_B))

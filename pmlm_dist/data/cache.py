@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from pmlm_dist.config import refuse
+from pmlm_dist.config import raise_if_any
 from pmlm_dist.corpus.shards import MANIFEST, Shard, ShardError, open_shard
-from pmlm_dist.data.remote_files import TransferError, chunks, url_of, whole
+from pmlm_dist.data.remote_files import TransferError, chunks, read_whole, url_of
 
 _POLL_S = 0.02
 
@@ -40,10 +40,10 @@ def mirror(address: str, cache: Path, *, timeout_s: float) -> Path:
     for name in (MANIFEST, "tokenizer.json"):
         temporary = folder / f".{name}.{os.getpid()}"
         try:
-            temporary.write_bytes(whole(address, name, timeout_s=timeout_s))
+            temporary.write_bytes(read_whole(address, name, timeout_s=timeout_s))
             temporary.replace(folder / name)  # other ranks of this node write the same
         except TransferError as error:
-            refuse([f"corpus {address}: {error}; check the address, the network and the rights"])
+            raise_if_any([f"corpus {address}: {error}; check the address, the network and the rights"])
     return folder
 
 
@@ -119,13 +119,13 @@ class ShardCache:
         with _locked(self.folder / "lock", wait=True):
             out.truncate(0)
             while self._held() + shard.bytes > self.limit:
-                if not self._throw_out():
+                if not self._evict():
                     raise CacheError(
                         f"the cache {self.folder} has no room for {shard.name} of {shard.bytes:,} bytes: its "
                         f"{self.limit:,} are taken by shards that are being read: raise data.cache_gib"
                     )
             while not _allocated(out, shard.bytes):
-                if not self._throw_out():
+                if not self._evict():
                     raise CacheError(
                         f"the disk of the cache {self.folder} is full and nothing in it can be thrown out: "
                         f"{shard.name} takes {shard.bytes:,} bytes; make room, or choose another data.cache"
@@ -145,7 +145,7 @@ class ShardCache:
             found.append((status.st_mtime, status.st_size, path))
         return sorted(found)
 
-    def _throw_out(self) -> bool:
+    def _evict(self) -> bool:
         """Remove one file that nobody holds; whether there was one."""
         for _, size, path in self._files():
             with _locked(path, wait=False, create=False) as held:

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pmlm_dist.config import DataConfig, MaskingConfig, refuse
+from pmlm_dist.config import DataConfig, MaskingConfig, raise_if_any
 from pmlm_dist.corpus.shards import VALIDATION, Manifest, ShardError
 from pmlm_dist.data.batch import Batch, build_batch
 from pmlm_dist.data.cache import CacheError
 from pmlm_dist.data.order import BatchShare, micro_batch_samples
-from pmlm_dist.data.stream import Access, CorpusSource, Sample, SplitReader, TrainingStream
-from pmlm_dist.data.worker_pool import InOrder
+from pmlm_dist.data.stream import CorpusSource, Sample, ShardAccess, SplitReader, TrainingStream
+from pmlm_dist.data.worker_pool import WorkerPool
 from pmlm_dist.masking.blockwise import SpecialIds
 
 VALIDATION_SEED = 0x5EED
@@ -83,7 +83,7 @@ class Batches(Iterator[Batch]):
     def __init__(self, builder: _TrainingBatches | _ValidationBatches, numbers: Iterable[int], loading: Loading):
         _compile(builder.source)
         data, self._pin_memory = loading.data, loading.pin_memory
-        self._arrays = InOrder(
+        self._arrays = WorkerPool(
             builder,
             numbers,
             workers=data.workers,
@@ -134,7 +134,7 @@ def training_batches(
             f"global batch ({share.global_batch})"
         )
     data = loading or DataConfig()
-    builder = _TrainingBatches(source, lanes, share, samples_consumed, Access.of(data), frozenset(quarantined))
+    builder = _TrainingBatches(source, lanes, share, samples_consumed, ShardAccess.of(data), frozenset(quarantined))
     return Batches(builder, itertools.count(), Loading(data, pin_memory))
 
 
@@ -153,10 +153,10 @@ def validation_batches(
     """
     available = Manifest.load(source.corpus).splits[VALIDATION].samples
     if not available:
-        refuse([f"corpus {source.corpus} has no validation samples: prepare one with a validation split"])
+        raise_if_any([f"corpus {source.corpus} has no validation samples: prepare one with a validation split"])
     samples, data = min(samples, available), loading or DataConfig()
     share = dataclasses.replace(share, global_batch=share.micro_batch * share.dp_size)
-    builder = _ValidationBatches(source, samples, share, Access.of(data))
+    builder = _ValidationBatches(source, samples, share, ShardAccess.of(data))
     return Batches(builder, range(-(-samples // share.global_batch)), Loading(data, pin_memory))
 
 
@@ -168,7 +168,7 @@ class _TrainingBatches:
     lanes: int
     share: BatchShare
     samples_consumed: int
-    access: Access
+    access: ShardAccess
     quarantined: frozenset[str]
 
     expected = (ShardError, CacheError)
@@ -200,7 +200,7 @@ class _ValidationBatches:
     source: BatchSource
     samples: int
     share: BatchShare
-    access: Access
+    access: ShardAccess
 
     expected = (ShardError, CacheError)
 

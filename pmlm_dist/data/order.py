@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pmlm_dist.config import divisors, refuse
+from pmlm_dist.config import divisors, raise_if_any
 from pmlm_dist.masking.blockwise import seed_state
 
 DEFAULT_LANES = 64
@@ -182,7 +182,7 @@ def choose_lanes(wanted: int | None, *, global_batch: int, shards: int, dp: int)
     """
     usable = [lanes for lanes in divisors(global_batch) if lanes % dp == 0 and lanes <= shards]
     if wanted is None:
-        refuse([] if usable else [_no_lanes(global_batch=global_batch, shards=shards, dp=dp)])
+        raise_if_any([] if usable else [_no_lanes(global_batch=global_batch, shards=shards, dp=dp)])
         return max((lanes for lanes in usable if lanes <= DEFAULT_LANES), default=usable[0])
     way_out = f"use one of {usable}" if usable else _no_lanes(global_batch=global_batch, shards=shards, dp=dp)
     found = []
@@ -192,7 +192,7 @@ def choose_lanes(wanted: int | None, *, global_batch: int, shards: int, dp: int)
         found.append(f"data.lanes ({wanted}) must be a multiple of the data-parallel size ({dp}): {way_out}")
     if wanted > shards:
         found.append(f"data.lanes ({wanted}) must not exceed the number of training shards ({shards}): {way_out}")
-    refuse(found)
+    raise_if_any(found)
     return wanted
 
 

@@ -21,10 +21,10 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import IO, Any
 
-from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.config import ConfigError, raise_if_any
 
 SCHEMES = ("http", "https", "s3", "gs", "file", "memory")
-PLACE = "{}"
+NAME_FIELD = "{}"
 """Where the name of a file goes in the arguments of a program."""
 LARGEST_SMALL_FILE = 256 << 20
 """Bytes of a manifest or a vocabulary at most."""
@@ -50,7 +50,7 @@ def address_of(corpus: object, *, allow_pipe: bool = False) -> str | None:
     if scheme == "pipe" and allow_pipe:
         return _program_address(match[2])
     if scheme not in SCHEMES or "::" in rest:
-        refuse(
+        raise_if_any(
             [
                 f"corpus {str(corpus)!r} must be a folder or an address of one of {', '.join(SCHEMES)}: commands are "
                 "never run for an address, but for pipe:PROGRAM with --data.allow-pipe (a folder whose name has a "
@@ -58,7 +58,7 @@ def address_of(corpus: object, *, allow_pipe: bool = False) -> str | None:
             ]
         )
     if "@" in rest.partition("/")[0]:
-        refuse(
+        raise_if_any(
             [
                 f"corpus {scheme}://...@{rest.partition('/')[0].rpartition('@')[2]}: what is before the @ would be "
                 "written into logs and checkpoints: give credentials by the environment (docs/security.md)"
@@ -73,11 +73,11 @@ def _program_address(command: str) -> str:
         arguments = shlex.split(command)
     except ValueError as error:
         raise ConfigError([f"corpus 'pipe:{command}' cannot be split into arguments ({error}): mend it"]) from error
-    if not arguments or PLACE in arguments[0] or not any(PLACE in argument for argument in arguments):
-        refuse(
+    if not arguments or NAME_FIELD in arguments[0] or not any(NAME_FIELD in argument for argument in arguments):
+        raise_if_any(
             [
                 f"corpus 'pipe:{command}' must name a program that writes a file of the corpus to its standard output, "
-                f"with {PLACE} where the file's name goes: 'pipe:aws s3 cp s3://bucket/corpus/{PLACE} -'"
+                f"with {NAME_FIELD} where the file's name goes: 'pipe:aws s3 cp s3://bucket/corpus/{NAME_FIELD} -'"
             ]
         )
     return f"{_PIPE}{command}"
@@ -85,10 +85,10 @@ def _program_address(command: str) -> str:
 
 def url_of(address: str, name: str) -> str:
     """File `name` of the corpus at `address`, for people and for fsspec."""
-    return address.replace(PLACE, name) if address.startswith(_PIPE) else f"{address}/{name}"
+    return address.replace(NAME_FIELD, name) if address.startswith(_PIPE) else f"{address}/{name}"
 
 
-def whole(address: str, name: str, *, timeout_s: float) -> bytes:
+def read_whole(address: str, name: str, *, timeout_s: float) -> bytes:
     """The small file `name` of the corpus at `address`."""
     content = bytearray()
     with closing(chunks(address, name, size=None, timeout_s=timeout_s)) as stream:
@@ -107,7 +107,7 @@ def chunks(address: str, name: str, *, size: int | None, timeout_s: float) -> Ge
     url = url_of(address, name)
     if not address.startswith(_PIPE):
         return _fetched(url, size=size, timeout_s=timeout_s)
-    arguments = [argument.replace(PLACE, name) for argument in shlex.split(address.removeprefix(_PIPE))]
+    arguments = [argument.replace(NAME_FIELD, name) for argument in shlex.split(address.removeprefix(_PIPE))]
     return _output(arguments, url, timeout_s=timeout_s)
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pmlm_dist.config import DataConfig, refuse
+from pmlm_dist.config import DataConfig, raise_if_any
 from pmlm_dist.corpus.shards import TRAIN, Manifest, Shard, ShardError, ShardReader, TokenDtype, open_shard
 from pmlm_dist.data.cache import CacheError, ShardCache, mirror
 from pmlm_dist.data.mixture import Mixture
@@ -66,13 +66,13 @@ class CorpusSource:
         if address is None:
             return cls(Path(corpus), weight=weight)
         if data.cache is None:
-            refuse([f"corpus {address} is not on this machine: name a folder for its shards with --data.cache"])
+            raise_if_any([f"corpus {address} is not on this machine: name a folder for its shards with --data.cache"])
         cache = Path(data.cache or "").expanduser()
         return cls(mirror(address, cache, timeout_s=data.transfer_timeout_s), address, weight)
 
 
 @dataclass(frozen=True)
-class Access:
+class ShardAccess:
     """How shards are opened: again and again where that fails, through a cache where they are elsewhere."""
 
     retries: int = 0
@@ -81,7 +81,7 @@ class Access:
     cache: ShardCache | None = None
 
     @classmethod
-    def of(cls, data: DataConfig) -> Access:
+    def of(cls, data: DataConfig) -> ShardAccess:
         """As the settings say."""
         folder = Path(data.cache).expanduser() if data.cache else None
         limit = int(data.cache_gib * 2**30)
@@ -116,9 +116,9 @@ class SplitReader:
     Raises ShardError for a shard that is missing or damaged.
     """
 
-    def __init__(self, source: CorpusSource | Path, *, split: str, access: Access | None = None):
+    def __init__(self, source: CorpusSource | Path, *, split: str, access: ShardAccess | None = None):
         self._source = source if isinstance(source, CorpusSource) else CorpusSource(source)
-        self._access = access or Access()
+        self._access = access or ShardAccess()
         manifest = Manifest.load(self._source.folder)
         self.shards = manifest.splits[split].shards
         self.sizes = tuple(shard.samples for shard in self.shards)
@@ -216,7 +216,7 @@ class TrainingStream:
         *,
         lanes: int,
         seed: int,
-        access: Access | None = None,
+        access: ShardAccess | None = None,
         quarantined: Set[str] = frozenset(),
     ):
         self._sources = tuple(sources)

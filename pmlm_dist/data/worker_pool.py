@@ -36,7 +36,7 @@ class WorkerError(RuntimeError):
     """A loader worker is dead, stuck or broken."""
 
 
-class Builder(Protocol):
+class BatchBuilder(Protocol):
     """What workers run; picklable."""
 
     @property
@@ -53,12 +53,12 @@ class Builder(Protocol):
         ...
 
 
-class InOrder(Iterator[Any]):
+class WorkerPool(Iterator[Any]):
     """Items `numbers` of `builder`, in order. Workers (none: this process) start at once, `close` ends them."""
 
     def __init__(
         self,
-        builder: Builder,
+        builder: BatchBuilder,
         numbers: Iterable[int],
         *,
         workers: int,
@@ -152,7 +152,12 @@ class _Worker:
     """One worker process, seen from the trainer."""
 
     def __init__(
-        self, context: multiprocessing.context.BaseContext, builder: Builder, marks: Any, number: int, timeout_s: float
+        self,
+        context: multiprocessing.context.BaseContext,
+        builder: BatchBuilder,
+        marks: Any,
+        number: int,
+        timeout_s: float,
     ):
         self.number, self.marks = number, marks
         self.connection, other_end = context.Pipe()
@@ -189,7 +194,7 @@ def _context(preload: str) -> multiprocessing.context.BaseContext:
 # --------------------------------------------------------------------------------------------------------- in a worker
 
 
-def _work(builder: Builder, connection: Connection, marks: Any, slot: int) -> None:
+def _work(builder: BatchBuilder, connection: Connection, marks: Any, slot: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
@@ -212,7 +217,7 @@ def _work(builder: Builder, connection: Connection, marks: Any, slot: int) -> No
         outgoing.put(pickle.dumps(outcome, protocol=pickle.HIGHEST_PROTOCOL))
 
 
-def _outcome(builder: Builder, number: int, *, mark: Callable[[int], None]) -> tuple[str, Any]:
+def _outcome(builder: BatchBuilder, number: int, *, mark: Callable[[int], None]) -> tuple[str, Any]:
     try:
         return "item", builder.build(number, mark=mark)
     except builder.expected as error:

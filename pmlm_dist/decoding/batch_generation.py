@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pmlm_dist.decoding.beam_search import BeamSearch, Hypothesis, Rules
-from pmlm_dist.decoding.incremental import Appended, Context, Session
+from pmlm_dist.decoding.incremental import Appended, Context, DecodingSession
 from pmlm_dist.decoding.sampling import Sampling
 from pmlm_dist.decoding.settings import DecodingConfig
 from pmlm_dist.masking.blockwise import SpecialIds
@@ -35,12 +35,14 @@ def search_of(config: DecodingConfig, special: SpecialIds) -> Search:
         forbidden=tuple(id for id in special.special if id != special.sep),
     )
     if config.method == "beam":
-        return BeamSearch(rules, config.beam, config.length_penalty, stop=config.stop, returned=config.returned)
+        return BeamSearch(
+            rules, config.beam, config.length_penalty, stop=config.stop, returned=config.num_return_sequences
+        )
     temperature = 0.0 if config.method == "greedy" else config.temperature
     return Sampling(rules, temperature, config.top_k, config.top_p, config.seed)
 
 
-def write(
+def generate_batches(
     model: PseudoMaskedLM,
     sources: Sequence[np.ndarray],
     *,
@@ -60,7 +62,7 @@ def write(
     for places in batches_by_length([len(source) for source in sources], batch=batch):
         own = [sources[place] for place in places]
         drawn = [numbers[place] for place in places]
-        found = write_batch(model, own, search=search, special=special, numbers=drawn)
+        found = generate_batch(model, own, search=search, special=special, numbers=drawn)
         for place, hypotheses in zip(places, found, strict=True):
             answers[place] = hypotheses
     return answers
@@ -73,7 +75,7 @@ def batches_by_length(lengths: Sequence[int], *, batch: int) -> Iterator[list[in
 
 
 @torch.no_grad()
-def write_batch(
+def generate_batch(
     model: PseudoMaskedLM,
     sources: Sequence[np.ndarray],
     *,
@@ -85,7 +87,7 @@ def write_batch(
     device = next(model.parameters()).device
     context, starts_B1 = context_of(sources, special=special, device=device)
     capacity = search.rules.max_length + 1
-    session = Session(model, context, mask_id=special.mask, beams=search.beams, capacity=capacity)
+    session = DecodingSession(model, context, mask_id=special.mask, beams=search.beams, capacity=capacity)
     drawing = {"numbers": numbers} if isinstance(search, Sampling) else {}
     state: Any = search.start(len(sources), device=device, **drawing)
     rows, answers = torch.arange(len(sources), device=device), [[] for _ in sources]

@@ -110,7 +110,7 @@ class BeamSearch:
         scores_BKV = log_probabilities(logits_BKV, add_BK=beams.scores_BK.to(_precise(logits_BKV)))
         forbid(scores_BKV, beams.tokens_BKL, rules)
         best_BN, index_BN = best_of(scores_BKV.flatten(1), count=2 * self.beams)
-        refuse_nan(best_BN)
+        raise_if_nan(best_BN)
         parents_BN, words_BN = index_BN // scores_BKV.shape[2], index_BN % scores_BKV.shape[2]
         tokens_BNL = torch.cat([_taken(beams.tokens_BKL, parents_BN), words_BN[..., None]], dim=2)
         is_end_BN = words_BN == rules.end_id
@@ -221,7 +221,7 @@ def best_of(scores_BX: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def refuse_nan(best_BN: Tensor) -> None:
+def raise_if_nan(best_BN: Tensor) -> None:
     """Raise `ScoresNotFinite` if there is a NaN, which counts as the highest of its row."""
     bad_B = best_BN.isnan().any(dim=1)
     if bool(bad_B.any()):

@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmlm_dist.masking.visibility import visible
-from pmlm_dist.model.attention import ATTENTION, Slots
+from pmlm_dist.model.attention import ATTENTION_BACKENDS, Slots
 from pmlm_dist.model.relative_position import look_up
 from pmlm_dist.model.transformer import Layer, PseudoMaskedLM
-from pmlm_dist.parallel.cross_entropy import whole_logits
+from pmlm_dist.parallel.cross_entropy import gather_logits
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class _Columns:
     """The beam in which a hypothesis' column lies."""
 
 
-class Session:
+class DecodingSession:
     """The state of decoding a batch; `step` advances it. The model is in evaluation mode and is not changed."""
 
     def __init__(self, model: PseudoMaskedLM, context: Context, *, mask_id: int, beams: int, capacity: int):
@@ -122,7 +122,7 @@ class Session:
             columns.positions_BC[:, : -num_pseudo or None],
             columns.home_BKC[..., : -num_pseudo or None],
         )
-        logits = whole_logits(model.head(x_BXE, model.embeddings.token.weight))
+        logits = gather_logits(model.head(x_BXE, model.embeddings.token.weight))
         return logits[..., : model.config.vocab_size].unflatten(1, (num_pseudo, beams))
 
     def keep(self, samples: Tensor) -> None:
@@ -179,7 +179,7 @@ def _encode(model: PseudoMaskedLM, context: Context, *, room: int) -> list[Tenso
         predicted_BM=None,
     )
     x_SBE = model.embeddings(context.tokens_BS.t(), context.positions_BS.t(), context.segments_BS.t())
-    groups = ATTENTION[model.config.attention].plan(slots, model.relative_bias, x_SBE.dtype).inner
+    groups = ATTENTION_BACKENDS[model.config.attention].plan(slots, model.relative_bias, x_SBE.dtype).inner
     caches = []
     for number, layer in enumerate(model.layers, start=1):
         assert isinstance(layer, Layer)

@@ -20,17 +20,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pmlm_dist.decoding.beam_search import refuse_nan
-from pmlm_dist.decoding.incremental import Appended, Context, Session
+from pmlm_dist.decoding.beam_search import raise_if_nan
+from pmlm_dist.decoding.incremental import Appended, Context, DecodingSession
 from pmlm_dist.masking.blockwise import SpecialIds
 from pmlm_dist.model.transformer import PseudoMaskedLM
-from pmlm_dist.parallel.cross_entropy import whole_logits
+from pmlm_dist.parallel.cross_entropy import gather_logits
 
 Order = Literal["ae", "left", "right", "confidence"]
 
 
 @dataclass(frozen=True)
-class Guess:
+class FilledMask:
     """What was put in a mask: (token id, probability), the likeliest first; the first was taken."""
 
     position: int
@@ -48,7 +48,7 @@ def fill(
     order: Order | Sequence[int],
     special: SpecialIds,
     shown: int = 5,
-) -> list[Guess]:
+) -> list[FilledMask]:
     """Fill the masks at the positions `spans` of a text (ids with [CLS] and [SEP]), in the order of the text.
 
     `order`: a name, or the numbers of the spans (from 0) in the order of filling. Raises `ScoresNotFinite`.
@@ -76,7 +76,7 @@ class _Text:
         slots_1S = torch.arange(len(ids), device=self._device)[None]
         self._context = Context(tokens_1S, slots_1S, torch.zeros_like(tokens_1S), torch.ones_like(tokens_1S).bool())
 
-    def at_once(self, places: list[int]) -> list[Guess]:
+    def at_once(self, places: list[int]) -> list[FilledMask]:
         """Autoencoding: one pass."""
         context = self._context
         x_P1E = self._model.encode(
@@ -86,10 +86,10 @@ class _Text:
             order_BT=torch.zeros_like(context.positions_BS),
             valid_BT=context.valid_BS,
         )[places]
-        logits = whole_logits(self._model.head(x_P1E, self._model.embeddings.token.weight))
+        logits = gather_logits(self._model.head(x_P1E, self._model.embeddings.token.weight))
         return self._guesses(logits[:, 0], places, step=1)
 
-    def step_by_step(self, steps: list[list[int]]) -> list[Guess]:
+    def step_by_step(self, steps: list[list[int]]) -> list[FilledMask]:
         """One factorization step after the other."""
         session, found, decided = self._session(sum(map(len, steps))), [], []
         for step, places in enumerate(steps, start=1):
@@ -97,7 +97,7 @@ class _Text:
             found += decided
         return found
 
-    def surest_first(self, places: list[int]) -> list[Guess]:
+    def surest_first(self, places: list[int]) -> list[FilledMask]:
         """All that are left are asked in each step; the likeliest answer of all is taken."""
         session, found, left = self._session(len(places)), [], list(places)
         while left:
@@ -106,22 +106,22 @@ class _Text:
             left.remove(found[-1].position)
         return found
 
-    def _session(self, masks: int) -> Session:
-        return Session(self._model, self._context, mask_id=self._special.mask, beams=1, capacity=2 * masks)
+    def _session(self, masks: int) -> DecodingSession:
+        return DecodingSession(self._model, self._context, mask_id=self._special.mask, beams=1, capacity=2 * masks)
 
-    def _ask(self, session: Session, decided: list[Guess], places: list[int]) -> Tensor:
+    def _ask(self, session: DecodingSession, decided: list[FilledMask], places: list[int]) -> Tensor:
         """Logits [P, V] at `places`, now that `decided` is known."""
         tokens_1A1 = self._whole([[[guess.choices[0][0]] for guess in decided]]).view(1, -1, 1)
         positions_1Q = self._whole([[guess.position for guess in decided] + places])
         return session.step(Appended(tokens_1A1, positions_1Q, torch.zeros_like(positions_1Q)))[0, :, 0]
 
-    def _guesses(self, logits_PV: Tensor, places: list[int], *, step: int) -> list[Guess]:
+    def _guesses(self, logits_PV: Tensor, places: list[int], *, step: int) -> list[FilledMask]:
         logits_PV = logits_PV[:, : self._special.vocab_size].float()
         logits_PV[:, list(self._special.special)] = float("-inf")
         p_PN, words_PN = logits_PV.softmax(dim=-1).topk(min(self._shown, logits_PV.shape[1]), dim=-1)
-        refuse_nan(p_PN)
+        raise_if_nan(p_PN)
         return [
-            Guess(place, step, tuple(zip(words, p, strict=True)))
+            FilledMask(place, step, tuple(zip(words, p, strict=True)))
             for place, words, p in zip(places, words_PN.tolist(), p_PN.tolist(), strict=True)
         ]
 

@@ -22,12 +22,12 @@ from pmlm_dist.decoding.beam_search import (
     forbid,
     hypothesis_of,
     log_probabilities,
-    refuse_nan,
+    raise_if_nan,
 )
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledTokens:
     """What was written so far; `uniform_BM` are the numbers in [0, 1) that decide the draws."""
 
     tokens_B1L: Tensor
@@ -36,9 +36,9 @@ class Drawn:
     done_B: Tensor
     uniform_BM: Tensor
 
-    def keep(self, samples: Tensor) -> Drawn:
+    def keep(self, samples: Tensor) -> SampledTokens:
         """Those samples alone (indices)."""
-        return Drawn(*(getattr(self, field.name)[samples] for field in fields(self)))
+        return SampledTokens(*(getattr(self, field.name)[samples] for field in fields(self)))
 
     @property
     def tokens_BKL(self) -> Tensor:
@@ -68,28 +68,30 @@ class Sampling:
         """Hypotheses of a sample."""
         return 1
 
-    def start(self, batch: int, *, device: torch.device | str = "cpu", numbers: Sequence[int] | None = None) -> Drawn:
+    def start(
+        self, batch: int, *, device: torch.device | str = "cpu", numbers: Sequence[int] | None = None
+    ) -> SampledTokens:
         """Nothing written yet; `numbers` are those of the samples (None: 0, 1, 2, ...)."""
         numbers = range(batch) if numbers is None else numbers
         uniform = [np.random.default_rng((self.seed, n)).random(self.rules.max_length) for n in numbers]
-        return Drawn(
+        return SampledTokens(
             torch.zeros(batch, 1, 0, dtype=torch.long, device=device),
             torch.zeros(batch, 1, device=device),
             torch.zeros(batch, dtype=torch.bool, device=device),
             torch.from_numpy(np.array(uniform)).to(device),
         )
 
-    def advance(self, drawn: Drawn, logits_B1V: Tensor) -> Drawn:
+    def advance(self, drawn: SampledTokens, logits_B1V: Tensor) -> SampledTokens:
         """One token more; samples that are done get end tokens. Raises `ScoresNotFinite` where a logit is NaN."""
         length = drawn.tokens_B1L.shape[2] + 1
         scores_B1V = log_probabilities(logits_B1V, add_BK=torch.zeros_like(drawn.scores_B1))
-        refuse_nan(scores_B1V[:, 0].amax(dim=1, keepdim=True))
+        raise_if_nan(scores_B1V[:, 0].amax(dim=1, keepdim=True))
         log_p_BV = scores_B1V[:, 0].clone() if self.rules.forbidden or self.rules.no_repeat_ngram else scores_B1V[:, 0]
         forbid(scores_B1V, drawn.tokens_B1L, self.rules)
         words_B = self.pick(scores_B1V[:, 0], drawn.uniform_BM[:, length - 1])
         words_B = words_B.masked_fill(drawn.done_B, self.rules.end_id)
         gained_B = log_p_BV.gather(1, words_B[:, None]).masked_fill(drawn.done_B[:, None], 0.0)
-        return Drawn(
+        return SampledTokens(
             torch.cat([drawn.tokens_B1L, words_B[:, None, None]], dim=2),
             drawn.scores_B1 + gained_B,
             drawn.done_B | (words_B == self.rules.end_id) | (length == self.rules.max_length),
@@ -112,7 +114,7 @@ class Sampling:
         words_B = words_BN.gather(1, torch.minimum(drawn_B1, last_B1.clamp(min=0)))[:, 0]
         return words_B.masked_fill(none_left_B, self.rules.end_id)
 
-    def hypotheses(self, drawn: Drawn) -> list[list[Hypothesis]]:
+    def hypotheses(self, drawn: SampledTokens) -> list[list[Hypothesis]]:
         """The one hypothesis of each sample; its score is its log-probability under the model."""
         end = self.rules.end_id
         answers = []

@@ -25,7 +25,7 @@ class DecodingConfig:
     """No sequence of so many tokens occurs twice in an answer; 0: anything goes."""
     stop: Literal["exact", "first"] = "exact"
     """`exact`: search until nothing better can come; `first`: until `beam` hypotheses have ended (beam)."""
-    returned: int = 1
+    num_return_sequences: int = 1
     """Answers to each source, best first (beam)."""
     temperature: float = 1.0
     """Scores are divided by it before drawing (sample)."""
@@ -40,7 +40,7 @@ class DecodingConfig:
 def decoding_problems(config: DecodingConfig) -> list[str]:
     """Everything that is wrong with `config` by itself."""
     found = []
-    for name in ("beam", "max_length", "returned"):
+    for name in ("beam", "max_length", "num_return_sequences"):
         if getattr(config, name) < 1:
             found.append(f"decoding.{name} ({getattr(config, name)}) must be positive")
     for name in ("min_length", "no_repeat_ngram", "top_k", "seed"):
@@ -59,6 +59,8 @@ def decoding_problems(config: DecodingConfig) -> list[str]:
         )
     if not 0 < config.top_p <= 1:
         found.append(f"decoding.top_p ({config.top_p}) must lie above 0 and at most 1")
-    if config.returned > (config.beam if config.method == "beam" else 1):
-        found.append(f"decoding.returned ({config.returned}) answers need --method beam and at least as many beams")
+    if config.num_return_sequences > (config.beam if config.method == "beam" else 1):
+        found.append(
+            f"decoding.num_return_sequences ({config.num_return_sequences}) answers need --method beam and at least as many beams"
+        )
     return found

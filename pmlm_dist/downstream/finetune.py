@@ -32,13 +32,13 @@ import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from pmlm_dist.checkpoint.async_save import Saver
+from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
 from pmlm_dist.checkpoint.engine_state import EngineState
-from pmlm_dist.checkpoint.files import MANIFEST, CheckpointReader, faults_of, read_state, sha256_of
-from pmlm_dist.checkpoint.folder import CheckpointFolder, newest_whole_at
+from pmlm_dist.checkpoint.files import MANIFEST, CheckpointReader, checkpoint_problems, read_state, sha256_of
+from pmlm_dist.checkpoint.folder import CheckpointFolder, newest_valid_at
 from pmlm_dist.checkpoint.resume import RunState, differences, find_checkpoint, load_checkpoint
-from pmlm_dist.config import ConfigError, ModelConfig, OptimConfig, as_dict, divisors, problems_of_model, refuse
-from pmlm_dist.conversion.pretrained import Found, find_pretrained
+from pmlm_dist.config import ConfigError, ModelConfig, OptimConfig, as_dict, divisors, problems_of_model, raise_if_any
+from pmlm_dist.conversion.pretrained import PretrainedModel, find_pretrained
 from pmlm_dist.data.order import BatchShare, micro_batch_samples, permutation
 from pmlm_dist.downstream.prediction import Evaluation, Split, evaluate, write_predictions
 from pmlm_dist.downstream.rows import read_rows
@@ -51,32 +51,32 @@ from pmlm_dist.downstream.settings import (
     optim_config,
     recipes,
 )
-from pmlm_dist.downstream.summary import Trial, summarise
+from pmlm_dist.downstream.summary import FinetuneRun, summarise
 from pmlm_dist.downstream.tasks.registry import TASKS
 from pmlm_dist.downstream.tasks.task import Task, TaskBatch
 from pmlm_dist.engine.deepspeed_config import EngineConfig, load_engine_config
-from pmlm_dist.engine.deepspeed_engine import module_of, start_engine, update
+from pmlm_dist.engine.deepspeed_engine import initialize_engine, module_of, optimizer_step
 from pmlm_dist.engine.optimizer import learning_rate, set_learning_rate
 from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.model.task_model import TASK_HEAD
 from pmlm_dist.parallel import groups, seeding
-from pmlm_dist.parallel.groups import Topology, together
+from pmlm_dist.parallel.groups import Topology, run_on_all_ranks
 from pmlm_dist.supervision.heartbeat import DATA, SAVE, START_UP, STEP, VALIDATION, Heartbeat, phase_limits
 from pmlm_dist.supervision.signals import STOP_FILE, StopAgreement, Stopped, StopSignals
-from pmlm_dist.training.guards import Skips, check_replicas
-from pmlm_dist.training.resolve import Claim, claimed
+from pmlm_dist.training.guards import SkippedSteps, check_replicas
+from pmlm_dist.training.resolve import RunLease, run_lease
 
 SCORES, SUMMARY = "scores.json", "summary.json"
 _SAVE_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
-class Session:
+class FinetuneData:
     """What several fine-tunings of one command share."""
 
     config: FinetuneConfig
     topology: Topology
-    start: Found
+    start: PretrainedModel
     task: Task
     train: Split
     scored: tuple[Split, ...]
@@ -84,15 +84,15 @@ class Session:
     reported: tuple[Split, ...]
     digest: str
     """Of the training rows."""
-    heart: Heartbeat = dataclasses.field(default_factory=Heartbeat)
+    heartbeat: Heartbeat = dataclasses.field(default_factory=Heartbeat)
     """Signs of life for this rank's supervisor."""
 
 
 @dataclass(frozen=True)
-class Learner:
+class FinetuneJob:
     """One fine-tuning: a session with its recipe, seed and folder."""
 
-    session: Session
+    session: FinetuneData
     recipe: Recipe
     seed: int
     output: Path
@@ -134,77 +134,81 @@ class Learner:
 class Life:
     """This start of the command; others may have come before and may come after."""
 
-    claim: Claim
+    lease: RunLease
     stop: StopAgreement
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-def finetune(config: FinetuneConfig, heart: Heartbeat | None = None, signals: StopSignals | None = None) -> list[Trial]:
+def finetune(
+    config: FinetuneConfig, heartbeat: Heartbeat | None = None, signals: StopSignals | None = None
+) -> list[FinetuneRun]:
     """Fine-tune as `config` says, once for each recipe and seed; every rank calls this and gets the same.
 
     What an earlier start of the same command has left unfinished in `config.output` goes on where it was. Raises
     `ConfigError` on every rank, before anything is computed or written, with all that does not fit; `FolderInUse` when
     another start is at work in the same folder; `Stopped` on every rank, with a checkpoint written, when one of them
-    was sent a signal or there is a file `STOP`. Signs of life go to `heart`.
+    was sent a signal or there is a file `STOP`. Signs of life go to `heartbeat`.
     """
     check(config)
-    heart, signals = heart or Heartbeat(), signals or StopSignals()
+    heartbeat, signals = heartbeat or Heartbeat(), signals or StopSignals()
     signals.grace_s = config.grace_s
-    heart.limit(phase_limits(config.watch, warm=False))
-    topology = groups.start(tp=config.parallel.tp, timeout_s=config.collective_timeout_s)
-    with claimed(config.output, topology) as claim:
+    heartbeat.set_limits(phase_limits(config.watchdog, warm=False))
+    topology = groups.init_process_groups(tp=config.parallel.tp, timeout_s=config.collective_timeout_s)
+    with run_lease(config.output, topology) as lease:
         run_dir = str(config.output.absolute())
-        heart.introduce(rank=topology.rank, world_size=topology.world_size, run_dir=run_dir, life=claim.life)
-        stop = StopAgreement(signals, file=config.output / STOP_FILE, topology=topology, heart=heart)
-        return _finetune(config, topology, Life(claim, stop))
+        heartbeat.register(rank=topology.rank, world_size=topology.world_size, run_dir=run_dir, attempt=lease.attempt)
+        stop = StopAgreement(signals, file=config.output / STOP_FILE, topology=topology, heartbeat=heartbeat)
+        return _finetune(config, topology, Life(lease, stop))
 
 
-def _finetune(config: FinetuneConfig, topology: Topology, life: Life) -> list[Trial]:
-    session = dataclasses.replace(together(topology, lambda: prepare(config, topology)), heart=life.stop.heart)
-    learners = together(topology, lambda: _learners(session))
-    if topology.is_first:
+def _finetune(config: FinetuneConfig, topology: Topology, attempt: Life) -> list[FinetuneRun]:
+    session = dataclasses.replace(
+        run_on_all_ranks(topology, lambda: prepare(config, topology)), heartbeat=attempt.stop.heartbeat
+    )
+    learners = run_on_all_ranks(topology, lambda: _learners(session))
+    if topology.is_rank_zero:
         (config.output / UNFINISHED).touch()
-    trials = [_finished(learner) or learn(learner, life) for learner in learners]
+    trials = [_finished(learner) or learn(learner, attempt) for learner in learners]
     if len(learners) > 1:
         summary = summarise(trials, split=session.scored[0].name, metric=session.task.metric)
-        if topology.is_first:
+        if topology.is_rank_zero:
             _write_json(config.output / SUMMARY, summary.as_json())
             print(summary.table(), flush=True)
-    if topology.is_first:
+    if topology.is_rank_zero:
         (config.output / UNFINISHED).unlink()
     return trials
 
 
-def _finished(learner: Learner) -> Trial | None:
+def _finished(learner: FinetuneJob) -> FinetuneRun | None:
     """The fine-tuning that an earlier start has brought to its end; every rank must call."""
     output, topology = learner.output, learner.session.topology
 
-    def read() -> Trial | None:
-        if not topology.is_first or not (output / SCORES).is_file():
+    def read() -> FinetuneRun | None:
+        if not topology.is_rank_zero or not (output / SCORES).is_file():
             return None
-        refuse(_other_run(learner, newest_whole_at(output)))
+        raise_if_any(_other_run(learner, newest_valid_at(output)))
         scores = json.loads((output / SCORES).read_text(encoding="utf-8"))["scores"]
-        return Trial(dataclasses.asdict(learner.recipe), learner.seed, scores, str(output))
+        return FinetuneRun(dataclasses.asdict(learner.recipe), learner.seed, scores, str(output))
 
-    return topology.broadcast(together(topology, read))
+    return topology.broadcast_object(run_on_all_ranks(topology, read))
 
 
 def evaluate_saved(config: EvaluateConfig) -> dict[str, Evaluation]:
     """Predict and score splits with a fine-tuned model; every rank calls this and gets the same."""
-    topology = groups.start(tp=config.parallel.tp, timeout_s=config.collective_timeout_s)
-    start, task, splits, engine_config = together(topology, lambda: _prepare_evaluation(config, topology))
-    if topology.is_first:
+    topology = groups.init_process_groups(tp=config.parallel.tp, timeout_s=config.collective_timeout_s)
+    start, task, splits, engine_config = run_on_all_ranks(topology, lambda: _prepare_evaluation(config, topology))
+    if topology.is_rank_zero:
         is_ended = not (start.folder.parent.parent / UNFINISHED).exists()
         print(f"model: {start.folder}{'' if is_ended else ' (its fine-tuning has not come to its end)'}", flush=True)
     engine = _start(task, _model_config(start.model, None), engine_config, OptimConfig(), topology, seed=0)
     with CheckpointReader(start.folder) as reader:
-        EngineState(engine, topology).start_from(reader)
+        EngineState(engine, topology).load_weights(reader)
     found = {}
     for split in splits:
         found[split.name] = evaluate(engine, task, split, topology, micro_batch=engine_config.micro_batch)
-        if topology.is_first:
+        if topology.is_rank_zero:
             print(_score_line(split.name, found[split.name].scores), flush=True)
             if config.predictions is not None:
                 write_predictions(_predictions_file(config.predictions, split.name), found[split.name].predictions)
@@ -214,7 +218,7 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Evaluation]:
 # --------------------------------------------------------------------------------------------------------- preparation
 
 
-def prepare(config: FinetuneConfig, topology: Topology) -> Session:
+def prepare(config: FinetuneConfig, topology: Topology) -> FinetuneData:
     """Read the model's settings and all examples. Raises `ConfigError`."""
     kind = TASKS.get(config.task)
     if kind is None:
@@ -226,11 +230,11 @@ def prepare(config: FinetuneConfig, topology: Topology) -> Session:
     rows = read_rows(source, kind.train)
     task = kind.make(config, rows, start.vocabulary, start.model)
     train = _split(task, kind.train, rows, training=True)
-    refuse([] if train.features else [f"{source}: the split {kind.train} gives nothing to learn from"])
+    raise_if_any([] if train.features else [f"{source}: the split {kind.train} gives nothing to learn from"])
     scored = tuple(_split(task, name, read_rows(source, name)) for name in kind.validation)
-    refuse(task.problems_of_choosing(scored[0].examples))
+    raise_if_any(task.problems_of_choosing(scored[0].examples))
     reported = tuple(_whole_split(task, name, source) for name in config.report)
-    return Session(config, topology, start, task, train, scored, reported, _digest(rows))
+    return FinetuneData(config, topology, start, task, train, scored, reported, _digest(rows))
 
 
 def _digest(rows: Sequence[Any]) -> str:
@@ -251,7 +255,7 @@ def _whole_split(task: Task, name: str, source: str) -> Split:
     return _split(task, name, rows, labelled=task.has_labels(rows))
 
 
-def _learners(session: Session) -> list[Learner]:
+def _learners(session: FinetuneData) -> list[FinetuneJob]:
     config, topology = session.config, session.topology
     chosen = recipes(config)
     several = len(chosen) > 1 or config.seeds > 1
@@ -259,10 +263,10 @@ def _learners(session: Session) -> list[Learner]:
     for recipe in chosen:
         engine = _engine_config(config.ds_config, topology, batch=recipe.batch)
         model = _model_config(session.start.model, recipe.dropout)
-        refuse(problems_of_model(model, tp=config.parallel.tp))
+        raise_if_any(problems_of_model(model, tp=config.parallel.tp))
         for seed in range(config.seed, config.seed + config.seeds):
             folder = config.output / _name_of(recipe, seed, varied=_varied(chosen)) if several else config.output
-            made.append(Learner(session, recipe, seed, folder, engine, model))
+            made.append(FinetuneJob(session, recipe, seed, folder, engine, model))
     return made
 
 
@@ -292,13 +296,15 @@ def _engine_config(path: Path, topology: Topology, *, batch: int) -> EngineConfi
 
 def _model_config(model: ModelConfig, dropout: float | None) -> ModelConfig:
     """The settings of the pre-trained model, computed by the attention that every device has."""
-    model = dataclasses.replace(model, attention="split", activation_checkpointing=False)
+    model = dataclasses.replace(model, attention="fused", activation_checkpointing=False)
     if dropout is None:
         return model
     return dataclasses.replace(model, hidden_dropout=dropout, attention_dropout=dropout)
 
 
-def _prepare_evaluation(config: EvaluateConfig, topology: Topology) -> tuple[Found, Task, list[Split], EngineConfig]:
+def _prepare_evaluation(
+    config: EvaluateConfig, topology: Topology
+) -> tuple[PretrainedModel, Task, list[Split], EngineConfig]:
     start = find_pretrained(config.model, vocabulary=config.vocabulary)
     saved = start.state["configuration"].get("task")
     if not isinstance(saved, dict) or saved.get("kind") not in TASKS:
@@ -311,15 +317,15 @@ def _prepare_evaluation(config: EvaluateConfig, topology: Topology) -> tuple[Fou
     splits = [_whole_split(task, name, source) for name in config.split or kind.validation]
     engine = load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
     engine = _engine_config(config.ds_config, topology, batch=engine.micro_batch * topology.dp)
-    refuse(problems_of_model(start.model, tp=config.parallel.tp))
-    if config.predictions is not None and topology.is_first:
+    raise_if_any(problems_of_model(start.model, tp=config.parallel.tp))
+    if config.predictions is not None and topology.is_rank_zero:
         _prepare_predictions(config.predictions, splits)
     return start, task, splits, engine
 
 
 def _prepare_predictions(folder: Path, splits: Sequence[Split]) -> None:
     there = [file for split in splits if (file := _predictions_file(folder, split.name)).exists()]
-    refuse([f"--predictions: {file} is there already, and nothing is overwritten" for file in there])
+    raise_if_any([f"--predictions: {file} is there already, and nothing is overwritten" for file in there])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -329,38 +335,38 @@ def _prepare_predictions(folder: Path, splits: Sequence[Split]) -> None:
 # ------------------------------------------------------------------------------------------------------------ learning
 
 
-def learn(learner: Learner, life: Life) -> Trial:
+def learn(learner: FinetuneJob, attempt: Life) -> FinetuneRun:
     """One fine-tuning, from the model, or from where it was, to the scores of its best checkpoint; every rank calls."""
     session, topology, output = learner.session, learner.session.topology, learner.output
-    session.heart.limit(phase_limits(session.config.watch, warm=False))
-    session.heart.enter(START_UP, step=0)
+    session.heartbeat.set_limits(phase_limits(session.config.watchdog, warm=False))
+    session.heartbeat.enter(START_UP, step=0)
     progress = _Progress()
     folder = CheckpointFolder(
-        output / "checkpoints", keep=1, fence=life.claim.check, keeps=lambda step: step == progress.kept
+        output / "checkpoints", keep=1, fence=attempt.lease.check, keeps=lambda step: step == progress.kept
     )
-    if topology.is_first:
-        folder.remove_leftovers()
+    if topology.is_rank_zero:
+        folder.remove_temporary()
     newest = find_checkpoint(folder, topology)
-    refuse(_other_run(learner, newest) if newest else [])
+    raise_if_any(_other_run(learner, newest) if newest else [])
     engine = _start(session.task, learner.model, learner.engine, learner.optim, topology, seed=learner.seed)
     state = EngineState(engine, topology)
     if newest:
         progress.go_on_from(newest, load_checkpoint(state, newest))
     elif not session.config.untrained:
         with CheckpointReader(session.start.folder) as reader:
-            state.start_from(reader, fresh=TASK_HEAD)
-    log = RunLog(output, enabled=topology.is_first, first_step=progress.step)
+            state.load_weights(reader, fresh=TASK_HEAD)
+    log = RunLog(output, enabled=topology.is_rank_zero, first_step=progress.step)
     with closing(log):
         log.write_configuration(_configuration(learner))
         _announce(learner, log, step=progress.step)
-        if topology.is_first:
+        if topology.is_rank_zero:
             session.start.vocabulary.save(output)
         try:
-            tuning = _Tuning(learner, engine, state, log, folder, life, progress)
+            tuning = FinetuneLoop(learner, engine, state, log, folder, attempt, progress)
             tuning.train()
             trial = tuning.report()
         except Stopped as stopped:
-            log.say(f"stopped by {stopped}; the same command goes on from {newest_of(folder) or 'the beginning'}")
+            log.info(f"stopped by {stopped}; the same command goes on from {newest_of(folder) or 'the beginning'}")
             raise
     del engine, state, tuning
     gc.collect()  # an engine is full of circles; the next one needs its memory
@@ -372,7 +378,7 @@ def newest_of(folder: CheckpointFolder) -> Path | None:
     return next(reversed(folder.steps()), None)
 
 
-def _other_run(learner: Learner, checkpoint: Path) -> list[str]:
+def _other_run(learner: FinetuneJob, checkpoint: Path) -> list[str]:
     """Why the fine-tuning that `checkpoint` is of is not this one."""
     found = differences(read_state(checkpoint)["identity"], json.loads(json.dumps(_identity(learner))))
     if not found:
@@ -388,7 +394,7 @@ def _start(
 ) -> DeepSpeedEngine:
     seeding.seed_initialisation(seed)
     padded = -(-_vocab_size(model) // 128) * 128
-    return start_engine(
+    return initialize_engine(
         task.build_model(model, padded_vocab_size=padded), optim=optim, config=engine, topology=topology
     )
 
@@ -426,22 +432,22 @@ class _Progress:
         if self.best_step:
             self.best_value = saved["best_value"]
             best = CheckpointFolder(checkpoint.parent, keep=1).folder(self.best_step)
-            faults = faults_of(best, thorough=False)
-            refuse([f"{best}, the best checkpoint so far, is not whole: {fault}" for fault in faults])
+            faults = checkpoint_problems(best, thorough=False)
+            raise_if_any([f"{best}, the best checkpoint so far, is not whole: {fault}" for fault in faults])
 
 
-def train_step(learner: Learner, engine: DeepSpeedEngine, step: int) -> tuple[float, float | None]:
+def train_step(learner: FinetuneJob, engine: DeepSpeedEngine, step: int) -> tuple[float, float | None]:
     """The update number `step` (from 1): mean loss over what all ranks have read, and the gradient's norm.
 
     No norm: it was not finite, and the update was left out.
     """
     topology, task, accumulation = learner.session.topology, learner.session.task, learner.share.accumulation
-    heart = learner.session.heart
-    heart.enter(DATA, step=step)
+    heartbeat = learner.session.heartbeat
+    heartbeat.enter(DATA, step=step)
     micro_batches = list(micro_batches_of(learner, step))
-    heart.enter(STEP)
+    heartbeat.enter(STEP)
     count = torch.tensor(float(sum(batch.count for batch in micro_batches)), device=topology.device)
-    count = float(topology.sum_over_dp(count))
+    count = float(topology.all_reduce_dp(count))
     optimizer: Any = engine.optimizer
     set_learning_rate(optimizer, learning_rate(step, steps=learner.steps, optim=learner.optim))
     total, norm = torch.zeros((), device=topology.device), math.nan
@@ -452,12 +458,12 @@ def train_step(learner: Learner, engine: DeepSpeedEngine, step: int) -> tuple[fl
         loss = loss if batch.count else 0.0 * loss
         total += loss.detach().float()
         engine.backward(loss * (accumulation * topology.dp / count))
-        norm = update(engine, learner.engine, topology, is_boundary=number == accumulation - 1)
-        heart.go_on()
-    return float(topology.sum_over_dp(total)) / count, norm if math.isfinite(norm) else None
+        norm = optimizer_step(engine, learner.engine, topology, is_boundary=number == accumulation - 1)
+        heartbeat.beat()
+    return float(topology.all_reduce_dp(total)) / count, norm if math.isfinite(norm) else None
 
 
-def micro_batches_of(learner: Learner, step: int) -> Iterator[TaskBatch]:
+def micro_batches_of(learner: FinetuneJob, step: int) -> Iterator[TaskBatch]:
     """This rank's micro-batches of `step` (from 1); where nothing is left to read, a feature that does not count."""
     session, share = learner.session, learner.share
     features = session.train.features
@@ -477,81 +483,81 @@ def _order(count: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 @dataclass
-class _Tuning:
+class FinetuneLoop:
     """A fine-tuning at work, on every rank."""
 
-    learner: Learner
+    learner: FinetuneJob
     engine: DeepSpeedEngine
     state: EngineState
     log: RunLog
     folder: CheckpointFolder
-    life: Life
+    attempt: Life
     progress: _Progress
 
     def train(self) -> None:
         """All steps that are left; the best checkpoint by validation is in `folder` afterwards."""
         learner, progress, log = self.learner, self.progress, self.log
-        session, heart, stop = learner.session, learner.session.heart, self.life.stop
-        saver = Saver(
+        session, heartbeat, stop = learner.session, learner.session.heartbeat, self.attempt.stop
+        checkpointer = AsyncCheckpointer(
             self.state,
             self.folder,
             log,
             about={"identity": _identity(learner), "configuration": _configuration(learner)},
             timeout_s=_SAVE_TIMEOUT_S,
             limit=stop.deadline,
-            alive=heart.go_on,
-            life=self.life.claim.life,
+            alive=heartbeat.beat,
+            attempt=self.attempt.lease.attempt,
         )
         check_replicas(module_of(self.engine), session.topology)
         saved, is_sound = progress.step, True
-        skips, losses, start = Skips(limit=session.config.max_skipped_steps), [], time.perf_counter()
+        skips, losses, start = SkippedSteps(limit=session.config.max_skipped_steps), [], time.perf_counter()
         try:
             while True:
                 if learner.is_evaluated(progress.step) and progress.evaluated < progress.step:
                     self._score()
-                    self._save(saver)
+                    self._save(checkpointer)
                     saved = progress.step
                 if progress.step == learner.steps:
                     break
                 stop.check()
                 loss, norm = train_step(learner, self.engine, progress.step + 1)
                 progress.step, is_sound = progress.step + 1, norm is not None
-                skips.count(skipped=not is_sound, last_good=None if is_sound else saver.newest)
+                skips.count(skipped=not is_sound, last_good=None if is_sound else checkpointer.newest)
                 losses.append(loss)
                 if learner.is_logged(progress.step):
                     seconds = (time.perf_counter() - start) / len(losses)
                     _log_step(learner, log, progress.step, losses=losses, norm=norm, seconds=seconds)
                     losses, start = [], time.perf_counter()
-                saver.report()
-                heart.limit(phase_limits(session.config.watch, warm=True))
-            heart.enter(SAVE)
-            saver.close()
+                checkpointer.log_finished()
+                heartbeat.set_limits(phase_limits(session.config.watchdog, warm=True))
+            heartbeat.enter(SAVE)
+            checkpointer.close()
         except Stopped:
             if is_sound and progress.step != saved:
-                self._save(saver)
-            saver.wait()  # where it cannot be written in time the checkpoint before stands
+                self._save(checkpointer)
+            checkpointer.wait()  # where it cannot be written in time the checkpoint before stands
             raise
         finally:
-            saver.leave()
+            checkpointer.abandon()
 
-    def _save(self, saver: Saver) -> None:
+    def _save(self, checkpointer: AsyncCheckpointer) -> None:
         """Save, once the last checkpoint is written: the one that is the best must not go before the next is there."""
         learner, progress = self.learner, self.progress
-        learner.session.heart.enter(SAVE)
-        saver.close()
+        learner.session.heartbeat.enter(SAVE)
+        checkpointer.close()
         progress.kept = progress.best_step
         samples = min(progress.step * learner.recipe.batch, len(learner.session.train.features) * learner.recipe.epochs)
-        saver.save(RunState(step=progress.step, samples_consumed=samples), progress=progress.as_json())
+        checkpointer.save(RunState(step=progress.step, samples_consumed=samples), progress=progress.as_json())
 
     def _score(self) -> None:
         """Evaluate the validation splits, and take them for the best if they are. What is not a number never is."""
         session, progress = self.learner.session, self.progress
-        session.heart.enter(VALIDATION)
+        session.heartbeat.enter(VALIDATION)
         found = {split.name: self._evaluate(split) for split in session.scored}
         for name, evaluation in found.items():
             values = evaluation.scores.items()
             self.log.scores({f"{name}/{metric}": value for metric, value in values}, step=progress.step)
-            self.log.say(f"step {progress.step}: {_score_line(name, evaluation.scores)}")
+            self.log.info(f"step {progress.step}: {_score_line(name, evaluation.scores)}")
         value = found[session.scored[0].name].scores[session.task.metric]
         progress.evaluated = progress.step
         if value > progress.best_value:
@@ -559,10 +565,10 @@ class _Tuning:
 
     def _evaluate(self, split: Split) -> Evaluation:
         session, micro = self.learner.session, self.learner.engine.micro_batch
-        between = self.life.stop.check
+        between = self.attempt.stop.check
         return evaluate(self.engine, session.task, split, session.topology, micro_batch=micro, between=between)
 
-    def report(self) -> Trial:
+    def report(self) -> FinetuneRun:
         """Go back to the best checkpoint, score with it what it has not been scored on; write scores, predictions."""
         learner, progress, session = self.learner, self.progress, self.learner.session
         if not progress.best_step:
@@ -573,26 +579,26 @@ class _Tuning:
         left = [split for split in (*session.scored, *session.reported) if split.name not in progress.evaluations]
         if left:
             with CheckpointReader(best) as reader:
-                self.state.start_from(reader)
-        session.heart.enter(VALIDATION)
+                self.state.load_weights(reader)
+        session.heartbeat.enter(VALIDATION)
         progress.evaluations |= {split.name: self._evaluate(split) for split in left}
         scores = {name: evaluation.scores for name, evaluation in progress.evaluations.items()}
-        if session.topology.is_first:
+        if session.topology.is_rank_zero:
             for name, evaluation in progress.evaluations.items():
                 _predictions_file(learner.output, name).unlink(missing_ok=True)  # of a start that ended right here
                 write_predictions(_predictions_file(learner.output, name), evaluation.predictions)
             self.folder.keep_only(progress.best_step)
             _write_json(learner.output / SCORES, {"step": progress.best_step, "scores": scores})  # now it is done
         for name, values in scores.items():
-            self.log.say(f"best, step {progress.best_step}: {_score_line(name, values)}")
-        self.log.say(f"written: {best}")
-        return Trial(dataclasses.asdict(learner.recipe), learner.seed, scores, str(learner.output))
+            self.log.info(f"best, step {progress.best_step}: {_score_line(name, values)}")
+        self.log.info(f"written: {best}")
+        return FinetuneRun(dataclasses.asdict(learner.recipe), learner.seed, scores, str(learner.output))
 
 
 # -------------------------------------------------------------------------------------------------------- what is told
 
 
-def _identity(learner: Learner) -> dict[str, Any]:
+def _identity(learner: FinetuneJob) -> dict[str, Any]:
     session = learner.session
     start = session.start.folder
     return {
@@ -609,7 +615,7 @@ def _identity(learner: Learner) -> dict[str, Any]:
     }
 
 
-def _configuration(learner: Learner) -> dict[str, Any]:
+def _configuration(learner: FinetuneJob) -> dict[str, Any]:
     session, config = learner.session, learner.session.config
     plain = json.loads(json.dumps(as_dict(config)))
     return {
@@ -627,11 +633,11 @@ def _configuration(learner: Learner) -> dict[str, Any]:
     }
 
 
-def _announce(learner: Learner, log: RunLog, *, step: int) -> None:
+def _announce(learner: FinetuneJob, log: RunLog, *, step: int) -> None:
     session, topology = learner.session, learner.session.topology
     origin = "drawn anew" if session.config.untrained else f"from {session.start.folder}"
     sizes = [f"{len(split.examples):,} {split.name}" for split in (session.train, *session.scored, *session.reported)]
-    log.say(
+    log.info(
         f"task: {session.config.task}; examples: {', '.join(sizes)}; features to learn from: "
         f"{len(session.train.features):,}\n"
         f"weights: {origin}\n"
@@ -639,13 +645,13 @@ def _announce(learner: Learner, log: RunLog, *, step: int) -> None:
         f"recipe: {json.dumps(dataclasses.asdict(learner.recipe))}, seed {learner.seed}, {learner.steps} steps"
     )
     for note in session.task.notes():
-        log.say(f"note: {note}")
+        log.info(f"note: {note}")
     if step:
-        log.say(f"going on after step {step}")
+        log.info(f"going on after step {step}")
 
 
 def _log_step(
-    learner: Learner, log: RunLog, step: int, *, losses: list[float], norm: float | None, seconds: float
+    learner: FinetuneJob, log: RunLog, step: int, *, losses: list[float], norm: float | None, seconds: float
 ) -> None:
     loss = sum(losses) / len(losses)
     rate = learning_rate(step, steps=learner.steps, optim=learner.optim)
@@ -654,7 +660,7 @@ def _log_step(
         step=step,
     )
     left = (learner.steps - step) * seconds
-    log.say(f"step {step}/{learner.steps}  loss {loss:.4f}  lr {rate:.2e}  {seconds:.3f} s a step  ETA {left:.0f} s")
+    log.info(f"step {step}/{learner.steps}  loss {loss:.4f}  lr {rate:.2e}  {seconds:.3f} s a step  ETA {left:.0f} s")
 
 
 def _score_line(name: str, scores: dict[str, float]) -> str:

@@ -74,7 +74,7 @@ def _predict(
         ids = own[start : start + micro_batch] or by_length[-1:]  # what another rank predicts, rather than nothing
         batch = task.collate([features[number] for number in ids], ids=ids, epoch=0, seed=0)
         found.update(zip(ids, task.predict(engine, batch.to(topology.device)), strict=True))
-    gathered = topology.gather(found)[:: topology.tp]  # tensor-parallel peers know the same
+    gathered = topology.all_gather_object(found)[:: topology.tp]  # tensor-parallel peers know the same
     everything = {number: output for part in reversed(gathered) for number, output in part.items()}
     return [everything[number] for number in range(len(features))]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, WatchConfig, refuse
+from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, WatchdogConfig, raise_if_any
 from pmlm_dist.decoding.settings import DecodingConfig
 from pmlm_dist.supervision.run_lock import LOCK
 
@@ -93,7 +93,7 @@ class InputConfig:
 
 
 @dataclass(frozen=True)
-class WritingConfig:
+class GenerationConfig:
     """Sources, targets and answers of `--task seq2seq`."""
 
     max_source: int = 464
@@ -107,11 +107,11 @@ class WritingConfig:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
 
-WRITING: dict[str, WritingConfig] = {
-    "cnn_dm": WritingConfig(608, 160, decoding=DecodingConfig(beam=5, length_penalty=0.7, max_length=160)),
-    "xsum": WritingConfig(720, 48, decoding=DecodingConfig(beam=5, length_penalty=0.6, max_length=48)),
-    "qg": WritingConfig(464, 48, decoding=DecodingConfig(beam=8, length_penalty=1.3, max_length=48)),
-    "demo_summary": WritingConfig(
+GENERATION: dict[str, GenerationConfig] = {
+    "cnn_dm": GenerationConfig(608, 160, decoding=DecodingConfig(beam=5, length_penalty=0.7, max_length=160)),
+    "xsum": GenerationConfig(720, 48, decoding=DecodingConfig(beam=5, length_penalty=0.6, max_length=48)),
+    "qg": GenerationConfig(464, 48, decoding=DecodingConfig(beam=8, length_penalty=1.3, max_length=48)),
+    "demo_summary": GenerationConfig(
         96, 20, decoding=DecodingConfig(beam=4, length_penalty=0.7, max_length=20, min_length=3)
     ),
 }
@@ -152,13 +152,13 @@ class FinetuneConfig:
     """Steps between console lines."""
     recipe: Recipe = field(default_factory=Recipe)
     inputs: InputConfig = field(default_factory=InputConfig)
-    writing: WritingConfig = field(default_factory=WritingConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     preset: str = "glue"
     """Where the recipe's defaults come from: glue, squad, demo; cnn_dm, xsum, qg, demo_summary for seq2seq."""
     max_skipped_steps: int = 20
     """Steps in a row whose gradient is not finite, after which the run ends."""
-    watch: WatchConfig = field(default_factory=WatchConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     grace_s: float = 120.0
     """Seconds from a signal to stop (SIGTERM, SIGUSR1) until the process must be gone, its checkpoint saved."""
     collective_timeout_s: int = 600
@@ -196,15 +196,15 @@ def problems(config: FinetuneConfig) -> list[str]:
             found.append(f"{name} ({getattr(config, name)}) must be positive")
     if config.evaluate_every is not None and config.evaluate_every < 1:
         found.append(f"evaluate_every ({config.evaluate_every}) must be positive, or None")
-    for limit in dataclasses.fields(config.watch):
-        if not getattr(config.watch, limit.name) > 0:
-            found.append(f"watch.{limit.name} ({getattr(config.watch, limit.name)}) must be positive")
+    for limit in dataclasses.fields(config.watchdog):
+        if not getattr(config.watchdog, limit.name) > 0:
+            found.append(f"watchdog.{limit.name} ({getattr(config.watchdog, limit.name)}) must be positive")
     for name in ("stride", "max_question_tokens", "max_answer_tokens"):
         if getattr(config.inputs, name) < 1:
             found.append(f"inputs.{name} ({getattr(config.inputs, name)}) must be positive")
     if not config.grace_s > 0:
         found.append(f"grace_s ({config.grace_s}) must be positive")
-    if config.output.exists() and not is_unfinished(config.output):
+    if config.output.exists() and not is_finetune_unfinished(config.output):
         found.append(f"--output ({config.output}) is there already, and nothing is overwritten: name another")
     return found
 
@@ -224,7 +224,7 @@ def _recipe_problems(recipe: Recipe) -> list[str]:
     return found
 
 
-def is_unfinished(output: Path) -> bool:
+def is_finetune_unfinished(output: Path) -> bool:
     """Whether a fine-tuning was started in `output` that did not come to its end; it may not even have begun."""
     return output.is_dir() and ((output / UNFINISHED).is_file() or [path.name for path in output.iterdir()] == [LOCK])
 
@@ -261,6 +261,6 @@ def optim_config(recipe: Recipe, *, steps: int) -> OptimConfig:
 
 def check(config: FinetuneConfig) -> None:
     """Refuse settings that are wrong by themselves."""
-    refuse(problems(config))
+    raise_if_any(problems(config))
     for recipe in recipes(config):
-        refuse(problems(dataclasses.replace(config, recipe=recipe)))
+        raise_if_any(problems(dataclasses.replace(config, recipe=recipe)))

@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Trial:
+class FinetuneRun:
     """One fine-tuning and the scores of its best checkpoint: {split: {metric: value}}."""
 
     recipe: dict[str, Any]
@@ -66,16 +66,16 @@ def _shown(spread: Spread) -> str:
     return f"{spread.mean:.4f}{deviation} (n={len(spread.values)})"
 
 
-def summarise(trials: Sequence[Trial], *, split: str, metric: str) -> Summary:
+def summarise(trials: Sequence[FinetuneRun], *, split: str, metric: str) -> Summary:
     """Group `trials` by recipe; every one has the same splits and metrics."""
-    by_recipe: dict[str, list[Trial]] = {}
+    by_recipe: dict[str, list[FinetuneRun]] = {}
     for trial in trials:
         by_recipe.setdefault(json.dumps(trial.recipe), []).append(trial)
     found = [_summary(of_recipe) for of_recipe in by_recipe.values()]
     return Summary(split, metric, tuple(sorted(found, key=lambda entry: -entry.spreads[split][metric].mean)))
 
 
-def _summary(trials: Sequence[Trial]) -> RecipeSummary:
+def _summary(trials: Sequence[FinetuneRun]) -> RecipeSummary:
     spreads = {
         split: {metric: _spread([trial.scores[split][metric] for trial in trials]) for metric in metrics}
         for split, metrics in trials[0].scores.items()

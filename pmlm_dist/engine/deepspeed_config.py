@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pmlm_dist.config import ConfigError, divisors, refuse
+from pmlm_dist.config import ConfigError, divisors, raise_if_any
 
 _ALLOWED = {
     "train_batch_size": "sequences of one optimizer step over all ranks",
@@ -36,7 +36,7 @@ _ALLOWED = {
     "zero_force_ds_cpu_optimizer": "offload with other optimizers",
 }
 _SECTIONS = ("zero_optimization", "bf16", "fp16")
-_REFUSED = {
+_UNSUPPORTED = {
     "optimizer": "the optimizer is AdamW with the settings `--optim.*`: remove the section",
     "scheduler": "the schedule is set by `--optim.warmup-steps` and `--train.steps`: remove the section",
     "tensor_parallel": "tensor parallelism is set by `--parallel.tp`; AutoTP would replace it: remove the section",
@@ -46,7 +46,7 @@ _REFUSED = {
     "amp": "use bf16 or fp16: remove the section",
     "aio": "it serves offload to NVMe, from which no checkpoint can be made: remove the section",
 }
-_UNSAVABLE = {
+_NOT_CHECKPOINTABLE = {
     "zero_optimization.offload_optimizer.device": "nvme",
     "zero_optimization.offload_param.device": "nvme",
     "zero_optimization.offload_optimizer.super_offload": True,
@@ -103,7 +103,7 @@ def load_engine_config(
     raw = _read(path)
     for name, value in (overrides or {}).items():
         raw[name] = {**_section(raw, name), **value} if isinstance(value, dict) else value
-    refuse([f"{path}: {problem}" for problem in _problems(raw, has_accelerator=has_accelerator)])
+    raise_if_any([f"{path}: {problem}" for problem in _problems(raw, has_accelerator=has_accelerator)])
     zero = _section(raw, "zero_optimization")
     return EngineConfig(
         raw=raw,
@@ -159,7 +159,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError([f"{path} is not JSON: {error}"]) from error
     if not isinstance(raw, dict):
         raise ConfigError([f"{path} must hold one JSON object"])
-    refuse([f"{path}: setting `{name}` is given twice: remove one" for name in repeated])
+    raise_if_any([f"{path}: setting `{name}` is given twice: remove one" for name in repeated])
     return raw
 
 
@@ -179,8 +179,8 @@ def _problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
 def _key_problems(raw: dict[str, Any]) -> list[str]:
     found = []
     for key in raw:
-        if key in _REFUSED:
-            found.append(f"section `{key}` is not taken from here: {_REFUSED[key]}")
+        if key in _UNSUPPORTED:
+            found.append(f"section `{key}` is not taken from here: {_UNSUPPORTED[key]}")
         elif key not in _ALLOWED:
             close = difflib.get_close_matches(key, _ALLOWED, n=1)
             found.append(f"unknown setting `{key}`" + (f": did you mean `{close[0]}`?" if close else ": remove it"))
@@ -240,7 +240,7 @@ def _layout_problems(raw: dict[str, Any]) -> list[str]:
     """Ways to hold weights and moments that a checkpoint cannot be made from, or filled into."""
     found = [
         f"{name} ({json.dumps(value)}) cannot be saved to a checkpoint: remove it"
-        for name, value in _UNSAVABLE.items()
+        for name, value in _NOT_CHECKPOINTABLE.items()
         if _setting(raw, name) == value
     ]
     ratio = _setting(raw, "zero_optimization.offload_optimizer.ratio")

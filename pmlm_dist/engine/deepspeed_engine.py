@@ -25,7 +25,7 @@ from torch import nn
 from pmlm_dist.config import ConfigError, OptimConfig
 from pmlm_dist.engine.bf16_optimizer import SummingBF16Optimizer
 from pmlm_dist.engine.deepspeed_config import EngineConfig
-from pmlm_dist.engine.extension_build import compiling
+from pmlm_dist.engine.extension_build import build_lock
 from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.engine.optimizer import clip_or_drop_gradients, gradient_norm, parameter_groups
 from pmlm_dist.model.transformer import PseudoMaskedLM
@@ -33,7 +33,7 @@ from pmlm_dist.parallel.groups import ModelParallelUnit, Topology
 from pmlm_dist.training.guards import check_engine
 
 
-def start_engine(
+def initialize_engine(
     model: PseudoMaskedLM,
     *,
     optim: OptimConfig,
@@ -60,7 +60,7 @@ def start_engine(
             dist_init_required=False,
         )
     except ValidationError as error:
-        raise ConfigError(_refusals(error, config.raw)) from error
+        raise ConfigError(_setting_problems(error, config.raw)) from error
     check_engine(engine.dp_world_size, topology)
     optimizer: Any = engine.optimizer
     if isinstance(optimizer, BF16_Optimizer):
@@ -70,7 +70,7 @@ def start_engine(
     return engine
 
 
-def _refusals(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+def _setting_problems(error: ValidationError, raw: dict[str, Any]) -> list[str]:
     """What DeepSpeed says against settings inside sections, each with its whole name."""
     found = []
     for problem in error.errors():
@@ -92,12 +92,12 @@ def _optimizer(model: PseudoMaskedLM, *, optim: OptimConfig, config: EngineConfi
     if config.offload_optimizer:
         # Unless it was installed compiled DeepSpeed does that now, with the ninja that pip put beside this interpreter.
         os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-        with nullcontext() if installed_ops.get("cpu_adam") else compiling():
+        with nullcontext() if installed_ops.get("cpu_adam") else build_lock():
             return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps)
     return torch.optim.AdamW(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps, fused=True)
 
 
-def update(engine: DeepSpeedEngine, config: EngineConfig, topology: Topology, *, is_boundary: bool) -> float:
+def optimizer_step(engine: DeepSpeedEngine, config: EngineConfig, topology: Topology, *, is_boundary: bool) -> float:
     """Let the engine step. At a boundary of accumulation weights change, unless the gradient's norm is not finite.
 
     Returns the norm, NaN where there is none yet.
@@ -121,7 +121,7 @@ def _fill_gradients(model: nn.Module) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def has_bf16_products(device: torch.device) -> bool:
+def has_fast_bf16(device: torch.device) -> bool:
     """Whether torch multiplies bf16 matrices on `device` by more than single numbers.
 
     On a CPU it needs AVX-512 for that, or what came later; without, a product took 200 times as long as in fp32.
@@ -136,7 +136,7 @@ def module_of(engine: DeepSpeedEngine) -> nn.Module:
 
 
 @contextmanager
-def whole_module(engine: nn.Module, build: Callable[[], nn.Module]) -> Iterator[Any]:
+def gathered_module(engine: nn.Module, build: Callable[[], nn.Module]) -> Iterator[Any]:
     """The model in an engine, in evaluation mode and with whole weights, for calling its parts one by one.
 
     With ZeRO-3, which gathers weights only while the whole is called, it is a copy in a fresh module that `build`

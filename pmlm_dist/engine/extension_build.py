@@ -25,7 +25,7 @@ _FOLDER = "TORCH_EXTENSIONS_DIR"
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
+def build_lock() -> Iterator[None]:
     """A place to compile in, one process of this machine at a time.
 
     Raises `ConfigError` where there is none that can be written to and locked.

@@ -49,7 +49,7 @@ def gradient_norm(model: nn.Module, topology: Topology) -> float:
         if parameter.grad is not None:
             gradients[is_sharded(parameter)].append(parameter.grad)
     own, shared = (nn.utils.get_total_norm(gradients[sharded]).double().square() for sharded in (True, False))
-    return float((topology.sum_over_tp(own.to(topology.device)) + shared.to(topology.device)).sqrt())
+    return float((topology.all_reduce_tp(own.to(topology.device)) + shared.to(topology.device)).sqrt())
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def empty_layout(batch: int, *, sequence_length: int, num_predictions: int, pad_
     return layout
 
 
-def lay_out(
+def build_layout(
     samples: Sequence[np.ndarray],
     *,
     sample_ids: np.ndarray,

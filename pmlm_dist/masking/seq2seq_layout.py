@@ -34,7 +34,7 @@ _RANDOM, _KEPT = 0.1, 0.1
 
 
 @dataclass(frozen=True)
-class PairRule:
+class Seq2SeqRule:
     """How pairs are laid out."""
 
     max_source: int
@@ -47,23 +47,23 @@ class PairRule:
     """Draw pseudo masks and shown tokens; off: [MASK] everywhere and the true target, as when decoding."""
 
 
-def source_ids(words: np.ndarray, *, rule: PairRule, special: SpecialIds) -> np.ndarray:
+def source_ids(words: np.ndarray, *, rule: Seq2SeqRule, special: SpecialIds) -> np.ndarray:
     """[CLS] SRC [SEP], cut to the rule's length."""
     return np.concatenate([[special.cls], words[: rule.max_source - 2], [special.sep]]).astype(np.int64)
 
 
-def target_ids(words: np.ndarray, *, rule: PairRule, special: SpecialIds) -> np.ndarray:
+def target_ids(words: np.ndarray, *, rule: Seq2SeqRule, special: SpecialIds) -> np.ndarray:
     """TGT [SEP], cut to the rule's length."""
     return np.concatenate([words[: rule.max_target - 1], [special.sep]]).astype(np.int64)
 
 
-def lay_out_pairs(
+def build_seq2seq_layout(
     pairs: Sequence[Pair],
     *,
     sample_ids: Sequence[int],
     epochs: Sequence[int],
     seed: int,
-    rule: PairRule,
+    rule: Seq2SeqRule,
     special: SpecialIds,
     trim: bool = False,
 ) -> Layout:

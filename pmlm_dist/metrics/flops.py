@@ -15,17 +15,17 @@ from pmlm_dist.devices import TERA, device_named
 
 
 def forward_flops(
-    model: ModelConfig, *, context: int, predictions: int, vocab_rows: int, reads: tuple[str, ...] = ("ae", "par")
+    model: ModelConfig, *, context: int, predictions: int, vocab_rows: int, objectives: tuple[str, ...] = ("ae", "par")
 ) -> float:
     """FLOPs of one sample's forward pass through all layers and the head on the predicted slots.
 
     Without "par" among the objectives' `reads` there are no appended slots.
     """
-    appended = 2 * predictions if "par" in reads else 0
-    total, read = context + appended, len(reads) * predictions
+    appended = 2 * predictions if "par" in objectives else 0
+    total, read = context + appended, len(objectives) * predictions
     size, inner = model.hidden_size, model.ffn_size
     pairs_inner = context * context + appended * total
-    pairs_last = predictions * sum({"ae": context, "par": total}[name] for name in reads)
+    pairs_last = predictions * sum({"ae": context, "par": total}[name] for name in objectives)
     inner_layer = total * (8 * size * size + 4 * size * inner) + 4 * size * pairs_inner
     last_layer = total * 4 * size * size + read * (4 * size * size + 4 * size * inner) + 4 * size * pairs_last
     head = read * (2 * size * size + 2 * size * vocab_rows)
@@ -33,10 +33,12 @@ def forward_flops(
 
 
 def training_flops(
-    model: ModelConfig, *, context: int, predictions: int, vocab_rows: int, reads: tuple[str, ...] = ("ae", "par")
+    model: ModelConfig, *, context: int, predictions: int, vocab_rows: int, objectives: tuple[str, ...] = ("ae", "par")
 ) -> float:
     """FLOPs of one sample's share of a training step: forward and backward."""
-    return 3.0 * forward_flops(model, context=context, predictions=predictions, vocab_rows=vocab_rows, reads=reads)
+    return 3.0 * forward_flops(
+        model, context=context, predictions=predictions, vocab_rows=vocab_rows, objectives=objectives
+    )
 
 
 def peak_tflops(stated: float | None, device: torch.device) -> float | None:

@@ -61,7 +61,7 @@ class RunLog:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._lines = _open_lines(run_dir / "metrics.jsonl")
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Print `text` once for the whole run; a terminal or disk that is gone does not end the training."""
         if self.enabled:
             try:
@@ -93,7 +93,7 @@ class RunLog:
             "memory/peak_gib": peak_memory_gib(device),
         }
         self._scalars(scalars, step=progress.step)
-        self.say(_console_line(progress))
+        self.info(_console_line(progress))
 
     def validation(self, validation: Validation, *, step: int, unigram_entropy: float) -> None:
         """Held-out losses beside the corpus' unigram entropy, and the fill-ins."""
@@ -110,7 +110,7 @@ class RunLog:
             *_objective("PAR on [MASK] slots", means.par_masked, means.par_masked_accuracy),
             f"unigram entropy {unigram_entropy:6.3f}",
         ]
-        self.say(f"validation at step {step}:  {'  '.join(parts)}")
+        self.info(f"validation at step {step}:  {'  '.join(parts)}")
         self._writer.flush()
 
     def ranks(self, of_rank: Sequence[RankTimes], *, step: int) -> None:
@@ -125,7 +125,7 @@ class RunLog:
                 scalars |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(values)}
         self._scalars(scalars, step=step)
 
-    def reading(self, scalars: dict[str, float | None], *, step: int) -> None:
+    def data_progress(self, scalars: dict[str, float | None], *, step: int) -> None:
         """How far the corpora have been read, and what of them cannot be."""
         if self.enabled:
             self._scalars(scalars, step=step)
@@ -187,7 +187,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`1:02:03` for 3723 seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -216,5 +216,5 @@ def _console_line(progress: Progress) -> str:
     parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
     if progress.mfu is not None:
         parts.append(f"mfu {progress.mfu:.1%}")
-    parts.append(f"ETA {duration(progress.eta_s)}")
+    parts.append(f"ETA {format_duration(progress.eta_s)}")
     return "  ".join(parts)

@@ -41,7 +41,7 @@ class Stragglers:
         self._ratio = ratio
         self._in_a_row: dict[int, int] = {}
 
-    def look(self, of_rank: Sequence[RankTimes]) -> list[str]:
+    def check(self, of_rank: Sequence[RankTimes]) -> list[str]:
         """A sentence for each rank that is to be named now; again after a hundred reports."""
         slow = {rank: usual_s for rank in range(len(of_rank)) if (usual_s := self._excess(of_rank, rank)) is not None}
         self._in_a_row = {rank: self._in_a_row.get(rank, 0) + 1 for rank in slow}

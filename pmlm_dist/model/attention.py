@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmlm_dist.masking.visibility import visible
-from pmlm_dist.model.flex_attention import BlockGroup, attend_by_blocks, block_group
+from pmlm_dist.model.flex_attention import BlockGroup, attention_flex, block_group
 from pmlm_dist.model.fused_attention import GroupedAttention, Pairs
 from pmlm_dist.model.relative_position import RelativeBias
 
@@ -67,7 +67,7 @@ class Slots:
     positions_BT: Tensor
     num_context: int
     predicted_BM: Tensor | None
-    reads: tuple[str, ...] = ("ae", "par")
+    objectives: tuple[str, ...] = ("ae", "par")
 
     @property
     def context(self) -> slice:
@@ -94,13 +94,13 @@ class Slots:
         """Whether there is more than the context."""
         return self.order_BT.shape[1] > self.num_context
 
-    def read_BR(self) -> Tensor | None:
+    def predicted_slots_BR(self) -> Tensor | None:
         """Indices of the read slots: AE slots, then PAR slots; None when all are read."""
         if self.predicted_BM is None:
             return None
         pseudo = torch.arange(self.pseudo.start, self.pseudo.stop, device=self.predicted_BM.device)
         by_name = {"ae": self.predicted_BM, "par": pseudo.expand(len(self.predicted_BM), -1)}
-        return torch.cat([by_name[name] for name in self.reads], dim=1)
+        return torch.cat([by_name[name] for name in self.objectives], dim=1)
 
     def forbidden(self, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
         """Minus infinity where slots `rows` do not see slots `keys`, else zero: [1, B, Q, K]."""
@@ -115,28 +115,28 @@ class Slots:
         return _minus_infinity(~valid_BS, dtype)
 
 
-def plan_dense(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.dtype) -> AttentionPlan:
+def plan_reference(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.dtype) -> AttentionPlan:
     """One group: every slot against every slot."""
     everything = slots.everything
     bias = slots.forbidden(everything, everything, dtype)
     if relative_bias is not None:
         bias = relative_bias(slots.positions_BT, slots.positions_BT).to(dtype) + bias
     inner = (QueryGroup(everything, everything, bias),)
-    read_BR = slots.read_BR()
+    read_BR = slots.predicted_slots_BR()
     if read_BR is None:
         return AttentionPlan(inner=inner, last=inner)
     read = QueryGroup(slice(0, read_BR.shape[1]), everything, bias.take_along_dim(read_BR[None, :, :, None], dim=2))
     return AttentionPlan(inner=inner, last=(read,))
 
 
-def plan_split(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.dtype) -> AttentionPlan:
+def plan_fused(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.dtype) -> AttentionPlan:
     """Two groups: the context among itself, the appended slots against everything.
 
     Requires what the layout gives: context slots at positions 0, 1, 2, ... in every sample, all visible to each other;
     originals and pseudo masks of the same prediction at the same position.
     """
     context, everything, padding_BS = slots.context, slots.everything, slots.padding_BS(dtype)
-    context_HSS = None if relative_bias is None else relative_bias.among_neighbours(slots.num_context).to(dtype)
+    context_HSS = None if relative_bias is None else relative_bias.for_contiguous(slots.num_context).to(dtype)
     shared = None if context_HSS is None else context_HSS[:, None]
     inner = [QueryGroup(context, context, shared, padding_BS)]
     appended = None
@@ -146,7 +146,7 @@ def plan_split(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.dt
     if slots.predicted_BM is None:
         return AttentionPlan(inner=tuple(inner), last=tuple(inner))
     num_predicted, last = slots.predicted_BM.shape[1], []
-    for number, name in enumerate(slots.reads):
+    for number, name in enumerate(slots.objectives):
         rows = slice(number * num_predicted, (number + 1) * num_predicted)
         if name == "ae":
             ae = None if context_HSS is None else _take_rows(context_HSS, slots.predicted_BM)
@@ -180,13 +180,13 @@ def plan_flex(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.dty
         bias_HN = relative_bias.by_distance(max(slots.order_BT.shape[1], relative_bias.max_distance))
     batch = (slots.order_BT, slots.valid_BT, slots.positions_BT)
     inner = (block_group(*batch, rows_BQ=None, bias_HN=bias_HN),)
-    read_BR = slots.read_BR()
+    read_BR = slots.predicted_slots_BR()
     if read_BR is None:
         return AttentionPlan(inner=inner, last=inner)
     return AttentionPlan(inner=inner, last=(block_group(*batch, rows_BQ=read_BR, bias_HN=bias_HN),))
 
 
-def attend_plainly(q_QBHD: Tensor, kv_TBH2D: Tensor, groups: tuple[QueryGroup, ...], *, dropout: float) -> Tensor:
+def attention_reference(q_QBHD: Tensor, kv_TBH2D: Tensor, groups: tuple[QueryGroup, ...], *, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v by groups: queries [Q, B, H, D], keys and values [T, B, H, 2, D].
 
     Returns the mixed values [Q, B, H, D]. Written for reading; autograd does the rest. Every query must see at least
@@ -207,7 +207,7 @@ def attend_plainly(q_QBHD: Tensor, kv_TBH2D: Tensor, groups: tuple[QueryGroup, .
     return torch.cat(parts)
 
 
-def attend_at_once(q_QBHD: Tensor, kv_TBH2D: Tensor, groups: tuple[QueryGroup, ...], *, dropout: float) -> Tensor:
+def attention_fused(q_QBHD: Tensor, kv_TBH2D: Tensor, groups: tuple[QueryGroup, ...], *, dropout: float) -> Tensor:
     """The same as one operation with a backward pass of its own (`fused_attention.py`)."""
     pairs = [Pairs(group.rows, group.keys, group.padding_BK) for group in groups]
     biases = [group.bias for group in groups]
@@ -215,17 +215,17 @@ def attend_at_once(q_QBHD: Tensor, kv_TBH2D: Tensor, groups: tuple[QueryGroup, .
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionBackend:
     """A reading of the visibility rule: how queries are cut into groups, and what computes them."""
 
     plan: Callable[[Slots, RelativeBias | None, torch.dtype], AttentionPlan]
     attend: Callable[..., Tensor]
 
 
-ATTENTION = {
-    "dense": Attention(plan_dense, attend_plainly),
-    "split": Attention(plan_split, attend_at_once),
-    "flex": Attention(plan_flex, attend_by_blocks),
+ATTENTION_BACKENDS = {
+    "reference": AttentionBackend(plan_reference, attention_reference),
+    "fused": AttentionBackend(plan_fused, attention_fused),
+    "flex": AttentionBackend(plan_flex, attention_flex),
 }
 
 

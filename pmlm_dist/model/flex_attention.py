@@ -53,7 +53,7 @@ def block_group(
     return BlockGroup(block_mask, q_positions_BQ, positions_BT, bias_HN)
 
 
-def attend_by_blocks(q_QBHD: Tensor, kv_TBH2D: Tensor, groups: tuple[BlockGroup], *, dropout: float) -> Tensor:
+def attention_flex(q_QBHD: Tensor, kv_TBH2D: Tensor, groups: tuple[BlockGroup], *, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v over the visible pairs: queries [Q, B, H, D], keys and values [T, B, H, 2, D].
 
     Returns the mixed values [Q, B, H, D]. Differentiable on a GPU only. The kernel has no dropout; `config.py` refuses

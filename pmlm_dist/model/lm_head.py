@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.parallel.cross_entropy import smoothing, tied_cross_entropy, tied_logits
+from pmlm_dist.parallel.cross_entropy import smoothing_nll, tied_cross_entropy, tied_logits
 from pmlm_dist.parallel.layers import sharded
 
 
@@ -52,6 +52,6 @@ class TiedHead(nn.Module):
             return tied_logits(h_RBE, embedding_VE, bias_V)
         loss_RB, right_RB = tied_cross_entropy(h_RBE, embedding_VE, bias_V, targets_RB)
         if label_smoothing:
-            added_RB = smoothing(h_RBE, embedding_VE, bias_V, targets_RB, vocab_size=self.vocab_size)
+            added_RB = smoothing_nll(h_RBE, embedding_VE, bias_V, targets_RB, vocab_size=self.vocab_size)
             loss_RB = loss_RB + label_smoothing * added_RB
         return loss_RB, right_RB

@@ -61,7 +61,7 @@ class RelativeBias(nn.Module):
         # Beyond the largest distance nothing changes.
         return look_up(self.by_distance(self.max_distance), q_positions_BQ, k_positions_BK)
 
-    def among_neighbours(self, length: int) -> Tensor:
+    def for_contiguous(self, length: int) -> Tensor:
         """Bias [H, S, S] of `length` = S slots at consecutive positions among themselves: one diagonal a distance."""
         return self.by_distance(length - 1).unfold(1, length, 1).flip(1)
 

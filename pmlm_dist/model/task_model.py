@@ -30,11 +30,11 @@ class TaskHead(nn.Module):
     Tensor-parallel ranks hold equal copies.
     """
 
-    def __init__(self, config: ModelConfig, *, outputs: int, reads: Reads):
+    def __init__(self, config: ModelConfig, *, outputs: int, objectives: Reads):
         super().__init__()
-        self.reads = reads
+        self.objectives = objectives
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.dense = _linear(config, config.hidden_size) if reads == "first" else None
+        self.dense = _linear(config, config.hidden_size) if objectives == "first" else None
         self.output = _linear(config, outputs)
 
     def forward(self, x_TBE: Tensor) -> Tensor:
@@ -54,10 +54,10 @@ def _linear(config: ModelConfig, size_out: int) -> nn.Linear:
 class TaskModel(PseudoMaskedLM):
     """`PseudoMaskedLM` that also answers with its task head: `model(tokens_BT, segments_BT=..., valid_BT=...)`."""
 
-    def __init__(self, config: ModelConfig, *, padded_vocab_size: int, outputs: int, reads: Reads):
+    def __init__(self, config: ModelConfig, *, padded_vocab_size: int, outputs: int, objectives: Reads):
         assert padded_vocab_size % tp_size() == 0
         super().__init__(config, padded_vocab_size=padded_vocab_size)
-        self.task_head = TaskHead(config, outputs=outputs, reads=reads)
+        self.task_head = TaskHead(config, outputs=outputs, objectives=objectives)
 
     def forward(self, tokens_BT: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
         """The head's outputs; with `predicted_BM` among the inputs what the language model gives."""

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.model.attention import ATTENTION, Groups, Slots
+from pmlm_dist.model.attention import ATTENTION_BACKENDS, Groups, Slots
 from pmlm_dist.model.lm_head import TiedHead
 from pmlm_dist.model.relative_position import RelativeBias
 from pmlm_dist.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding, tp_size
-from pmlm_dist.parallel.seeding import different_on_tp_peers
+from pmlm_dist.parallel.seeding import distinct_across_tp
 
 
 class Embeddings(nn.Module):
@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
         size, std = config.hidden_size, config.initializer_range
         self.head_dim = config.head_dim
         self.attention_dropout = config.attention_dropout
-        self.attend = ATTENTION[config.attention].attend
+        self.attend = ATTENTION_BACKENDS[config.attention].attend
         self.query = ColumnLinear(size, size, std=std)
         self.key_value = ColumnLinear(size, 2 * size, std=std)  # rows: [heads, key | value, head size]
         self.output = RowLinear(size, size, std=std)
@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
         q_QBHD = self.query(queries_QBE).unflatten(-1, (-1, self.head_dim))
         kv_TBH2D = self.key_value(x_TBE).unflatten(-1, (-1, 2, self.head_dim))
         dropout = self.attention_dropout if self.training else 0.0
-        with different_on_tp_peers() if dropout else nullcontext():
+        with distinct_across_tp() if dropout else nullcontext():
             mixed_QBHD = self.attend(q_QBHD, kv_TBH2D, groups, dropout=dropout)
         return self.output(mixed_QBHD.flatten(2))
 
@@ -122,7 +122,7 @@ class PseudoMaskedLM(nn.Module):
         order_BT: Tensor,
         valid_BT: Tensor,
         predicted_BM: Tensor | None = None,
-        reads: tuple[str, ...] = ("ae", "par"),
+        objectives: tuple[str, ...] = ("ae", "par"),
     ) -> Tensor:
         """Hidden states of the read slots [R, B, E]: AE slots then PAR slots, or all slots when `predicted_BM` is None.
 
@@ -131,21 +131,21 @@ class PseudoMaskedLM(nn.Module):
         """
         num_appended = 0 if predicted_BM is None else 2 * predicted_BM.shape[1]
         num_context = tokens_BT.shape[1] - num_appended
-        used = slice(0, None if "par" in reads else num_context)
+        used = slice(0, None if "par" in objectives else num_context)
         slots = Slots(
             order_BT[:, used],
             valid_BT[:, used],
             positions_BT[:, used],
             num_context=num_context,
             predicted_BM=predicted_BM,
-            reads=reads,
+            objectives=objectives,
         )
         x_TBE = self.embeddings(tokens_BT[:, used].t(), positions_BT[:, used].t(), segments_BT[:, used].t())
-        plan = ATTENTION[self.config.attention].plan(slots, self.relative_bias, x_TBE.dtype)
+        plan = ATTENTION_BACKENDS[self.config.attention].plan(slots, self.relative_bias, x_TBE.dtype)
         *inner, last = self.layers
         for layer in inner:
             x_TBE = self._run(layer, x_TBE, x_TBE, plan.inner)
-        return self._run(last, x_TBE, _take_slots(x_TBE, slots.read_BR()), plan.last)
+        return self._run(last, x_TBE, _take_slots(x_TBE, slots.predicted_slots_BR()), plan.last)
 
     def forward(
         self,
@@ -157,7 +157,7 @@ class PseudoMaskedLM(nn.Module):
         valid_BT: Tensor,
         predicted_BM: Tensor,
         targets_BM: Tensor | None = None,
-        reads: tuple[str, ...] = ("ae", "par"),
+        objectives: tuple[str, ...] = ("ae", "par"),
         label_smoothing: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of the predicted positions [K, M, B, V], as the K `reads` see them: AE before PAR.
@@ -172,12 +172,12 @@ class PseudoMaskedLM(nn.Module):
             order_BT=order_BT,
             valid_BT=valid_BT,
             predicted_BM=predicted_BM,
-            reads=reads,
+            objectives=objectives,
         )
-        embedding_VE, shape = self.embeddings.token.weight, (len(reads), -1)
+        embedding_VE, shape = self.embeddings.token.weight, (len(objectives), -1)
         if targets_BM is None:
             return self.head(x_RBE, embedding_VE).unflatten(0, shape)
-        targets_RB = targets_BM.t().repeat(len(reads), 1)
+        targets_RB = targets_BM.t().repeat(len(objectives), 1)
         nll_RB, right_RB = self.head(x_RBE, embedding_VE, targets_RB, label_smoothing=label_smoothing)
         return nll_RB.unflatten(0, shape), right_RB.unflatten(0, shape)
 

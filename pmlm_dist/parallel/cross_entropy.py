@@ -47,7 +47,7 @@ def tied_cross_entropy(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_
 
 
 @torch.no_grad()
-def most_likely(logits_NV: Tensor) -> Tensor:
+def vocab_parallel_argmax(logits_NV: Tensor) -> Tensor:
     """The id [N] with the highest logit in the whole vocabulary; the highest id among equals of different ranks."""
     best_N, ids_N = logits_NV.max(dim=-1)
     if tp_size() == 1:
@@ -58,7 +58,7 @@ def most_likely(logits_NV: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole_logits(logits_NV: Tensor) -> Tensor:
+def gather_logits(logits_NV: Tensor) -> Tensor:
     """Logits [..., tp * V] over the whole vocabulary, equal on every rank, from those of this rank's rows [..., V]."""
     if tp_size() == 1:
         return logits_NV
@@ -67,7 +67,7 @@ def whole_logits(logits_NV: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def smoothing(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor, *, vocab_size: int) -> Tensor:
+def smoothing_nll(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor, *, vocab_size: int) -> Tensor:
     """What label smoothing adds to the negative log-likelihood of each target, for one unit of its strength: [N].
 
     The smoothed target is (1 - s) of the true token and s of the uniform distribution over the `vocab_size` tokens

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch._C._distributed_c10d import HashStore
 
-from pmlm_dist.config import ConfigError, divisors, refuse
+from pmlm_dist.config import ConfigError, divisors, raise_if_any
 from pmlm_dist.launch_environment import rendezvous
 
 T = TypeVar("T")
@@ -39,37 +39,37 @@ class Topology:
     device: torch.device
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this process speaks for the run: prints, writes logs."""
         return self.rank == 0
 
-    def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_dp(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over the data-parallel group, in place; tensor-parallel peers hold equal values."""
         if self.dp > 1:
             dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
         return values
 
-    def sum_over_tp(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_tp(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over the tensor-parallel group, in place."""
         if self.tp > 1:
             dist.all_reduce(values, group=parallel_state.get_tensor_model_parallel_group())
         return values
 
-    def largest(self, *values: int) -> list[int]:
+    def all_reduce_max(self, *values: int) -> list[int]:
         """The largest of all ranks' values, one by one. On the host: no accelerator is waited for."""
         found = torch.tensor(values)
         if self.world_size > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found.tolist()
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's `value` (picklable, small), in order of rank, on every rank."""
         box = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(box, value)
         return box
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's `value` (picklable, small) on every rank."""
         box = [value]
         if self.world_size > 1:
@@ -82,23 +82,25 @@ class Topology:
             dist.barrier()
 
 
-def refuse_together(found: list[str], topology: Topology) -> None:
+def raise_on_all_ranks(found: list[str], topology: Topology) -> None:
     """Raise `ConfigError` on every rank when any rank has found problems, with those of all; every rank must call."""
     elsewhere: dict[str, int] = {}
-    for rank, of_rank in enumerate(topology.gather(found)):
+    for rank, of_rank in enumerate(topology.all_gather_object(found)):
         for problem in of_rank:
             elsewhere.setdefault(problem, rank)
-    refuse([*found, *(f"on rank {rank}: {problem}" for problem, rank in elsewhere.items() if problem not in found)])
+    raise_if_any(
+        [*found, *(f"on rank {rank}: {problem}" for problem, rank in elsewhere.items() if problem not in found)]
+    )
 
 
-def together(topology: Topology, prepare: Callable[[], T]) -> T:
+def run_on_all_ranks(topology: Topology, prepare: Callable[[], T]) -> T:
     """What `prepare` gives, unless it raises `ConfigError` on any rank: then all raise it, with every problem."""
     found, made = [], None
     try:
         made = prepare()
     except ConfigError as error:
         found = error.problems
-    refuse_together(found, topology)
+    raise_on_all_ranks(found, topology)
     return made  # pyright: ignore[reportReturnType]
 
 
@@ -124,7 +126,7 @@ class ModelParallelUnit:
     get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
 
 
-def start(*, tp: int = 1, timeout_s: int = 600) -> Topology:
+def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
     """Join the world that the launcher described and build the groups of tensor-parallel size `tp`.
 
     A process that no launcher started is a world of its own. Collectives end with an error after `timeout_s` seconds.
@@ -132,7 +134,7 @@ def start(*, tp: int = 1, timeout_s: int = 600) -> Topology:
     """
     variables = rendezvous(os.environ)
     rank, world_size, local_rank = (int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    refuse(_world_problems(world_size, tp=tp))
+    raise_if_any(_world_problems(world_size, tp=tp))
     os.environ.update(variables)
     os.environ.setdefault(
         "CUDA_DEVICE_MAX_CONNECTIONS", "1"

@@ -136,7 +136,7 @@ def count_parameters(model: nn.Module, topology: Topology) -> int:
     """Parameters of the whole model, whatever part of it this rank holds; every rank must call."""
     own = sum(_numel(p) for p in model.parameters() if is_sharded(p))
     shared = sum(_numel(p) for p in model.parameters() if not is_sharded(p))
-    return int(topology.sum_over_tp(torch.tensor(own, device=topology.device))) + shared
+    return int(topology.all_reduce_tp(torch.tensor(own, device=topology.device))) + shared
 
 
 def _numel(parameter: Tensor) -> int:

@@ -30,7 +30,7 @@ def seed_dropout(seed: int, *, micro_step: int, dp_rank: int) -> None:
 
 
 @contextmanager
-def different_on_tp_peers() -> Iterator[None]:
+def distinct_across_tp() -> Iterator[None]:
     """Random numbers drawn inside differ among tensor-parallel peers; outside only the seed for them has been drawn."""
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         yield

@@ -68,10 +68,10 @@ def activations(work: Workload) -> Activations:
     model, a = work.model, work.element
     inner_layer, last_layer = (
         _Layer(work, work.tokens, work.inner_pairs),
-        _Layer(work, work.read_tokens, work.last_pairs),
+        _Layer(work, work.predicted_tokens, work.last_pairs),
     )
     last_kept = last_layer.kept + a * (2 * work.tokens * inner_layer.own + last_layer.wide)
-    logits = a * work.read_tokens * work.vocabulary
+    logits = a * work.predicted_tokens * work.vocabulary
     token_gradient = a * work.vocabulary * model.hidden_size
     return Activations(
         embedding=inner_layer.norm + a * inner_layer.wide + inner_layer.dropped,
@@ -136,7 +136,7 @@ class _Layer:
             return _FULL * self.tokens * self.work.heads
         kept = self.work.element
         if self.work.model.attention_dropout:
-            kept += _FLAG if self.work.model.attention == "split" else 2 * self.work.element
+            kept += _FLAG if self.work.model.attention == "fused" else 2 * self.work.element
         return kept * self.pairs
 
     @property
@@ -162,7 +162,7 @@ def _scores_work(work: Workload, pairs: int) -> float:
     if work.model.attention == "flex":
         return 0.0
     copies = 2 if work.model.attention_dropout else 1
-    if work.model.attention == "dense":
+    if work.model.attention == "reference":
         return work.element * 2 * pairs
     part = max(pairs * work.appended * work.slots / (work.context**2 + work.appended * work.slots), pairs / 2)
     return work.element * copies * (part if work.on_accelerator else min(part, _PART_ON_CPU))
@@ -172,7 +172,7 @@ def bias_numbers(work: Workload) -> tuple[float, float]:
     """Numbers of the biases that want a gradient: what the samples share, and what they do not."""
     if work.model.attention == "flex" or not work.model.relative_bias:
         return 0.0, 0.0
-    if work.model.attention == "dense":
+    if work.model.attention == "reference":
         return 0.0, work.heads * work.micro_batch * work.slots**2
     return work.heads * work.context**2, work.heads * work.micro_batch * work.appended * work.slots
 
@@ -181,7 +181,7 @@ def _bias(work: Workload) -> float:
     """All biases; without relative positions only what is forbidden, the same for all heads."""
     if work.model.attention == "flex":
         return 0.0
-    dense = work.model.attention == "dense"
+    dense = work.model.attention == "reference"
     if not work.model.relative_bias:
         return work.element * work.micro_batch * (work.slots if dense else work.appended) * work.slots
     rows = work.last_pairs if dense else work.heads * work.micro_batch * work.predictions * work.context
@@ -196,7 +196,7 @@ def _bias_kept(work: Workload) -> float:
 def _looked_up(work: Workload) -> float:
     if work.model.attention == "flex" or not work.model.relative_bias:
         return 0.0
-    dense = work.model.attention == "dense"
+    dense = work.model.attention == "reference"
     keys = work.slots**2 if dense else work.predictions * (work.context + work.predictions)
     return _INDEX * work.micro_batch * keys
 

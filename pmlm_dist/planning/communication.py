@@ -112,7 +112,7 @@ def _data_parallel(work: Workload, zero: Zero, accumulation: int) -> Iterator[Co
 
 def _tensor_parallel(work: Workload, accumulation: int) -> Iterator[Collective]:
     inner, size = work.model.num_layers - 1, work.element * work.model.hidden_size
-    all_slots, read_slots = size * work.tokens, size * work.read_tokens
+    all_slots, read_slots = size * work.tokens, size * work.predicted_tokens
     forward = 4 if work.model.activation_checkpointing else 2
     for purpose, bytes_, times in (
         ("embeddings", all_slots, 1),

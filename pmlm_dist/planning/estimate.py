@@ -43,7 +43,7 @@ class Job:
     model: ModelConfig
     context: int
     predictions: int
-    reads: tuple[str, ...]
+    objectives: tuple[str, ...]
     engine: EngineConfig
     cluster: Cluster
 
@@ -54,7 +54,7 @@ class Job:
             context=self.context,
             predictions=self.predictions,
             micro_batch=layout.micro_batch,
-            reads=self.reads,
+            objectives=self.objectives,
             tp=layout.tp,
             precision=self.engine.precision,
             on_accelerator=self.cluster.device.is_accelerator,

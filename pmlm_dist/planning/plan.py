@@ -9,11 +9,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.devices import DEVICES, Device
 from pmlm_dist.engine.deepspeed_config import EngineConfig, load_engine_config
 from pmlm_dist.masking.blockwise import max_predictions
-from pmlm_dist.objectives import READS
+from pmlm_dist.objectives import OBJECTIVES
 from pmlm_dist.planning.advice import advice
 from pmlm_dist.planning.communication import Cluster
 from pmlm_dist.planning.estimate import Estimate, Job, Layout
@@ -115,7 +115,7 @@ def make_plan(config: PlanConfig, *, measured: Device | None = None) -> Plan:
             f"{device.name} has no {engine.precision} products: choose DeepSpeed's JSON with one of "
             f"{', '.join(sorted(device.peak))} (--ds-config)"
         )
-    refuse(found)
+    raise_if_any(found)
     assert engine is not None
     assert device is not None
     job = _job(config, engine, config.assumed(device))
@@ -147,7 +147,7 @@ def _job(config: PlanConfig, engine: EngineConfig, device: Device) -> Job:
         model=config.model,
         context=config.context,
         predictions=max_predictions(config.context, config.masking),
-        reads=READS[config.objective.kind],
+        objectives=OBJECTIVES[config.objective.kind],
         engine=engine,
         cluster=Cluster(device, config.nodes, config.in_node),
     )

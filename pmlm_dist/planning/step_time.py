@@ -96,12 +96,12 @@ def moved_bytes(work: Workload) -> float:
     """Bytes that a micro-batch reads and writes between its products on one rank, forward and backward."""
     model, a = work.model, work.element
     inner = _layer_bytes(work, work.tokens, work.inner_pairs)
-    last = _layer_bytes(work, work.read_tokens, work.last_pairs)
+    last = _layer_bytes(work, work.predicted_tokens, work.last_pairs)
     layers = (model.num_layers - 1) * inner + last
     if model.activation_checkpointing:
         layers *= 4 / 3  # a forward pass is about a third
-    logits = work.read_tokens * work.vocabulary * (_LOGITS * a + _LOGITS_FULL * FULL)
-    ends = a * model.hidden_size * (_EMBEDDING * work.tokens + _HEAD * work.read_tokens)
+    logits = work.predicted_tokens * work.vocabulary * (_LOGITS * a + _LOGITS_FULL * FULL)
+    ends = a * model.hidden_size * (_EMBEDDING * work.tokens + _HEAD * work.predicted_tokens)
     tables = 3 * a * work.vocabulary * model.hidden_size
     return layers + logits + ends + tables
 

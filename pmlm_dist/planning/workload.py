@@ -26,7 +26,7 @@ class Workload:
     context: int
     predictions: int
     micro_batch: int
-    reads: tuple[str, ...] = ("ae", "par")
+    objectives: tuple[str, ...] = ("ae", "par")
     tp: int = 1
     precision: Precision = "bf16"
     on_accelerator: bool = True
@@ -39,7 +39,7 @@ class Workload:
     @property
     def appended(self) -> int:
         """A: slots of originals and pseudo masks; none where nothing reads them."""
-        return 2 * self.predictions if "par" in self.reads else 0
+        return 2 * self.predictions if "par" in self.objectives else 0
 
     @property
     def slots(self) -> int:
@@ -47,9 +47,9 @@ class Workload:
         return self.context + self.appended
 
     @property
-    def read_slots(self) -> int:
+    def predicted_slots(self) -> int:
         """R: slots of a sample that the head reads."""
-        return len(self.reads) * self.predictions
+        return len(self.objectives) * self.predictions
 
     @property
     def tokens(self) -> int:
@@ -57,9 +57,9 @@ class Workload:
         return self.slots * self.micro_batch
 
     @property
-    def read_tokens(self) -> int:
+    def predicted_tokens(self) -> int:
         """R * B: read slots of the micro-batch."""
-        return self.read_slots * self.micro_batch
+        return self.predicted_slots * self.micro_batch
 
     @property
     def heads(self) -> int:
@@ -81,13 +81,13 @@ class Workload:
     def inner_pairs(self) -> int:
         """Pairs of query and key that an inner layer scores, over the micro-batch and this rank's heads."""
         pairs = self.context**2 + self.appended * self.slots
-        return self.heads * self.micro_batch * (self.slots**2 if self.model.attention == "dense" else pairs)
+        return self.heads * self.micro_batch * (self.slots**2 if self.model.attention == "reference" else pairs)
 
     @property
     def last_pairs(self) -> int:
         """The same of the last layer, where only the read slots ask."""
-        keys = {"ae": self.slots if self.model.attention == "dense" else self.context, "par": self.slots}
-        return self.heads * self.micro_batch * self.predictions * sum(keys[name] for name in self.reads)
+        keys = {"ae": self.slots if self.model.attention == "reference" else self.context, "par": self.slots}
+        return self.heads * self.micro_batch * self.predictions * sum(keys[name] for name in self.objectives)
 
     @property
     def sample_flops(self) -> float:
@@ -97,11 +97,11 @@ class Workload:
             context=self.context,
             predictions=self.predictions,
             vocab_rows=self.padded_vocabulary,
-            reads=self.reads,
+            objectives=self.objectives,
         )
 
     @property
     def layer_flops(self) -> float:
         """The same without the head."""
         size = self.model.hidden_size
-        return self.sample_flops - self.read_slots * 2.0 * size * (size + self.padded_vocabulary)
+        return self.sample_flops - self.predicted_slots * 2.0 * size * (size + self.padded_vocabulary)

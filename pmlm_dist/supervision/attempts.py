@@ -1,6 +1,6 @@
 """How much of a run's time went into training, over all its starts (lives), and how often it should save.
 
-    RUN_DIR/lives.jsonl    a line at each start, each save and each end: rank 0 of every life appends to it
+    RUN_DIR/attempts.jsonl    a line at each start, each save and each end: rank 0 of every life appends to it
 
 A step counts once: steps that were done again after a failure are time lost, as are saving, starting and waiting. The
 advice is that of planning/reliability.py, with what this run has measured instead of what was assumed. Without torch.
@@ -18,7 +18,7 @@ from typing import Any
 
 from pmlm_dist.supervision.exit_codes import ExitCode
 
-LIVES = "lives.jsonl"
+ATTEMPTS = "attempts.jsonl"
 _EXPECTED = (ExitCode.DONE, ExitCode.PREEMPTED)
 LLAMA_3_HOURS = 54 * 24 * 16_384 / 419
 """Hours between failures for each GPU: 419 unexpected interruptions in 54 days on 16,384 GPUs (Llama 3, 2024)."""
@@ -29,12 +29,12 @@ def best_interval(save_s: float, between_failures_s: float) -> float:
     return math.sqrt(2 * save_s * between_failures_s)
 
 
-class LifeLog:
+class AttemptLog:
     """Appends what happens in one life; does nothing on ranks other than 0. Times do not follow jumps of the clock."""
 
-    def __init__(self, run_dir: Path, *, life: str, world_size: int, every: int, enabled: bool):
-        self._path, self._enabled = run_dir / LIVES, enabled
-        self._about = {"life": life, "world_size": world_size, "every": every}
+    def __init__(self, run_dir: Path, *, attempt: str, world_size: int, every: int, enabled: bool):
+        self._path, self._enabled = run_dir / ATTEMPTS, enabled
+        self._about = {"attempt": attempt, "world_size": world_size, "every": every}
         self._began, self._since = time.time(), time.monotonic()
 
     def started(self, step: int) -> None:
@@ -58,7 +58,7 @@ class LifeLog:
 
 
 @dataclass
-class Life:
+class AttemptRecord:
     """One start of a run, as its lines tell it."""
 
     name: str
@@ -79,33 +79,33 @@ class Life:
     """None: it was killed, or is not over."""
 
 
-def read_lives(run_dir: Path) -> list[Life]:
+def read_attempts(run_dir: Path) -> list[AttemptRecord]:
     """The lives of a run, oldest first; lines that a kill has torn are passed over."""
-    lives: list[Life] = []
-    path = run_dir / LIVES
+    attempts: list[AttemptRecord] = []
+    path = run_dir / ATTEMPTS
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             facts = json.loads(line)
         except ValueError:
             continue
         if facts["event"] == "start":
-            names = (facts["life"], facts["began"], facts["step"], facts["world_size"], facts["every"])
-            lives.append(Life(*names, last=facts["time"], last_step=facts["step"]))
-        elif lives:
-            _add(lives[-1], facts)
-    return lives
+            names = (facts["attempt"], facts["began"], facts["step"], facts["world_size"], facts["every"])
+            attempts.append(AttemptRecord(*names, last=facts["time"], last_step=facts["step"]))
+        elif attempts:
+            _add(attempts[-1], facts)
+    return attempts
 
 
-def _add(life: Life, facts: dict[str, Any]) -> None:
-    life.last, life.last_step, life.useful_s = facts["time"], facts["step"], facts["useful_s"]
+def _add(attempt: AttemptRecord, facts: dict[str, Any]) -> None:
+    attempt.last, attempt.last_step, attempt.useful_s = facts["time"], facts["step"], facts["useful_s"]
     if facts["event"] == "save":
-        life.saves[facts["step"]], life.stalled_s = facts["useful_s"], facts["stalled_s"]
+        attempt.saves[facts["step"]], attempt.stalled_s = facts["useful_s"], facts["stalled_s"]
     else:
-        life.code = facts["code"]
+        attempt.code = facts["code"]
 
 
 @dataclass(frozen=True)
-class Effective:
+class EffectiveTime:
     """Where a run's time went; seconds."""
 
     useful_s: float
@@ -147,36 +147,36 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 10_000 else f"{seconds / 3600:.3g} h"
 
 
-def close(run_dir: Path, *, life: str, code: int) -> None:
+def close_attempt(run_dir: Path, *, attempt: str, code: int) -> None:
     """Write the end of `life` where its rank 0 could not, or took it for another one than it was."""
-    lives = read_lives(run_dir)
-    if lives and lives[-1].name == life and lives[-1].code != code:
-        facts = {"event": "end", "time": time.time(), "step": lives[-1].last_step, "useful_s": lives[-1].useful_s}
-        with (run_dir / LIVES).open("a", encoding="utf-8") as lines:
+    attempts = read_attempts(run_dir)
+    if attempts and attempts[-1].name == attempt and attempts[-1].code != code:
+        facts = {"event": "end", "time": time.time(), "step": attempts[-1].last_step, "useful_s": attempts[-1].useful_s}
+        with (run_dir / ATTEMPTS).open("a", encoding="utf-8") as lines:
             lines.write("\n" + json.dumps({**facts, "code": code}) + "\n")
 
 
-def effective(lives: list[Life]) -> Effective:
+def effective_time_line(attempts: list[AttemptRecord]) -> EffectiveTime:
     """Account for `lives` (at least one), the last of which may go on.
 
     Back from the last life: of each earlier one counts what it had trained when it saved the step that was gone on
     from.
     """
-    last = lives[-1]
+    last = attempts[-1]
     useful_s, first = last.useful_s, last.first_step
-    for life in reversed(lives[:-1]):
-        if first in life.saves:
-            useful_s, first = useful_s + life.saves[first], life.first_step
-    idle_s = sum(after.began - life.last for life, after in pairwise(lives) if life.code == ExitCode.DONE)
-    unexpected = [life for life in lives[:-1] if life.code not in _EXPECTED]
-    saves = sum(len(life.saves) for life in lives)
-    return Effective(
+    for attempt in reversed(attempts[:-1]):
+        if first in attempt.saves:
+            useful_s, first = useful_s + attempt.saves[first], attempt.first_step
+    idle_s = sum(after.began - attempt.last for attempt, after in pairwise(attempts) if attempt.code == ExitCode.DONE)
+    unexpected = [attempt for attempt in attempts[:-1] if attempt.code not in _EXPECTED]
+    saves = sum(len(attempt.saves) for attempt in attempts)
+    return EffectiveTime(
         useful_s=useful_s,
-        whole_s=last.last - lives[0].began - idle_s,
-        starts=len(lives),
+        whole_s=last.last - attempts[0].began - idle_s,
+        starts=len(attempts),
         failures=len(unexpected) + (last.code is not None and last.code not in _EXPECTED),
         steps=last.last_step - first,
-        save_s=sum(life.stalled_s for life in lives) / saves if saves else 0.0,
+        save_s=sum(attempt.stalled_s for attempt in attempts) / saves if saves else 0.0,
         world_size=last.world_size,
         every=last.every,
     )

@@ -15,11 +15,11 @@ SIGNALLED = 128
 """Added to the number of the signal that ended a process, as shells and SLURM do."""
 
 
-class Again(enum.Enum):
+class RestartPolicy(enum.Enum):
     """Whether a run is started again by itself."""
 
-    NO = "no"
-    YES = "yes"
+    NEVER = "no"
+    ALWAYS = "yes"
     """As often as it takes, as long as steps are gained."""
     ONCE = "once"
     """Once in a row: with the same settings it will most likely happen again."""
@@ -31,31 +31,47 @@ class ExitCode(enum.IntEnum):
     """Exit codes of train.py; 75 is EX_TEMPFAIL of sysexits.h."""
 
     meaning: str
-    again: Again
+    restart: RestartPolicy
 
-    def __new__(cls, code: int, meaning: str, again: Again) -> ExitCode:  # noqa: D102
+    def __new__(cls, code: int, meaning: str, again: RestartPolicy) -> ExitCode:  # noqa: D102
         member = int.__new__(cls, code)
         member._value_ = code
-        member.meaning, member.again = meaning, again
+        member.meaning, member.restart = meaning, again
         return member
 
-    DONE = 0, "complete; or ended by `STOP` or `--train.stop-at`", Again.NO
-    FAILED = 1, "failed: a Python error, or a corpus that cannot be read", Again.BOUNDED
-    BAD_CONFIGURATION = 2, "a wrong setting, or a checkpoint that does not fit; nothing was computed", Again.NO
-    PREEMPTED = 75, "told to stop; the last checkpoint stands", Again.YES
-    HUNG = 80, "a rank made no progress for as long as its phase may take (`--watch`)", Again.BOUNDED
-    OUT_OF_MEMORY = 81, "out of memory, of the device or of the node (the kernel or SLURM killed a rank)", Again.ONCE
-    NOT_FINITE = 82, "too many steps in a row with gradients that are not finite, or no loss scale left", Again.NO
-    IN_USE = 83, "another job is at work in this run folder; nothing was changed", Again.NO
-    SUPERSEDED = 84, "another start has taken over the run folder; this one must not write to it any more", Again.NO
+    DONE = 0, "complete; or ended by `STOP` or `--train.stop-at`", RestartPolicy.NEVER
+    FAILED = 1, "failed: a Python error, or a corpus that cannot be read", RestartPolicy.BOUNDED
+    BAD_CONFIGURATION = (
+        2,
+        "a wrong setting, or a checkpoint that does not fit; nothing was computed",
+        RestartPolicy.NEVER,
+    )
+    PREEMPTED = 75, "told to stop; the last checkpoint stands", RestartPolicy.ALWAYS
+    HUNG = 80, "a rank made no progress for as long as its phase may take (`--watchdog`)", RestartPolicy.BOUNDED
+    OUT_OF_MEMORY = (
+        81,
+        "out of memory, of the device or of the node (the kernel or SLURM killed a rank)",
+        RestartPolicy.ONCE,
+    )
+    NOT_FINITE = (
+        82,
+        "too many steps in a row with gradients that are not finite, or no loss scale left",
+        RestartPolicy.NEVER,
+    )
+    IN_USE = 83, "another job is at work in this run folder; nothing was changed", RestartPolicy.NEVER
+    SUPERSEDED = (
+        84,
+        "another start has taken over the run folder; this one must not write to it any more",
+        RestartPolicy.NEVER,
+    )
 
 
 _BY_CODE = {int(code): code for code in ExitCode}
 
 
-def again_after(code: int) -> Again:
+def restart_policy(code: int) -> RestartPolicy:
     """Whether a run that ended with `code` is started again; any code that is no `ExitCode` is a failure."""
-    return _BY_CODE[code].again if code in _BY_CODE else Again.BOUNDED
+    return _BY_CODE[code].restart if code in _BY_CODE else RestartPolicy.BOUNDED
 
 
 def describe(code: int) -> str:
@@ -73,7 +89,7 @@ _OF_PEERS = re.compile(
 )
 
 
-def code_of(error: BaseException) -> ExitCode:
+def exit_code_of(error: BaseException) -> ExitCode:
     """The code for an error that ends a rank; an error of this package may carry its own as `exit_code`."""
     if isinstance(error, ConfigError):
         return ExitCode.BAD_CONFIGURATION
@@ -88,7 +104,7 @@ def code_of(error: BaseException) -> ExitCode:
     return ExitCode.FAILED
 
 
-def is_of_peers(error: BaseException) -> bool:
+def blames_peers(error: BaseException) -> bool:
     """Whether an error tells that other ranks could not be talked to, so that its cause is likely elsewhere."""
     return isinstance(error, (OSError, RuntimeError)) and _matches(_OF_PEERS, error)
 

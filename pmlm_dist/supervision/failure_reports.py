@@ -1,6 +1,6 @@
-"""What ended a start of a run, and where its ranks were then: the files of RUN_DIR/logs/LIFE.
+"""What ended a start of a run, and where its ranks were then: the files of RUN_DIR/logs/ATTEMPT.
 
-cause.json        whoever writes it first names what ended this start of the run
+failure.json        whoever writes it first names what ended this start of the run
 rank-00001.txt    of every rank: a line of JSON (`Report`), its error, the stacks of its threads
 """
 
@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 LOGS = "logs"
-_CAUSE = "cause.json"
+_FAILURE = "failure.json"
 _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Cause:
+class Failure:
     """What ended a start of the run."""
 
     rank: int
@@ -33,7 +33,7 @@ class Cause:
 
 
 @dataclass(frozen=True)
-class Report:
+class RankReport:
     """Where a rank was when its start of the run ended."""
 
     rank: int
@@ -49,7 +49,7 @@ class Report:
         return f"rank {self.rank}: step {self.step}, {self.phase} for {silent_s:.0f} s, process {self.process}"
 
 
-def write_cause(folder: Path, cause: Cause) -> Cause:
+def write_failure(folder: Path, cause: Failure) -> Failure:
     """Make `cause` the one of this life, unless another rank's is there already; the one that counts.
 
     Raises OSError when nothing can be written.
@@ -58,33 +58,33 @@ def write_cause(folder: Path, cause: Cause) -> Cause:
     own = folder / f".cause-{os.getpid()}-{cause.rank}"
     own.write_text(json.dumps(asdict(cause)) + "\n", encoding="utf-8")
     with contextlib.suppress(FileExistsError):
-        os.link(own, folder / _CAUSE)
+        os.link(own, folder / _FAILURE)
     own.unlink()
-    return read_cause(folder) or cause
+    return read_failure(folder) or cause
 
 
-def read_cause(folder: Path) -> Cause | None:
+def read_failure(folder: Path) -> Failure | None:
     """What ended the life whose folder of logs this is, once that is known."""
     try:
-        return Cause(**json.loads((folder / _CAUSE).read_text(encoding="utf-8")))
+        return Failure(**json.loads((folder / _FAILURE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def write_report(folder: Path, report: Report, *, details: str) -> None:
+def write_report(folder: Path, report: RankReport, *, details: str) -> None:
     """Leave the report of a rank, whole or not at all. Raises OSError when nothing can be written."""
     whole, part = folder / f"rank-{report.rank:05d}.txt", folder / f".rank-{report.rank:05d}"
     part.write_text(f"{json.dumps(asdict(report))}\n\n{details}", encoding="utf-8")
     part.rename(whole)
 
 
-def read_reports(folder: Path) -> list[Report]:
+def read_reports(folder: Path) -> list[RankReport]:
     """The reports that ranks have left, by rank."""
     paths = sorted(folder.glob("rank-*.txt"))
-    return [Report(**json.loads(path.read_text(encoding="utf-8").partition("\n")[0])) for path in paths]
+    return [RankReport(**json.loads(path.read_text(encoding="utf-8").partition("\n")[0])) for path in paths]
 
 
-def summary(reports: list[Report], *, world_size: int) -> list[str]:
+def summary(reports: list[RankReport], *, world_size: int) -> list[str]:
     """Who is missing or furthest behind, and where the ranks were: all of a small world, else the last ones."""
     missing = sorted(set(range(world_size)) - {report.rank for report in reports})
     behind = sorted(reports, key=lambda report: (not _is_stopped(report), report.step, report.last_beat))
@@ -94,5 +94,5 @@ def summary(reports: list[Report], *, world_size: int) -> list[str]:
     return lines + [str(report) for report in behind[:_SHOWN]]
 
 
-def _is_stopped(report: Report) -> bool:
+def _is_stopped(report: RankReport) -> bool:
     return "stop" in report.process

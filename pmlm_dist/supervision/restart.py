@@ -22,10 +22,10 @@ from pathlib import Path
 
 from pmlm_dist.checkpoint.folder import CheckpointFolder, step_of
 from pmlm_dist.supervision import attempts
-from pmlm_dist.supervision.exit_codes import SIGNALLED, Again, ExitCode, again_after, describe
-from pmlm_dist.supervision.failure_reports import LOGS, read_cause
+from pmlm_dist.supervision.exit_codes import SIGNALLED, ExitCode, RestartPolicy, describe, restart_policy
+from pmlm_dist.supervision.failure_reports import LOGS, read_failure
 
-_GO_ON, _GIVE_UP = 0, 1
+_RESTART, _GIVE_UP = 0, 1
 
 
 @dataclass(frozen=True)
@@ -67,25 +67,25 @@ class Decision:
     """What follows the end of a life."""
 
     history: History
-    refusal: str | None
+    reason_to_stop: str | None
     """Why the run is not started again; None when it is."""
 
 
-def next_life(history: History, *, code: int, step: int, limits: Limits) -> Decision:
+def decide_restart(history: History, *, code: int, step: int, limits: Limits) -> Decision:
     """What follows a life that ended with `code`, `step` being that of the newest checkpoint then."""
-    again = again_after(code)
-    if again is Again.NO:
+    again = restart_policy(code)
+    if again is RestartPolicy.NEVER:
         return Decision(history, describe(code))
     idle = 0 if step > history.step else history.idle + 1
-    failures = history.failures + (again is not Again.YES)
+    failures = history.failures + (again is not RestartPolicy.ALWAYS)
     new = History(failures=failures, step=step, idle=idle, code=code)
-    if again is Again.YES:
+    if again is RestartPolicy.ALWAYS:
         return Decision(new, f"{idle} lives in a row gained no step" if idle >= limits.idle_preemptions else None)
     if failures > limits.failures:
         return Decision(new, f"this was failure {failures}")
     if idle:
         return Decision(new, "no step was gained since the last restart")
-    if again is Again.ONCE and history.code == code:
+    if again is RestartPolicy.ONCE and history.code == code:
         return Decision(new, f"twice in a row: {describe(code)}; change the settings")
     return Decision(new, None)
 
@@ -95,12 +95,12 @@ def newest_step(run_dir: Path) -> int:
     return max((step_of(path) for path in CheckpointFolder(run_dir / "checkpoints", keep=1).steps()), default=0)
 
 
-def code_of_last_life(run_dir: Path, *, since: float, otherwise: int) -> int:
+def exit_code_of_last_attempt(run_dir: Path, *, since: float, otherwise: int) -> int:
     """What the last life, if it began after `since`, ended with: launchers lose the codes of their ranks."""
-    known = attempts.read_lives(run_dir)
+    known = attempts.read_attempts(run_dir)
     if not known or known[-1].began < since:
         return otherwise
-    cause = read_cause(run_dir / LOGS / known[-1].name)
+    cause = read_failure(run_dir / LOGS / known[-1].name)
     if cause is not None:
         return cause.code
     return otherwise if known[-1].code is None else known[-1].code
@@ -110,15 +110,15 @@ def decide(run_dir: Path, *, key: str, code: int, limits: Limits) -> int:
     """Apply the rule, keep the history, say what follows; 0 to go on, 1 to give up."""
     path = run_dir / f".restarts-{key}"
     step = newest_step(run_dir)
-    decision = next_life(History.load(path), code=code, step=step, limits=limits)
+    decision = decide_restart(History.load(path), code=code, step=step, limits=limits)
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     if decision.history != History():
         decision.history.save(path)
-    if decision.refusal is None:
+    if decision.reason_to_stop is None:
         print(f"{now} exit code {code} at step {step}: going on", flush=True)
-        return _GO_ON
+        return _RESTART
     if code != ExitCode.DONE:
-        print(f"{now} exit code {code}: not started again, {decision.refusal}", file=sys.stderr, flush=True)
+        print(f"{now} exit code {code}: not started again, {decision.reason_to_stop}", file=sys.stderr, flush=True)
     return _GIVE_UP
 
 
@@ -137,7 +137,7 @@ def run(run_dir: Path, command: Sequence[str], *, limits: Limits) -> int:
                 number, lambda heard, _frame, process=process: (told.append(heard), process.send_signal(heard))
             )
         code = process.wait()
-        code = code_of_last_life(run_dir, since=began, otherwise=code if code >= 0 else SIGNALLED - code)
+        code = exit_code_of_last_attempt(run_dir, since=began, otherwise=code if code >= 0 else SIGNALLED - code)
         if told or decide(run_dir, key=key, code=code, limits=limits) == _GIVE_UP:
             (run_dir / f".restarts-{key}").unlink(missing_ok=True)
             return code

@@ -43,12 +43,12 @@ class Superseded(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockOwner:
     """Rank 0 of a start."""
 
-    life: str
+    attempt: str
     host: str
-    place: str
+    pid_namespace: str
     """Of the process' id: this boot of the host, and the name space of ids (containers have their own)."""
     pid: int
     started: int
@@ -57,15 +57,15 @@ class Holder:
     restart: int
 
     @classmethod
-    def here(cls, environ: Mapping[str, str]) -> Holder:
+    def current(cls, environ: Mapping[str, str]) -> LockOwner:
         """This process."""
         job, restart = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT", "0")
         return cls(
-            life="-".join(part for part in (job and f"{job}.{restart}", secrets.token_hex(4)) if part),
+            attempt="-".join(part for part in (job and f"{job}.{restart}", secrets.token_hex(4)) if part),
             host=socket.gethostname(),
-            place=_place(),
+            pid_namespace=_pid_namespace(),
             pid=os.getpid(),
-            started=_started(os.getpid()) or 0,
+            started=_start_time(os.getpid()) or 0,
             job=job,
             restart=int(restart),
         )
@@ -78,31 +78,31 @@ class Holder:
 class RunLock:
     """A lock that this process holds; for one process of a run."""
 
-    def __init__(self, path: Path, holder: Holder):
-        self._path, self._holder = path, holder
+    def __init__(self, path: Path, owner: LockOwner):
+        self._path, self._owner = path, owner
         self._released = threading.Event()
         threading.Thread(target=self._touch, name="run lock", daemon=True).start()
 
     @property
-    def life(self) -> str:
+    def attempt(self) -> str:
         """Name of this start of the run."""
-        return self._holder.life
+        return self._owner.attempt
 
     @classmethod
-    def claim(cls, run_dir: Path, environ: Mapping[str, str] | None = None) -> RunLock:
+    def acquire(cls, run_dir: Path, environ: Mapping[str, str] | None = None) -> RunLock:
         """Take the lock of `run_dir`. Raises `FolderInUse` when its holder is alive, OSError when none can be written.
 
         Takes up to `_STALE_S` seconds when the holder was on another host and is dead.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
-        path, own = run_dir / LOCK, Holder.here(os.environ if environ is None else environ)
-        own_file = run_dir / f"{LOCK}-{own.life}"
+        path, own = run_dir / LOCK, LockOwner.current(os.environ if environ is None else environ)
+        own_file = run_dir / f"{LOCK}-{own.attempt}"
         own_file.write_text(json.dumps(asdict(own)) + "\n", encoding="utf-8")
         try:
             try:
                 os.link(own_file, path)  # one of several that come at once succeeds
             except FileExistsError:
-                before = read_holder(path)
+                before = read_owner(path)
                 if before is not None and _is_alive(before, own, path):
                     raise FolderInUse(
                         f"{run_dir} is in use by {before}: wait for its end, end it, or choose another folder"
@@ -121,10 +121,10 @@ class RunLock:
 
     def check(self) -> None:
         """Raise `Superseded` unless this process still holds the lock."""
-        holder = read_holder(self._path)
-        if holder is None or holder.life != self.life:
+        owner = read_owner(self._path)
+        if owner is None or owner.attempt != self.attempt:
             raise Superseded(
-                f"{holder or 'another start'} has taken over {self._path.parent} from {self._holder}: this one writes "
+                f"{owner or 'another start'} has taken over {self._path.parent} from {self._owner}: this one writes "
                 "no checkpoint there any more"
             )
 
@@ -144,23 +144,23 @@ class RunLock:
                 os.utime(self._path)
 
 
-def read_holder(path: Path) -> Holder | None:
+def read_owner(path: Path) -> LockOwner | None:
     """Who holds the lock at `path`; None when there is none, or nothing that makes sense."""
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+        return LockOwner(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
-def _is_alive(holder: Holder, own: Holder, path: Path) -> bool:
-    if holder.job and holder.job == own.job and holder.restart < own.restart:
+def _is_alive(owner: LockOwner, own: LockOwner, path: Path) -> bool:
+    if owner.job and owner.job == own.job and owner.restart < own.restart:
         return False  # SLURM has given its nodes back; ranks that are left over may not write
-    if holder.place == own.place:
-        return holder.pid != own.pid and _started(holder.pid) == holder.started
-    return _is_touched(path)
+    if owner.pid_namespace == own.pid_namespace:
+        return owner.pid != own.pid and _start_time(owner.pid) == owner.started
+    return _renews_its_lock(path)
 
 
-def _is_touched(path: Path) -> bool:
+def _renews_its_lock(path: Path) -> bool:
     """Whether the holder, on another host, shows itself before its last sign is `_STALE_S` old by the disk's clock."""
     try:
         first = path.stat().st_mtime
@@ -182,12 +182,12 @@ def _clock_of(folder: Path) -> float:
         probe.unlink()
 
 
-def _place() -> str:
+def _pid_namespace() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
-def _started(pid: int) -> int | None:
+def _start_time(pid: int) -> int | None:
     """When process `pid` was started, in clock ticks since the boot; None when it is gone, also as a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

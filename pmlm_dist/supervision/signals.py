@@ -41,13 +41,13 @@ STOP_FILE = "STOP"
 EXIT_PREEMPTED = int(ExitCode.PREEMPTED)
 """Nothing is wrong, start it again."""
 
-LISTENED_FOR = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ECHO_S = 1.0
 _POLL_S = 0.1
 _LONGEST_MARGIN_S = 10.0
 
 
-class Reason(enum.IntEnum):
+class StopReason(enum.IntEnum):
     """Why to stop; where ranks know of different reasons the largest counts."""
 
     NONE = 0
@@ -58,14 +58,16 @@ class Reason(enum.IntEnum):
 class Stopped(Exception):
     """All ranks have agreed to stop here."""
 
-    def __init__(self, reason: Reason):
+    def __init__(self, reason: StopReason):
         self.reason = reason
-        super().__init__("a signal to stop" if reason is Reason.SIGNAL else f"the file {STOP_FILE} in the run's folder")
+        super().__init__(
+            "a signal to stop" if reason is StopReason.SIGNAL else f"the file {STOP_FILE} in the run's folder"
+        )
 
     @property
     def exit_code(self) -> int:
         """75 when the run is to be started again, 0 when it was ended by hand."""
-        return EXIT_PREEMPTED if self.reason is Reason.SIGNAL else 0
+        return EXIT_PREEMPTED if self.reason is StopReason.SIGNAL else 0
 
 
 class StopSignals:
@@ -95,12 +97,12 @@ class StopSignals:
         if self._since is None:
             self._since = time.monotonic()
 
-    def listen(self) -> None:
+    def install(self) -> None:
         """Listen for SIGTERM and SIGUSR1 from now on; to be called once, by the main thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in LISTENED_FOR:
+        for number in STOP_SIGNALS:
             signal.signal(number, _do_nothing)  # replaces the default, which is to die
             signal.siginterrupt(number, False)  # the system calls of native libraries go on
         threading.Thread(target=self._watch, args=(reader,), name="stop signals", daemon=True).start()
@@ -109,47 +111,49 @@ class StopSignals:
         while True:
             if select.select([reader], [], [], _POLL_S)[0]:
                 for number in os.read(reader, 64):
-                    self._hear(number)
+                    self._handle(number)
             if self._since is not None and time.monotonic() > self._since + self.grace_s:
-                _leave(EXIT_PREEMPTED, f"{self.grace_s:g} s after a signal to stop (--train.grace-s) it is not done")
+                _exit_at_once(
+                    EXIT_PREEMPTED, f"{self.grace_s:g} s after a signal to stop (--train.grace-s) it is not done"
+                )
 
-    def _hear(self, number: int) -> None:
-        if number not in LISTENED_FOR:  # Python writes every signal that has a handler into the pipe
+    def _handle(self, number: int) -> None:
+        if number not in STOP_SIGNALS:  # Python writes every signal that has a handler into the pipe
             return
         if self._heard_at is None:
             self._heard_at = time.monotonic()
             self.request()
         elif time.monotonic() > self._heard_at + _ECHO_S:
             # Before, it is one request that came by two ways: a launcher passes on what its process group was sent too.
-            _leave(128 + number, f"{signal.Signals(number).name} is the second signal to stop")
+            _exit_at_once(128 + number, f"{signal.Signals(number).name} is the second signal to stop")
 
 
 def _do_nothing(_number: int, _frame: object) -> None:
     """The wake-up pipe says it all."""
 
 
-def _leave(code: int, why: str) -> None:
+def _exit_at_once(code: int, why: str) -> None:
     message = f"process {os.getpid()}: {why}; ending at once, the last checkpoint stands\n"
     os.write(sys.stderr.fileno(), message.encode())  # not print: the thread that holds its lock may hang
     os._exit(code)
 
 
 @contextlib.contextmanager
-def deaf_children() -> Iterator[None]:
+def stop_signals_blocked() -> Iterator[None]:
     """Processes started inside never see the signals to stop, which Slurm sends to all processes of a step.
 
     So do those that such processes start, multiprocessing's fork server for example.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, LISTENED_FOR)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()  # where it does not run yet, starting it unblocks SIGTERM
-        signal.pthread_sigmask(signal.SIG_BLOCK, LISTENED_FOR)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class Arriving(Generic[T]):
+class Prefetcher(Generic[T]):
     """The next `count` items of an iterator, fetched by a thread: who waits for them can look up meanwhile."""
 
     def __init__(self, items: Iterator[T], *, count: int):
@@ -157,7 +161,7 @@ class Arriving(Generic[T]):
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="arriving")
         self._future: Future[list[T]] | None = None
 
-    def are_there(self, *, within_s: float) -> bool:
+    def is_ready(self, *, within_s: float) -> bool:
         """Whether they (or the error that came instead) have arrived in `within_s` seconds from now."""
         if self._future is None:
             self._future = self._pool.submit(lambda: list(islice(self._items, self._count)))
@@ -166,7 +170,7 @@ class Arriving(Generic[T]):
 
     def take(self) -> list[T]:
         """The items, or their error; waits if need be."""
-        self.are_there(within_s=0)
+        self.is_ready(within_s=0)
         assert self._future is not None
         future, self._future = self._future, None
         return future.result()
@@ -181,13 +185,13 @@ class Arriving(Generic[T]):
 class StopAgreement:
     """What all ranks together know about stopping. Every rank calls the same methods in the same order.
 
-    `signals` are those of this process, `file` ends the run when it exists. Each look is a sign of life on `heart`.
+    `signals` are those of this process, `file` ends the run when it exists. Each look is a sign of life on `heartbeat`.
     """
 
-    def __init__(self, signals: StopSignals, *, file: Path, topology: Topology, heart: Heartbeat | None = None):
+    def __init__(self, signals: StopSignals, *, file: Path, topology: Topology, heartbeat: Heartbeat | None = None):
         self._signals, self._file, self._topology = signals, file, topology
-        self.heart = heart or Heartbeat()
-        self.waited_s = 0.0
+        self.heartbeat = heartbeat or Heartbeat()
+        self.data_wait_s = 0.0
         """Seconds that this rank's own items were waited for, the last time."""
 
     def deadline(self) -> float:
@@ -196,38 +200,38 @@ class StopAgreement:
 
     def check(self) -> None:
         """Raise `Stopped` on all ranks when any has a reason to."""
-        self.heart.go_on()
-        (reason,) = self._topology.largest(self._reason())
-        self._stop_for(Reason(reason))
+        self.heartbeat.beat()
+        (reason,) = self._topology.all_reduce_max(self._reason())
+        self._stop_for(StopReason(reason))
 
-    def checked(self, items: Iterable[T], *, heed: bool = True) -> Iterator[T]:
+    def checked_before_each(self, items: Iterable[T], *, heed: bool = True) -> Iterator[T]:
         """`items`, as many on every rank, with a check before each; `heed` false: with a sign of life alone."""
         for item in items:
             if heed:
                 self.check()
-            self.heart.go_on()
+            self.heartbeat.beat()
             yield item
 
-    def wait_for(self, arriving: Arriving[T]) -> list[T]:
+    def wait_for(self, arriving: Prefetcher[T]) -> list[T]:
         """What has arrived, once it has on every rank. Raises `Stopped` as `check` does, also if it never arrives."""
         missing, is_missing, began = 1, True, time.monotonic()
         while missing:
             if is_missing:
-                is_missing = not arriving.are_there(within_s=_POLL_S)
-                self.waited_s = time.monotonic() - began
+                is_missing = not arriving.is_ready(within_s=_POLL_S)
+                self.data_wait_s = time.monotonic() - began
             if not is_missing:  # from here on it is others that this rank waits for
-                self.heart.enter(STEP)
-            reason, missing = self._topology.largest(self._reason(), int(is_missing))
-            self._stop_for(Reason(reason))
+                self.heartbeat.enter(STEP)
+            reason, missing = self._topology.all_reduce_max(self._reason(), int(is_missing))
+            self._stop_for(StopReason(reason))
         return arriving.take()
 
-    def _reason(self) -> Reason:
+    def _reason(self) -> StopReason:
         if self._signals.requested:
-            return Reason.SIGNAL
-        return Reason.FILE if self._topology.is_first and self._file.exists() else Reason.NONE
+            return StopReason.SIGNAL
+        return StopReason.FILE if self._topology.is_rank_zero and self._file.exists() else StopReason.NONE
 
-    def _stop_for(self, reason: Reason) -> None:
-        if reason is Reason.SIGNAL:
+    def _stop_for(self, reason: StopReason) -> None:
+        if reason is StopReason.SIGNAL:
             self._signals.request()
-        if reason is not Reason.NONE:
+        if reason is not StopReason.NONE:
             raise Stopped(reason)

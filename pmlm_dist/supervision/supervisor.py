@@ -5,7 +5,7 @@
        `-- supervisor of rank 1 --fork--> rank 1 (torch) -- loader processes
                  ^ heartbeat (shared memory): phase, step       | silent for longer than its phase may take,
                  |                                              | an error, a signal, no memory
-                 `-- RUN_DIR/logs/LIFE/ <-----------------------'
+                 `-- RUN_DIR/logs/ATTEMPT/ <-----------------------'
                        what ended this start of the run, where each rank was (causes.py)
 
 `train.py` parts into both by itself, so every launcher starts supervised ranks and a debugger can do without
@@ -29,63 +29,63 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NoReturn
 
-from pmlm_dist.ranks import rank_in
+from pmlm_dist.launch_environment import rank_in
 from pmlm_dist.supervision import attempts, processes
 from pmlm_dist.supervision.exit_codes import SIGNALLED, ExitCode, describe
 from pmlm_dist.supervision.failure_reports import (
     LOGS,
-    Cause,
-    Report,
-    read_cause,
+    Failure,
+    RankReport,
+    read_failure,
     read_reports,
     summary,
-    write_cause,
+    write_failure,
     write_report,
 )
 from pmlm_dist.supervision.heartbeat import Beat, Heartbeat
 
-SWITCH = "PMLM_SUPERVISOR"
+SUPERVISOR_VARIABLE = "PMLM_SUPERVISOR"
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
-_HEARD = (*_FORWARDED, signal.SIGCHLD)
+_HANDLED = (*_FORWARDED, signal.SIGCHLD)
 _POLL_S = 0.25
-_LOOK_S = 1.0
+_FAILURE_POLL_S = 1.0
 """Between two looks for the cause that another rank's supervisor has written."""
 _ROOT_CAUSE_S = 3.0
 """How long an error that tells of other ranks waits for theirs."""
 _REPORTS_S = 3.0
 _TERM_S = 5.0
-_AGREED = (ExitCode.DONE, ExitCode.BAD_CONFIGURATION, ExitCode.PREEMPTED, ExitCode.IN_USE)
+_COLLECTIVE_ENDS = (ExitCode.DONE, ExitCode.BAD_CONFIGURATION, ExitCode.PREEMPTED, ExitCode.IN_USE)
 """What all ranks end with together, which needs no cause."""
 
 
-def supervised(main: Callable[[Heartbeat], int]) -> int:
+def run_supervised(main: Callable[[Heartbeat], int]) -> int:
     """Exit code of `main`, which runs as the rank in a process of its own; to be called once, before any thread is.
 
     Returns in both processes; each is to end with it, by `leave`: a rank's destructors can abort a finished run.
     """
-    heart = Heartbeat()
-    if os.environ.get(SWITCH) == "off":
-        return _run(main, heart)
+    heartbeat = Heartbeat()
+    if os.environ.get(SUPERVISOR_VARIABLE) == "off":
+        return _run(main, heartbeat)
     stacks = tempfile.TemporaryFile()  # noqa: SIM115  # the rank writes into it as long as it lives
     kills_before = processes.out_of_memory_kills()
     _flush()
     processes.adopt_orphans()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     parent, child = os.getpid(), os.fork()
     if child:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the rank as well
-        return Supervisor(child, heart, stacks, kills_before=kills_before).watch()
+        return Supervisor(child, heartbeat, stacks, kills_before=kills_before).watch()
     processes.die_with_parent()
     if os.getppid() != parent:
         os._exit(SIGNALLED + signal.SIGKILL)
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR2, stacks)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return _run(main, heart)
+    return _run(main, heartbeat)
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End this process with what `supervised` has returned, also where nobody takes its last lines any more."""
     _flush()
     os._exit(code)
@@ -97,20 +97,20 @@ def _flush() -> None:
             stream.flush()
 
 
-def _run(main: Callable[[Heartbeat], int], heart: Heartbeat) -> int:
+def _run(main: Callable[[Heartbeat], int], heartbeat: Heartbeat) -> int:
     """`main`, whose error is told to the supervisor before anything else."""
     try:
-        return main(heart)
+        return main(heartbeat)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
-        heart.fail(error)
+        heartbeat.fail(error)
         with contextlib.suppress(OSError, ValueError):
-            _tell(error)
-        return heart.words().code
+            _print_error(error)
+        return heartbeat.status().code
 
 
-def _tell(error: BaseException) -> None:
+def _print_error(error: BaseException) -> None:
     """What ended a rank; of a training that has diverged, which no line of code tells more of, its own words."""
     if isinstance(error, FloatingPointError):
         print(f"\nThis run cannot go on: {error}\n", file=sys.stderr, flush=True)
@@ -121,11 +121,11 @@ def _tell(error: BaseException) -> None:
 class Supervisor:
     """Watches one rank, the process `child`, until it has ended."""
 
-    def __init__(self, child: int, heart: Heartbeat, stacks: IO[bytes], *, kills_before: int):
-        self._child, self._heart, self._stacks = child, heart, stacks
+    def __init__(self, child: int, heartbeat: Heartbeat, stacks: IO[bytes], *, kills_before: int):
+        self._child, self._heartbeat, self._stacks = child, heartbeat, stacks
         self._kills_before = kills_before
         self._status: int | None = None
-        self._beat = Beat(0, 0, "start-up", float("inf"), time.monotonic())
+        self._last_beat = Beat(0, 0, "start-up", float("inf"), time.monotonic())
         self._silence_s = 0.0
         self._began, self._listened = time.time(), time.monotonic()
         self._looked = 0.0
@@ -134,19 +134,19 @@ class Supervisor:
         """Returns the exit code of this process."""
         cause = None
         while not self._has_ended(within_s=_POLL_S) and cause is None:
-            self._listen()
-            cause = self._overdue() or self._elsewhere()
+            self._read_heartbeat()
+            cause = self._hang() or self._failure_of_other_rank()
         if cause is None:
-            cause = self._own_end()
+            cause = self._own_failure()
         if cause is not None:
-            cause = self._declare(cause)
-            self._let_others_report(cause)
-            self._report()
+            cause = self._publish(cause)
+            self._wait_for_reports(cause)
+            self._write_report()
             self._end_rank()
         code = self._code if cause is None else cause.code
         processes.end_descendants()
         processes.clear_shared_memory(self._began)
-        self._conclude(cause, code)
+        self._print_summary(cause, code)
         return code
 
     # ----------------------------------------------------------------------------------------------------- the rank
@@ -154,7 +154,7 @@ class Supervisor:
     def _has_ended(self, *, within_s: float) -> bool:
         """Wait for something to happen, pass signals on; whether the rank's process is gone."""
         if self._status is None:
-            heard = signal.sigtimedwait(_HEARD, within_s)
+            heard = signal.sigtimedwait(_HANDLED, within_s)
             if heard is not None and heard.si_signo in _FORWARDED:
                 processes.send(self._child, signal.Signals(heard.si_signo))
             self._reap()
@@ -172,96 +172,96 @@ class Supervisor:
         code = os.waitstatus_to_exitcode(self._status)
         return code if code >= 0 else SIGNALLED - code
 
-    def _listen(self) -> None:
+    def _read_heartbeat(self) -> None:
         """Silence grows by no more than twice the time between two looks: a machine that slept is no rank that hung."""
-        beat = self._heart.read()
-        if beat is not None and beat.count != self._beat.count:
-            self._beat, self._silence_s = beat, 0.0
+        beat = self._heartbeat.read()
+        if beat is not None and beat.count != self._last_beat.count:
+            self._last_beat, self._silence_s = beat, 0.0
         else:
             self._silence_s += min(time.monotonic() - self._listened, 2 * _POLL_S)
         self._listened = time.monotonic()
 
-    def _overdue(self) -> Cause | None:
-        if self._silence_s <= self._beat.limit_s:
+    def _hang(self) -> Failure | None:
+        if self._silence_s <= self._last_beat.limit_s:
             return None
-        return self._cause(ExitCode.HUNG, f"made no progress for {self._beat.limit_s:g} s")
+        return self._failure(ExitCode.HUNG, f"made no progress for {self._last_beat.limit_s:g} s")
 
-    def _own_end(self) -> Cause | None:
+    def _own_failure(self) -> Failure | None:
         """Why the rank has ended; None where all ranks end alike."""
-        words, code = self._heart.words(), self._code
-        if code in _AGREED:
+        words, code = self._heartbeat.status(), self._code
+        if code in _COLLECTIVE_ENDS:
             return None
-        beat = self._heart.read()
-        self._beat = beat or self._beat
+        beat = self._heartbeat.read()
+        self._last_beat = beat or self._last_beat
         if words.failure is not None:
-            if words.of_peers and (cause := self._wait_for_cause(_ROOT_CAUSE_S)):
+            if words.blames_peers and (cause := self._wait_for_failure(_ROOT_CAUSE_S)):
                 return cause
-            return self._cause(code, f"failed: {words.failure}")
+            return self._failure(code, f"failed: {words.failure}")
         if code == SIGNALLED + signal.SIGKILL and processes.out_of_memory_kills() > self._kills_before:
-            return self._cause(ExitCode.OUT_OF_MEMORY, "was killed by the kernel for want of memory")
+            return self._failure(ExitCode.OUT_OF_MEMORY, "was killed by the kernel for want of memory")
         if code > SIGNALLED:
-            return self._cause(code, f"was ended by {processes.name_of(code - SIGNALLED)}")
-        return self._cause(code, f"ended with code {code}")
+            return self._failure(code, f"was ended by {processes.name_of(code - SIGNALLED)}")
+        return self._failure(code, f"ended with code {code}")
 
-    def _cause(self, code: int, what: str) -> Cause:
-        rank = self._heart.words().rank
+    def _failure(self, code: int, what: str) -> Failure:
+        rank = self._heartbeat.status().rank
         rank = rank_in(os.environ) if rank is None else rank
-        return Cause(rank, int(code), what, self._beat.step, self._beat.phase)
+        return Failure(rank, int(code), what, self._last_beat.step, self._last_beat.phase)
 
     # --------------------------------------------------------------------------------------------------- all ranks
 
     @property
     def _folder(self) -> Path | None:
         """Where this life's causes and reports lie; known once the ranks have met."""
-        words = self._heart.words()
-        return Path(words.run_dir) / LOGS / words.life if words.run_dir and words.life else None
+        words = self._heartbeat.status()
+        return Path(words.run_dir) / LOGS / words.attempt if words.run_dir and words.attempt else None
 
-    def _elsewhere(self) -> Cause | None:
+    def _failure_of_other_rank(self) -> Failure | None:
         """The cause that another rank's supervisor has written."""
-        if time.monotonic() < self._looked + _LOOK_S:
+        if time.monotonic() < self._looked + _FAILURE_POLL_S:
             return None
         self._looked = time.monotonic()
-        return read_cause(self._folder) if self._folder else None
+        return read_failure(self._folder) if self._folder else None
 
-    def _wait_for_cause(self, within_s: float) -> Cause | None:
+    def _wait_for_failure(self, within_s: float) -> Failure | None:
         deadline = time.monotonic() + within_s
         while self._folder is not None and time.monotonic() < deadline:
-            if cause := read_cause(self._folder):
+            if cause := read_failure(self._folder):
                 return cause
             time.sleep(_POLL_S / 5)
         return None
 
-    def _declare(self, cause: Cause) -> Cause:
+    def _publish(self, cause: Failure) -> Failure:
         """Write the cause, or take the one that is there already."""
         if self._folder is None:
             return cause
         try:
-            return write_cause(self._folder, cause)
+            return write_failure(self._folder, cause)
         except OSError as error:
-            _say(f"the cause could not be written: {error}")
+            _print(f"the cause could not be written: {error}")
             return cause
 
-    def _let_others_report(self, cause: Cause) -> None:
+    def _wait_for_reports(self, cause: Failure) -> None:
         """Who waits for a rank that hung shows where, while it still hangs: asking it for its stack can wake it."""
-        words = self._heart.words()
+        words = self._heartbeat.status()
         if cause.code == ExitCode.HUNG and cause.rank == words.rank and self._folder is not None:
-            self._gather(words.world_size - 1)
+            self._collect_reports(words.world_size - 1)
 
-    def _report(self) -> None:
+    def _write_report(self) -> None:
         """Write where this rank is, with the stacks of its threads."""
         process = processes.state_of(self._child) if self._status is None else f"ended with {self._code}"
-        words, stacks = self._heart.words(), self._dump_stacks()
+        words, stacks = self._heartbeat.status(), self._dump_stacks()
         if self._folder is None or words.rank is None:
-            _say(f"the rank's threads:\n{stacks}" if stacks else "the rank left no stack")
+            _print(f"the rank's threads:\n{stacks}" if stacks else "the rank left no stack")
             return
-        last_beat = time.time() - (time.monotonic() - self._beat.at)
-        report = Report(words.rank, self._beat.step, self._beat.phase, last_beat, process)
+        last_beat = time.time() - (time.monotonic() - self._last_beat.at)
+        report = RankReport(words.rank, self._last_beat.step, self._last_beat.phase, last_beat, process)
         with contextlib.suppress(OSError):
             write_report(self._folder, report, details=f"{words.traceback}\n{stacks}")
 
     def _dump_stacks(self) -> str:
         """What the rank's threads were at: its last words where it crashed, else as it says when it is asked."""
-        if self._status is None and self._heart.words().traceback == "":
+        if self._status is None and self._heartbeat.status().traceback == "":
             processes.send_to_main_thread(self._child, signal.SIGUSR2)
             processes.send(self._child, signal.SIGCONT)  # a process that somebody has stopped tells nothing
             size, deadline = -1, time.monotonic() + 1.0
@@ -278,22 +278,22 @@ class Supervisor:
             while self._status is None and time.monotonic() < deadline:
                 self._has_ended(within_s=_POLL_S)
 
-    def _conclude(self, cause: Cause | None, code: int) -> None:
+    def _print_summary(self, cause: Failure | None, code: int) -> None:
         """Say what ended the run, on the rank it came from, and what the run's time went into, on rank 0."""
-        words = self._heart.words()
+        words = self._heartbeat.status()
         if cause is not None and (words.rank is None or cause.rank == words.rank):
-            _say(f"{cause}: {describe(code)} (exit code {code})")
+            _print(f"{cause}: {describe(code)} (exit code {code})")
             if self._folder is not None:
-                for line in summary(self._gather(words.world_size), world_size=words.world_size):
-                    _say(line)
-                _say(f"stacks of every rank: {self._folder}")
-        if words.rank == 0 and words.run_dir and words.life:
+                for line in summary(self._collect_reports(words.world_size), world_size=words.world_size):
+                    _print(line)
+                _print(f"stacks of every rank: {self._folder}")
+        if words.rank == 0 and words.run_dir and words.attempt:
             with contextlib.suppress(OSError, ValueError):
-                attempts.close(Path(words.run_dir), life=words.life, code=code)
-                if known := attempts.read_lives(Path(words.run_dir)):
-                    print(attempts.effective(known), flush=True)
+                attempts.close_attempt(Path(words.run_dir), attempt=words.attempt, code=code)
+                if known := attempts.read_attempts(Path(words.run_dir)):
+                    print(attempts.effective_time_line(known), flush=True)
 
-    def _gather(self, count: int) -> list[Report]:
+    def _collect_reports(self, count: int) -> list[RankReport]:
         """The reports of `count` ranks, as far as they come in time."""
         assert self._folder is not None
         deadline, found = time.monotonic() + _REPORTS_S, []
@@ -303,6 +303,6 @@ class Supervisor:
         return found
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
         print(f"supervisor: {text}", file=sys.stderr, flush=True)

@@ -29,14 +29,14 @@ from pmlm_dist.data.mixture import Mixture
 from pmlm_dist.data.worker_pool import WorkerError
 from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.parallel.groups import Topology
-from pmlm_dist.supervision.signals import Arriving, StopAgreement, deaf_children
-from pmlm_dist.training.resolve import Run
+from pmlm_dist.supervision.signals import Prefetcher, StopAgreement, stop_signals_blocked
+from pmlm_dist.training.resolve import ResolvedRun
 
 QUARANTINE = "quarantine.json"
 _FAULTS = (ShardError, CacheError, WorkerError)
 
 
-class ReadingError(RuntimeError):
+class CorpusReadError(RuntimeError):
     """Another rank cannot go on reading."""
 
 
@@ -53,18 +53,20 @@ class BadShard:
     error: str
 
 
-class Reading:
+class TrainBatches:
     """The batches of the steps after `state`, which all ranks have."""
 
-    def __init__(self, run: Run, state: RunState, log: RunLog):
+    def __init__(self, run: ResolvedRun, state: RunState, log: RunLog):
         self._run, self._log = run, log
         self._samples_consumed = state.samples_consumed
         self._manifests = [Manifest.load(source.folder) for source in run.training]
-        self._bad = run.topology.broadcast(load_quarantine(run.config.run_dir) if run.topology.is_first else None)
+        self._bad = run.topology.broadcast_object(
+            load_quarantine(run.config.run_dir) if run.topology.is_rank_zero else None
+        )
         self._check_limit()
         self._arriving = self._start()
 
-    def next_step(self, stop: StopAgreement) -> list[Batch]:
+    def next_micro_batches(self, stop: StopAgreement) -> list[Batch]:
         """This rank's micro-batches of the next step; every rank must call.
 
         Raises `Stopped`; ShardError on every rank above `data.quarantine_limit`; what no rule covers on the rank that
@@ -72,13 +74,13 @@ class Reading:
         """
         while True:
             batches, fault = self._attempt(stop)
-            (is_broken,) = self._run.topology.largest(int(fault is not None))
+            (is_broken,) = self._run.topology.all_reduce_max(int(fault is not None))
             if not is_broken:
                 self._samples_consumed += self._run.engine.global_batch
                 return batches
-            self._settle(fault)
+            self._agree_on_quarantine(fault)
 
-    def report(self, step: int) -> None:
+    def log_progress(self, step: int) -> None:
         """Write how far each source has been read, and what is in quarantine."""
         sources = self._run.training
         counts = Mixture([source.weight for source in sources], lanes=self._run.lanes).counts(self._samples_consumed)
@@ -89,15 +91,15 @@ class Reading:
         for source, manifest, count in zip(sources, self._manifests, counts, strict=True):
             scalars[f"data/samples/{source.name}"] = count
             scalars[f"data/epochs/{source.name}"] = count / manifest.splits[TRAIN].samples
-        self._log.reading(scalars, step=step)
+        self._log.data_progress(scalars, step=step)
 
     def close(self) -> None:
         """End the workers."""
         self._arriving.close()
 
-    def _start(self) -> Arriving[Batch]:
+    def _start(self) -> Prefetcher[Batch]:
         run = self._run
-        with deaf_children():
+        with stop_signals_blocked():
             batches = training_batches(
                 run.source,
                 lanes=run.lanes,
@@ -107,7 +109,7 @@ class Reading:
                 pin_memory=run.topology.device.type == "cuda",
                 quarantined={shard.sha256 for shard in self._bad},
             )
-        return Arriving(batches, count=run.engine.accumulation(run.topology.dp))
+        return Prefetcher(batches, count=run.engine.accumulation(run.topology.dp))
 
     def _attempt(self, stop: StopAgreement) -> tuple[list[Batch], Exception | None]:
         try:
@@ -115,9 +117,9 @@ class Reading:
         except _FAULTS as fault:
             return [], fault
 
-    def _settle(self, fault: Exception | None) -> None:
+    def _agree_on_quarantine(self, fault: Exception | None) -> None:
         """Put what ranks could not read into quarantine and begin this step anew; every rank must call."""
-        faults = self._run.topology.gather((None if fault is None else str(fault), self._bad_shard(fault)))
+        faults = self._run.topology.all_gather_object((None if fault is None else str(fault), self._bad_shard(fault)))
         for rank, (message, shard) in enumerate(faults):
             if message is not None and shard is None:
                 _end(fault, rank, message)
@@ -126,11 +128,11 @@ class Reading:
         self._bad = (*self._bad, *new.values())
         for shard in new.values():
             at = "" if shard.offset is None else f" at byte {shard.offset}"
-            self._log.say(
+            self._log.info(
                 f"quarantine: {shard.shard} of {shard.corpus}, {shard.samples} samples, broken{at} ({shard.error}); "
                 "its samples are left out from here on"
             )
-        if self._run.topology.is_first:
+        if self._run.topology.is_rank_zero:
             save_quarantine(self._run.config.run_dir, self._bad)
         self._check_limit()
         self._arriving = self._start()
@@ -164,7 +166,7 @@ class Reading:
             )
 
 
-def read_together(batches: Iterator[Batch], topology: Topology) -> Iterator[Batch]:
+def synchronized_batches(batches: Iterator[Batch], topology: Topology) -> Iterator[Batch]:
     """`batches`, as many on every rank; every rank must take all of them.
 
     What a rank cannot read ends all: raises its own error there, and ReadingError on the others. Nobody waits for it.
@@ -175,9 +177,9 @@ def read_together(batches: Iterator[Batch], topology: Topology) -> Iterator[Batc
             batch = next(batches, None)
         except _FAULTS as error:
             fault = error
-        (is_broken,) = topology.largest(int(fault is not None))
+        (is_broken,) = topology.all_reduce_max(int(fault is not None))
         if is_broken:
-            told = topology.gather(None if fault is None else str(fault))
+            told = topology.all_gather_object(None if fault is None else str(fault))
             _end(fault, *next((rank, message) for rank, message in enumerate(told) if message is not None))
         if batch is None:
             return
@@ -185,7 +187,7 @@ def read_together(batches: Iterator[Batch], topology: Topology) -> Iterator[Batc
 
 
 def _end(fault: Exception | None, rank: int, message: str) -> NoReturn:
-    raise (fault or ReadingError(f"rank {rank} cannot go on reading: {message}"))
+    raise (fault or CorpusReadError(f"rank {rank} cannot go on reading: {message}"))
 
 
 def load_quarantine(run_dir: Path) -> tuple[BadShard, ...]:

@@ -52,7 +52,7 @@ def check_batches(micro_batches: Sequence[Batch], topology: Topology) -> None:
         (batch.fingerprint(), list(zip(batch.epochs_B.tolist(), batch.sample_ids_B.tolist(), strict=True)))
         for batch in micro_batches
     ]
-    of_rank = topology.gather(own)
+    of_rank = topology.all_gather_object(own)
     places = [(rank // topology.tp, rank % topology.tp) for rank in range(topology.world_size)]
     for rank, (dp_rank, _) in enumerate(places):
         first = dp_rank * topology.tp
@@ -81,10 +81,10 @@ def check_replicas(model: nn.Module, topology: Topology) -> None:
     names = [name for name, _ in model.named_parameters()]
     parameters = [parameter for _, parameter in model.named_parameters()]
     checksums = torch.stack([_checksum(parameter) for parameter in parameters]).tolist()
-    of_rank = topology.gather(checksums)
+    of_rank = topology.all_gather_object(checksums)
     found = []
     for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-        for ranks in _holders(topology, over_dp=_cut(parameter) is None, over_tp=not is_sharded(parameter)):
+        for ranks in _holders(topology, over_dp=_zero3_shard(parameter) is None, over_tp=not is_sharded(parameter)):
             values = Counter(of_rank[rank][number] for rank in ranks)
             usual, _ = values.most_common(1)[0]
             odd = [rank for rank in ranks if of_rank[rank][number] != usual]
@@ -106,19 +106,19 @@ def _holders(topology: Topology, *, over_dp: bool, over_tp: bool) -> Iterator[li
     return iter(groups.values())
 
 
-def _cut(parameter: nn.Parameter) -> Tensor | None:
+def _zero3_shard(parameter: nn.Parameter) -> Tensor | None:
     """This rank's part of a parameter that ZeRO-3 has cut, None for a whole one."""
     return getattr(parameter, "ds_tensor", None)
 
 
 def _checksum(parameter: nn.Parameter) -> Tensor:
     """Sum of the values' bits as integers: any single flipped bit changes it."""
-    held = _held(parameter)
+    held = _local_values(parameter)
     return held.contiguous().view(_INTEGERS[held.element_size()]).sum(dtype=torch.int64)
 
 
 @dataclass
-class Skips:
+class SkippedSteps:
     """Steps that were left out since the run was started, because a rank's gradient was not finite."""
 
     limit: int
@@ -137,7 +137,7 @@ class Skips:
             )
 
 
-def find_causes(
+def diagnose_nonfinite(
     model: nn.Module,
     micro_batches: Sequence[Batch],
     loss_of: Callable[[int], Tensor],
@@ -150,7 +150,7 @@ def find_causes(
     `loss_of(i)` is the loss of micro-batch i to differentiate, without effect on the optimizer. `with_gradients` false:
     gradients cannot be taken here (ZeRO-3, activation checkpointing), the activations have to do.
     """
-    found = [_names("weights", (name for name, p in model.named_parameters() if not _is_finite(_held(p))))]
+    found = [_names("weights", (name for name, p in model.named_parameters() if not _is_finite(_local_values(p))))]
     for number, batch in enumerate(micro_batches):
         with _recorded(model) as outputs, torch.set_grad_enabled(with_gradients):
             loss = loss_of(number)
@@ -159,7 +159,7 @@ def find_causes(
             found.append(_names("outputs", outputs))
         if with_gradients:
             found.append(_names("gradients", _bad_gradients(model, loss)))
-    of_rank = topology.gather([sentence for sentence in dict.fromkeys(found) if sentence])
+    of_rank = topology.all_gather_object([sentence for sentence in dict.fromkeys(found) if sentence])
     causes = [f"rank {rank}: {'; '.join(sentences)}" for rank, sentences in enumerate(of_rank) if sentences]
     return causes or ["computed once more, everything is finite: a fault of hardware or communication"]
 
@@ -192,8 +192,8 @@ def _recorded(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _held(parameter: nn.Parameter) -> Tensor:
-    cut = _cut(parameter)
+def _local_values(parameter: nn.Parameter) -> Tensor:
+    cut = _zero3_shard(parameter)
     return parameter.detach() if cut is None else cut.detach()
 
 

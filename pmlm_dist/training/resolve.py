@@ -17,7 +17,16 @@ import torch
 
 from pmlm_dist.checkpoint.initial_weights import initial_weights_problems
 from pmlm_dist.checkpoint.resume import differences
-from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, as_dict, divisors, problems, refuse
+from pmlm_dist.config import (
+    ConfigError,
+    MaskingConfig,
+    ModelConfig,
+    RunConfig,
+    as_dict,
+    divisors,
+    problems,
+    raise_if_any,
+)
 from pmlm_dist.corpus.shards import Manifest, misplaced
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.data.loader import BatchSource
@@ -26,8 +35,8 @@ from pmlm_dist.data.order import BatchShare, choose_lanes
 from pmlm_dist.data.stream import CorpusSource
 from pmlm_dist.engine.deepspeed_config import EngineConfig, batch_problems, load_engine_config
 from pmlm_dist.masking.blockwise import max_predictions
-from pmlm_dist.objectives import READS
-from pmlm_dist.parallel.groups import Topology, refuse_together
+from pmlm_dist.objectives import OBJECTIVES
+from pmlm_dist.parallel.groups import Topology, raise_on_all_ranks
 from pmlm_dist.supervision.run_lock import FolderInUse, RunLock
 from pmlm_dist.vocab import Vocabulary
 
@@ -38,7 +47,7 @@ _SMALLEST_FLEX_HEAD = 16  # the smallest product that the kernel's language (Tri
 
 
 @dataclass(frozen=True)
-class Run:
+class ResolvedRun:
     """A run whose settings have been checked and completed from its corpus."""
 
     config: RunConfig
@@ -46,7 +55,7 @@ class Run:
     manifest: Manifest
     vocabulary: Vocabulary
     topology: Topology
-    own: CorpusSource
+    own_corpus: CorpusSource
     """The corpus of vocabulary and validation."""
     training: tuple[CorpusSource, ...]
     """What training reads: `own`, or the sources of a mixture."""
@@ -65,8 +74,8 @@ class Run:
     def source(self) -> BatchSource:
         """Where batches come from."""
         return BatchSource(
-            corpus=self.own.folder,
-            address=self.own.address,
+            corpus=self.own_corpus.folder,
+            address=self.own_corpus.address,
             mixture=self.training,
             special=special_ids(self.vocabulary),
             masking=self.masking,
@@ -85,9 +94,9 @@ class Run:
         return max_predictions(self.manifest.sequence_length, self.masking)
 
     @property
-    def slots(self) -> int:
+    def num_slots(self) -> int:
         """T: slots of a sequence that are computed, S + 2M, or S alone where nothing reads the appended ones."""
-        appended = 2 * self.num_predictions if "par" in READS[self.config.objective.kind] else 0
+        appended = 2 * self.num_predictions if "par" in OBJECTIVES[self.config.objective.kind] else 0
         return self.manifest.sequence_length + appended
 
     @property
@@ -154,10 +163,10 @@ class Run:
 
 def check(config: RunConfig) -> None:
     """Refuse settings that are wrong by themselves; needs no other rank and no file."""
-    refuse(problems(config))
+    raise_if_any(problems(config))
 
 
-def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | None = None) -> Run:
+def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | None = None) -> ResolvedRun:
     """Check `config` against its files, `topology` and the run it goes on with, and complete it from the corpus.
 
     `saved`: the `state.json` of the checkpoint to go on from, if any; its lanes hold unless the settings name others.
@@ -165,12 +174,14 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     """
     found = _device_problems(config.model, topology.device)
     saved_lanes = saved["identity"]["data.lanes"] if saved else None
-    engine = _collect(
+    engine = _collect_problems(
         found, lambda: load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
     )
-    own: CorpusSource | None = _collect(found, lambda: CorpusSource.at(config.corpus, config.data))
-    manifest = None if own is None else _collect(found, partial(Manifest.load, own.folder))
-    vocabulary = None if own is None or manifest is None else _collect(found, partial(Vocabulary.load, own.folder))
+    own: CorpusSource | None = _collect_problems(found, lambda: CorpusSource.at(config.corpus, config.data))
+    manifest = None if own is None else _collect_problems(found, partial(Manifest.load, own.folder))
+    vocabulary = (
+        None if own is None or manifest is None else _collect_problems(found, partial(Vocabulary.load, own.folder))
+    )
     training = () if own is None or manifest is None else (own,)
     if config.data.sources:
         training = _mixture(found, config)
@@ -183,7 +194,7 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
             found += [problem for source in dict.fromkeys([own, *training]) for problem in _misplaced(source)]
     lanes = None
     if engine is not None and manifest is not None and not found:
-        lanes = _collect(
+        lanes = _collect_problems(
             found,
             lambda: _choose_lanes(
                 config.data.lanes,
@@ -194,7 +205,7 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
             ),
         )
         found += _cache_problems(config, training, lanes=lanes) if lanes else []
-    refuse_together(found, topology)
+    raise_on_all_ranks(found, topology)
     assert engine is not None
     assert own is not None
     assert manifest is not None
@@ -204,47 +215,47 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
         model=dataclasses.replace(config.model, vocab_size=vocabulary.size),
         data=dataclasses.replace(config.data, lanes=lanes),
     )
-    run = Run(completed, engine, manifest, vocabulary, topology, own, training)
+    run = ResolvedRun(completed, engine, manifest, vocabulary, topology, own, training)
     if saved:
-        found += _other_run(saved, run, lanes_are_set=config.data.lanes is not None)
-        refuse_together(found, topology)
+        found += _identity_problems(saved, run, lanes_are_set=config.data.lanes is not None)
+        raise_on_all_ranks(found, topology)
     elif config.init is not None:
         if topology.local_rank == 0:
             found += initial_weights_problems(config.init, completed.model, vocabulary)
-        refuse_together(found, topology)
+        raise_on_all_ranks(found, topology)
     return run
 
 
 @dataclass(frozen=True)
-class Claim:
+class RunLease:
     """What makes this start of a run the one that may write into its folder."""
 
-    life: str
+    attempt: str
     """The name of this start."""
     check: Callable[[], None]
     """Raises `Superseded` when another start has taken over; asked on rank 0 before a checkpoint is committed."""
 
 
 @contextmanager
-def claimed(run_dir: Path, topology: Topology) -> Iterator[Claim]:
+def run_lease(run_dir: Path, topology: Topology) -> Iterator[RunLease]:
     """Hold the lock of `run_dir` (`run_lock.py`), by rank 0 for all; every rank must call.
 
     Raises on every rank `FolderInUse` when another start is at work there, ConfigError when nothing can be written.
     """
     lock, in_use, problems = None, "", []
-    if topology.is_first:
+    if topology.is_rank_zero:
         try:
-            lock = RunLock.claim(run_dir)
+            lock = RunLock.acquire(run_dir)
         except FolderInUse as error:
             in_use = str(error)
         except OSError as error:
             problems = [f"the folder to write, {run_dir}, cannot be written to: {error}"]
-    life, in_use, problems = topology.broadcast((lock.life if lock else "", in_use, problems))
-    refuse(problems)
+    attempt, in_use, problems = topology.broadcast_object((lock.attempt if lock else "", in_use, problems))
+    raise_if_any(problems)
     if in_use:
         raise FolderInUse(in_use)
     try:
-        yield Claim(life, check=lock.check if lock else _nothing)
+        yield RunLease(attempt, check=lock.check if lock else _nothing)
     finally:
         if lock:
             lock.release()
@@ -258,8 +269,10 @@ def _mixture(found: list[str], config: RunConfig) -> tuple[CorpusSource, ...]:
     """The sources of a mixture whose manifests can be read."""
     sources = []
     for corpus, weight in config.data.sources.items():
-        sources.append(_collect(found, partial(CorpusSource.at, corpus, config.data, weight=weight)))
-    return tuple(s for s in sources if s is not None and _collect(found, partial(Manifest.load, s.folder)) is not None)
+        sources.append(_collect_problems(found, partial(CorpusSource.at, corpus, config.data, weight=weight)))
+    return tuple(
+        s for s in sources if s is not None and _collect_problems(found, partial(Manifest.load, s.folder)) is not None
+    )
 
 
 def _mixture_problems(training: tuple[CorpusSource, ...], manifest: Manifest) -> list[str]:
@@ -306,7 +319,7 @@ def _choose_lanes(wanted: int | None, saved: int | None, **fitting: int) -> int:
         return choose_lanes(None, **fitting)
 
 
-def _other_run(saved: dict[str, Any], run: Run, *, lanes_are_set: bool) -> list[str]:
+def _identity_problems(saved: dict[str, Any], run: ResolvedRun, *, lanes_are_set: bool) -> list[str]:
     found, before, now = [], saved["identity"], run.identity()
     lanes, dp = before["data.lanes"], run.topology.dp
     if lanes % dp and not lanes_are_set:
@@ -324,7 +337,7 @@ def _other_run(saved: dict[str, Any], run: Run, *, lanes_are_set: bool) -> list[
     return found + others
 
 
-def _collect(found: list[str], read: Any) -> Any:
+def _collect_problems(found: list[str], read: Any) -> Any:
     try:
         return read()
     except ConfigError as error:
@@ -338,12 +351,12 @@ def _device_problems(model: ModelConfig, device: torch.device) -> list[str]:
     if device.type == "cpu":
         return [
             "model.attention flex cannot train on a CPU, where FlexAttention has no backward pass: "
-            "use --model.attention split"
+            "use --model.attention fused"
         ]
     if model.head_dim < _SMALLEST_FLEX_HEAD:
         return [
             f"model.hidden_size / model.num_heads ({model.head_dim}) must be at least {_SMALLEST_FLEX_HEAD} with "
-            "model.attention flex on a GPU: use fewer heads, or --model.attention split"
+            "model.attention flex on a GPU: use fewer heads, or --model.attention fused"
         ]
     return []
 

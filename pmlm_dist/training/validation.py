@@ -10,8 +10,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pmlm_dist.config import ObjectiveConfig
 from pmlm_dist.data.batch import Batch
-from pmlm_dist.objectives import NUM_COUNTS, READS, LossMeans, LossSums, loss_sums, target_weights
-from pmlm_dist.parallel.cross_entropy import most_likely
+from pmlm_dist.objectives import NUM_COUNTS, OBJECTIVES, LossMeans, LossSums, loss_sums, target_weights
+from pmlm_dist.parallel.cross_entropy import vocab_parallel_argmax
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.vocab import Vocabulary
 
@@ -40,18 +40,18 @@ def validate(
     texts: list[str] = []
     for batch in batches:
         on_device = batch.to(topology.device)
-        counts += losses_of(engine, on_device, objective).counts
+        counts += forward_losses(engine, on_device, objective).counts
         if not texts and fill_ins:
-            likely_KMB = most_likely(engine(**on_device.inputs, reads=READS[objective.kind])).cpu()
+            likely_KMB = vocab_parallel_argmax(engine(**on_device.inputs, objectives=OBJECTIVES[objective.kind])).cpu()
             shown = range(min(fill_ins, len(batch.tokens_BT)))
             texts = [fill_in(batch, likely_KMB, vocabulary, sample=i) for i in shown]
     engine.train()
-    return Validation(LossMeans.from_counts(topology.sum_over_dp(counts), objective), texts)
+    return Validation(LossMeans.from_counts(topology.all_reduce_dp(counts), objective), texts)
 
 
-def losses_of(engine: torch.nn.Module, batch: Batch, objective: ObjectiveConfig) -> LossSums:
+def forward_losses(engine: torch.nn.Module, batch: Batch, objective: ObjectiveConfig) -> LossSums:
     """The objectives' sums for `batch`, which lies on the engine's device."""
-    nll_KMB, right_KMB = engine(**batch.inputs, targets_BM=batch.targets_BM, reads=READS[objective.kind])
+    nll_KMB, right_KMB = engine(**batch.inputs, targets_BM=batch.targets_BM, objectives=OBJECTIVES[objective.kind])
     weights_KBM = target_weights(objective, batch.weights_BM, batch.kept_BM)
     return loss_sums(nll_KMB, right_KMB, weights_KBM, batch.masked_BM, objective=objective)
 

@@ -24,7 +24,7 @@ from support.small_runs import run_config, start_run, take_steps, with_train
 from support.worlds import RankFailed, run_world
 
 from pmlm_dist.checkpoint import async_save as saver_module
-from pmlm_dist.checkpoint.files import faults_of
+from pmlm_dist.checkpoint.files import checkpoint_problems
 from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import RunConfig
@@ -61,7 +61,9 @@ class Training:
         log: Any = self.said
         about = {"identity": self.run.identity(), "configuration": self.run.configuration()}
         engine_state = EngineState(self.engine, self.run.topology)
-        self.saver = saver_module.Saver(engine_state, self.folder, log, about=about, timeout_s=timeout_s)
+        self.checkpointer = saver_module.AsyncCheckpointer(
+            engine_state, self.folder, log, about=about, timeout_s=timeout_s
+        )
 
     @property
     def rank(self) -> int:
@@ -70,17 +72,17 @@ class Training:
     def steps(self, count: int) -> None:
         for _ in range(count):
             self.state, _, _ = take_steps(self.run, self.engine, self.state, steps=1)
-            self.saver.report()
+            self.checkpointer.log_finished()
 
     def save(self) -> None:
-        self.saver.save(self.state)
+        self.checkpointer.save(self.state)
 
     def wait_until_written(self) -> None:
-        writer = self.saver._writer
+        writer = self.checkpointer._writer
         assert writer is not None
         writer.join(60)
         self.run.topology.barrier()
-        self.saver.report()
+        self.checkpointer.log_finished()
 
     def left(self) -> list[str]:
         self.run.topology.barrier()
@@ -124,7 +126,7 @@ def steps_during_a_write(config: RunConfig) -> tuple[list[str], list[str], list[
         training.steps(3)
         meanwhile = training.left()
         released.set()
-        training.saver.close()
+        training.checkpointer.close()
     return meanwhile, training.left(), training.said.lines
 
 
@@ -148,21 +150,21 @@ def saved_at(config: RunConfig, step: int) -> None:
     training = Training(config)
     training.steps(step)
     training.save()
-    training.saver.close()
+    training.checkpointer.close()
 
 
 def steps_during_a_copy(config: RunConfig) -> float:
     """Save after step 2 with a copy that starts late, and take two more steps."""
     training = Training(config)
     training.steps(2)
-    before = training.saver.stalled_s
-    take = saver_module._HostMemory.take
+    before = training.checkpointer.stalled_s
+    take = saver_module.StagingBuffer.take
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saver_module._HostMemory, "take", lambda *args: (time.sleep(0.5), take(*args)))
+        patch.setattr(saver_module.StagingBuffer, "take", lambda *args: (time.sleep(0.5), take(*args)))
         training.save()
         training.steps(2)
-        training.saver.close()
-    return training.saver.stalled_s - before
+        training.checkpointer.close()
+    return training.checkpointer.stalled_s - before
 
 
 @pytest.mark.parametrize("settings", [{"zero": 0}, {"zero": 1}, {"zero": 3}, {"zero": 1, "precision": "bf16"}])
@@ -185,7 +187,7 @@ def slow_storage(config: RunConfig) -> list[str]:
         training.save()
         training.steps(1)
         training.save()  # waits for the first
-        training.saver.close()
+        training.checkpointer.close()
     return training.left()
 
 
@@ -230,14 +232,14 @@ def fails_once(config: RunConfig, rank: int, *, dumb: bool) -> Failed:
         if not dumb:  # rank 0 learns of it from a file
             training.wait_until_written()
         else:  # rank 0 learns of it when all meet for the next save
-            writer = training.saver._writer
+            writer = training.checkpointer._writer
             assert writer is not None
             if training.rank == rank:
                 writer.join(60)
     after_failure = training.left()
     training.steps(1)
     training.save()
-    training.saver.close()
+    training.checkpointer.close()
     said = training.said
     return Failed(after_failure, training.left(), said.lines, said.failed, training.state.step)
 
@@ -258,7 +260,7 @@ def test_a_full_disk_costs_one_checkpoint_and_is_said_and_counted(
     assert ("rank 1" in first.said[1]) == (rank == 1)
     assert first.counted == [1]
     assert first.last_loss_step == second.last_loss_step == 3
-    assert all(not faults_of(tmp_path / "checkpoints" / name) for name in first.after_next if "step" in name)
+    assert all(not checkpoint_problems(tmp_path / "checkpoints" / name) for name in first.after_next if "step" in name)
 
 
 def fails_and_goes_on(config: RunConfig, rank: int, dumb: bool) -> Failed:
@@ -278,14 +280,14 @@ def hangs(config: RunConfig) -> tuple[list[str], list[str]]:
     with patched("write_numbers", hang):
         training.steps(1)
         training.save()
-        hung = training.saver._writer
+        hung = training.checkpointer._writer
         training.steps(1)
         training.save()
         training.wait_until_written()
         released.set()
         assert hung is not None
         hung.join(60)
-        training.saver.close()
+        training.checkpointer.close()
     return training.left(), training.said.lines
 
 
@@ -295,7 +297,7 @@ def test_a_write_that_hangs_is_given_up_and_never_counts(small_corpus: Path, tmp
     assert [name for name in left if ".tmp" not in name] == ["latest", "step-00000002"]
     assert "the checkpoint of step 1 was not written" in said[0]
     assert "longer than --train.save-timeout-s" in said[0]
-    assert faults_of(tmp_path / "checkpoints/step-00000002") == []
+    assert checkpoint_problems(tmp_path / "checkpoints/step-00000002") == []
 
 
 def folders_apart(config: RunConfig, elsewhere: Path) -> list[str]:
@@ -324,7 +326,7 @@ def broken_program(config: RunConfig) -> None:
     training.steps(1)
     with patched("write_numbers", lambda *_: 1 / 0):
         training.save()
-        training.saver.close()
+        training.checkpointer.close()
 
 
 @pytest.mark.fault("F31")
@@ -352,7 +354,7 @@ def small_disk(folder: Path, *, kilobytes: int) -> Iterator[None]:
 def onto_a_small_disk(config: RunConfig, disk: Path, trouble: str) -> tuple[list[str], list[str], list[str]]:
     """Three saves; the second meets `trouble`, which is over before the third."""
     training = Training(config)
-    training.folder = training.saver._folder = CheckpointFolder(disk / "checkpoints", keep=1)
+    training.folder = training.checkpointer._folder = CheckpointFolder(disk / "checkpoints", keep=1)
     training.steps(1)
     training.save()
     training.wait_until_written()
@@ -364,7 +366,7 @@ def onto_a_small_disk(config: RunConfig, disk: Path, trouble: str) -> tuple[list
     make(disk, "none")
     training.steps(1)
     training.save()
-    training.saver.close()
+    training.checkpointer.close()
     return left, sorted(path.name for path in (disk / "checkpoints").iterdir()), training.said.lines
 
 
@@ -406,7 +408,7 @@ def test_a_real_disk_that_is_full_or_read_only(small_corpus: Path, tmp_path: Pat
         ((left, after, said),) = run_world(onto_a_small_disk, 1, config, disk, trouble)
         assert left == ["latest", "step-00000001"]
         assert after == ["latest", "step-00000003"]
-        assert faults_of(disk / "checkpoints/step-00000003") == []
+        assert checkpoint_problems(disk / "checkpoints/step-00000003") == []
     assert ("No space left" if trouble == "full" else "Read-only file system") in said[1]
 
 
@@ -452,7 +454,7 @@ def test_a_kill_during_a_save_costs_the_steps_since_the_one_before(
     with pytest.raises(RankFailed):
         run_world(dying, 2, config, rank, moment)
     assert sorted(path.name for path in (config.run_dir / "checkpoints").glob("step-*[0-9]")) != []
-    assert faults_of(config.run_dir / "checkpoints/step-00000004") != []
+    assert checkpoint_problems(config.run_dir / "checkpoints/step-00000004") != []
     first, _ = run_world(pretrained, 2, config)
     assert "going on after step 2" in first
     assert not list((config.run_dir / "checkpoints").glob("*.tmp*"))

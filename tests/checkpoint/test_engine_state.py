@@ -13,10 +13,10 @@ import torch
 from support.small_runs import run_config, start_run, take_steps, with_model
 from support.worlds import run_world
 
-from pmlm_dist.checkpoint.async_save import Saver
+from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
 from pmlm_dist.checkpoint.engine_state import EngineState
 from pmlm_dist.checkpoint.files import CheckpointReader, read_state
-from pmlm_dist.checkpoint.fingerprint import TOLERANCES, differences_of_fingerprints
+from pmlm_dist.checkpoint.fingerprint import TOLERANCES, fingerprint_differences
 from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import RunState, load_checkpoint
 from pmlm_dist.config import ConfigError, RunConfig
@@ -42,23 +42,23 @@ def built(config: RunConfig) -> tuple[Any, Any, EngineState]:
     return run, engine, EngineState(engine, run.topology)
 
 
-def saver_of(run: Any, state: EngineState) -> Saver:
+def saver_of(run: Any, state: EngineState) -> AsyncCheckpointer:
     log = RunLog(run.config.run_dir, enabled=False, first_step=0)
     about = {"identity": run.identity(), "configuration": run.configuration()}
-    return Saver(state, CheckpointFolder(run.checkpoints, keep=9), log, about=about, timeout_s=60)
+    return AsyncCheckpointer(state, CheckpointFolder(run.checkpoints, keep=9), log, about=about, timeout_s=60)
 
 
 def save(run: Any, engine_state: EngineState, state: RunState) -> Path:
-    saver = saver_of(run, engine_state)
-    saver.save(state)
-    saver.close()
+    checkpointer = saver_of(run, engine_state)
+    checkpointer.save(state)
+    checkpointer.close()
     return CheckpointFolder(run.checkpoints, keep=9).folder(state.step)
 
 
 def numbers_of(engine_state: EngineState) -> dict[str, np.ndarray]:
     return {
-        f"{kind}/{piece.placement.name}/{piece.placement.start}": numbers.numpy().copy()
-        for piece in engine_state.owned()
+        f"{kind}/{piece.fragment.name}/{piece.fragment.start}": numbers.numpy().copy()
+        for piece in engine_state.owned_fragments()
         for kind, numbers in piece.numbers.items()
     }
 
@@ -140,10 +140,10 @@ def masters_are_where_they_are_said_to_be(config: RunConfig) -> bool:
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
         return all(
             torch.equal(
-                piece.numbers["weight"].to(parameters[piece.placement.name].dtype),
-                parameters[piece.placement.name].detach().view(-1)[piece.placement.start : piece.placement.stop],
+                piece.numbers["weight"].to(parameters[piece.fragment.name].dtype),
+                parameters[piece.fragment.name].detach().view(-1)[piece.fragment.start : piece.fragment.stop],
             )
-            for piece in engine_state.owned()
+            for piece in engine_state.owned_fragments()
         )
 
 
@@ -267,7 +267,7 @@ def test_a_fingerprint_tells_two_layers_apart_even_with_the_tolerance_of_another
     ((_, other),) = run_world(fingerprints, 1, config, path, names)
     for topology in ({}, {"tp": 2}):
         moved = {**other, "computed_on": {**other["computed_on"], **topology}}
-        assert differences_of_fingerprints(was, moved, precision="fp32")
+        assert fingerprint_differences(was, moved, precision="fp32")
 
 
 def test_fingerprints_of_other_topologies_agree(saved: tuple[RunConfig, Path]):
@@ -277,7 +277,7 @@ def test_fingerprints_of_other_topologies_agree(saved: tuple[RunConfig, Path]):
         there = replace(config, parallel=replace(config.parallel, tp=tp))
         for was, now in run_world(fingerprints, tp, there, path, None):
             assert was["computed_on"] != now["computed_on"]
-            assert differences_of_fingerprints(was, now, precision="fp32") == []
+            assert fingerprint_differences(was, now, precision="fp32") == []
 
 
 def test_the_tolerance_of_bf16_is_wider_and_still_finite():
@@ -287,7 +287,7 @@ def test_the_tolerance_of_bf16_is_wider_and_still_finite():
         for change, is_told in ((0.9 * tolerance, False), (1.1 * tolerance, True), (float("nan"), True)):
             moved = {**statistics, "max": 3.0 + change}
             now = {"statistics": {"ae": statistics, "par": moved}, "computed_on": {"tp": 2}}
-            found = differences_of_fingerprints(was, now, precision=precision)
+            found = fingerprint_differences(was, now, precision=precision)
             assert bool(found) == is_told
             assert all("max of the par logits was 3" in line for line in found)
 

@@ -14,17 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmlm_dist.checkpoint.fragments import Placement, coverage_faults, overlaps
+from pmlm_dist.checkpoint.fragments import Fragment, coverage_problems, overlaps
 
 
 @st.composite
-def cuts(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Placement]:
+def cuts(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Fragment]:
     """A tensor cut along a dimension, each slice into runs at random places; in no order."""
     dim = draw(st.integers(0, len(shape) - 1))
     parts = draw(st.sampled_from([n for n in (1, 2, 4) if shape[dim] % n == 0]))
     size, pieces = shape[dim] // parts, []
     for number in range(parts):
-        whole = Placement.whole("w", shape, dim=dim)
+        whole = Fragment.whole("w", shape, dim=dim)
         part = replace(whole, first=number * size, last=(number + 1) * size)
         numel = part.slice_numel
         inner = sorted(draw(st.sets(st.integers(1, numel - 1), max_size=4))) if numel > 1 else []
@@ -36,18 +36,18 @@ SHAPES = st.lists(st.integers(1, 8), min_size=1, max_size=3).map(tuple)
 SHAPE_AND_CUTS = SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), cuts(shape), cuts(shape)))
 
 
-def numbers_of(placement: Placement) -> np.ndarray:
+def numbers_of(fragment: Fragment) -> np.ndarray:
     """The numbers at a placement when the whole tensor counts from 0, found by numpy's own slicing."""
-    whole = np.arange(math.prod(placement.shape)).reshape(placement.shape)
-    part = whole.take(range(placement.first, placement.last), axis=placement.dim)
-    return part.reshape(-1)[placement.start : placement.stop]
+    whole = np.arange(math.prod(fragment.shape)).reshape(fragment.shape)
+    part = whole.take(range(fragment.first_row, fragment.last_row), axis=fragment.dim)
+    return part.reshape(-1)[fragment.start : fragment.stop]
 
 
 def places(at: int, stride: int, rows: int, columns: int) -> Iterator[int]:
     return (at + row * stride + column for row in range(rows) for column in range(columns))
 
 
-def gathered(target: Placement, sources: list[Placement]) -> np.ndarray:
+def gathered(target: Fragment, sources: list[Fragment]) -> np.ndarray:
     """The numbers at `target`, each taken once from one of `sources`; -1 where none has it."""
     found = np.full(target.numel, -1)
     for source in sources:
@@ -63,15 +63,15 @@ def gathered(target: Placement, sources: list[Placement]) -> np.ndarray:
     return found
 
 
-def can_meet(source: Placement, target: Placement) -> bool:
+def can_meet(source: Fragment, target: Fragment) -> bool:
     """Not cut along two different dimensions, as no tensor is."""
-    spans = [placement.last - placement.first == placement.shape[placement.dim] for placement in (source, target)]
+    spans = [fragment.last_row - fragment.first_row == fragment.shape[fragment.dim] for fragment in (source, target)]
     return source.dim == target.dim or any(spans)
 
 
 @given(SHAPE_AND_CUTS)
 @settings(max_examples=500, deadline=None)
-def test_any_run_is_put_together_from_any_cut(case: tuple[tuple[int, ...], list[Placement], list[Placement]]):
+def test_any_run_is_put_together_from_any_cut(case: tuple[tuple[int, ...], list[Fragment], list[Fragment]]):
     _, sources, targets = case
     for target in targets:
         if all(can_meet(source, target) for source in sources):
@@ -81,27 +81,27 @@ def test_any_run_is_put_together_from_any_cut(case: tuple[tuple[int, ...], list[
 @given(SHAPE_AND_CUTS)
 @settings(max_examples=200, deadline=None)
 def test_a_cut_covers_its_tensor_and_no_longer_when_anything_is_amiss(
-    case: tuple[tuple[int, ...], list[Placement], list[Placement]],
+    case: tuple[tuple[int, ...], list[Fragment], list[Fragment]],
 ):
     _, pieces, _ = case
-    assert coverage_faults(pieces) == []
+    assert coverage_problems(pieces) == []
     for number, piece in enumerate(pieces):
         others = pieces[:number] + pieces[number + 1 :]
-        assert not others or coverage_faults(others), "one is missing"
-        assert coverage_faults([*pieces, piece]), "one is there twice"
+        assert not others or coverage_problems(others), "one is missing"
+        assert coverage_problems([*pieces, piece]), "one is there twice"
         if piece.numel > 1:
-            assert coverage_faults([*others, replace(piece, stop=piece.stop - 1)]), "one is too short"
+            assert coverage_problems([*others, replace(piece, stop=piece.stop - 1)]), "one is too short"
 
 
 def test_parts_that_disagree_about_the_tensor_are_named():
-    first, second = Placement.whole("a", (4, 2)), Placement.whole("a", (2, 4))
-    assert coverage_faults([first, second]) == ["parts of a disagree about its shape"]
-    assert coverage_faults([first, Placement.whole("b", (3,))]) == []
+    first, second = Fragment.whole("a", (4, 2)), Fragment.whole("a", (2, 4))
+    assert coverage_problems([first, second]) == ["parts of a disagree about its shape"]
+    assert coverage_problems([first, Fragment.whole("b", (3,))]) == []
 
 
 @given(SHAPES.flatmap(cuts), st.integers(1, 9))
 @settings(max_examples=200, deadline=None)
-def test_shares_are_even_and_make_up_the_run(pieces: list[Placement], parts: int):
+def test_shares_are_even_and_make_up_the_run(pieces: list[Fragment], parts: int):
     for piece in pieces:
         shares = [share for part in range(parts) if (share := piece.share(part, parts)) is not None]
         assert sum(share.numel for share in shares) == piece.numel
@@ -111,7 +111,7 @@ def test_shares_are_even_and_make_up_the_run(pieces: list[Placement], parts: int
 
 def test_rows_that_pad_may_differ_in_number():
     """A vocabulary of 5 rows of 2, padded to 8 in the checkpoint and to 6 in the model."""
-    source, target = (Placement.whole("w", (rows, 2), used_rows=5) for rows in (8, 6))
+    source, target = (Fragment.whole("w", (rows, 2), used_rows=5) for rows in (8, 6))
     (part,) = overlaps(source, target)
     assert (part.columns, part.source_at, part.target_at) == (12, 0, 0)
     (part,) = overlaps(target, source)
@@ -119,12 +119,12 @@ def test_rows_that_pad_may_differ_in_number():
 
 
 @given(SHAPES.flatmap(cuts))
-def test_json_there_and_back(pieces: list[Placement]):
+def test_json_there_and_back(pieces: list[Fragment]):
     for piece in pieces:
-        assert Placement.from_json(json.loads(json.dumps(piece.as_json()))) == piece
+        assert Fragment.from_json(json.loads(json.dumps(piece.as_json()))) == piece
 
 
-SOUND: dict[str, Any] = Placement.whole("w", (4, 2)).as_json()
+SOUND: dict[str, Any] = Fragment.whole("w", (4, 2)).as_json()
 
 
 @pytest.mark.parametrize(
@@ -137,10 +137,10 @@ SOUND: dict[str, Any] = Placement.whole("w", (4, 2)).as_json()
 )
 def test_what_describes_no_run_is_refused(change: dict[str, Any]):
     with pytest.raises(ValueError, match="describes no part of a tensor"):
-        Placement.from_json({**SOUND, **change})
+        Fragment.from_json({**SOUND, **change})
 
 
 def test_a_missing_field_is_refused():
     for name in SOUND:
         with pytest.raises(ValueError, match="describes no part of a tensor"):
-            Placement.from_json({key: value for key, value in SOUND.items() if key != name})
+            Fragment.from_json({key: value for key, value in SOUND.items() if key != name})

@@ -17,7 +17,7 @@ from support.worlds import run_world
 
 from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import ConfigError, RunConfig
-from pmlm_dist.conversion.pretrained import Pretrained, save_pretrained
+from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
 from pmlm_dist.conversion.tensors import own_shapes
 from pmlm_dist.vocab import Vocabulary
 
@@ -25,12 +25,12 @@ ROW_PARALLEL = ("attention.output.weight", "ffn_out.weight")
 REPLICATED = ("norm.weight", "norm.bias", "output.bias", "ffn_out.bias", "position.weight", "segment.weight")
 
 
-def initial(corpus: Path, folder: Path, **changes: Any) -> Pretrained:
+def initial(corpus: Path, folder: Path, **changes: Any) -> PretrainedWeights:
     """Random weights for runs on `corpus`, saved in `folder`."""
     words = Vocabulary.load(corpus)
     model, generator = replace(MODEL, vocab_size=words.size, **changes), torch.Generator().manual_seed(5)
     weights = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in own_shapes(model).items()}
-    found = Pretrained(model, weights, words, {"format": "bert", "from": "a test", "notes": []})
+    found = PretrainedWeights(model, weights, words, {"format": "bert", "from": "a test", "notes": []})
     save_pretrained(found, folder)
     return found
 
@@ -48,10 +48,13 @@ def start(config: RunConfig) -> dict[str, Any]:
     load_initial_weights(state, config.init)
     before = whole_weights(engine.module)
     masters = {
-        f"{piece.placement.name}@{piece.placement.start}": piece.numbers["weight"].clone() for piece in state.owned()
+        f"{piece.fragment.name}@{piece.fragment.start}": piece.numbers["weight"].clone()
+        for piece in state.owned_fragments()
     }
     moments = max(
-        float(piece.numbers[kind].abs().max()) for piece in state.owned() for kind in ("exp_avg", "exp_avg_sq")
+        float(piece.numbers[kind].abs().max())
+        for piece in state.owned_fragments()
+        for kind in ("exp_avg", "exp_avg_sq")
     )
     _, losses, _ = take_steps(run, engine, RunState(), steps=2)
     return {

@@ -80,7 +80,7 @@ def check_filled(engine_state: Any, expected: Any, *, where: str) -> None:
     """That this rank holds its part of `expected` (as `whole_state`, whole), to the bit: masters, moments, weights."""
     tp, tp_rank = engine_state.topology.tp, engine_state.topology.tp_rank
     for piece in engine_state.owned():
-        place = piece.placement
+        place = piece.fragment
         for kind, numbers in piece.numbers.items():
             whole = expected[f"{kind}/{place.name}"]
             mine = slice_of(whole, place.name, (place.last - place.first) < whole.shape[place.dim], tp=tp, at=tp_rank)
@@ -118,7 +118,7 @@ def is_sharded(name: str) -> bool:
 
 def saver_of(run: Any, engine: Any) -> tuple[Any, Any]:
     """The engine's state and a saver into the run's folder."""
-    from pmlm_dist.checkpoint.async_save import Saver
+    from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
     from pmlm_dist.checkpoint.engine_state import EngineState
     from pmlm_dist.checkpoint.folder import CheckpointFolder
     from pmlm_dist.metrics.run_log import RunLog
@@ -126,7 +126,7 @@ def saver_of(run: Any, engine: Any) -> tuple[Any, Any]:
     state = EngineState(engine, run.topology)
     log = RunLog(run.config.run_dir, enabled=False, first_step=0)
     about = {"identity": run.identity(), "configuration": run.configuration()}
-    return state, Saver(state, CheckpointFolder(run.checkpoints, keep=9), log, about=about, timeout_s=60)
+    return state, AsyncCheckpointer(state, CheckpointFolder(run.checkpoints, keep=9), log, about=about, timeout_s=60)
 
 
 def save_some(configs: list[RunConfig]) -> list[dict[str, np.ndarray]]:
@@ -139,9 +139,9 @@ def save_some(configs: list[RunConfig]) -> list[dict[str, np.ndarray]]:
         run = start_run(config)
         engine = build_engine(run)
         state, _, _ = take_steps(run, engine, RunState(), steps=BEFORE)
-        _, saver = saver_of(run, engine)
-        saver.save(state)
-        saver.close()
+        _, checkpointer = saver_of(run, engine)
+        checkpointer.save(state)
+        checkpointer.close()
         answers.append(whole_state(engine))
     return answers
 

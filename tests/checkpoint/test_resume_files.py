@@ -24,9 +24,9 @@ from support.worlds import run_world
 from pmlm_dist.checkpoint.files import (
     KINDS,
     CheckpointReader,
-    Damaged,
-    Written,
-    faults_of,
+    CorruptCheckpoint,
+    FileDigest,
+    checkpoint_problems,
     rank_file,
     read_weights,
     sha256_of,
@@ -34,12 +34,12 @@ from pmlm_dist.checkpoint.files import (
     write_numbers,
 )
 from pmlm_dist.checkpoint.folder import CheckpointFolder
-from pmlm_dist.checkpoint.fragments import Placement
+from pmlm_dist.checkpoint.fragments import Fragment
 from pmlm_dist.checkpoint.resume import differences, find_checkpoint
 from pmlm_dist.config import ConfigError
 
 FILES = ("state.json", rank_file(0), rank_file(1))
-WHOLE = Placement.whole("layers.0.weight", (4, 6), used_rows=3)
+WHOLE = Fragment.whole("layers.0.weight", (4, 6), used_rows=3)
 HALVES = (replace(WHOLE, stop=10), replace(WHOLE, start=10))
 
 
@@ -55,9 +55,9 @@ def numbers(step: int, kind: str) -> np.ndarray:
     return (np.arange(24, dtype=np.float32) + 1000 * step + 100 * KINDS.index(kind)).reshape(4, 6)
 
 
-def begin(folder: CheckpointFolder, step: int) -> tuple[Path, dict[str, Written]]:
+def begin(folder: CheckpointFolder, step: int) -> tuple[Path, dict[str, FileDigest]]:
     """What the ranks write before rank 0 commits."""
-    temporary = folder.temporary(step, life="a")
+    temporary = folder.temporary(step, attempt="a")
     temporary.mkdir(parents=True)
     files = {}
     for rank, half in enumerate(HALVES):
@@ -100,7 +100,7 @@ def is_intact(path: Path) -> bool:
 
 def test_what_was_written_is_found_whole(tmp_path: Path):
     folder = three(tmp_path)
-    assert folder.newest_whole() == (tmp_path / "step-00000030", [])
+    assert folder.newest_valid() == (tmp_path / "step-00000030", [])
     assert all(is_intact(tmp_path / f"step-000000{step}") for step in (10, 20, 30))
     pointer = json.loads((tmp_path / "latest").read_text())
     assert pointer["checkpoint"] == "step-00000030"
@@ -123,7 +123,7 @@ def test_more_rows_that_pad_are_left_as_they_are(tmp_path: Path):
     path = write(CheckpointFolder(tmp_path, keep=1), 10)
     found = np.full(36, -1.0, np.float32)
     with CheckpointReader(path) as reader:
-        reader.fill(found, Placement.whole(WHOLE.name, (6, 6), used_rows=3), "exp_avg")
+        reader.fill(found, Fragment.whole(WHOLE.name, (6, 6), used_rows=3), "exp_avg")
     assert np.array_equal(found[:24], numbers(10, "exp_avg").ravel())
     assert np.all(found[24:] == -1)
 
@@ -133,7 +133,7 @@ def test_a_rank_without_numbers_writes_an_empty_file(tmp_path: Path):
     folder = CheckpointFolder(tmp_path, keep=1)
     temporary, files = begin(folder, 10)
     files[rank_file(2)] = write_numbers(temporary / rank_file(2), [], [])
-    assert faults_of(folder.commit(10, temporary, files)) == []
+    assert checkpoint_problems(folder.commit(10, temporary, files)) == []
 
 
 def test_numbers_that_do_not_fit_their_placements_are_a_fault_of_the_program(tmp_path: Path):
@@ -149,7 +149,7 @@ def test_a_disk_that_gives_back_something_else_is_noticed_at_once(tmp_path: Path
 
 @pytest.mark.parametrize("root", ["", "never/made"])
 def test_without_checkpoints_there_is_none_and_no_complaint(tmp_path: Path, root: str):
-    assert CheckpointFolder(tmp_path / root, keep=1).newest_whole() == (None, [])
+    assert CheckpointFolder(tmp_path / root, keep=1).newest_valid() == (None, [])
 
 
 def edit_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -281,13 +281,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_damage_named(
     folder = three(tmp_path)
     inflict, complaint = DAMAGES[damage]
     inflict(tmp_path / "step-00000030")
-    newest, complaints = folder.newest_whole()
+    newest, complaints = folder.newest_valid()
     assert newest == tmp_path / "step-00000020"
     assert len(complaints) >= 1
     assert all(str(tmp_path / "step-00000030") in line for line in complaints)
     assert any(complaint in line for line in complaints), complaints
     assert not (tmp_path / "PWNED").exists()
-    with pytest.raises(Damaged, match="is not whole"):
+    with pytest.raises(CorruptCheckpoint, match="is not whole"):
         read_weights(tmp_path / "step-00000030")
 
 
@@ -295,7 +295,7 @@ def test_several_damaged_ones_are_all_named(tmp_path: Path):
     folder = three(tmp_path)
     cut(tmp_path / "step-00000030" / FILES[1])
     (tmp_path / "step-00000020" / FILES[0]).unlink()
-    newest, complaints = folder.newest_whole()
+    newest, complaints = folder.newest_valid()
     assert newest == tmp_path / "step-00000010"
     assert [re.findall(r"step-0*(\d+)", line) for line in complaints] == [["30"], ["20"]]
 
@@ -311,7 +311,7 @@ def test_an_unreadable_file_counts_as_damage(tmp_path: Path, monkeypatch: pytest
         return digest(file, algorithm)
 
     monkeypatch.setattr(hashlib, "file_digest", broken)
-    newest, complaints = folder.newest_whole()
+    newest, complaints = folder.newest_valid()
     assert newest == tmp_path / "step-00000020"
     assert "Input/output error" in complaints[0]
 
@@ -345,7 +345,7 @@ POSITION, MASK = st.floats(0, 1, exclude_max=True), st.integers(1, 255)
 @pytest.mark.fault("F26")
 def test_a_changed_byte_anywhere_is_noticed(two: CheckpointFolder, where: float, mask: int, name: str):
     with flipped(two.folder(20) / name, where, mask):
-        newest, (complaint,) = two.newest_whole()
+        newest, (complaint,) = two.newest_valid()
     assert newest == two.folder(10)
     assert f"{name} has another checksum" in complaint
 
@@ -357,7 +357,7 @@ def test_a_changed_byte_in_the_manifest_never_ends_the_search(two: CheckpointFol
     manifest = two.folder(20) / "manifest.json"
     files = json.loads(manifest.read_text())["files"]
     with flipped(manifest, where, mask):
-        newest, complaints = two.newest_whole()
+        newest, complaints = two.newest_valid()
         if newest == two.folder(20):
             assert json.loads(manifest.read_text())["files"] == files
         else:
@@ -384,18 +384,18 @@ def test_the_pointer_does_not_decide_and_is_named_when_it_is_wrong(
     (tmp_path / "latest").unlink()
     if pointer is not None:
         (tmp_path / "latest").write_text(pointer)
-    newest, complaints = folder.newest_whole()
+    newest, complaints = folder.newest_valid()
     assert newest == tmp_path / "step-00000030"
     assert complaints == [] if complaint is None else complaint in complaints[0]
 
 
 def test_a_folder_that_was_never_committed_does_not_count(tmp_path: Path):
     folder = three(tmp_path)
-    shutil.copytree(tmp_path / "step-00000030", folder.temporary(40, life="b"))
-    assert folder.newest_whole() == (tmp_path / "step-00000030", [])
-    folder.remove_leftovers()
+    shutil.copytree(tmp_path / "step-00000030", folder.temporary(40, attempt="b"))
+    assert folder.newest_valid() == (tmp_path / "step-00000030", [])
+    folder.remove_temporary()
     assert steps_of(tmp_path) == [10, 20, 30]
-    assert not folder.temporary(40, life="b").exists()
+    assert not folder.temporary(40, attempt="b").exists()
 
 
 def test_a_checkpoint_that_lacks_a_rank_is_not_committed(tmp_path: Path):
@@ -403,16 +403,16 @@ def test_a_checkpoint_that_lacks_a_rank_is_not_committed(tmp_path: Path):
     temporary, files = begin(folder, 40)
     (temporary / rank_file(1)).unlink()
     files.pop(rank_file(1))
-    with pytest.raises(Damaged, match="do not hold each of its numbers exactly once"):
+    with pytest.raises(CorruptCheckpoint, match="do not hold each of its numbers exactly once"):
         folder.commit(40, temporary, files)
-    assert folder.newest_whole() == (tmp_path / "step-00000030", [])
+    assert folder.newest_valid() == (tmp_path / "step-00000030", [])
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path):
     folder = CheckpointFolder(tmp_path, keep=3)
     for step in (99_999_999, 100_000_000):
         write(folder, step)
-    assert folder.newest_whole() == (tmp_path / "step-100000000", [])
+    assert folder.newest_valid() == (tmp_path / "step-100000000", [])
 
 
 @pytest.mark.fault("F24")
@@ -421,7 +421,7 @@ def test_when_none_is_whole_all_are_named_and_nothing_starts_anew(tmp_path: Path
     for step in (10, 20, 30):
         cut(tmp_path / f"step-000000{step}" / FILES[1])
     with pytest.raises(ConfigError) as caught:
-        folder.newest_whole()
+        folder.newest_valid()
     for step in (10, 20, 30):
         assert sum(str(tmp_path / f"step-000000{step}") in problem for problem in caught.value.problems) == 1
     assert f"remove {tmp_path} to start anew" in caught.value.problems[-1]
@@ -443,9 +443,9 @@ def test_retention_never_trades_the_checkpoint_just_written_for_a_broken_one(tmp
     cut(tmp_path / "step-00000020" / FILES[1])
     cut(tmp_path / "step-00000030" / FILES[1])
     again = CheckpointFolder(tmp_path, keep=keep)
-    assert again.newest_whole()[0] == tmp_path / "step-00000010"
+    assert again.newest_valid()[0] == tmp_path / "step-00000010"
     write(again, 15)
-    assert folder.newest_whole()[0] == tmp_path / "step-00000015"
+    assert folder.newest_valid()[0] == tmp_path / "step-00000015"
 
 
 def test_every_kth_step_is_kept_for_ever(tmp_path: Path):
@@ -462,7 +462,7 @@ def test_broken_ones_do_not_take_the_place_of_whole_ones(tmp_path: Path):
     assert steps_of(tmp_path) == [20, 30, 40]
     write(CheckpointFolder(tmp_path, keep=2), 50)
     assert steps_of(tmp_path) == [40, 50]
-    assert folder.newest_whole()[0] == tmp_path / "step-00000050"
+    assert folder.newest_valid()[0] == tmp_path / "step-00000050"
 
 
 def test_a_broken_checkpoint_of_the_same_step_is_replaced(tmp_path: Path):
@@ -472,7 +472,7 @@ def test_a_broken_checkpoint_of_the_same_step_is_replaced(tmp_path: Path):
     (broken / "left over").touch()
     assert write(folder, 30) == broken
     assert is_intact(broken)
-    assert folder.newest_whole() == (broken, [])
+    assert folder.newest_valid() == (broken, [])
 
 
 class Killed(BaseException):
@@ -537,20 +537,20 @@ def test_an_end_between_any_two_operations_of_a_commit_leaves_a_whole_checkpoint
         root = tmp_path / str(at)
         assert commit_over_a_broken_one(root, monkeypatch, at=at).count == at
         folder = CheckpointFolder(root, keep=2)
-        newest, _ = folder.newest_whole()
+        newest, _ = folder.newest_valid()
         assert newest is not None
         assert is_intact(newest), f"killed before operation {at}"
         seen.add(newest.name)
-        folder.remove_leftovers()
+        folder.remove_temporary()
         write(folder, 30)  # the next life gets there again
-        assert folder.newest_whole() == (root / "step-00000030", [])
+        assert folder.newest_valid() == (root / "step-00000030", [])
         assert steps_of(root) == [20, 30]
     assert seen == {"step-00000020", "step-00000030"}
 
 
 def test_every_byte_is_on_the_disk_before_a_checkpoint_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     log = commit_over_a_broken_one(tmp_path, monkeypatch, at=None).log
-    temporary = CheckpointFolder(tmp_path, keep=2).temporary(30, life="a")
+    temporary = CheckpointFolder(tmp_path, keep=2).temporary(30, attempt="a")
     named = log.index(("rename", str(temporary)))
     flushed = {target for name, target in log[:named] if name == "fsync"}
     assert flushed >= {str(temporary), *(str(temporary / name) for name in (*FILES, "manifest.json"))}
@@ -567,7 +567,7 @@ def found_by_ranks(root: Path) -> tuple[str, list[str]]:
 
     from pmlm_dist.parallel import groups
 
-    topology = groups.start()
+    topology = groups.init_process_groups()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -599,7 +599,7 @@ def test_no_whole_checkpoint_ends_every_rank_alike(tmp_path: Path):
 
 
 def test_faults_of_a_whole_checkpoint_are_none(tmp_path: Path):
-    assert faults_of(write(CheckpointFolder(tmp_path, keep=1), 1)) == []
+    assert checkpoint_problems(write(CheckpointFolder(tmp_path, keep=1), 1)) == []
 
 
 def test_differences_name_every_setting_that_differs_or_is_missing():

@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from support.small_tasks import write_model, write_text_task
 from support.slurm_cluster import Cluster, Job
 from support.small_runs import write_engine_config
+from support.small_tasks import write_model, write_text_task
 from support.submissions import ROOT
 
 

@@ -16,33 +16,33 @@ import pytest
 from safetensors.numpy import load_file
 
 from pmlm_dist import cli
-from pmlm_dist.checkpoint.files import KINDS, faults_of, rank_file, read_weights, write_json, write_numbers
+from pmlm_dist.checkpoint.files import KINDS, checkpoint_problems, rank_file, read_weights, write_json, write_numbers
 from pmlm_dist.checkpoint.folder import CheckpointFolder
-from pmlm_dist.checkpoint.fragments import Placement
+from pmlm_dist.checkpoint.fragments import Fragment
 from pmlm_dist.commands import checkpoint
 
-ROWS, COLUMNS = Placement.whole("a.weight", (4, 6), used_rows=3), Placement.whole("b.weight", (6, 4), dim=1)
+ROWS, COLUMNS = Fragment.whole("a.weight", (4, 6), used_rows=3), Fragment.whole("b.weight", (6, 4), dim=1)
 
 
-def cut(whole: Placement) -> list[list[Placement]]:
+def cut(whole: Fragment) -> list[list[Fragment]]:
     """By rank: two slices of two runs each, as two tensor-parallel and two data-parallel ranks hold them."""
     half = whole.shape[whole.dim] // 2
-    slices = [Placement(**{**vars(whole), "first": first, "last": first + half, "stop": 12}) for first in (0, half)]
+    slices = [Fragment(**{**vars(whole), "first": first, "last": first + half, "stop": 12}) for first in (0, half)]
     return [[share] for part in slices for turn in (0, 1) if (share := part.share(turn, 2))]
 
 
-def numbers(whole: Placement, kind: str) -> np.ndarray:
+def numbers(whole: Fragment, kind: str) -> np.ndarray:
     return np.arange(24, dtype=np.float32).reshape(whole.shape) + 100 * KINDS.index(kind) + 1000 * (whole is ROWS)
 
 
-def part(whole: Placement, piece: Placement, kind: str) -> bytes:
-    taken = numbers(whole, kind).take(range(piece.first, piece.last), axis=piece.dim)
+def part(whole: Fragment, piece: Fragment, kind: str) -> bytes:
+    taken = numbers(whole, kind).take(range(piece.first_row, piece.last_row), axis=piece.dim)
     return taken.reshape(-1)[piece.start : piece.stop].tobytes()
 
 
 def write(folder: CheckpointFolder, step: int) -> Path:
     """The checkpoint that four ranks wrote an hour and a half ago."""
-    temporary = folder.temporary(step, life="a")
+    temporary = folder.temporary(step, attempt="a")
     temporary.mkdir(parents=True)
     files = {}
     for rank, (rows, columns) in enumerate(zip(cut(ROWS), cut(COLUMNS), strict=True)):
@@ -110,7 +110,7 @@ def test_verify_finds_a_flipped_byte_that_ls_does_not_look_for(run_dir: Path, ca
 def test_reshape_writes_whole_tensors_that_any_tool_reads(run_dir: Path, tmp_path: Path):
     assert pmlm("reshape", run_dir, "--output", tmp_path / "out") == 0
     path = tmp_path / "out/step-00000030"
-    assert faults_of(path) == []
+    assert checkpoint_problems(path) == []
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", rank_file(0), "state.json"]
     found = load_file(path / rank_file(0))
     assert len(found) == 6
@@ -121,7 +121,7 @@ def test_reshape_writes_whole_tensors_that_any_tool_reads(run_dir: Path, tmp_pat
     assert np.array_equal(weights["a.weight"], numbers(ROWS, "weight")[:3])  # without the row that pads
     source = run_dir / "checkpoints/step-00000030/state.json"
     assert json.loads((path / "state.json").read_text()) == json.loads(source.read_text())
-    assert CheckpointFolder(tmp_path / "out", keep=1).newest_whole() == (path, [])
+    assert CheckpointFolder(tmp_path / "out", keep=1).newest_valid() == (path, [])
 
 
 def test_reshape_takes_the_newest_whole_one_and_writes_over_nothing(
@@ -164,6 +164,6 @@ def test_a_reshape_that_was_killed_leaves_nothing_that_counts(run_dir: Path, tmp
     assert done.returncode == -9
     out = CheckpointFolder(tmp_path / "out", keep=1)
     assert len(list(out.root.iterdir())) == 1
-    assert out.newest_whole() == (None, [])
+    assert out.newest_valid() == (None, [])
     assert pmlm("reshape", run_dir, "--output", out.root) == 0
     assert sorted(path.name for path in out.root.iterdir()) == ["latest", "step-00000030"]

@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], 
 
 
 def test_shapes_are_those_of_the_model():
-    groups.start()
+    groups.init_process_groups()
     for relative_bias in (True, False):
         config = replace(MODEL, relative_bias=relative_bias)
         model = build_model(config, padded_vocab_size=len(WORDS))

@@ -23,7 +23,7 @@ from pmlm_dist.data.cache import CacheError, ShardCache
 from pmlm_dist.data.loader import BatchSource, training_batches
 from pmlm_dist.data.order import BatchShare
 from pmlm_dist.data.remote_files import address_of
-from pmlm_dist.data.stream import Access, CorpusSource, SplitReader
+from pmlm_dist.data.stream import CorpusSource, ShardAccess, SplitReader
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def settings(cache: Path, **changes) -> DataConfig:
 
 
 def reader_of(address: str, data: DataConfig) -> SplitReader:
-    return SplitReader(CorpusSource.at(address, data), split=TRAIN, access=Access.of(data))
+    return SplitReader(CorpusSource.at(address, data), split=TRAIN, access=ShardAccess.of(data))
 
 
 def test_samples_are_those_of_the_folder_and_each_shard_comes_once(server, tmp_path):

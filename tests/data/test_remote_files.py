@@ -15,7 +15,7 @@ from pmlm_dist.config import ConfigError, DataConfig
 from pmlm_dist.corpus.shards import TRAIN, ShardError
 from pmlm_dist.data import remote_files
 from pmlm_dist.data.remote_files import address_of
-from pmlm_dist.data.stream import Access, CorpusSource, SplitReader
+from pmlm_dist.data.stream import CorpusSource, ShardAccess, SplitReader
 
 PROGRAM = """
 import os, pathlib, shutil, subprocess, sys, time
@@ -68,7 +68,7 @@ def settings(tmp_path: Path, **changes) -> DataConfig:
 
 
 def reader(corpus: Path | str, data: DataConfig) -> SplitReader:
-    return SplitReader(CorpusSource.at(corpus, data), split=TRAIN, access=Access.of(data))
+    return SplitReader(CorpusSource.at(corpus, data), split=TRAIN, access=ShardAccess.of(data))
 
 
 def calls(program: Path) -> list[str]:
@@ -133,7 +133,7 @@ def test_a_program_that_is_stuck_is_killed_with_its_children(program, tmp_path):
     began = time.monotonic()
     impatient = settings(tmp_path, retries=0, transfer_timeout_s=3.0)
     numbered = SplitReader(
-        CorpusSource(tmp_path / "corpus", address(program)), split=TRAIN, access=Access.of(impatient)
+        CorpusSource(tmp_path / "corpus", address(program)), split=TRAIN, access=ShardAccess.of(impatient)
     )
     with pytest.raises(ShardError, match="no byte for 3 s"):
         numbered.numbered(0)

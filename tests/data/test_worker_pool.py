@@ -18,7 +18,7 @@ from pmlm_dist.config import DataConfig, MaskingConfig
 from pmlm_dist.corpus.shards import TRAIN, VALIDATION
 from pmlm_dist.data.loader import BatchSource, training_batches
 from pmlm_dist.data.order import BatchShare
-from pmlm_dist.data.worker_pool import InOrder, WorkerError
+from pmlm_dist.data.worker_pool import WorkerError, WorkerPool
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Scripted:
         return f"sample {place} of shard x"
 
 
-def items(builder, *, workers: int = 2, timeout_s: float = 60.0, numbers=None) -> InOrder:
+def items(builder, *, workers: int = 2, timeout_s: float = 60.0, numbers=None) -> WorkerPool:
     numbers = count() if numbers is None else numbers
     preload = "pmlm_dist.data.loader"
-    return InOrder(builder, numbers, workers=workers, prefetch=2, timeout_s=timeout_s, preload=preload)
+    return WorkerPool(builder, numbers, workers=workers, prefetch=2, timeout_s=timeout_s, preload=preload)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

@@ -9,16 +9,16 @@ import pytest
 import torch
 from support.batches import SPECIAL, VOCABULARY, model_of
 
-from pmlm_dist.decoding.batch_generation import search_of, write
+from pmlm_dist.decoding.batch_generation import generate_batches, search_of
 from pmlm_dist.decoding.beam_search import Hypothesis
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
-from pmlm_dist.masking.seq2seq_layout import PairRule, lay_out_pairs
+from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
 
 SOURCES = [
     np.concatenate([[SPECIAL.cls], np.random.default_rng(n).integers(5, VOCABULARY, size=n), [SPECIAL.sep]])
     for n in (9, 3, 14, 6)
 ]
-CONFIG = DecodingConfig(beam=3, max_length=8, no_repeat_ngram=2, returned=3)
+CONFIG = DecodingConfig(beam=3, max_length=8, no_repeat_ngram=2, num_return_sequences=3)
 
 
 def model():
@@ -35,9 +35,9 @@ def without_cache(source: np.ndarray, config: DecodingConfig) -> list[Hypothesis
     for length in range(config.max_length):
         logits = []
         for tokens in state.tokens_BKL[0].tolist():
-            rule = PairRule(max_source=20, max_target=length + 1, noise=False)
+            rule = Seq2SeqRule(max_source=20, max_target=length + 1, noise=False)
             pair = (source[1:-1], np.array(tokens, dtype=np.int64))
-            made = lay_out_pairs([pair], sample_ids=[0], epochs=[0], seed=0, rule=rule, special=SPECIAL)
+            made = build_seq2seq_layout([pair], sample_ids=[0], epochs=[0], seed=0, rule=rule, special=SPECIAL)
             named = {name: torch.from_numpy(array) for name, array in made._asdict().items()}
             inputs = [named[f"{name}_BT"] for name in ("tokens", "positions", "segments", "order", "valid")]
             names = ("positions_BT", "segments_BT", "order_BT", "valid_BT")
@@ -46,7 +46,7 @@ def without_cache(source: np.ndarray, config: DecodingConfig) -> list[Hypothesis
                     inputs[0],
                     **dict(zip(names, inputs[1:], strict=True)),
                     predicted_BM=named["predicted_BM"],
-                    reads=("par",),
+                    objectives=("par",),
                 )
             logits.append(out[0, length, 0, :VOCABULARY])
         state = search.advance(state, torch.stack(logits)[None])
@@ -57,10 +57,12 @@ def without_cache(source: np.ndarray, config: DecodingConfig) -> list[Hypothesis
 
 @pytest.mark.parametrize("method", ["beam", "greedy", "sample"])
 def test_answers_of_a_batch_are_those_of_a_search_without_cache(method):
-    config = DecodingConfig(**{**CONFIG.__dict__, "method": method, "returned": 3 if method == "beam" else 1})
-    answers = write(model(), SOURCES, search=search_of(config, SPECIAL), special=SPECIAL, batch=3)
+    config = DecodingConfig(
+        **{**CONFIG.__dict__, "method": method, "num_return_sequences": 3 if method == "beam" else 1}
+    )
+    answers = generate_batches(model(), SOURCES, search=search_of(config, SPECIAL), special=SPECIAL, batch=3)
     if method == "sample":  # the number of the sample decides what is drawn
-        again = write(model(), SOURCES, search=search_of(config, SPECIAL), special=SPECIAL, batch=1)
+        again = generate_batches(model(), SOURCES, search=search_of(config, SPECIAL), special=SPECIAL, batch=1)
         assert [[h.tokens for h in of] for of in answers] == [[h.tokens for h in of] for of in again]
         return
     for source, found in zip(SOURCES, answers, strict=True):
@@ -73,7 +75,7 @@ def test_answers_of_a_batch_are_those_of_a_search_without_cache(method):
 
 def test_special_tokens_are_never_written():
     config = DecodingConfig(method="sample", max_length=20, temperature=3.0, min_length=10)
-    answers = write(model(), SOURCES, search=search_of(config, SPECIAL), special=SPECIAL)
+    answers = generate_batches(model(), SOURCES, search=search_of(config, SPECIAL), special=SPECIAL)
     written = {token for of in answers for h in of for token in h.tokens}
     assert len(written) > 10
     assert not written & set(SPECIAL.special)

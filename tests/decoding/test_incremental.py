@@ -11,21 +11,21 @@ import torch
 from support.batches import MODEL, SPECIAL, VOCABULARY, model_of
 from support.worlds import run_world
 
-from pmlm_dist.decoding.incremental import Appended, Context, Session
+from pmlm_dist.decoding.incremental import Appended, Context, DecodingSession
 from pmlm_dist.masking.layout import Layout
-from pmlm_dist.masking.seq2seq_layout import PairRule, lay_out_pairs
+from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
 from pmlm_dist.model.transformer import PseudoMaskedLM
 
-RULE = PairRule(max_source=14, max_target=7, noise=False)
+RULE = Seq2SeqRule(max_source=14, max_target=7, noise=False)
 
 
-def random_layout(*, batch: int = 3, seed: int = 0, rule: PairRule = RULE) -> Layout:
+def random_layout(*, batch: int = 3, seed: int = 0, rule: Seq2SeqRule = RULE) -> Layout:
     """Sources and targets of different lengths, laid out as for fine-tuning but without noise."""
     random = np.random.default_rng(seed)
     lengths = [(rule.max_source - 2, rule.max_target - 1), *random.integers(1, (12, 6), size=(batch - 1, 2))]
     pairs = [tuple(random.integers(5, VOCABULARY, size=n) for n in both) for both in lengths]
     ids = list(range(batch))
-    return lay_out_pairs(pairs, sample_ids=ids, epochs=[0] * batch, seed=0, rule=rule, special=SPECIAL)  # pyright: ignore[reportArgumentType]
+    return build_seq2seq_layout(pairs, sample_ids=ids, epochs=[0] * batch, seed=0, rule=rule, special=SPECIAL)  # pyright: ignore[reportArgumentType]
 
 
 def tensors(layout: Layout, *, left: bool) -> dict[str, torch.Tensor]:
@@ -46,16 +46,16 @@ def context_length(layout: Layout) -> int:
 
 def teacher_forced(model: PseudoMaskedLM, layout: dict[str, torch.Tensor]) -> torch.Tensor:
     """Log-probabilities [B, M, V] of the target's tokens, in one pass, from this rank's rows of the vocabulary."""
-    from pmlm_dist.parallel.cross_entropy import whole_logits
+    from pmlm_dist.parallel.cross_entropy import gather_logits
 
     inputs = {name: layout[f"{name}_BT"] for name in ("tokens", "positions", "segments", "order", "valid")}
     logits_MBV = model(
         *(inputs.pop("tokens"),),
         **{f"{name}_BT": value for name, value in inputs.items()},
         predicted_BM=layout["predicted_BM"],
-        reads=("par",),
+        objectives=("par",),
     )[0]
-    return whole_logits(logits_MBV)[..., :VOCABULARY].log_softmax(-1).transpose(0, 1)
+    return gather_logits(logits_MBV)[..., :VOCABULARY].log_softmax(-1).transpose(0, 1)
 
 
 def step_by_step(
@@ -65,7 +65,7 @@ def step_by_step(
     M = layout["targets_BM"].shape[1]
     names = ("tokens_BT", "positions_BT", "segments_BT", "valid_BT")
     context = Context(*(layout[name][:, :num_source] for name in names))
-    session = Session(model, context, mask_id=SPECIAL.mask, beams=beams, capacity=M + 1)
+    session = DecodingSession(model, context, mask_id=SPECIAL.mask, beams=beams, capacity=M + 1)
     batch, lengths_B = len(context.tokens_BS), context.valid_BS.sum(1)
     random = torch.Generator().manual_seed(0)
     read, before = [], torch.tensor(0)
@@ -90,7 +90,7 @@ def compare(tp: int, settings: dict, left: bool, beams: int, dtype: torch.dtype 
     """The largest difference over the targets that count, and the largest log-probability in magnitude."""
     from pmlm_dist.parallel import groups
 
-    groups.start(tp=tp)
+    groups.init_process_groups(tp=tp)
     model = model_of(replace(MODEL, **settings), dtype=dtype).eval()
     layout = random_layout()
     found = tensors(layout, left=left)
@@ -105,7 +105,7 @@ def compare(tp: int, settings: dict, left: bool, beams: int, dtype: torch.dtype 
 
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("settings", [{}, {"relative_bias": False}, {"attention": "dense"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"relative_bias": False}, {"attention": "reference"}], ids=str)
 def test_steps_equal_one_teacher_forced_pass(settings, beams, left):
     difference, _ = compare(1, settings, left, beams)
     assert difference < 1e-11
@@ -140,7 +140,7 @@ def test_samples_that_are_kept_go_on_as_before():
     model, layout = model_of().eval(), tensors(random_layout(), left=False)
     names = ("tokens_BT", "positions_BT", "segments_BT", "valid_BT")
     context = Context(*(layout[name][:, : RULE.max_source] for name in names))
-    sessions = [Session(model, context, mask_id=SPECIAL.mask, beams=2, capacity=4) for _ in range(2)]
+    sessions = [DecodingSession(model, context, mask_id=SPECIAL.mask, beams=2, capacity=4) for _ in range(2)]
     kept, lengths_B = torch.tensor([2, 0]), context.valid_BS.sum(1)
     nothing, words = torch.empty(3, 0, 1, dtype=torch.long), torch.randint(5, VOCABULARY, (3, 1, 2))
     first = Appended(nothing, lengths_B[:, None], torch.ones(3, 1, dtype=torch.long))

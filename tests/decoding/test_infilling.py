@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.batches import SPECIAL, VOCABULARY, model_of
 
-from pmlm_dist.decoding.infilling import Guess, fill
+from pmlm_dist.decoding.infilling import FilledMask, fill
 
 SPANS = [[2, 3, 4], [7], [9, 10]]
 IDS = [SPECIAL.cls, *range(10, 21), SPECIAL.sep]
@@ -15,7 +15,7 @@ for _span in SPANS:
         IDS[_place] = SPECIAL.mask
 
 
-def one_pass(model, steps: list[list[Guess]], read: str) -> torch.Tensor:
+def one_pass(model, steps: list[list[FilledMask]], read: str) -> torch.Tensor:
     """Probabilities [M, V] of the slots of `steps`, each given the answers before, in one forward pass."""
     guesses = [(number, guess) for number, of in enumerate(steps, start=1) for guess in of]
     order = torch.tensor([number for number, _ in guesses])
@@ -31,13 +31,13 @@ def one_pass(model, steps: list[list[Guess]], read: str) -> torch.Tensor:
             order_BT=torch.cat([torch.zeros_like(context), order, -order])[None],
             valid_BT=torch.ones_like(slots, dtype=torch.bool),
             predicted_BM=places[None],
-            reads=(read,),
+            objectives=(read,),
         )[0, :, 0, :VOCABULARY]
     logits[:, list(SPECIAL.special)] = float("-inf")
     return logits.softmax(-1)
 
 
-def check(guesses: list[Guess], expected: torch.Tensor, shown: int = 4):
+def check(guesses: list[FilledMask], expected: torch.Tensor, shown: int = 4):
     for guess, p in zip(guesses, expected, strict=True):
         best = p.topk(shown)
         assert [token for token, _ in guess.choices] == best.indices.tolist()

@@ -15,21 +15,21 @@ from support.worlds import RankFailed, run_world
 from pmlm_dist.config import ConfigError, ParallelConfig
 from pmlm_dist.conversion.pretrained import open_pretrained
 from pmlm_dist.downstream.settings import (
+    GENERATION,
     RECIPES,
-    WRITING,
     EvaluateConfig,
     FinetuneConfig,
     InputConfig,
     Recipe,
     recipes,
 )
-from pmlm_dist.downstream.summary import Trial, summarise
+from pmlm_dist.downstream.summary import FinetuneRun, summarise
 from pmlm_dist.metrics.run_log import read_metrics
 
 pytestmark = pytest.mark.distributed
 
 
-def learn(wanted: FinetuneConfig) -> list[Trial]:
+def learn(wanted: FinetuneConfig) -> list[FinetuneRun]:
     from pmlm_dist.downstream.finetune import finetune
 
     return finetune(wanted)
@@ -123,7 +123,7 @@ def orders(wanted: FinetuneConfig) -> list[list[str]]:
     from pmlm_dist.downstream import finetune
     from pmlm_dist.parallel import groups
 
-    topology = groups.start(tp=wanted.parallel.tp)
+    topology = groups.init_process_groups(tp=wanted.parallel.tp)
     (learner,) = finetune._learners(finetune.prepare(wanted, topology))
     steps = learner.steps_per_epoch
     return [
@@ -188,10 +188,14 @@ def test_presets_and_grids_are_the_paper_s():
         "xsum": (7e-5, 64, 14, 0.02, 720, 48, 5, 0.6),
         "qg": (2e-5, 48, 16, 0.1, 464, 48, 8, 1.3),
     }.items():
-        recipe, writing = RECIPES[name], WRITING[name]
-        found = (recipe.lr, recipe.batch, recipe.epochs, recipe.warmup, writing.max_source, writing.max_target)
-        assert (*found, writing.decoding.beam, writing.decoding.length_penalty) == numbers
-        assert (writing.label_smoothing, writing.target_mask_prob, writing.decoding.no_repeat_ngram) == (0.1, 0.5, 3)
+        recipe, generation = RECIPES[name], GENERATION[name]
+        found = (recipe.lr, recipe.batch, recipe.epochs, recipe.warmup, generation.max_source, generation.max_target)
+        assert (*found, generation.decoding.beam, generation.decoding.length_penalty) == numbers
+        assert (generation.label_smoothing, generation.target_mask_prob, generation.decoding.no_repeat_ngram) == (
+            0.1,
+            0.5,
+            3,
+        )
         with pytest.raises(ConfigError, match=f"the preset {name} has no grid"):
             recipes(replace(base, preset=name))
 
@@ -209,7 +213,7 @@ def test_it_learns_in_bf16_with_the_shipped_settings(model: Path, data: Path, tm
 
 def test_a_summary_puts_the_best_mean_first():
     trials = [
-        Trial({"lr": lr}, seed, {"v": {"m": value}}, "")
+        FinetuneRun({"lr": lr}, seed, {"v": {"m": value}}, "")
         for lr, seed, value in [(1, 0, 0.5), (1, 1, 0.7), (2, 0, 0.9), (2, 1, 0.1)]
     ]
     summary = summarise(trials, split="v", metric="m")

@@ -23,7 +23,7 @@ from pmlm_dist.checkpoint.files import read_state, read_weights
 from pmlm_dist.checkpoint.folder import step_of
 from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.pretrained import find_pretrained
-from pmlm_dist.downstream.settings import UNFINISHED, EvaluateConfig, FinetuneConfig, Recipe, WritingConfig, check
+from pmlm_dist.downstream.settings import UNFINISHED, EvaluateConfig, FinetuneConfig, GenerationConfig, Recipe, check
 from pmlm_dist.metrics.run_log import read_metrics
 from pmlm_dist.supervision.signals import EXIT_PREEMPTED, STOP_FILE, Stopped, StopSignals
 
@@ -218,9 +218,14 @@ def test_writing_goes_on_to_the_same_bits(model: Path, tmp_path: Path):
     folder = write_jsonl(tmp_path / "data" / "train.jsonl", rows).parent
     for split in ("validation", "test"):
         write_jsonl(folder / f"{split}.jsonl", rows[:6])
-    writing = WritingConfig(max_source=16, max_target=4)
-    writing = replace(writing, decoding=replace(writing.decoding, max_length=4, beam=2))
-    settings: dict[str, Any] = {"task": "seq2seq", "recipe": recipe(epochs=2), "writing": writing, "report": ("test",)}
+    generation = GenerationConfig(max_source=16, max_target=4)
+    generation = replace(generation, decoding=replace(generation.decoding, max_length=4, beam=2))
+    settings: dict[str, Any] = {
+        "task": "seq2seq",
+        "recipe": recipe(epochs=2),
+        "generation": generation,
+        "report": ("test",),
+    }
     outputs = [config(model, folder, tmp_path / name, **settings) for name in ("whole", "out")]
     assert run_world(learn, 1, outputs[0]) == ["done"]
     assert run_world(learn, 1, outputs[1], 2) == [f"exit code {EXIT_PREEMPTED}"]

@@ -32,7 +32,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     engine = write_engine_config(folder / "ds.json", micro_batch=4)
     settings = {"task": "classification", "model": model, "data": data, "ds-config": engine, "inputs.max-tokens": 16}
     settings |= {"recipe.batch": 8, "recipe.epochs": 3000, "log-every": 1, "evaluate-every": 100_000}
-    settings |= dict.fromkeys((f"watch.{phase}-s" for phase in ("data", "step", "save", "validation")), LIMIT_S)
+    settings |= dict.fromkeys((f"watchdog.{phase}-s" for phase in ("data", "step", "save", "validation")), LIMIT_S)
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     return ["finetune", *options]
 

@@ -75,7 +75,7 @@ def said_at_the_start(config: RunConfig, *, has_products: bool) -> str:
     from pmlm_dist.training import loop
 
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "has_bf16_products", lambda device: has_products)
+        patch.setattr(loop, "has_fast_bf16", lambda device: has_products)
         loop.pretrain(config)
     return printed.getvalue()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.engine.extension_build import compiling
+from pmlm_dist.engine.extension_build import build_lock
 
 COMPILER = "(echo begun > object; sleep 3; echo ended >> object) &"
 """What goes on when the process that started it is killed."""
@@ -21,7 +21,7 @@ COMPILER = "(echo begun > object; sleep 3; echo ended >> object) &"
 def killed_while_it_compiles(begun: Connection, folder: Path) -> None:
     """What torch does: a lock file beside what is compiled, for as long as it takes."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    with compiling():
+    with build_lock():
         lock = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "cpu_adam" / "lock"
         lock.parent.mkdir()
         lock.touch()
@@ -51,7 +51,7 @@ def test_who_was_killed_while_it_compiled_is_not_waited_for(tmp_path: Path, monk
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    with compiling():
+    with build_lock():
         assert Path(os.environ["TORCH_EXTENSIONS_DIR"]) == lock.parent.parent
         assert not lock.parent.exists()
         lock.parent.mkdir()
@@ -63,7 +63,7 @@ def test_who_was_killed_while_it_compiled_is_not_waited_for(tmp_path: Path, monk
 
 def counted_in_turn(folder: Path, number: int) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    with compiling():
+    with build_lock():
         log = folder / "log"
         with log.open("a") as out:
             out.write(f"{number} begins\n")
@@ -91,7 +91,7 @@ def test_the_variable_is_not_left_set(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with compiling():
+    with build_lock():
         assert str(tmp_path) in os.environ["TORCH_EXTENSIONS_DIR"]
     assert "TORCH_EXTENSIONS_DIR" not in os.environ
 
@@ -99,5 +99,5 @@ def test_the_variable_is_not_left_set(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_place_that_cannot_be_had_is_told_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match="set TORCH_EXTENSIONS_DIR to a folder on a local disk"), compiling():
+    with pytest.raises(ConfigError, match="set TORCH_EXTENSIONS_DIR to a folder on a local disk"), build_lock():
         pass

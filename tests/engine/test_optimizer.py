@@ -74,7 +74,7 @@ def groups_by_name(relative_bias: bool) -> dict[str, tuple[float, list[str]]]:
     """Weight decay and parameter names of each group."""
     from pmlm_dist.parallel import groups
 
-    groups.start()
+    groups.init_process_groups()
     model = small_model(relative_bias=relative_bias)
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
@@ -109,7 +109,7 @@ def norms_of_weights(tp: int) -> tuple[float, float]:
     from pmlm_dist.engine.optimizer import gradient_norm
     from pmlm_dist.parallel import groups
 
-    topology = groups.start(tp=tp)
+    topology = groups.init_process_groups(tp=tp)
     model = small_model()
     squares = 0.0
     for parameter in model.parameters():

@@ -41,10 +41,10 @@ from support.fault_jobs import (
 from support.small_runs import with_train
 
 from pmlm_dist.config import RunConfig
-from pmlm_dist.supervision.attempts import effective, read_lives
+from pmlm_dist.supervision.attempts import effective_time_line, read_attempts
 from pmlm_dist.supervision.exit_codes import ExitCode
 from pmlm_dist.supervision.restart import Limits
-from pmlm_dist.supervision.run_lock import LOCK, read_holder
+from pmlm_dist.supervision.run_lock import LOCK, read_owner
 from pmlm_dist.supervision.signals import STOP_FILE
 
 Record = Callable[[str, object], None]
@@ -110,8 +110,8 @@ def starve() -> None:
 @pytest.mark.fault("F16")
 def test_a_run_without_memory_is_tried_once_more_and_no_more(small_corpus: Path, tmp_path: Path):
     config = small_run(small_corpus, tmp_path / "run")
-    lives = live_on(config, Fault(starve, step=7), Fault(starve, step=12, again=True))
-    assert [life.codes for life in lives] == [[ExitCode.OUT_OF_MEMORY] * 2] * 2
+    attempts = live_on(config, Fault(starve, step=7), Fault(starve, step=12, again=True))
+    assert [attempt.codes for attempt in attempts] == [[ExitCode.OUT_OF_MEMORY] * 2] * 2
 
 
 @pytest.mark.fault("F15")
@@ -119,10 +119,10 @@ def test_a_run_that_fails_at_the_same_step_every_time_is_given_up(
     small_corpus: Path, tmp_path: Path, record_property: Record
 ):
     config = small_run(small_corpus, tmp_path / "run", every=50)
-    lives = live_on(config, Fault(fail, rank=0, step=3, again=True))
-    assert len(lives) <= 3
-    assert {code for life in lives for code in life.codes} == {ExitCode.FAILED}
-    record_property("lost", f"given up after {len(lives)} starts")
+    attempts = live_on(config, Fault(fail, rank=0, step=3, again=True))
+    assert len(attempts) <= 3
+    assert {code for attempt in attempts for code in attempt.codes} == {ExitCode.FAILED}
+    record_property("lost", f"given up after {len(attempts)} starts")
 
 
 @pytest.mark.fault("F07")
@@ -130,7 +130,7 @@ def test_a_rank_that_dies_before_it_has_joined_is_not_waited_for_without_end(
     small_corpus: Path, tmp_path: Path, straight: RunConfig
 ):
     config = small_run(small_corpus, tmp_path / "run")
-    config = replace(config, watch=replace(config.watch, startup_s=20.0))
+    config = replace(config, watch=replace(config.watchdog, startup_s=20.0))
     first, second = live_on(config, Fault(kill, step=0))
     assert first.codes == [ExitCode.HUNG, 137], first.printed
     assert "rank 0 made no progress for 20 s, in step 0 (start-up)" in first.printed
@@ -220,13 +220,13 @@ def skip_one_collective() -> None:
     """The next agreement of this rank is with itself alone."""
     from pmlm_dist.parallel.groups import Topology
 
-    largest = Topology.largest
+    largest = Topology.all_reduce_max
 
     def alone(self: Topology, *values: int) -> list[int]:
-        Topology.largest = largest
+        Topology.all_reduce_max = largest
         return list(values)
 
-    Topology.largest = alone
+    Topology.all_reduce_max = alone
 
 
 @pytest.mark.fault("F06")
@@ -251,13 +251,13 @@ class Slow:
     def __call__(self) -> None:
         from pmlm_dist.training import loop
 
-        losses_of = loop.losses_of
+        losses_of = loop.forward_losses
 
         def slowly(*args: Any) -> Any:
             time.sleep(0.3)
             return losses_of(*args)
 
-        loop.losses_of = slowly
+        loop.forward_losses = slowly
 
 
 @pytest.mark.nightly
@@ -289,8 +289,8 @@ def test_a_chain_of_kills_costs_no_more_than_the_steps_since_each_checkpoint(
 ):
     config = small_run(small_corpus, tmp_path / "run", every=2)
     faults = [Fault(kill, rank=number % 2, step=3 + 3 * number) for number in range(5)]
-    lives = live_on(config, *paced(0.1), *faults)
-    assert [life.codes[0] for life in lives] == [137] * 5 + [0]
+    attempts = live_on(config, *paced(0.1), *faults)
+    assert [attempt.codes[0] for attempt in attempts] == [137] * 5 + [0]
     redone = check_recovered(config, straight)
     assert max(steps_redone(config)) <= config.train.checkpoint_every
     record_property("lost", f"5 kills, {redone} of 20 steps done again, at most {max(steps_redone(config))}")
@@ -315,8 +315,8 @@ def test_thirty_kills_of_random_ranks_at_random_times_change_nothing(
     undisturbed = straight_run(small_corpus, tmp_path / "straight", steps=steps, every=every)
     config = small_run(small_corpus, tmp_path / "run", steps=steps, every=every)
     faults = [Fault(KillSoon(dice.uniform(0, 0.2)), rank=dice.randrange(2), step=4 * number) for number in range(1, 32)]
-    lives = live_on(config, *paced(0.1), *faults, limits=Limits(failures=50))
-    kills = sum(137 in life.codes for life in lives)
+    attempts = live_on(config, *paced(0.1), *faults, limits=Limits(failures=50))
+    kills = sum(137 in attempt.codes for attempt in attempts)
     assert kills >= 30
     redone = check_recovered(config, undisturbed)
     assert max(steps_redone(config)) <= config.train.checkpoint_every
@@ -400,7 +400,7 @@ def wait_for(path: Path, *, within_s: float = 60) -> None:
 
 def patient(config: RunConfig) -> RunConfig:
     """`config` with limits that a test of two jobs does not reach."""
-    return replace(config, watch=replace(config.watch, step_s=90.0, data_s=90.0, save_s=90.0))
+    return replace(config, watch=replace(config.watchdog, step_s=90.0, data_s=90.0, save_s=90.0))
 
 
 @pytest.mark.fault("F33")
@@ -420,8 +420,8 @@ def test_a_second_job_in_the_same_folder_is_refused(small_corpus: Path, tmp_path
 def test_the_lock_of_a_dead_holder_is_taken_over(small_corpus: Path, tmp_path: Path, straight: RunConfig):
     config = small_run(small_corpus, tmp_path / "run")
     assert live(config, Fault(kill, rank=0)).codes == [137, 137]
-    holder = read_holder(config.run_dir / LOCK)
-    assert holder is not None
+    owner = read_owner(config.run_dir / LOCK)
+    assert owner is not None
     assert live(config).codes == [0, 0]
     check_recovered(config, straight)
 
@@ -451,15 +451,15 @@ def test_ranks_that_have_outlived_their_job_commit_nothing(small_corpus: Path, t
 def test_effective_training_time_is_what_a_stopwatch_says(small_corpus: Path, tmp_path: Path, record_property: Record):
     config = small_run(small_corpus, tmp_path / "run")
     began = time.time()
-    lives = live_on(config, *paced(0.4, tmp_path / "steps"), Fault(kill, step=7), Fault(kill, step=14))
+    attempts = live_on(config, *paced(0.4, tmp_path / "steps"), Fault(kill, step=7), Fault(kill, step=14))
     whole_s = time.time() - began
-    assert len(lives) == 3
+    assert len(attempts) == 3
     last: dict[int, float] = {}
     for line in (tmp_path / "steps").read_text().splitlines():
         step, seconds = json.loads(line)
         last[step] = seconds
     by_hand = sum(last.values()) / whole_s
-    found = effective(read_lives(config.run_dir))
+    found = effective_time_line(read_attempts(config.run_dir))
     assert (found.starts, found.failures) == (3, 2)
     assert found.share == pytest.approx(by_hand, abs=0.02 + 1.0 / whole_s * by_hand)  # starting a process is not seen
     record_property("lost", f"reported {found.share:.1%}, by hand {by_hand:.1%}")
@@ -480,7 +480,7 @@ def test_a_clock_that_jumps_makes_nothing_late(small_corpus: Path, tmp_path: Pat
     whole_s = time.time() - began
     assert ended.codes == [0, 0], ended.printed
     check_recovered(config, straight)
-    assert effective(read_lives(config.run_dir)).whole_s < whole_s
+    assert effective_time_line(read_attempts(config.run_dir)).whole_s < whole_s
 
 
 class FullTerminal:

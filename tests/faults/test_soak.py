@@ -114,11 +114,13 @@ def test_a_month_of_mixed_faults(small_corpus: Path, tmp_path: Path, record_prop
     config = small_run(small_corpus, tmp_path / "run", **size)
     config = replace(config, data=replace(config.data, workers=1))
     began, limits = time.monotonic(), Limits(failures=10_000, idle_preemptions=3)
-    lives = live_on(config, *paced(PACE_S), *(fault for _, fault in faults), limits=limits, within_s=600)
+    attempts = live_on(config, *paced(PACE_S), *(fault for _, fault in faults), limits=limits, within_s=600)
     seconds = time.monotonic() - began
     expected = [CODES[name] for name, _ in faults if name in CODES]
-    assert [max(life.codes) for life in lives] == [*expected, ExitCode.DONE]
-    assert sum(life.printed.count("was not written (") for life in lives) == [name for name, _ in faults].count("F28")
+    assert [max(attempt.codes) for attempt in attempts] == [*expected, ExitCode.DONE]
+    assert sum(attempt.printed.count("was not written (") for attempt in attempts) == [
+        name for name, _ in faults
+    ].count("F28")
     redone = check_recovered(config, undisturbed)
     for counts in open_files(config).values():
         assert max(counts[EVERY:], default=0) <= max(counts[:EVERY]) + 2, counts

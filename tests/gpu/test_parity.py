@@ -1,4 +1,4 @@
-"""All readings of the visibility rule on a GPU, forward and backward, against `dense` in fp64 on the CPU."""
+"""All readings of the visibility rule on a GPU, forward and backward, against `reference` in fp64 on the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.data.batch import Batch
-from pmlm_dist.model.attention import ATTENTION
+from pmlm_dist.model.attention import ATTENTION_BACKENDS
 
 pytestmark = pytest.mark.gpu
 
@@ -51,7 +51,7 @@ def outcome(
 @cache
 def truth(dtype: torch.dtype, *, relative_bias: bool) -> dict[str, Tensor]:
     """What the model with weights rounded to `dtype` computes without further rounding."""
-    return outcome("dense", dtype, torch.device("cpu"), computed=torch.float64, relative_bias=relative_bias)
+    return outcome("reference", dtype, torch.device("cpu"), computed=torch.float64, relative_bias=relative_bias)
 
 
 def errors(attention: str, dtype: torch.dtype, *, relative_bias: bool, checkpointing: bool = False) -> dict[str, float]:
@@ -67,17 +67,17 @@ def errors(attention: str, dtype: torch.dtype, *, relative_bias: bool, checkpoin
 
 
 @pytest.mark.parametrize("relative_bias", [True, False])
-@pytest.mark.parametrize("attention", sorted(ATTENTION))
+@pytest.mark.parametrize("attention", sorted(ATTENTION_BACKENDS))
 def test_fp32_errs_by_its_rounding_alone(attention, relative_bias):
     """On a CPU the largest of these errors is 3e-6."""
     for name, error in errors(attention, torch.float32, relative_bias=relative_bias).items():
         assert error < 5e-5, name
 
 
-@pytest.mark.parametrize("attention", sorted(set(ATTENTION) - {"dense"}))
+@pytest.mark.parametrize("attention", sorted(set(ATTENTION_BACKENDS) - {"reference"}))
 def test_bf16_errs_about_as_much_as_dense_does(attention):
-    """bf16 keeps 8 bits: on a CPU `dense` is off by up to 10 % of a gradient, the others by up to 1.9 times as much."""
-    of_dense = errors("dense", torch.bfloat16, relative_bias=True)
+    """bf16 keeps 8 bits: on a CPU `reference` is off by up to 10 % of a gradient, the others by up to 1.9 times as much."""
+    of_dense = errors("reference", torch.bfloat16, relative_bias=True)
     assert max(of_dense.values()) < 0.2
     for name, error in errors(attention, torch.bfloat16, relative_bias=True).items():
         assert error < 3.0 * of_dense[name] + 1e-3, name
@@ -88,12 +88,12 @@ def test_flex_computes_the_same_again_under_activation_checkpointing():
         assert error < 5e-5, name
 
 
-@pytest.mark.parametrize("reads", [("ae", "par"), ("ae",), ("par",)], ids=str)
-def test_flex_evaluates_on_a_gpu_as_it_trains(reads):
+@pytest.mark.parametrize("objectives", [("ae", "par"), ("ae",), ("par",)], ids=str)
+def test_flex_evaluates_on_a_gpu_as_it_trains(objectives):
     """Without gradients torch may choose another kernel, above all for few queries."""
     model = model_of(SHAPE, dtype=torch.float32, attention="flex").to(DEVICE)
     inputs = batch().to(DEVICE).inputs
-    trained = model(**inputs, reads=reads)[..., : SHAPE.vocab_size].detach()
+    trained = model(**inputs, objectives=objectives)[..., : SHAPE.vocab_size].detach()
     with torch.no_grad():
-        evaluated = model(**inputs, reads=reads)[..., : SHAPE.vocab_size]
+        evaluated = model(**inputs, objectives=objectives)[..., : SHAPE.vocab_size]
     torch.testing.assert_close(evaluated, trained, rtol=0, atol=1e-4)

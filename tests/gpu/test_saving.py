@@ -41,7 +41,7 @@ def started(config: RunConfig) -> tuple[Any, Any, Any]:
 
 def saved_and_on(config: RunConfig) -> tuple[str, list[float]]:
     """Train, save, train on at once; where the checkpoint lies, and the losses after it."""
-    from pmlm_dist.checkpoint.async_save import Saver
+    from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
     from pmlm_dist.checkpoint.folder import CheckpointFolder
     from pmlm_dist.checkpoint.resume import RunState
     from pmlm_dist.metrics.run_log import RunLog
@@ -49,12 +49,14 @@ def saved_and_on(config: RunConfig) -> tuple[str, list[float]]:
     run, engine, engine_state = started(config)
     log = RunLog(run.config.run_dir, enabled=False, first_step=0)
     about = {"identity": run.identity(), "configuration": run.configuration()}
-    saver = Saver(engine_state, CheckpointFolder(run.checkpoints, keep=9), log, about=about, timeout_s=60)
+    checkpointer = AsyncCheckpointer(
+        engine_state, CheckpointFolder(run.checkpoints, keep=9), log, about=about, timeout_s=60
+    )
     state, _, _ = take_steps(run, engine, RunState(), steps=BEFORE)
-    saver.save(state)
+    checkpointer.save(state)
     _, losses, _ = take_steps(run, engine, state, steps=AFTER)  # weights change while the copy may still be under way
-    saver.close()
-    assert saver._memory._block.is_pinned()
+    checkpointer.close()
+    assert checkpointer._memory._block.is_pinned()
     assert run.topology.device.type == "cuda"
     return str(CheckpointFolder(run.checkpoints, keep=9).folder(BEFORE)), losses
 

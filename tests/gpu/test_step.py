@@ -40,7 +40,7 @@ def pretrain_and_read(config: RunConfig) -> dict[int, dict[str, float]]:
     from pmlm_dist.training.loop import pretrain
 
     pretrain(config)
-    assert groups.start().device.type == "cuda"
+    assert groups.init_process_groups().device.type == "cuda"
     return read_metrics(config.run_dir)
 
 
@@ -84,7 +84,7 @@ def base_run(corpus: Path, run_dir: Path, *, steps: int, **model: Any) -> RunCon
         {"attention": "flex", "attention_dropout": 0.0},
         {"attention": "flex", "attention_dropout": 0.0, "activation_checkpointing": True},
     ],
-    ids=lambda model: "-".join(map(str, model.values())) or "split",
+    ids=lambda model: "-".join(map(str, model.values())) or "fused",
 )
 def test_the_base_preset_learns_in_bf16(long_samples, tmp_path, model):
     """After some steps it is known which words there are: on a CPU two of its layers go from 9.94 to 9.50."""
@@ -156,8 +156,8 @@ def test_two_gpus_train_as_the_cpu_does(small_corpus, tmp_path, on_the_cpu, tp, 
 def test_flex_trains_tensor_parallel_as_split_does(small_corpus, tmp_path):
     """bf16, heads of 16; the losses differ by rounding alone."""
     runs = {}
-    for attention in ("split", "flex"):
+    for attention in ("fused", "flex"):
         config = run_config(small_corpus, tmp_path / attention, tp=2, precision="bf16")
         config = with_model(config, hidden_size=64, attention=attention)
         runs[attention] = run_world(train, 2, config, timeout_s=600)[0]
-    torch.testing.assert_close(runs["flex"].losses, runs["split"].losses, rtol=1e-3, atol=0)
+    torch.testing.assert_close(runs["flex"].losses, runs["fused"].losses, rtol=1e-3, atol=0)

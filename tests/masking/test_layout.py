@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.masking.blockwise import MaskRule, SpecialIds, mask_rule, mask_sample, max_predictions
-from pmlm_dist.masking.layout import Layout, empty_layout, lay_out
+from pmlm_dist.masking.layout import Layout, build_layout, empty_layout
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 SPECIAL = SpecialIds(pad=PAD, cls=CLS, sep=SEP, mask=MASK, vocab_size=50, special=(PAD, UNK, CLS, SEP, MASK))
@@ -28,7 +28,7 @@ samples_strategy = st.lists(
 
 def laid_out(samples: list[list[int]], masking: MaskingConfig, *, first_id: int = 0, epoch: int = 0) -> Layout:
     layout = empty_layout(len(samples), sequence_length=S, num_predictions=max_predictions(S, masking), pad_id=PAD)
-    lay_out(
+    build_layout(
         [np.array(sample, np.uint16) for sample in samples],
         sample_ids=np.arange(first_id, first_id + len(samples)),
         epochs=np.full(len(samples), epoch),

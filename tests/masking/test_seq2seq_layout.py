@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 from support.batches import SPECIAL
 
-from pmlm_dist.masking.seq2seq_layout import PairRule, lay_out_pairs
+from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
 
-RULE = PairRule(max_source=6, max_target=3, noise=False)
+RULE = Seq2SeqRule(max_source=6, max_target=3, noise=False)
 PAIR = (np.array([10, 11]), np.array([20, 21]))
 LONG = (np.arange(10, 20), np.arange(30, 40))
 
@@ -17,7 +17,7 @@ LONG = (np.arange(10, 20), np.arange(30, 40))
 def laid_out(pairs, *, rule=RULE, seed=0, epoch=0, first=0, trim=False):
     ids = [first + n for n in range(len(pairs))]
     epochs = [epoch] * len(pairs)
-    return lay_out_pairs(pairs, sample_ids=ids, epochs=epochs, seed=seed, rule=rule, special=SPECIAL, trim=trim)
+    return build_seq2seq_layout(pairs, sample_ids=ids, epochs=epochs, seed=seed, rule=rule, special=SPECIAL, trim=trim)
 
 
 def test_every_slot_of_a_small_example():
@@ -42,7 +42,7 @@ def test_what_is_too_long_loses_its_end_and_keeps_its_special_tokens():
 
 
 def test_noise_has_its_shares_and_never_touches_targets_or_the_closing_sep():
-    rule = PairRule(max_source=4, max_target=2001, noise=True)
+    rule = Seq2SeqRule(max_source=4, max_target=2001, noise=True)
     target = np.random.default_rng(0).integers(5, SPECIAL.vocab_size, size=2000)
     layout = laid_out([(PAIR[0], target)] * 4, rule=rule)
     shown, pseudo = layout.tokens_BT[:, 4:2005], layout.tokens_BT[:, 2005:]

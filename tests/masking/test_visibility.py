@@ -8,7 +8,7 @@ import torch
 
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.masking.blockwise import SpecialIds, mask_rule, max_predictions
-from pmlm_dist.masking.layout import Layout, empty_layout, lay_out
+from pmlm_dist.masking.layout import Layout, build_layout, empty_layout
 from pmlm_dist.masking.visibility import visibility_matrix, visible
 
 ORDERS = list(range(-6, 7))
@@ -55,7 +55,7 @@ def layout() -> Layout:
     """Eight samples, some short, with [MASK] in every base slot; room for unused prediction slots."""
     masking = MaskingConfig(stop="paper", corruption="mask_only")
     layout = empty_layout(8, sequence_length=32, num_predictions=max_predictions(32, masking), pad_id=0)
-    lay_out(
+    build_layout(
         [np.array([2, *range(5, 5 + length // 2), 3, *range(30, 30 + length // 2), 3]) for length in range(14, 30, 2)],
         sample_ids=np.arange(8),
         epochs=np.zeros(8, np.int64),

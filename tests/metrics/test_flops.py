@@ -22,7 +22,7 @@ class Case:
     predictions: int
     batch: int
     vocab_rows: int
-    reads: tuple[str, ...] = ("ae", "par")
+    objectives: tuple[str, ...] = ("ae", "par")
 
     def formula(self, of: Callable[..., float]) -> float:
         """FLOPs of a sample by the formula `of`."""
@@ -31,7 +31,7 @@ class Case:
             context=self.context,
             predictions=self.predictions,
             vocab_rows=self.vocab_rows,
-            reads=self.reads,
+            objectives=self.objectives,
         )
 
 
@@ -45,8 +45,8 @@ CASES = {
     "narrow, deep": Case(
         replace(BASIC, hidden_size=32, num_layers=6, ffn_size=96), context=64, predictions=10, batch=2, vocab_rows=256
     ),
-    "AE alone": Case(BASIC, context=32, predictions=5, batch=2, vocab_rows=256, reads=("ae",)),
-    "PAR alone": Case(BASIC, context=32, predictions=5, batch=2, vocab_rows=256, reads=("par",)),
+    "AE alone": Case(BASIC, context=32, predictions=5, batch=2, vocab_rows=256, objectives=("ae",)),
+    "PAR alone": Case(BASIC, context=32, predictions=5, batch=2, vocab_rows=256, objectives=("par",)),
     "no relative positions": Case(
         replace(BASIC, relative_bias=False), context=32, predictions=5, batch=2, vocab_rows=256
     ),
@@ -60,7 +60,7 @@ def counted(cases: list[Case]) -> list[tuple[float, float]]:
     from pmlm_dist.model.transformer import build_model
     from pmlm_dist.parallel import groups
 
-    groups.start()
+    groups.init_process_groups()
     counts = []
     for case in cases:
         model = build_model(case.model, padded_vocab_size=case.vocab_rows)
@@ -76,7 +76,7 @@ def counted(cases: list[Case]) -> list[tuple[float, float]]:
                 valid_BT=torch.ones_like(zeros).bool(),
                 predicted_BM=predicted,
                 targets_BM=torch.zeros_like(predicted),
-                reads=case.reads,
+                objectives=case.objectives,
             )
         with FlopCounterMode(display=False) as backward:
             nll_KMB.sum().backward()

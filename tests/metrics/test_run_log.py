@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pmlm_dist.commands.plot import CurvesConfig, draw_curves
+from pmlm_dist.commands.plot import PlotConfig, plot_losses
 from pmlm_dist.config import ConfigError
-from pmlm_dist.metrics.run_log import Progress, RunLog, duration, read_metrics
+from pmlm_dist.metrics.run_log import Progress, RunLog, format_duration, read_metrics
 from pmlm_dist.objectives import LossMeans
 
 
@@ -62,12 +62,12 @@ def test_what_is_not_known_is_not_written(tmp_path):
 
 def test_curves_are_drawn_from_a_run_and_refused_without_one(tmp_path):
     write(tmp_path / "run", progress(1), progress(2))
-    draw_curves(CurvesConfig(run_dir=tmp_path / "run", png=tmp_path / "losses.png"))
+    plot_losses(PlotConfig(run_dir=tmp_path / "run", png=tmp_path / "losses.png"))
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"metrics\.jsonl"):
-        draw_curves(CurvesConfig(run_dir=tmp_path / "nothing", png=tmp_path / "losses.png"))
+        plot_losses(PlotConfig(run_dir=tmp_path / "nothing", png=tmp_path / "losses.png"))
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0:00"), (61, "1:01"), (3723, "1:02:03")])
 def test_durations_read_like_clocks(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text

@@ -1,4 +1,4 @@
-"""Every reading of the visibility rule computes the same: outputs and gradients of `split` equal those of `dense`."""
+"""Every reading of the visibility rule computes the same: outputs and gradients of `fused` equal those of `reference`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from support.batches import MODEL, logits_of, model_of, random_batch
 
 from pmlm_dist.config import MaskingConfig
-from pmlm_dist.model.attention import ATTENTION
+from pmlm_dist.model.attention import ATTENTION_BACKENDS
 
 
 def outputs_and_gradients(attention: str, *, relative_bias: bool, masking: MaskingConfig, checkpointing: bool = False):
@@ -23,11 +23,13 @@ def outputs_and_gradients(attention: str, *, relative_bias: bool, masking: Maski
 
 @pytest.mark.parametrize("relative_bias", [True, False])
 @pytest.mark.parametrize("stop", ["exact", "paper"])
-@pytest.mark.parametrize("attention", sorted(set(ATTENTION) - {"dense", "flex"}))  # flex: test_flex_attention.py
+@pytest.mark.parametrize(
+    "attention", sorted(set(ATTENTION_BACKENDS) - {"reference", "flex"})
+)  # flex: test_flex_attention.py
 def test_equals_dense_in_outputs_and_gradients(attention, stop, relative_bias):
     masking = MaskingConfig(rate=0.3, stop=stop)
     logits, gradients = outputs_and_gradients(attention, relative_bias=relative_bias, masking=masking)
-    expected, expected_gradients = outputs_and_gradients("dense", relative_bias=relative_bias, masking=masking)
+    expected, expected_gradients = outputs_and_gradients("reference", relative_bias=relative_bias, masking=masking)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
     assert any(gradient is not None and gradient.abs().max() > 1e-3 for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
@@ -36,8 +38,8 @@ def test_equals_dense_in_outputs_and_gradients(attention, stop, relative_bias):
 
 def test_activation_checkpointing_changes_nothing():
     masking = MaskingConfig(rate=0.3)
-    logits, gradients = outputs_and_gradients("split", relative_bias=True, masking=masking, checkpointing=True)
-    expected, expected_gradients = outputs_and_gradients("split", relative_bias=True, masking=masking)
+    logits, gradients = outputs_and_gradients("fused", relative_bias=True, masking=masking, checkpointing=True)
+    expected, expected_gradients = outputs_and_gradients("fused", relative_bias=True, masking=masking)
     assert torch.equal(logits, expected)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-12, atol=1e-12, msg=name)

@@ -1,4 +1,4 @@
-"""Attention by blocks computes what `dense` does and skips blocks nobody sees; it is refused where it cannot train.
+"""Attention by blocks computes what `reference` does and skips blocks nobody sees; it is refused where it cannot train.
 
 FlexAttention has no backward pass on a CPU: torch refuses a gradient there, although its reference of the backward pass
 would run. The tests of gradients lift that refusal, so that masks, bias, activation checkpointing and the way of the
@@ -22,7 +22,7 @@ from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig,
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.masking.visibility import visibility_matrix
 from pmlm_dist.model import flex_attention
-from pmlm_dist.model.attention import ATTENTION, AttentionPlan, Slots
+from pmlm_dist.model.attention import ATTENTION_BACKENDS, AttentionPlan, Slots
 from pmlm_dist.model.flex_attention import BlockGroup
 from pmlm_dist.parallel import groups
 from pmlm_dist.training.resolve import resolve
@@ -33,23 +33,25 @@ BLOCK = 128
 READS = [("ae", "par"), ("ae",), ("par",)]
 
 
-def hidden_states(attention: str, batch: Batch, reads: tuple[str, ...] | None, **changes: Any) -> Tensor:
+def hidden_states(attention: str, batch: Batch, objectives: tuple[str, ...] | None, **changes: Any) -> Tensor:
     """Of the read slots in fp32; `reads` None: of all slots."""
     model = model_of(dtype=torch.float32, attention=attention, **changes)
     inputs = dict(batch.inputs)
-    if reads is None:
+    if objectives is None:
         del inputs["predicted_BM"]
     with torch.no_grad():
-        return model.encode(**inputs, reads=reads or ("ae", "par"))
+        return model.encode(**inputs, objectives=objectives or ("ae", "par"))
 
 
 @pytest.mark.parametrize("relative_bias", [True, False])
-@pytest.mark.parametrize("reads", [*READS, None], ids=str)
+@pytest.mark.parametrize("objectives", [*READS, None], ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_hidden_states_equal_those_of_dense(seed, reads, relative_bias):
+def test_hidden_states_equal_those_of_dense(seed, objectives, relative_bias):
     batch = random_batch(batch=4, seed=seed, masking=MaskingConfig(rate=0.3, stop=("exact", "paper")[seed]))
     assert not batch.valid_BT.all()  # padding and unused predictions are there
-    found, expected = (hidden_states(name, batch, reads, relative_bias=relative_bias) for name in ("flex", "dense"))
+    found, expected = (
+        hidden_states(name, batch, objectives, relative_bias=relative_bias) for name in ("flex", "reference")
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -58,7 +60,7 @@ def test_logits_equal_those_of_dense_over_several_blocks():
     with torch.no_grad():
         found, expected = (
             logits_of(model_of(dtype=torch.float32, attention=name, max_positions=200), batch)[..., : MODEL.vocab_size]
-            for name in ("flex", "dense")
+            for name in ("flex", "reference")
         )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -67,21 +69,21 @@ def test_positions_may_lie_farther_apart_than_there_are_slots():
     batch = random_batch()
     far = dataclasses.replace(batch, positions_BT=batch.positions_BT * 40)  # 24 slots, distances up to 920
     changes = {"max_positions": 1000, "relative_max_distance": 300}
-    found, expected = (hidden_states(name, far, ("ae", "par"), **changes) for name in ("flex", "dense"))
+    found, expected = (hidden_states(name, far, ("ae", "par"), **changes) for name in ("flex", "reference"))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (found - hidden_states("flex", batch, ("ae", "par"), **changes)).abs().max() > 1e-2
 
 
-def plan_of(batch: Batch, reads: tuple[str, ...] = ("ae", "par")) -> AttentionPlan:
+def plan_of(batch: Batch, objectives: tuple[str, ...] = ("ae", "par")) -> AttentionPlan:
     slots = Slots(
         batch.order_BT,
         batch.valid_BT,
         batch.positions_BT,
         num_context=batch.num_context,
         predicted_BM=batch.predicted_BM,
-        reads=reads,
+        objectives=objectives,
     )
-    return ATTENTION["flex"].plan(slots, None, torch.float32)
+    return ATTENTION_BACKENDS["flex"].plan(slots, None, torch.float32)
 
 
 def computed_blocks(plan_groups: Any) -> Tensor:
@@ -98,15 +100,15 @@ def blocks_with_a_visible_pair(visible_BQT: Tensor) -> Tensor:
     return padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).any(dim=4).any(dim=2)
 
 
-@pytest.mark.parametrize("reads", READS, ids=str)
-def test_only_blocks_with_a_visible_pair_are_computed(reads):
+@pytest.mark.parametrize("objectives", READS, ids=str)
+def test_only_blocks_with_a_visible_pair_are_computed(objectives):
     batch = random_batch(length=512, batch=4, masking=MaskingConfig(rate=0.4))
-    plan = plan_of(batch, reads)
+    plan = plan_of(batch, objectives)
     visible_BTT = visibility_matrix(batch.order_BT, batch.valid_BT)
     assert torch.equal(computed_blocks(plan.inner), blocks_with_a_visible_pair(visible_BTT))
     pseudo = slice(batch.num_context + batch.num_predictions, None)
     rows = {"ae": visible_BTT[torch.arange(4)[:, None], batch.predicted_BM], "par": visible_BTT[:, pseudo]}
-    read_BRT = torch.cat([rows[name] for name in reads], dim=1)
+    read_BRT = torch.cat([rows[name] for name in objectives], dim=1)
     assert torch.equal(computed_blocks(plan.last), blocks_with_a_visible_pair(read_BRT))
 
 
@@ -148,7 +150,7 @@ def test_gradients_equal_those_of_dense(checkpointing, relative_bias):
     found = outputs_and_gradients(
         batch, attention="flex", relative_bias=relative_bias, activation_checkpointing=checkpointing
     )
-    expected = outputs_and_gradients(batch, attention="dense", relative_bias=relative_bias)
+    expected = outputs_and_gradients(batch, attention="reference", relative_bias=relative_bias)
     assert ("relative_bias.weight" in found) is relative_bias
     assert all(gradient.abs().max() > 1e-3 for name, gradient in expected.items() if "key_value.bias" not in name)
     for name, gradient in expected.items():
@@ -172,7 +174,7 @@ def logits_of_a_rank(tp: int) -> Tensor:
     from pmlm_dist.model.transformer import build_model
     from pmlm_dist.parallel import seeding
 
-    groups.start(tp=tp)
+    groups.init_process_groups(tp=tp)
     seeding.seed_initialisation(0)
     model = build_model(dataclasses.replace(MODEL, attention="flex"), padded_vocab_size=PADDED)
     with torch.no_grad():
@@ -219,7 +221,7 @@ def test_new_batches_of_the_same_shape_compile_nothing_anew(monkeypatch: pytest.
     counts = []
     for seed in range(3):
         batch = random_batch(seed=seed)
-        found, expected = (hidden_states(name, batch, ("ae", "par")) for name in ("flex", "dense"))
+        found, expected = (hidden_states(name, batch, ("ae", "par")) for name in ("flex", "reference"))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         counts.append(compiler.frame_count)
     assert 0 < counts[0] == counts[1] == counts[2]
@@ -232,14 +234,14 @@ def flex_config(**changes: Any) -> RunConfig:
 def test_dropout_of_attention_probabilities_is_refused():
     (problem,) = problems(flex_config())
     assert "model.attention_dropout (0.1) must be 0 with model.attention flex" in problem
-    assert "--model.attention split" in problem
+    assert "--model.attention fused" in problem
     assert problems(flex_config(attention_dropout=0.0)) == []
 
 
 def test_training_is_refused_where_there_is_no_backward_pass(small_corpus, tmp_path):
     config = with_model(run_config(small_corpus, tmp_path), attention="flex")
-    topology = groups.start()
-    with pytest.raises(ConfigError, match=r"flex cannot train on a CPU.*: use --model.attention split"):
+    topology = groups.init_process_groups()
+    with pytest.raises(ConfigError, match=r"flex cannot train on a CPU.*: use --model.attention fused"):
         resolve(config, topology)
     on_gpu = dataclasses.replace(topology, device=torch.device("cuda"))
     with pytest.raises(ConfigError, match=r"num_heads \(8\) must be at least 16 with model.attention flex on a GPU"):
@@ -248,4 +250,4 @@ def test_training_is_refused_where_there_is_no_backward_pass(small_corpus, tmp_p
 
 
 def test_the_setting_names_every_reading():
-    assert set(get_args(get_type_hints(ModelConfig)["attention"])) == set(ATTENTION)
+    assert set(get_args(get_type_hints(ModelConfig)["attention"])) == set(ATTENTION_BACKENDS)

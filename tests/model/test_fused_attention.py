@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pmlm_dist.model import fused_attention
-from pmlm_dist.model.attention import QueryGroup, attend_at_once, attend_plainly
+from pmlm_dist.model.attention import QueryGroup, attention_fused, attention_reference
 
 B, H, D, S, M = 3, 2, 8, 10, 3
 T = S + 2 * M
@@ -39,7 +39,9 @@ def outcome(attend, dtype: torch.dtype, *, dropout: float = 0.0, shared: bool = 
 @pytest.mark.parametrize("shared", [True, False])
 def test_equals_plain_attention_in_double_precision(monkeypatch, shared, pairs):
     monkeypatch.setattr(fused_attention, "_SCORES_PER_THREAD", pairs // torch.get_num_threads())
-    found, expected = (outcome(attend, torch.float64, shared=shared) for attend in (attend_at_once, attend_plainly))
+    found, expected = (
+        outcome(attend, torch.float64, shared=shared) for attend in (attention_fused, attention_reference)
+    )
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
 
@@ -52,7 +54,7 @@ def test_with_dropout_gradients_are_those_of_what_was_computed(shared):
         torch.manual_seed(7)
         keys = slice(0, T)
         groups = [QueryGroup(slice(0, S), slice(0, S), biases[0]), QueryGroup(slice(S, T), keys, biases[1])]
-        return attend_at_once(q, kv, tuple(groups), dropout=0.4)
+        return attention_fused(q, kv, tuple(groups), dropout=0.4)
 
     q, kv, *biases = leaves(torch.float64, shared=shared)
     finite = [bias.detach().clamp(min=-3.0).requires_grad_() for bias in biases]
@@ -63,8 +65,8 @@ def test_dropout_keeps_the_mean_and_draws_something():
     q, kv, *_ = leaves(torch.float64, shared=True)
     group = (QueryGroup(slice(0, T), slice(0, T), None),)
     torch.manual_seed(0)
-    draws = torch.stack([attend_at_once(q, kv, group, dropout=0.4) for _ in range(400)])
-    expected = attend_plainly(q, kv, group, dropout=0.0)
+    draws = torch.stack([attention_fused(q, kv, group, dropout=0.4) for _ in range(400)])
+    expected = attention_reference(q, kv, group, dropout=0.0)
     assert draws.std(dim=0).min() > 0.01
     error = (draws.mean(dim=0) - expected) / (draws.std(dim=0) / 20)
     assert error.abs().max() < 6  # standard errors, of 1,536 values
@@ -72,6 +74,6 @@ def test_dropout_keeps_the_mean_and_draws_something():
 
 def test_bf16_stays_within_its_rounding():
     """bf16 keeps 8 bits; sums of 16 terms of size about 1 are good to some hundredths."""
-    found, expected = outcome(attend_at_once, torch.bfloat16), outcome(attend_plainly, torch.float64)
+    found, expected = outcome(attention_fused, torch.bfloat16), outcome(attention_reference, torch.float64)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=0.05, atol=0.05)

@@ -133,7 +133,7 @@ def our_logits(model: PseudoMaskedLM, tokens, segments, valid) -> torch.Tensor:
     return model.head(hidden_TBE, model.embeddings.token.weight).transpose(0, 1)
 
 
-@pytest.mark.parametrize("attention", ["split", "dense"])
+@pytest.mark.parametrize("attention", ["fused", "reference"])
 def test_without_relative_bias_logits_equal_berts(attention):
     model = model_of(relative_bias=False, attention=attention).eval()
     batch = random_batch()
@@ -148,7 +148,7 @@ def test_without_relative_bias_logits_equal_berts(attention):
     assert (found[..., VOCABULARY:] == float("-inf")).all()
 
 
-@pytest.mark.parametrize("attention", ["split", "dense"])
+@pytest.mark.parametrize("attention", ["fused", "reference"])
 def test_with_relative_bias_logits_equal_mpnets(attention):
     model = model_of(relative_bias=True, attention=attention).eval()
     batch = random_batch()

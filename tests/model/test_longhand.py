@@ -9,12 +9,12 @@ from support import longhand
 from support.batches import MODEL, model_of, random_batch
 
 from pmlm_dist.config import MaskingConfig, ObjectiveConfig
-from pmlm_dist.objectives import READS, loss_scales, target_weights
-from pmlm_dist.training.validation import losses_of
+from pmlm_dist.objectives import OBJECTIVES, loss_scales, target_weights
+from pmlm_dist.training.validation import forward_losses
 
 objectives = st.builds(
     ObjectiveConfig,
-    kind=st.sampled_from(sorted(READS)),
+    kind=st.sampled_from(sorted(OBJECTIVES)),
     ae_weight=st.sampled_from([1.0, 0.5]),
     par_weight=st.sampled_from([1.0, 2.0]),
     drop_kept=st.booleans(),
@@ -35,7 +35,7 @@ maskings = st.builds(
     masking=maskings,
     relative_bias=st.booleans(),
     heads=st.sampled_from([1, 2, 4]),
-    attention=st.sampled_from(["split", "dense"]),
+    attention=st.sampled_from(["fused", "reference"]),
     length=st.integers(8, 14),
     seed=st.integers(0, 1000),
 )
@@ -58,7 +58,7 @@ def test_loss_and_gradients_equal_the_longhand(*, objective, masking, relative_b
     expected.backward()
 
     targets_K = target_weights(objective, batch.weights_BM, batch.kept_BM).sum(dim=(1, 2))
-    sums = losses_of(model, batch, objective)
+    sums = forward_losses(model, batch, objective)
     loss = (sums.nll_K * loss_scales(objective, targets_K)).sum()
     loss.backward()
     assert MODEL.layer_norm_eps == model.config.layer_norm_eps

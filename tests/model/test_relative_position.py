@@ -38,7 +38,7 @@ def test_buckets_of_a_sign_are_all_used_and_grow_with_distance(buckets, max_dist
 
 
 def test_bias_is_the_table_entry_of_every_pair():
-    groups.start()
+    groups.init_process_groups()
     bias = RelativeBias(3, buckets=32, max_distance=128, std=1.0)
     queries, keys = torch.randint(0, 300, (2, 5)), torch.randint(0, 300, (2, 7))
     found = bias(queries, keys)
@@ -51,17 +51,17 @@ def test_bias_is_the_table_entry_of_every_pair():
 
 
 def test_neighbours_have_the_bias_of_their_distances():
-    groups.start()
+    groups.init_process_groups()
     bias = RelativeBias(3, buckets=8, max_distance=6, std=1.0)
     positions = torch.arange(20)[None]
-    assert torch.equal(bias.among_neighbours(20), bias(positions, positions)[:, 0])
+    assert torch.equal(bias.for_contiguous(20), bias(positions, positions)[:, 0])
 
 
 def test_a_bf16_table_gets_the_gradient_of_millions_of_pairs():
     """Added up in bf16, the sum would stop growing at 256."""
-    groups.start()
+    groups.init_process_groups()
     bias = RelativeBias(1, buckets=8, max_distance=6, std=1.0).to(torch.bfloat16)
     positions = torch.arange(300)[None]
-    for found in (bias.among_neighbours(300), bias(positions, positions)):
+    for found in (bias.for_contiguous(300), bias(positions, positions)):
         (gradient,) = torch.autograd.grad(found.to(torch.bfloat16).sum(), bias.weight)
         assert abs(float(gradient.float().sum()) - 300 * 300) < 0.01 * 300 * 300

@@ -23,7 +23,7 @@ def reference(x, weight, bias, targets, gradient):
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
 )
 def test_equals_the_reference(monkeypatch, dtype, tolerance, spread):
-    groups.start()
+    groups.init_process_groups()
     monkeypatch.setattr(cross_entropy, "_CHUNK_ON_CPU", 3 * 37)  # several chunks, the last one smaller
     random = torch.Generator().manual_seed(1)
     x = (spread * torch.randn(20, 8, generator=random)).to(dtype).requires_grad_()
@@ -47,7 +47,7 @@ def test_equals_the_reference(monkeypatch, dtype, tolerance, spread):
 
 
 def test_leading_dimensions_are_kept_and_padding_never_trains():
-    groups.start()
+    groups.init_process_groups()
     x, weight, bias = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True), torch.zeros(7)
     bias[5:] = float("-inf")
     targets = torch.randint(5, (2, 3))
@@ -60,7 +60,7 @@ def test_leading_dimensions_are_kept_and_padding_never_trains():
 
 
 def test_a_tie_is_not_a_win():
-    groups.start()
+    groups.init_process_groups()
     weight = torch.tensor([[1.0], [1.0], [0.5]])
     _, right = tied_cross_entropy(torch.ones(3, 1), weight, torch.zeros(3), torch.tensor([0, 1, 2]))
     assert not right.any()

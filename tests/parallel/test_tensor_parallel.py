@@ -27,13 +27,13 @@ def head_and_targets(padding: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 def read_words(tp: int, padding: int) -> dict[str, torch.Tensor]:
     from pmlm_dist.parallel import groups
-    from pmlm_dist.parallel.cross_entropy import most_likely, tied_cross_entropy, tied_logits
+    from pmlm_dist.parallel.cross_entropy import tied_cross_entropy, tied_logits, vocab_parallel_argmax
 
-    topology = groups.start(tp=tp)
+    topology = groups.init_process_groups(tp=tp)
     x, weight, bias, targets = head_and_targets(padding)
     x.requires_grad_()
     own_weight, own_bias = (whole.chunk(tp)[topology.tp_rank].clone().requires_grad_() for whole in (weight, bias))
-    likely = most_likely(tied_logits(x, own_weight, own_bias))
+    likely = vocab_parallel_argmax(tied_logits(x, own_weight, own_bias))
     nll, right = tied_cross_entropy(x, own_weight, own_bias, targets)
     (nll * torch.arange(1.0, N + 1)).sum().backward()
     gradients = {"x": x.grad, "weight": own_weight.grad, "bias": own_bias.grad}
@@ -67,16 +67,16 @@ def test_cross_entropy_and_argmax_of_shards_equal_those_of_the_whole(tp, padding
 
 def smoothed(tp: int, padding: int) -> dict[str, torch.Tensor]:
     from pmlm_dist.parallel import groups
-    from pmlm_dist.parallel.cross_entropy import smoothing, tied_cross_entropy, whole_logits
+    from pmlm_dist.parallel.cross_entropy import gather_logits, smoothing_nll, tied_cross_entropy
 
-    topology = groups.start(tp=tp)
+    topology = groups.init_process_groups(tp=tp)
     x, weight, bias, targets = head_and_targets(padding)
     x.requires_grad_()
     own_weight, own_bias = (whole.chunk(tp)[topology.tp_rank].clone().requires_grad_() for whole in (weight, bias))
     nll, _ = tied_cross_entropy(x, own_weight, own_bias, targets)
-    loss = nll + 0.1 * smoothing(x, own_weight, own_bias, targets, vocab_size=V - padding)
+    loss = nll + 0.1 * smoothing_nll(x, own_weight, own_bias, targets, vocab_size=V - padding)
     (loss * torch.arange(1.0, N + 1)).sum().backward()
-    gathered = whole_logits(F.linear(x, own_weight, own_bias).detach())
+    gathered = gather_logits(F.linear(x, own_weight, own_bias).detach())
     gradients = {"x": x.grad, "weight": own_weight.grad, "bias": own_bias.grad}
     return {"loss": loss.detach(), "logits": gathered, **{k: g for k, g in gradients.items() if g is not None}}
 
@@ -102,10 +102,10 @@ def test_smoothed_losses_of_shards_equal_those_of_torch_on_the_whole(tp, padding
 def draws(tp: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from pmlm_dist.parallel import groups, seeding
 
-    groups.start(tp=tp)
+    groups.init_process_groups(tp=tp)
     seeding.seed_dropout(3, micro_step=5, dp_rank=0)
     before = torch.rand(4)
-    with seeding.different_on_tp_peers():
+    with seeding.distinct_across_tp():
         inside = torch.rand(4)
     return before, inside, torch.rand(4)
 
@@ -123,7 +123,7 @@ def initial_weights(tp: int) -> dict[str, tuple[bool, int, torch.Tensor]]:
     from pmlm_dist.parallel import groups, seeding
     from pmlm_dist.parallel.layers import is_sharded
 
-    groups.start(tp=tp)
+    groups.init_process_groups(tp=tp)
     seeding.seed_initialisation(0)
     model = build_model(replace(MODEL, vocab_size=125), padded_vocab_size=128)
     return {

@@ -16,7 +16,7 @@ def measured(precision: str) -> Device:
     from pmlm_dist.planning.measure import measure_device
 
     model = ModelConfig(hidden_size=64, num_layers=2, num_heads=2, ffn_size=128)
-    return measure_device(precision, groups.start(), model=model, tokens=64, seconds=0.02)
+    return measure_device(precision, groups.init_process_groups(), model=model, tokens=64, seconds=0.02)
 
 
 def test_one_rank_attains_what_it_attains():

@@ -37,8 +37,8 @@ CASES = {
     "long": Case(sequence_length=192, micro_batch=2),
     "no relative positions": Case({"relative_bias": False}),
     "dropout": Case({"hidden_dropout": 0.1, "attention_dropout": 0.1}),
-    "dense": Case({"attention": "dense"}),
-    "dense, dropout": Case({"attention": "dense", "attention_dropout": 0.1}),
+    "reference": Case({"attention": "reference"}),
+    "dense, dropout": Case({"attention": "reference", "attention_dropout": 0.1}),
     "checkpointing": Case({"activation_checkpointing": True}),
     "one layer": Case({"num_layers": 1}),
     "accumulation": Case(accumulation=2),
@@ -208,4 +208,4 @@ def test_memory_grows_with_the_batch_and_shrinks_with_what_is_meant_to_shrink_it
     assert needed(replace(wide, model=replace(wide.model, activation_checkpointing=True))) < needed(wide)
     assert needed(wide, stage=3) < needed(wide, stage=1) < needed(wide, stage=1, dp=1)
     assert needed(replace(wide, model=replace(wide.model, attention="flex"))) < needed(wide)
-    assert needed(wide) < needed(replace(wide, model=replace(wide.model, attention="dense")))
+    assert needed(wide) < needed(replace(wide, model=replace(wide.model, attention="reference")))

@@ -27,7 +27,7 @@ def numbers_on_ranks(tp: int, shapes: dict[str, ModelConfig]) -> dict[str, list[
     from pmlm_dist.model.transformer import build_model
     from pmlm_dist.parallel import groups
 
-    groups.start(tp=tp)
+    groups.init_process_groups(tp=tp)
     with torch.device("meta"):
         return {
             name: [p.numel() for p in build_model(shape, padded_vocab_size=padded(shape)).parameters()]

@@ -71,10 +71,10 @@ def test_fewer_pairs_dropouts_and_bytes_move_less():
         replace(WORK, model=replace(MODEL, attention="flex")),
         replace(WORK, tp=2),
         replace(WORK, micro_batch=16),
-        replace(WORK, reads=("ae",)),
+        replace(WORK, objectives=("ae",)),
     ]
     more = [
-        replace(WORK, model=replace(MODEL, attention="dense")),
+        replace(WORK, model=replace(MODEL, attention="reference")),
         replace(WORK, model=replace(MODEL, hidden_dropout=0.1)),
         replace(WORK, model=replace(MODEL, attention_dropout=0.1)),
         replace(WORK, precision="fp32"),

@@ -24,12 +24,12 @@ from pmlm_dist.metrics.run_log import read_metrics
 from pmlm_dist.supervision.signals import (
     EXIT_PREEMPTED,
     STOP_FILE,
-    Arriving,
-    Reason,
+    Prefetcher,
     StopAgreement,
     Stopped,
+    StopReason,
     StopSignals,
-    deaf_children,
+    stop_signals_blocked,
 )
 
 # ------------------------------------------------------------------------------------------------------- one process
@@ -143,7 +143,7 @@ def test_the_time_counts_from_the_first_request_and_a_save_gets_a_little_less_of
 
 
 def test_children_do_not_see_signals_that_are_sent_to_all_processes_of_a_step():
-    with deaf_children():
+    with stop_signals_blocked():
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     for number in (signal.SIGUSR1, signal.SIGTERM):
         child.send_signal(number)
@@ -183,7 +183,7 @@ def test_workers_their_server_and_its_tracker_outlive_such_signals():
 
 
 def test_items_arrive_in_order_and_so_many_at_a_time():
-    arriving = Arriving(iter(range(6)), count=3)
+    arriving = Prefetcher(iter(range(6)), count=3)
     assert [arriving.take(), arriving.take()] == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -195,8 +195,8 @@ def test_one_can_look_up_while_items_are_awaited():
         released.wait(20)
         yield 2
 
-    arriving = Arriving(items(), count=2)
-    assert not arriving.are_there(within_s=0.01)
+    arriving = Prefetcher(items(), count=2)
+    assert not arriving.is_ready(within_s=0.01)
     arriving.close()  # does not wait, and leaves alone what the thread is in
     released.set()
     assert arriving.take() == [1, 2]
@@ -207,8 +207,8 @@ def test_an_error_comes_instead_of_the_items():
         yield 1
         raise ValueError("damaged")
 
-    arriving = Arriving(items(), count=2)
-    assert arriving.are_there(within_s=20)
+    arriving = Prefetcher(items(), count=2)
+    assert arriving.is_ready(within_s=20)
     with pytest.raises(ValueError, match="damaged"):
         arriving.take()
 
@@ -223,7 +223,7 @@ def test_the_iterator_is_closed_with_it():
         finally:
             closed.append(True)
 
-    arriving = Arriving(items(), count=2)
+    arriving = Prefetcher(items(), count=2)
     arriving.take()
     arriving.close()
     assert closed == [True]
@@ -236,7 +236,7 @@ def agreed(folder: Path, told: int, *, by_file: bool) -> tuple[int, int, bool]:
     """Check 3 times; before the third rank `told` gets a signal, or all a file. Checks passed, exit code, request."""
     from pmlm_dist.parallel import groups
 
-    topology, signals = groups.start(), StopSignals()
+    topology, signals = groups.init_process_groups(), StopSignals()
     stop, passed = StopAgreement(signals, file=folder / STOP_FILE, topology=topology), 0
     try:
         for number in range(3):
@@ -275,7 +275,7 @@ def stopped_while_waiting() -> str:
     """Rank 1's data never come; then rank 0 gets a signal."""
     from pmlm_dist.parallel import groups
 
-    topology, signals, never = groups.start(), StopSignals(), threading.Event()
+    topology, signals, never = groups.init_process_groups(), StopSignals(), threading.Event()
 
     def items() -> Iterator[int]:
         if topology.rank == 1:
@@ -285,7 +285,7 @@ def stopped_while_waiting() -> str:
     stop = StopAgreement(signals, file=Path("/nowhere"), topology=topology)
     if topology.rank == 0:
         threading.Timer(0.5, signals.request).start()
-    arriving = Arriving(items(), count=1)
+    arriving = Prefetcher(items(), count=1)
     try:
         stop.wait_for(arriving)
     except Stopped as stopped:
@@ -295,7 +295,7 @@ def stopped_while_waiting() -> str:
 
 @pytest.mark.distributed
 def test_a_rank_whose_data_do_not_come_keeps_none_from_stopping():
-    assert run_world(stopped_while_waiting, 2, timeout_s=60) == [Reason.SIGNAL.name] * 2
+    assert run_world(stopped_while_waiting, 2, timeout_s=60) == [StopReason.SIGNAL.name] * 2
 
 
 # -------------------------------------------------------------------------------------------------------------- runs

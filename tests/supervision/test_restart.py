@@ -14,9 +14,9 @@ import pytest
 
 from pmlm_dist.metrics.stragglers import RankTimes, Stragglers
 from pmlm_dist.supervision import attempts, restart
-from pmlm_dist.supervision.attempts import LifeLog, best_interval, effective, read_lives
-from pmlm_dist.supervision.exit_codes import Again, ExitCode
-from pmlm_dist.supervision.restart import History, Limits, next_life
+from pmlm_dist.supervision.attempts import AttemptLog, best_interval, effective_time_line, read_attempts
+from pmlm_dist.supervision.exit_codes import ExitCode, RestartPolicy
+from pmlm_dist.supervision.restart import History, Limits, decide_restart
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -24,14 +24,14 @@ ROOT = Path(__file__).parent.parent.parent
 def lines(*events: tuple[str, float, int, float]) -> list[dict[str, object]]:
     """Lines of a life: event, time, step, seconds of training so far."""
     return [
-        {"event": event, "time": at, "step": step, "began": at, "life": f"{at}", "world_size": 2, "every": 5}
+        {"event": event, "time": at, "step": step, "began": at, "attempt": f"{at}", "world_size": 2, "every": 5}
         | {"useful_s": useful_s, "stalled_s": 1.0, "code": 0}
         for event, at, step, useful_s in events
     ]
 
 
 def write(run_dir: Path, facts: list[dict[str, object]]) -> Path:
-    (run_dir / attempts.LIVES).write_text("".join(json.dumps(line) + "\n" for line in facts))
+    (run_dir / attempts.ATTEMPTS).write_text("".join(json.dumps(line) + "\n" for line in facts))
     return run_dir
 
 
@@ -43,7 +43,7 @@ def test_only_steps_that_are_gone_on_from_count(tmp_path: Path):
         *[("start", 200, 10, 0)],
         *[("start", 300, 5, 0), ("save", 370, 10, 60), ("end", 500, 20, 170)],
     )
-    found = effective(read_lives(write(tmp_path, facts)))
+    found = effective_time_line(read_attempts(write(tmp_path, facts)))
     assert found.useful_s == 50 + 170
     assert (found.whole_s, found.starts, found.failures) == (500, 3, 2)
     assert found.share == pytest.approx(0.44)
@@ -58,23 +58,23 @@ def test_only_steps_that_are_gone_on_from_count(tmp_path: Path):
 def test_the_time_after_an_end_by_hand_does_not_count(tmp_path: Path):
     facts = lines(("start", 0, 0, 0), ("save", 90, 5, 80), ("end", 100, 5, 80))
     facts += lines(("start", 9_100, 5, 0), ("end", 9_200, 9, 90))
-    found = effective(read_lives(write(tmp_path, facts)))
+    found = effective_time_line(read_attempts(write(tmp_path, facts)))
     assert (found.useful_s, found.whole_s, found.failures) == (170, 200, 0)
 
 
 def test_torn_lines_are_passed_over_and_ends_are_corrected(tmp_path: Path):
-    log = LifeLog(tmp_path, life="a", world_size=2, every=5, enabled=True)
+    log = AttemptLog(tmp_path, attempt="a", world_size=2, every=5, enabled=True)
     log.started(0)
     log.saved(5, useful_s=3.0, stalled_s=0.5)
     log.ended(7, useful_s=4.0, code=75)
-    with (tmp_path / attempts.LIVES).open("a") as out:
+    with (tmp_path / attempts.ATTEMPTS).open("a") as out:
         out.write('{"event": "sa')
-    attempts.close(tmp_path, life="a", code=80)
-    attempts.close(tmp_path, life="b", code=1)
-    (life,) = read_lives(tmp_path)
-    assert (life.code, life.saves, life.stalled_s, life.useful_s) == (80, {5: 3.0}, 0.5, 4.0)
-    LifeLog(tmp_path, life="c", world_size=2, every=5, enabled=False).started(5)
-    assert len(read_lives(tmp_path)) == 1
+    attempts.close_attempt(tmp_path, attempt="a", code=80)
+    attempts.close_attempt(tmp_path, attempt="b", code=1)
+    (attempt,) = read_attempts(tmp_path)
+    assert (attempt.code, attempt.saves, attempt.stalled_s, attempt.useful_s) == (80, {5: 3.0}, 0.5, 4.0)
+    AttemptLog(tmp_path, attempt="c", world_size=2, every=5, enabled=False).started(5)
+    assert len(read_attempts(tmp_path)) == 1
 
 
 def test_the_best_interval_loses_least():
@@ -92,9 +92,9 @@ def codes_survived(*lives_of_job: tuple[int, int], limits: Limits) -> list[bool]
     """Whether the run goes on after each (code, newest step)."""
     history, goes_on = History(), []
     for code, step in lives_of_job:
-        decision = next_life(history, code=code, step=step, limits=limits)
+        decision = decide_restart(history, code=code, step=step, limits=limits)
         history = decision.history
-        goes_on.append(decision.refusal is None)
+        goes_on.append(decision.reason_to_stop is None)
     return goes_on
 
 
@@ -107,7 +107,7 @@ def test_failures_are_bounded_and_must_gain_steps(code: int):
 
 
 @pytest.mark.fault("F86")
-@pytest.mark.parametrize("code", [code for code in ExitCode if code.again is Again.NO])
+@pytest.mark.parametrize("code", [code for code in ExitCode if code.restart is RestartPolicy.NEVER])
 def test_what_would_only_happen_again_ends_the_run(code: ExitCode):
     assert codes_survived((code, 50), limits=Limits()) == [False]
 
@@ -127,21 +127,21 @@ def test_being_told_to_stop_is_no_failure():
 def test_the_document_shows_the_table_of_exit_codes():
     text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     for code in ExitCode:
-        assert f"| {int(code)} | {code.meaning} | {code.again.value} |" in text
+        assert f"| {int(code)} | {code.meaning} | {code.restart.value} |" in text
 
 
 LAUNCHER = """
 import json, pathlib, sys, time
 run_dir = pathlib.Path({run_dir!r})
-life = len(list(run_dir.glob("life-*")))
-(run_dir / f"life-{{life}}").touch()
-(run_dir / "checkpoints" / f"step-{{life:08d}}").mkdir(parents=True)
+number = len(list(run_dir.glob("attempt-*")))
+(run_dir / f"attempt-{{number}}").touch()
+(run_dir / "checkpoints" / f"step-{{number:08d}}").mkdir(parents=True)
 time.sleep({seconds})
-with (run_dir / "lives.jsonl").open("a") as out:
-    out.write(json.dumps(dict(event="start", life=str(life), began=time.time(), time=time.time(), step=life,
+with (run_dir / "attempts.jsonl").open("a") as out:
+    out.write(json.dumps(dict(event="start", attempt=str(number), began=time.time(), time=time.time(), step=number,
                               world_size=1, every=1)) + "\\n")
-    out.write(json.dumps(dict(event="end", time=time.time(), step=life, useful_s=1, code={codes}[life])) + "\\n")
-sys.exit(1 if {codes}[life] else 0)
+    out.write(json.dumps(dict(event="end", time=time.time(), step=number, useful_s=1, code={codes}[number])) + "\\n")
+sys.exit(1 if {codes}[number] else 0)
 """
 
 
@@ -205,10 +205,10 @@ def test_a_rank_is_named_when_it_is_slow_three_times_in_a_row():
     stragglers = Stragglers(ratio=1.5)
     slow = [times(1.0), times(1.1), times(2.0), times(0.9)]
     even = [times(1.0)] * 4
-    assert [len(stragglers.look(seen)) for seen in (slow, slow, even, slow, slow, slow, slow)] == [0, 0, 0, 0, 0, 1, 0]
-    assert stragglers.look([times(1.0)]) == []
+    assert [len(stragglers.check(seen)) for seen in (slow, slow, even, slow, slow, slow, slow)] == [0, 0, 0, 0, 0, 1, 0]
+    assert stragglers.check([times(1.0)]) == []
 
 
 def test_a_difference_that_nobody_waits_for_is_none():
     stragglers = Stragglers(ratio=1.5)
-    assert not [name for _ in range(5) for name in stragglers.look([times(0.01), times(0.1)])]
+    assert not [name for _ in range(5) for name in stragglers.check([times(0.01), times(0.1)])]

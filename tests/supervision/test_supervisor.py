@@ -12,10 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from pmlm_dist.config import ConfigError, WatchConfig
-from pmlm_dist.ranks import rank_in
-from pmlm_dist.supervision.exit_codes import Again, ExitCode, again_after, code_of, describe, is_of_peers
-from pmlm_dist.supervision.failure_reports import Report, summary
+from pmlm_dist.config import ConfigError, WatchdogConfig
+from pmlm_dist.launch_environment import rank_in
+from pmlm_dist.supervision.exit_codes import (
+    ExitCode,
+    RestartPolicy,
+    blames_peers,
+    describe,
+    exit_code_of,
+    restart_policy,
+)
+from pmlm_dist.supervision.failure_reports import RankReport, summary
 from pmlm_dist.supervision.heartbeat import DATA, PHASES, SAVE, STEP, Heartbeat, phase_limits
 from pmlm_dist.supervision.processes import count_of_kills, send, send_to_main_thread, state_of
 from pmlm_dist.supervision.run_lock import FolderInUse
@@ -25,10 +32,10 @@ import os, signal, subprocess, sys, time
 from pmlm_dist.supervision.heartbeat import *
 from pmlm_dist.supervision.supervisor import leave, supervised
 
-def main(heart):
-    heart.introduce(rank={rank}, world_size=1, run_dir=sys.argv[1], life="life")
-    heart.limit(dict.fromkeys(PHASES, 1.0))
-    heart.enter(STEP, step=3)
+def main(heartbeat):
+    heartbeat.register(rank={rank}, world_size=1, run_dir=sys.argv[1], attempt="attempt")
+    heartbeat.set_limits(dict.fromkeys(PHASES, 1.0))
+    heartbeat.enter(STEP, step=3)
     {body}
     return 0
 
@@ -59,7 +66,7 @@ def test_silence_is_a_hang_and_the_stack_is_kept(tmp_path: Path):
 
 
 def test_signs_of_life_hold_it_off(tmp_path: Path):
-    assert run("[(time.sleep(0.2), heart.go_on()) for _ in range(12)]", tmp_path).returncode == 0
+    assert run("[(time.sleep(0.2), heartbeat.beat()) for _ in range(12)]", tmp_path).returncode == 0
 
 
 def test_the_time_that_the_supervisor_itself_stood_still_does_not_count(tmp_path: Path):
@@ -85,9 +92,9 @@ def test_a_training_that_has_diverged_is_told_in_its_own_words(tmp_path: Path):
 
 def test_another_ranks_cause_ends_this_one_with_its_code(tmp_path: Path):
     body = """(__import__('pathlib').Path(sys.argv[1]) / 'logs/life').mkdir(parents=True)
-    open(sys.argv[1] + '/logs/life/cause.json', 'w').write(
+    open(sys.argv[1] + '/logs/life/failure.json', 'w').write(
         '{"rank": 4, "code": 81, "what": "x", "step": 1, "phase": "step"}')
-    while True: time.sleep(0.2); heart.go_on()"""
+    while True: time.sleep(0.2); heartbeat.beat()"""
     done = run(body, tmp_path)
     assert (done.returncode, done.stderr) == (81, "")
     assert (tmp_path / "logs/life/rank-00000.txt").exists()
@@ -168,36 +175,36 @@ def test_without_a_supervisor_the_rank_is_the_process(tmp_path: Path):
 
 
 def test_a_beat_says_where_the_rank_is():
-    heart = Heartbeat()
-    heart.limit(phase_limits(WatchConfig(data_s=7.0), warm=True))
-    heart.enter(DATA, step=5)
-    first = heart.read()
+    heartbeat = Heartbeat()
+    heartbeat.set_limits(phase_limits(WatchdogConfig(data_s=7.0), warm=True))
+    heartbeat.enter(DATA, step=5)
+    first = heartbeat.read()
     assert first is not None
     assert (first.step, first.phase, first.limit_s) == (5, DATA, 7.0)
-    heart.enter(SAVE)
-    second = heart.read()
+    heartbeat.enter(SAVE)
+    second = heartbeat.read()
     assert second is not None
     assert (second.step, second.phase, second.count) == (5, SAVE, first.count + 1)
 
 
 def test_every_phase_has_a_limit_of_its_own():
-    watch = WatchConfig()
+    watch = WatchdogConfig()
     assert phase_limits(watch, warm=True).keys() == set(PHASES)
     assert phase_limits(watch, warm=True)[STEP] == watch.step_s
     assert set(phase_limits(watch, warm=False).values()) == {watch.startup_s}
 
 
 def test_a_long_traceback_fits():
-    heart = Heartbeat()
-    heart.fail(ValueError("x" * 100_000))
-    assert len(heart.words().failure or "") == 2000
-    assert heart.words().code == ExitCode.FAILED
+    heartbeat = Heartbeat()
+    heartbeat.fail(ValueError("x" * 100_000))
+    assert len(heartbeat.status().failure or "") == 2000
+    assert heartbeat.status().code == ExitCode.FAILED
 
 
-def reports() -> list[Report]:
+def reports() -> list[RankReport]:
     at = time.time()
     return [
-        Report(rank, step=7, phase="data", last_beat=at - (60 if rank == 5 else 59.5), process="sleeping")
+        RankReport(rank, step=7, phase="data", last_beat=at - (60 if rank == 5 else 59.5), process="sleeping")
         for rank in range(40)
         if rank != 9
     ]
@@ -211,9 +218,9 @@ def test_the_rank_that_was_silent_first_is_furthest_behind():
 
 def test_a_rank_at_an_earlier_step_or_stopped_is_further_behind():
     now = time.time()
-    others = [*reports(), Report(50, step=6, phase="step", last_beat=now, process="running")]
+    others = [*reports(), RankReport(50, step=6, phase="step", last_beat=now, process="running")]
     assert "furthest behind: rank 50" in summary(others, world_size=40)
-    others.append(Report(51, step=8, phase="step", last_beat=now, process="stopped"))
+    others.append(RankReport(51, step=8, phase="step", last_beat=now, process="stopped"))
     assert "furthest behind: rank 51" in summary(others, world_size=40)
 
 
@@ -247,22 +254,22 @@ ERRORS: list[tuple[BaseException, ExitCode]] = [
 @pytest.mark.fault("F72", "F73", "F86")
 @pytest.mark.parametrize(("error", "code"), ERRORS, ids=lambda value: repr(value)[:30])
 def test_errors_end_with_the_code_of_their_kind(error: BaseException, code: ExitCode):
-    assert code_of(error) is code
+    assert exit_code_of(error) is code
 
 
 @pytest.mark.fault("F86")
 def test_what_is_started_again_follows_from_the_code():
-    assert [again_after(code) for code in (0, 2, 82, 83, 84)] == [Again.NO] * 5
-    assert again_after(75) is Again.YES
-    assert again_after(81) is Again.ONCE
-    assert [again_after(code) for code in (1, 80, 137, 139, 255)] == [Again.BOUNDED] * 5
+    assert [restart_policy(code) for code in (0, 2, 82, 83, 84)] == [RestartPolicy.NEVER] * 5
+    assert restart_policy(75) is RestartPolicy.ALWAYS
+    assert restart_policy(81) is RestartPolicy.ONCE
+    assert [restart_policy(code) for code in (1, 80, 137, 139, 255)] == [RestartPolicy.BOUNDED] * 5
     assert describe(137) == "ended by signal 9"
 
 
 def test_errors_that_tell_of_other_ranks_are_known():
-    assert is_of_peers(RuntimeError("[third_party/gloo/pair.cc:525] Connection closed by peer [127.0.0.1]:2"))
-    assert is_of_peers(RuntimeError("NCCL communicator was aborted on rank 3"))
-    assert not is_of_peers(RuntimeError("parameters that ranks hold in common are not equal"))
+    assert blames_peers(RuntimeError("[third_party/gloo/pair.cc:525] Connection closed by peer [127.0.0.1]:2"))
+    assert blames_peers(RuntimeError("NCCL communicator was aborted on rank 3"))
+    assert not blames_peers(RuntimeError("parameters that ranks hold in common are not equal"))
 
 
 STANDING = """

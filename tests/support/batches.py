@@ -61,7 +61,7 @@ def model_of(
     config: ModelConfig = MODEL, *, seed: int = 0, dtype: torch.dtype = torch.float64, **changes
 ) -> PseudoMaskedLM:
     """A model with random weights and biases (none of them zero), in double precision."""
-    groups.start()
+    groups.init_process_groups()
     seeding.seed_initialisation(seed)
     model = build_model(replace(config, **changes), padded_vocab_size=PADDED).to(dtype)
     for parameter in model.parameters():

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pmlm_dist.config import RunConfig, WatchConfig
+from pmlm_dist.config import RunConfig, WatchdogConfig
 from pmlm_dist.metrics.run_log import read_metrics
-from pmlm_dist.supervision.attempts import Life, read_lives
-from pmlm_dist.supervision.restart import Decision, History, Limits, newest_step, next_life
+from pmlm_dist.supervision.attempts import AttemptRecord, read_attempts
+from pmlm_dist.supervision.restart import Decision, History, Limits, decide_restart, newest_step
 from support import worlds
 from support.small_runs import run_config, with_train
 
@@ -51,7 +51,7 @@ def small_run(
     config = run_config(corpus, run_dir, steps=steps, micro_batch=2, **engine)
     config = with_train(config, checkpoint_every=every, log_every=log_every)
     limits = dict.fromkeys(("data_s", "step_s", "save_s", "validation_s"), LIMIT_S)
-    return replace(config, watch=WatchConfig(startup_s=60, **limits))
+    return replace(config, watchdog=WatchdogConfig(startup_s=60, **limits))
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks
@@ -61,18 +61,18 @@ def rank_of_job(config: RunConfig, faults: Sequence[Fault], environ: dict[str, s
     """A supervised rank; ends its process with the supervisor's code. Everything it prints goes to `log`."""
     import torch
 
-    from pmlm_dist.supervision.supervisor import supervised
+    from pmlm_dist.supervision.supervisor import run_supervised
 
     torch.set_num_threads(1)
     os.environ.update(environ)
     with open(log, "ab", buffering=0) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    code = supervised(lambda heart: _train(config, faults, heart))
+    code = run_supervised(lambda heartbeat: _train(config, faults, heartbeat))
     os._exit(code)
 
 
-def _train(config: RunConfig, faults: Sequence[Fault], heart: Any) -> int:
+def _train(config: RunConfig, faults: Sequence[Fault], heartbeat: Any) -> int:
     """As train.py's `main`, with the faults planted and the ids of every step's samples written down."""
     from pmlm_dist.config import ConfigError
     from pmlm_dist.supervision.run_lock import FolderInUse
@@ -82,7 +82,7 @@ def _train(config: RunConfig, faults: Sequence[Fault], heart: Any) -> int:
     rank, step = int(os.environ["RANK"]), loop.train_step
     waiting = [fault for fault in faults if fault.rank == rank]
     signals = StopSignals()
-    signals.listen()
+    signals.install()
     _strike(config, waiting, step=0)
 
     def watched(run: Any, engine: Any, batches: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ def _train(config: RunConfig, faults: Sequence[Fault], heart: Any) -> int:
 
     loop.train_step = watched
     try:
-        loop.pretrain(config, signals, heart)
+        loop.pretrain(config, signals, heartbeat)
     except Stopped as stopped:
         return stopped.exit_code
     except (ConfigError, FolderInUse) as error:
@@ -215,19 +215,19 @@ def live(config: RunConfig, *faults: Fault, within_s: float = 60.0, **settings: 
 
 def live_on(config: RunConfig, *faults: Fault, limits: Limits | None = None, **settings: Any) -> list[Ended]:
     """Life after life, as long as the rule of the batch scripts says so."""
-    history, lives = History(), []
+    history, attempts = History(), []
     while True:
-        lives.append(live(config, *faults, **settings))
-        decision = follows(config, history, lives[-1], limits=limits)
-        if decision.refusal is not None:
-            return lives
+        attempts.append(live(config, *faults, **settings))
+        decision = follows(config, history, attempts[-1], limits=limits)
+        if decision.reason_to_stop is not None:
+            return attempts
         history = decision.history
 
 
 def follows(config: RunConfig, history: History, ended: Ended, *, limits: Limits | None = None) -> Decision:
     """What the batch scripts would do; srun gives them the largest code of the ranks."""
     step = newest_step(config.run_dir)
-    return next_life(history, code=max(ended.codes), step=step, limits=limits or Limits())
+    return decide_restart(history, code=max(ended.codes), step=step, limits=limits or Limits())
 
 
 def children_of(pid: int) -> list[int]:
@@ -302,13 +302,13 @@ def check_recovered(config: RunConfig, straight: RunConfig) -> int:
 def steps_redone(config: RunConfig) -> list[int]:
     """Steps that each life after the first did again: those the one before had done, less what it goes on from."""
     begun: list[int] = []
-    lives: list[Life] = read_lives(config.run_dir)
+    attempts: list[AttemptRecord] = read_attempts(config.run_dir)
     for line in (config.run_dir / IDS).read_text().splitlines():
         facts = json.loads(line)
         if facts["rank"] == 0 and (not begun or facts["step"] != begun[-1]):
             begun.append(facts["step"])
     restarts = [place for place in range(1, len(begun)) if begun[place] <= begun[place - 1]]
-    assert len(restarts) <= len(lives)
+    assert len(restarts) <= len(attempts)
     return [begun[place - 1] - begun[place] for place in restarts]
 
 
@@ -355,7 +355,7 @@ class Paced:
         def end(meter: Meter, step: int, *args: Any, **kwargs: Any) -> None:
             time.sleep(more_s)
             end_step(meter, step, *args, **kwargs)
-            if begun and path and meter._run.topology.is_first:
+            if begun and path and meter._run.topology.is_rank_zero:
                 with path.open("a") as lines:
                     lines.write(json.dumps([step, time.perf_counter() - begun[0]]) + "\n")
 

@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, MPNetConfig, MPNetForMaskedLM
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.conversion.pretrained import Pretrained, build_pretrained, hidden_states, logits, save_pretrained
+from pmlm_dist.conversion.pretrained import PretrainedWeights, build_pretrained, hidden_states, logits, save_pretrained
 from pmlm_dist.conversion.tensors import own_shapes
 from pmlm_dist.vocab import Vocabulary
 
@@ -39,12 +39,12 @@ SHARED: dict[str, Any] = {
 }
 
 
-def random_pretrained(*, seed: int = 0, **changes: Any) -> Pretrained:
+def random_pretrained(*, seed: int = 0, **changes: Any) -> PretrainedWeights:
     """A model whose every number is drawn."""
     model, generator = replace(MODEL, **changes), torch.Generator().manual_seed(seed)
     weights = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in own_shapes(model).items()}
     about = {"format": "bert", "from": "a random number generator", "notes": []}
-    return Pretrained(model, weights, Vocabulary.from_tokens(WORDS), about)
+    return PretrainedWeights(model, weights, Vocabulary.from_tokens(WORDS), about)
 
 
 def saved(folder: Path, **changes: Any) -> Path:
@@ -61,7 +61,7 @@ def random_text(*, length: int = 24, batch: int = 3, seed: int = 1) -> tuple[tor
     return ids_BT.masked_fill(~valid_BT, 0), segments_BT, valid_BT
 
 
-def own_answers(pretrained: Pretrained, ids_BT, segments_BT, valid_BT) -> tuple[torch.Tensor, torch.Tensor]:
+def own_answers(pretrained: PretrainedWeights, ids_BT, segments_BT, valid_BT) -> tuple[torch.Tensor, torch.Tensor]:
     """Last hidden states and logits in double precision."""
     model = build_pretrained(pretrained).double()
     states_BTE = hidden_states(model, ids_BT, segments_BT=segments_BT, valid_BT=valid_BT)

@@ -112,7 +112,9 @@ def start_run(config: RunConfig) -> Any:
     from pmlm_dist.training.resolve import check, resolve
 
     check(config)
-    return resolve(config, groups.start(tp=config.parallel.tp, timeout_s=config.train.collective_timeout_s))
+    return resolve(
+        config, groups.init_process_groups(tp=config.parallel.tp, timeout_s=config.train.collective_timeout_s)
+    )
 
 
 def take_steps(run: Any, engine: Any, state: Any, *, steps: int) -> tuple[Any, list[float], list[float]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pmlm_dist.config import ParallelConfig
-from pmlm_dist.conversion.pretrained import Pretrained, save_pretrained
+from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
 from pmlm_dist.conversion.tensors import own_shapes
 from pmlm_dist.downstream.settings import FinetuneConfig, InputConfig, Recipe
 from pmlm_dist.vocab import Vocabulary
@@ -44,7 +44,7 @@ def write_model(folder: Path, *, seed: int = 0) -> Path:
         name: 0.1 * torch.randn(shape, generator=random) + (1.0 if name.endswith("norm.weight") else 0.0)
         for name, shape in own_shapes(model).items()
     }
-    return save_pretrained(Pretrained(model, weights, vocabulary), folder)
+    return save_pretrained(PretrainedWeights(model, weights, vocabulary), folder)
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -13,7 +13,7 @@ from support.small_runs import run_config, whole_weights, with_model, with_train
 from support.worlds import run_world
 
 from pmlm_dist.config import RunConfig
-from pmlm_dist.training.guards import Skips
+from pmlm_dist.training.guards import SkippedSteps
 
 pytestmark = pytest.mark.distributed
 
@@ -25,7 +25,7 @@ def failure_of_check_batches(tp: int, fault: str) -> str:
     from pmlm_dist.parallel import groups
     from pmlm_dist.training.guards import GuardError, check_batches
 
-    topology = groups.start(tp=tp)
+    topology = groups.init_process_groups(tp=tp)
     batch = random_batch(seed=topology.dp_rank)
     ids = batch.sample_ids_B + 100 * topology.dp_rank
     if topology.rank == 1 and fault == "token":
@@ -60,7 +60,7 @@ def engine_of(config: RunConfig) -> tuple[Any, Any]:
     from pmlm_dist.training.loop import build_engine
     from pmlm_dist.training.resolve import resolve
 
-    topology = groups.start(tp=config.parallel.tp)
+    topology = groups.init_process_groups(tp=config.parallel.tp)
     run = resolve(config, topology)
     return run, build_engine(run)
 
@@ -113,7 +113,7 @@ def train_with_fault(config: RunConfig, step: int, fault: str) -> dict[str, Any]
     from pmlm_dist.training import loop
 
     run, engine = engine_of(config)
-    losses_of, state = loop.losses_of, RunState()
+    losses_of, state = loop.forward_losses, RunState()
     faulty = run.topology.rank == run.topology.world_size - 1
 
     def wrong(module: Any, batch: Any, objective: Any) -> Any:
@@ -126,7 +126,7 @@ def train_with_fault(config: RunConfig, step: int, fault: str) -> dict[str, Any]
             nll_K = nll_K + 0.0 * torch.sqrt(nll_K.detach() * 0.0 + 0.0 * nll_K)  # derivative: infinity times zero
         return dataclasses.replace(sums, nll_K=nll_K)
 
-    loop.losses_of = wrong
+    loop.forward_losses = wrong
     batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=config.data)
     results, weights = [], []
     try:
@@ -135,7 +135,7 @@ def train_with_fault(config: RunConfig, step: int, fault: str) -> dict[str, Any]
             weights.append(whole_weights(engine.module))
             state = loop.advance(state, run)
     finally:
-        loop.losses_of = losses_of
+        loop.forward_losses = losses_of
     return {
         "skipped": [result.skipped for result in results],
         "causes": [result.causes for result in results],
@@ -182,7 +182,7 @@ def test_with_activation_checkpointing_the_loss_is_named(small_corpus, tmp_path)
 
 @pytest.mark.fault("F72")
 def test_too_many_skips_in_a_row_end_the_run():
-    skips = Skips(limit=3)
+    skips = SkippedSteps(limit=3)
     for skipped in (True, True, False, True, True):
         skips.count(skipped=skipped, last_good=None)
     assert (skips.total, skips.in_a_row) == (4, 2)
@@ -199,7 +199,7 @@ def pretrain_with_broken_weights(config: RunConfig, step: int) -> tuple[str, lis
     def say(self: loop.RunLog, text: str) -> None:
         said.append(text)
 
-    loop.RunLog.say = say
+    loop.RunLog.info = say
 
     def broken(run: Any, engine: Any, batches: Any, state: Any, watch: Any, **settings: Any) -> Any:
         if state.step + 1 == step:

@@ -12,7 +12,7 @@ from support.small_runs import Trained, run_config, train
 from support.worlds import run_world
 
 from pmlm_dist.config import ObjectiveConfig, RunConfig
-from pmlm_dist.objectives import READS
+from pmlm_dist.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.distributed
 
@@ -28,9 +28,9 @@ def first_batch(config: RunConfig) -> dict[str, Any]:
     from pmlm_dist.model.transformer import build_model
     from pmlm_dist.parallel import groups
     from pmlm_dist.training.resolve import resolve
-    from pmlm_dist.training.validation import losses_of
+    from pmlm_dist.training.validation import forward_losses
 
-    run = resolve(config, groups.start())
+    run = resolve(config, groups.init_process_groups())
     batch = next(training_batches(run.source, lanes=run.lanes, share=run.share, loading=config.data))
     model = build_model(run.config.model, padded_vocab_size=run.vocabulary.padded_size())
     slots: list[torch.Tensor] = []
@@ -40,7 +40,7 @@ def first_batch(config: RunConfig) -> dict[str, Any]:
         return slots[-1]
 
     model.embeddings.register_forward_hook(keep)
-    sums = losses_of(model, batch, run.config.objective)
+    sums = forward_losses(model, batch, run.config.objective)
     sums.nll_K.sum().backward()
     assert slots[0].grad is not None
     S = batch.num_context
@@ -56,16 +56,16 @@ def first_batch(config: RunConfig) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", sorted(READS))
+@pytest.mark.parametrize("kind", sorted(OBJECTIVES))
 def test_what_an_objective_reads(small_corpus: Path, tmp_path: Path, kind):
     (found,) = run_world(first_batch, 1, with_objective(run_config(small_corpus, tmp_path), kind))
     samples = len(found["spans"])
     ae_targets, par_targets = found["counts"][4:6]
-    assert ae_targets == (samples * found["predictions"] if "ae" in READS[kind] else 0)
-    assert par_targets == (samples * found["predictions"] if "par" in READS[kind] else 0)
+    assert ae_targets == (samples * found["predictions"] if "ae" in OBJECTIVES[kind] else 0)
+    assert par_targets == (samples * found["predictions"] if "par" in OBJECTIVES[kind] else 0)
     single = all(spans == found["predictions"] for spans in found["spans"])
     assert single == (kind in ("ar", "ae+ar"))
-    if "par" in READS[kind]:
+    if "par" in OBJECTIVES[kind]:
         assert found["slots"] == found["context"] + 2 * found["predictions"]
         assert found["appended_gradient"] > 0
     else:

@@ -272,7 +272,7 @@ def test_how_a_run_is_computed_and_logged_may_change(finished: Finished, tmp_pat
     assert losses(other)[2 * N]["validation/ae"] == pytest.approx(
         losses(finished.straight)[2 * N]["validation/ae"], rel=1e-5
     )
-    assert refusals_of(1, [with_model(finished.stopped, attention="dense")]) == [[]]
+    assert refusals_of(1, [with_model(finished.stopped, attention="reference")]) == [[]]
 
 
 def optimizer_settings(config: RunConfig) -> list[tuple[float, float]]:

@@ -26,7 +26,7 @@ Unicode = Literal["none", "nfc", "nfd", "nfkc", "nfkd"]
 TOO_FEW = "fewer than min_characters"
 LANGUAGE = "refused by the language filter"
 HELD_OUT = "shares words with held-out texts"
-NORMALISED = "Unicode normalisation"
+NORMALIZED = "Unicode normalisation"
 
 
 @dataclass(frozen=True)
@@ -81,25 +81,25 @@ class Cleaner:
     def clean(self, documents: Iterable[Document]) -> Iterator[Document]:
         """The documents that are kept, normalised; of the others the reason is counted."""
         for document in documents:
-            cleaned = normalised(document, self.unicode)
-            self.changed[NORMALISED] += cleaned is not document
-            reason = self._refusal(cleaned.text)
+            cleaned = normalized(document, self.unicode)
+            self.changed[NORMALIZED] += cleaned is not document
+            reason = self._rejection_reason(cleaned.text)
             if reason is None:
                 yield cleaned
             else:
                 self.skips.add(reason, unit=document.unit, place=document.place)
 
-    def _refusal(self, text: str) -> str | None:
+    def _rejection_reason(self, text: str) -> str | None:
         if len(text) < self.min_characters:
             return TOO_FEW
         if self.keeps is not None and not self.keeps(text):
             return LANGUAGE
-        if self.held_out is not None and self.held_out.meets(text):
+        if self.held_out is not None and self.held_out.overlaps(text):
             return HELD_OUT
         return None
 
 
-def normalised(document: Document, form: Unicode) -> Document:
+def normalized(document: Document, form: Unicode) -> Document:
     """The document in a normal form of Unicode (UAX 15); itself if it is in that form already."""
     if form == "none" or document.text.isascii():
         return document

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.corpus.input.documents import list_units, read_strings
 from pmlm_dist.corpus.input.sources import find_files
 
@@ -41,7 +41,7 @@ class HeldOut:
         """The runs of `words` words in `texts`."""
         return cls(np.unique(np.concatenate([np.empty(0, np.uint64), *(_runs(text, words) for text in texts)])), words)
 
-    def meets(self, text: str) -> bool:
+    def overlaps(self, text: str) -> bool:
         """Whether `text` has one of the runs."""
         runs = _runs(text, self.words)
         first, last = (np.searchsorted(self.runs, runs, side=side) for side in ("left", "right"))
@@ -58,7 +58,7 @@ def read_held_out(patterns: Sequence[str], *, words: int) -> HeldOut:
     try:
         units = list_units(find_files(patterns))
         held_out = HeldOut.of((text for unit in units for text in read_strings(unit)), words=words)
-        refuse([f"there is no text in {', '.join(patterns)}: give the held-out files"] * (not len(held_out.runs)))
+        raise_if_any([f"there is no text in {', '.join(patterns)}: give the held-out files"] * (not len(held_out.runs)))
     except ConfigError as error:
         raise ConfigError([f"decontaminate: {problem}" for problem in error.problems]) from error
     return held_out

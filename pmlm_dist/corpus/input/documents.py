@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 import zstandard
 
-from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.corpus.input.sentences import cut_text
 from pmlm_dist.corpus.input.sources import SourceFile, open_dataset, open_source, read_errors_named
 
@@ -135,7 +135,7 @@ def read_unit(unit: Unit, *, text_field: str = "text", skips: Skips) -> Iterator
     number = 0
     for place, record in _records(unit, text_field=text_field):
         text = _text(record, unit=unit, text_field=text_field)
-        if isinstance(text, _Refused):
+        if isinstance(text, _Rejected):
             skips.add(text.reason, unit=unit.number, place=f"{unit.name}, {place}{text.detail}")
             number += 1
             continue
@@ -163,9 +163,9 @@ def read_strings(unit: Unit) -> Iterator[str]:
                 yield from _strings_in(_value_of(record, unit=unit, place=place))
 
 
-def _value_of(record: bytes | _Refused, *, unit: Unit, place: str) -> Any:
+def _value_of(record: bytes | _Rejected, *, unit: Unit, place: str) -> Any:
     try:
-        if isinstance(record, _Refused):
+        if isinstance(record, _Rejected):
             raise ValueError(record.reason)
         text = record.decode("utf-8")
         return json.loads(text) if unit.format == "jsonl" else text
@@ -182,7 +182,7 @@ def _strings_in(value: Any) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _Refused:
+class _Rejected:
     reason: str
     detail: str = ""
 
@@ -204,7 +204,7 @@ def _ranges(
     return [(start, min(start + unit_bytes, file.size)) for start in range(0, file.size, unit_bytes)]
 
 
-def _records(unit: Unit, *, text_field: str) -> Iterator[tuple[str, bytes | _Refused]]:
+def _records(unit: Unit, *, text_field: str) -> Iterator[tuple[str, bytes | _Rejected]]:
     """(place, raw record) of every record that `unit` owns."""
     if unit.format == "dataset":
         yield from _dataset_rows(unit, column=text_field)
@@ -303,7 +303,7 @@ def _skip_line(file: BinaryIO, *, at_most: int) -> int:
     return passed
 
 
-def _objects(file: BinaryIO, unit: Unit) -> Iterator[tuple[str, bytes | _Refused]]:
+def _objects(file: BinaryIO, unit: Unit) -> Iterator[tuple[str, bytes | _Rejected]]:
     """JSONL: the lines that begin in the unit; blank ones are nothing."""
     pieces: list[bytes] = []
     begin, length = 0, 0
@@ -319,9 +319,9 @@ def _objects(file: BinaryIO, unit: Unit) -> Iterator[tuple[str, bytes | _Refused
     yield from _object(pieces, begin=begin, length=length)
 
 
-def _object(pieces: list[bytes], *, begin: int, length: int) -> Iterator[tuple[str, bytes | _Refused]]:
+def _object(pieces: list[bytes], *, begin: int, length: int) -> Iterator[tuple[str, bytes | _Rejected]]:
     if length > LONGEST_LINE:
-        yield f"byte {begin}", _Refused(TOO_LONG, f": {length} bytes")
+        yield f"byte {begin}", _Rejected(TOO_LONG, f": {length} bytes")
         return
     line = pieces[0] if len(pieces) == 1 else b"".join(pieces)
     if line.strip():
@@ -367,32 +367,32 @@ def _part(text: bytes) -> tuple[bytes, bytes]:
     return text[:at], text[at:]
 
 
-def _text(record: bytes | _Refused, *, unit: Unit, text_field: str) -> str | _Refused:
-    if isinstance(record, _Refused):
+def _text(record: bytes | _Rejected, *, unit: Unit, text_field: str) -> str | _Rejected:
+    if isinstance(record, _Rejected):
         return record
     try:
         text = record.decode("utf-8")
         if unit.format == "jsonl":
             text = _json_text(text, text_field=text_field)
-            if isinstance(text, _Refused):
+            if isinstance(text, _Rejected):
                 return text
             text.encode("utf-8")  # JSON can spell half a surrogate pair
     except UnicodeError as error:
-        return _Refused(NOT_UTF8, f": {getattr(error, 'reason', error)}")
+        return _Rejected(NOT_UTF8, f": {getattr(error, 'reason', error)}")
     text = text.replace("\r\n", "\n").strip()
-    return text or _Refused(EMPTY)
+    return text or _Rejected(EMPTY)
 
 
-def _json_text(line: str, *, text_field: str) -> str | _Refused:
+def _json_text(line: str, *, text_field: str) -> str | _Rejected:
     try:
         record: Any = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        return _Refused(BROKEN_JSON, f": {error}")
+        return _Rejected(BROKEN_JSON, f": {error}")
     if not isinstance(record, dict):
-        return _Refused(NO_TEXT, ": not a JSON object")
+        return _Rejected(NO_TEXT, ": not a JSON object")
     value = record.get(text_field)
     if not isinstance(value, str):
-        return _Refused(NO_TEXT, f": no string {text_field!r} among the fields {sorted(record)[:10]}")
+        return _Rejected(NO_TEXT, f": no string {text_field!r} among the fields {sorted(record)[:10]}")
     return value
 
 
@@ -410,16 +410,16 @@ def _parquet(name: str, file: BinaryIO) -> Any:
         raise ConfigError([f"source {name} is damaged: {error}; replace the file or leave it out"]) from error
 
 
-def _rows(unit: Unit, raw: BinaryIO, *, column: str) -> Iterator[tuple[str, bytes | _Refused]]:
+def _rows(unit: Unit, raw: BinaryIO, *, column: str) -> Iterator[tuple[str, bytes | _Rejected]]:
     import pyarrow
 
     file = _parquet(unit.name, raw)
     names = file.schema_arrow.names
     if column not in names:
-        refuse([f"source {unit.name} has no column {column!r}: set --text-field to one of {names}"])
+        raise_if_any([f"source {unit.name} has no column {column!r}: set --text-field to one of {names}"])
     kind = file.schema_arrow.field(column).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        refuse([f"source {unit.name}: column {column!r} holds {kind}, not strings: set --text-field to another"])
+        raise_if_any([f"source {unit.name}: column {column!r} holds {kind}, not strings: set --text-field to another"])
     row = 0
     for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[unit.start], columns=[column]):
         for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
@@ -427,13 +427,13 @@ def _rows(unit: Unit, raw: BinaryIO, *, column: str) -> Iterator[tuple[str, byte
             row += 1
 
 
-def _dataset_rows(unit: Unit, *, column: str) -> Iterator[tuple[str, bytes | _Refused]]:
+def _dataset_rows(unit: Unit, *, column: str) -> Iterator[tuple[str, bytes | _Rejected]]:
     data = open_dataset(unit.name)
     if column not in data.column_names:
-        refuse([f"source {unit.name} has no column {column!r}: set --text-field to one of {data.column_names}"])
+        raise_if_any([f"source {unit.name} has no column {column!r}: set --text-field to one of {data.column_names}"])
     kind = getattr(data.features[column], "dtype", "")
     if kind not in ("string", "large_string"):
-        refuse([f"source {unit.name}: column {column!r} holds {kind}, not strings: set --text-field to another"])
+        raise_if_any([f"source {unit.name}: column {column!r} holds {kind}, not strings: set --text-field to another"])
     assert unit.stop is not None
     texts = data.select_columns([column])
     for start in range(unit.start, unit.stop, _BATCH_ROWS):
@@ -442,5 +442,5 @@ def _dataset_rows(unit: Unit, *, column: str) -> Iterator[tuple[str, bytes | _Re
             yield f"row {row}", _value(value if value is None else value.encode(), column=column)
 
 
-def _value(value: bytes | None, *, column: str) -> bytes | _Refused:
-    return _Refused(NO_TEXT, f": no value in {column!r}") if value is None else value
+def _value(value: bytes | None, *, column: str) -> bytes | _Rejected:
+    return _Rejected(NO_TEXT, f": no value in {column!r}") if value is None else value

@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from pmlm_dist.config import ConfigError, refuse
+from pmlm_dist.config import ConfigError, raise_if_any
 
 DATASETS = "datasets://"
 _KINDS = "use .txt, .jsonl (also .gz, .zst) or .parquet"
@@ -68,7 +68,7 @@ def find_files(patterns: Iterable[str]) -> list[SourceFile]:
             found.setdefault(file.name if is_address(file.name) else str(Path(file.name).resolve()), file)
     files = sorted(found.values(), key=_order)
     problems += [f"source {file.name}: unknown kind of file: {_KINDS}" for file in files if not file.kind[0]]
-    refuse(problems)
+    raise_if_any(problems)
     return files
 
 
@@ -240,5 +240,5 @@ def _dataset_address(address: str) -> tuple[str, dict[str, str]]:
     parts = urllib.parse.urlsplit(address)
     options = dict(urllib.parse.parse_qsl(parts.query))
     unknown = sorted(set(options) - {"config", "split", "revision"})
-    refuse([f"source {address} has an unknown option {name!r}: use config, split, revision" for name in unknown])
+    raise_if_any([f"source {address} has an unknown option {name!r}: use config, split, revision" for name in unknown])
     return parts.netloc + parts.path, {"split": "train", **options}

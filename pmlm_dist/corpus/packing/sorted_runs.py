@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pmlm_dist.corpus.filters.cleaning import normalised
+from pmlm_dist.corpus.filters.cleaning import normalized
 from pmlm_dist.corpus.input.documents import Document, Skips, Unit, read_unit
 from pmlm_dist.corpus.packing.packer import MIN_CONTENT, Packer, PackingConfig, draw
 from pmlm_dist.corpus.packing.shuffle import BUFFER_BYTES, Spill
 from pmlm_dist.corpus.packing.stream_digest import StreamDigest, order_key
-from pmlm_dist.corpus.packing.tokenization import Encoder, Tokenised, tokenised
-from pmlm_dist.corpus.prepare.counts import Tally
+from pmlm_dist.corpus.packing.tokenization import Encoder, Tokenized, tokenized
+from pmlm_dist.corpus.prepare.counts import UnitCounts
 from pmlm_dist.corpus.prepare.journal import RUNS
 from pmlm_dist.corpus.prepare.sampling import FOR_PACKING, FOR_SPLIT
 from pmlm_dist.corpus.prepare.scan import EQUAL, NEAR, Scan
@@ -25,7 +25,7 @@ DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near duplicate"
 
 
-class Packing:
+class RunPacker:
     """One rank's packing. A few units, until the buffer is full, make a piece of work that is finished by itself."""
 
     def __init__(self, scan: Scan, vocabulary: Vocabulary, *, held_out_below: int, buffer_bytes: int = BUFFER_BYTES):
@@ -44,13 +44,13 @@ class Packing:
         self._units: dict[int, list[int]] = {}
         """Finished units -> samples of each split."""
         self._runs: dict[str, list[str]] = {split: [] for split in SPLITS}
-        self._tally = Tally()
+        self._tally = UnitCounts()
         self._token_counts = np.zeros(self.vocabulary.size, np.int64)
 
     def add(self, unit: Unit) -> None:
         """Pack all documents of a unit."""
         streams = {split: self._stream(split, unit) for split in SPLITS}
-        for document in tokenised(self._documents(unit), self._encoder):
+        for document in tokenized(self._documents(unit), self._encoder):
             split = self._split(document.document)
             if self._count(document, split=split):
                 streams[split].add(document)
@@ -85,13 +85,13 @@ class Packing:
             elif document.number in near:
                 self._skip(document, NEAR_DUPLICATE)
             elif document.number in scanned:
-                yield normalised(document, self.config.unicode)
+                yield normalized(document, self.config.unicode)
 
     def _split(self, document: Document) -> str:
         drawn = draw(FOR_SPLIT, self.config.seed, document.unit, document.number)
         return VALIDATION if drawn < self._held_out_below else TRAIN
 
-    def _count(self, document: Tokenised, *, split: str) -> bool:
+    def _count(self, document: Tokenized, *, split: str) -> bool:
         """Whether the document is long enough to be packed."""
         if len(document.ids) < MIN_CONTENT:
             self._skip(document.document, TOO_SHORT)
@@ -135,7 +135,7 @@ class _Stream:
     digest: StreamDigest
     samples: int = 0
 
-    def add(self, document: Tokenised) -> None:
+    def add(self, document: Tokenized) -> None:
         self.digest.add(document.ids)
         self._spill(self.packer.add(document.ids, sentences=document.sentences))
 

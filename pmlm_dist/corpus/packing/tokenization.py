@@ -34,7 +34,7 @@ _NO_SPACES = "\x0b\x0c\x1c\x1d\x1e\x1f\x85"
 
 
 @dataclass(frozen=True)
-class Tokenised:
+class Tokenized:
     """A document as token ids."""
 
     document: Document
@@ -100,7 +100,7 @@ def _flat(encoded: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, lengths.sum()), lengths
 
 
-def tokenised(documents: Iterable[Document], encoder: Encoder) -> Iterator[Tokenised]:
+def tokenized(documents: Iterable[Document], encoder: Encoder) -> Iterator[Tokenized]:
     """Documents with their token ids; the tokenizer gets about a million characters at a time."""
     for batch in _grouped(documents, length=lambda document: len(document.text)):
         pieces = [
@@ -113,7 +113,7 @@ def tokenised(documents: Iterable[Document], encoder: Encoder) -> Iterator[Token
         stops = itertools.accumulate(map(len, pieces), initial=0)
         for document, (first, last) in zip(batch, itertools.pairwise(stops), strict=True):
             start, stop = ends[first], ends[last]
-            yield Tokenised(document, ids[start:stop], ends[first + 1 : last] - start)
+            yield Tokenized(document, ids[start:stop], ends[first + 1 : last] - start)
 
 
 def _grouped(items: Iterable[T], *, length: Callable[[T], int]) -> Iterator[list[T]]:

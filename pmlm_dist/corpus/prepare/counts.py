@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pmlm_dist.config import refuse
+from pmlm_dist.config import raise_if_any
 from pmlm_dist.corpus.input.documents import Skips
 from pmlm_dist.corpus.packing.packer import SPECIAL_TOKENS_PER_SAMPLE
 from pmlm_dist.corpus.prepare.settings import PrepareConfig
@@ -18,7 +18,7 @@ from pmlm_dist.vocab import Vocabulary
 
 
 @dataclass
-class Tally:
+class UnitCounts:
     """Counts of one piece of work, of one rank, or of all."""
 
     documents: Counter[str] = field(default_factory=Counter)
@@ -34,7 +34,7 @@ class Tally:
     characters: int = 0
     skips: Skips = field(default_factory=Skips)
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: UnitCounts) -> None:
         """Add another's counts."""
         for name in _COUNTERS:
             getattr(self, name).update(getattr(other, name))
@@ -48,7 +48,7 @@ class Tally:
         return {**counters, "characters": self.characters, "skips": skips}
 
     @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> Tally:
+    def from_json(cls, plain: Mapping[str, Any]) -> UnitCounts:
         """What `as_json` gave."""
         first = {reason: (unit, place) for reason, (unit, place) in plain["skips"]["first"].items()}
         return cls(
@@ -61,36 +61,36 @@ class Tally:
 _COUNTERS = ("documents", "content_tokens", "samples", "digests", "changed")
 
 
-def merged(tallies: Iterable[Tally]) -> Tally:
+def merged(tallies: Iterable[UnitCounts]) -> UnitCounts:
     """The sum."""
-    total = Tally()
+    total = UnitCounts()
     for tally in tallies:
         total.merge(tally)
     return total
 
 
-def refuse_nothing(config: PrepareConfig, found: Tally) -> None:
+def raise_if_empty(config: PrepareConfig, found: UnitCounts) -> None:
     """Raise ConfigError if the scan found no document, saying why."""
     skips = found.skips
     if skips.records == skips.counts.total():
         found_only = "; ".join(_skip_lines(skips)) or "the files are empty"
-        refuse(
+        raise_if_any(
             [f"source {' '.join(config.source)} holds no usable document ({found_only}): check the files, --text-field"]
         )
 
 
-def refuse_too_little(config: PrepareConfig, totals: Tally) -> None:
+def raise_if_too_small(config: PrepareConfig, totals: UnitCounts) -> None:
     """Raise ConfigError if a split has no sample, or fewer than shards are wanted."""
     for split in SPLITS:
         if totals.samples[split] == 0:
-            refuse(
+            raise_if_any(
                 [
                     f"no sample is left for {split}: {totals.documents.total()} usable documents are too few for a "
                     f"validation_fraction of {config.validation_fraction}: give more text or another fraction"
                 ]
             )
     if config.shards is not None and totals.samples[TRAIN] < config.shards:
-        refuse([f"shards ({config.shards}) exceeds the {totals.samples[TRAIN]} training samples: use fewer"])
+        raise_if_any([f"shards ({config.shards}) exceeds the {totals.samples[TRAIN]} training samples: use fewer"])
 
 
 def entropy(counts: np.ndarray) -> float:
@@ -104,7 +104,7 @@ def build_manifest(
     settings: Mapping[str, Any],
     vocabulary: Vocabulary,
     *,
-    totals: Tally,
+    totals: UnitCounts,
     shards: Mapping[str, list[Shard]],
     unigram_entropy: float,
 ) -> Manifest:
@@ -132,7 +132,7 @@ def build_manifest(
     )
 
 
-def summary(config: PrepareConfig, manifest: Manifest, totals: Tally, seconds: Mapping[str, float]) -> str:
+def summary(config: PrepareConfig, manifest: Manifest, totals: UnitCounts, seconds: Mapping[str, float]) -> str:
     """What the user reads at the end; `seconds` by phase."""
     lines = [
         f"corpus {config.output}: vocabulary {manifest.vocabulary['size']}, sequence length {config.sequence_length}"

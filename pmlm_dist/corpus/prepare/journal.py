@@ -24,7 +24,7 @@ SCAN, RUNS, SHARDS, DROPPED, PARTS = "scan", "runs", "shards", "dropped", "parts
 _IDENTITY = "identity.json"
 
 
-class Unfinished:
+class Journal:
     """The folder of a preparation that writes into `output`."""
 
     def __init__(self, output: Path):

@@ -33,7 +33,7 @@ def world() -> Intracomm:
 
 
 @contextmanager
-def one_failure_ends_all(comm: Intracomm) -> Iterator[None]:
+def abort_on_failure(comm: Intracomm) -> Iterator[None]:
     """With several ranks: print the error of the rank that fails and end the others, which wait for it in vain."""
     try:
         yield
@@ -46,22 +46,22 @@ def one_failure_ends_all(comm: Intracomm) -> Iterator[None]:
         comm.Abort(_USER_ERROR if known else _FAILURE)
 
 
-def say(comm: Intracomm, message: str) -> None:
+def print_once(comm: Intracomm, message: str) -> None:
     """Print a message once."""
     if comm.rank == 0:
         print(message, flush=True)
 
 
-def wait(comm: Intracomm) -> None:
+def barrier(comm: Intracomm) -> None:
     """A barrier that sleeps: MPI's own would burn a core for as long as another rank works."""
     request = comm.Ibarrier()
     while not request.Test():
         time.sleep(0.01)
 
 
-def from_first(comm: Intracomm, value: T) -> T:
+def broadcast_from_root(comm: Intracomm, value: T) -> T:
     """Rank 0's value on every rank; the others sleep until it is there."""
-    wait(comm)
+    barrier(comm)
     return comm.bcast(value)
 
 

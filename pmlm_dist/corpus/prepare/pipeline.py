@@ -25,25 +25,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pmlm_dist.config import ConfigError, refuse
-from pmlm_dist.corpus.filters.cleaning import normalised
+from pmlm_dist.config import ConfigError, raise_if_any
+from pmlm_dist.corpus.filters.cleaning import normalized
 from pmlm_dist.corpus.input.documents import Skips, Unit, list_units, read_unit
 from pmlm_dist.corpus.input.sources import SourceFile, find_files, local_file
 from pmlm_dist.corpus.packing.packer import SPECIAL_TOKENS_PER_SAMPLE
 from pmlm_dist.corpus.packing.shuffle import BUCKET_BYTES, BUFFER_BYTES, Run, Shuffled, bucket_counts
-from pmlm_dist.corpus.packing.sorted_runs import Packing
+from pmlm_dist.corpus.packing.sorted_runs import RunPacker
 from pmlm_dist.corpus.packing.stream_digest import ORIGINS
 from pmlm_dist.corpus.prepare.counts import (
-    Tally,
+    UnitCounts,
     build_manifest,
     entropy,
     merged,
-    refuse_nothing,
-    refuse_too_little,
+    raise_if_empty,
+    raise_if_too_small,
     summary,
 )
-from pmlm_dist.corpus.prepare.journal import RUNS, SCAN, SHARDS, Unfinished
-from pmlm_dist.corpus.prepare.mpi import from_first, one_failure_ends_all, say, track, wait, world
+from pmlm_dist.corpus.prepare.journal import RUNS, SCAN, SHARDS, Journal
+from pmlm_dist.corpus.prepare.mpi import abort_on_failure, barrier, broadcast_from_root, print_once, track, world
 from pmlm_dist.corpus.prepare.sampling import (
     VOCABULARY_BINS,
     chosen,
@@ -60,8 +60,8 @@ from pmlm_dist.corpus.prepare.settings import (
     SAMPLES_PER_SHARD,
     PrepareConfig,
     patterns,
+    raise_if_different,
     recorded,
-    refuse_other,
     standing,
 )
 from pmlm_dist.corpus.shards import (
@@ -92,12 +92,12 @@ def prepare_corpus(config: PrepareConfig) -> Manifest:
     corpus. With several ranks any error ends them all.
     """
     comm = world()
-    with one_failure_ends_all(comm):
-        found = from_first(comm, standing(config) if comm.rank == 0 else None)
+    with abort_on_failure(comm):
+        found = broadcast_from_root(comm, standing(config) if comm.rank == 0 else None)
         if found is not None:
             if comm.rank == 0:
-                Unfinished(config.output).remove()  # of a run that ended just after its manifest
-            say(comm, f"{config.output} stands already with these settings; nothing to do")
+                Journal(config.output).remove()  # of a run that ended just after its manifest
+            print_once(comm, f"{config.output} stands already with these settings; nothing to do")
             return found
         return _Preparation(config, comm).run()
 
@@ -108,7 +108,7 @@ class _Preparation:
     def __init__(self, config: PrepareConfig, comm: Intracomm):
         self.config = config
         self.comm = comm
-        self.work = Unfinished(config.output)
+        self.work = Journal(config.output)
         self.scan = Scan(config, comm, self.work)
         self.seconds: dict[str, float] = {}
 
@@ -117,15 +117,15 @@ class _Preparation:
             units, settings = self._begin()
         with self._phase("scan"):
             found = self.scan.run(units)
-        self._judge(refuse_nothing, found)
+        self._judge(raise_if_empty, found)
         with self._phase("duplicates"):
             self.scan.find_duplicates(units)
         with self._phase("vocabulary"):
             vocabulary = self._vocabulary(units)
         with self._phase("pack"):
             runs = self._pack(units, vocabulary)
-        totals = merged([Tally.from_json(run["tally"]) for run in runs.values()])
-        self._judge(refuse_too_little, totals)
+        totals = merged([UnitCounts.from_json(run["tally"]) for run in runs.values()])
+        self._judge(raise_if_too_small, totals)
         with self._phase("write"):
             shards = self._write(runs, totals, vocabulary)
         totals.merge(found)
@@ -137,7 +137,7 @@ class _Preparation:
             manifest.save(self.config.output)
             self.work.remove()
             print(summary(self.config, manifest, totals, self.seconds), flush=True)
-        wait(self.comm)
+        barrier(self.comm)
         return manifest
 
     @contextmanager
@@ -145,15 +145,15 @@ class _Preparation:
         """Time a phase and end it on all ranks together."""
         began = time.perf_counter()
         yield
-        wait(self.comm)
+        barrier(self.comm)
         self.seconds[name] = time.perf_counter() - began
 
-    def _judge(self, check: Callable[[PrepareConfig, Tally], None], counts: Tally) -> None:
+    def _judge(self, check: Callable[[PrepareConfig, UnitCounts], None], counts: UnitCounts) -> None:
         """Let rank 0 judge while the others wait."""
         if self.comm.rank == 0:
             with self._useless_if_refused():
                 check(self.config, counts)
-        wait(self.comm)
+        barrier(self.comm)
 
     @contextmanager
     def _useless_if_refused(self) -> Iterator[None]:
@@ -172,7 +172,7 @@ class _Preparation:
         if self.comm.rank == 0:
             settings, before = recorded(self.config), self.work.identity()
             if before is not None:
-                refuse_other(self.work.folder, before["settings"], settings, holds="an unfinished corpus")
+                raise_if_different(self.work.folder, before["settings"], settings, holds="an unfinished corpus")
             files = _source_files(self.config, goes_on=before is not None)
             listing = [list(dataclasses.astuple(file)) for file in files]
             units = list_units(files, unit_bytes=self.config.unit_bytes)
@@ -185,7 +185,7 @@ class _Preparation:
                 _refuse_changed(self.work.folder, before["files"], listing)
                 self._say_what_is_done(units)
             found = units, settings
-        found = from_first(self.comm, found)
+        found = broadcast_from_root(self.comm, found)
         assert found is not None
         return found
 
@@ -201,7 +201,7 @@ class _Preparation:
 
     def _vocabulary(self, units: Sequence[Unit]) -> Vocabulary:
         folder = self.work.path(_VOCABULARY, "")
-        stands = from_first(self.comm, folder.is_dir() if self.comm.rank == 0 else False)
+        stands = broadcast_from_root(self.comm, folder.is_dir() if self.comm.rank == 0 else False)
         trains = not stands and self.config.vocabulary is None
         texts = self._vocabulary_texts(units) if trains else []
         vocabulary = None
@@ -213,7 +213,7 @@ class _Preparation:
                 temporary.replace(folder)
             else:
                 vocabulary = Vocabulary.load(folder if stands else self.config.vocabulary or folder)
-        vocabulary = from_first(self.comm, vocabulary)
+        vocabulary = broadcast_from_root(self.comm, vocabulary)
         assert vocabulary is not None
         return vocabulary
 
@@ -228,11 +228,11 @@ class _Preparation:
             wanted = chosen(self.scan.kept(unit), seed=seed, unit=unit.number, below=below)
             documents = read_unit(unit, text_field=self.config.text_field, skips=Skips()) if wanted else ()
             texts += [
-                vocabulary_text(normalised(document, self.config.unicode))
+                vocabulary_text(normalized(document, self.config.unicode))
                 for document in documents
                 if document.number in wanted
             ]
-        wait(self.comm)
+        barrier(self.comm)
         gathered = self.comm.gather(texts)
         return [text for texts in gathered or () for text in texts]
 
@@ -242,15 +242,17 @@ class _Preparation:
         """Pack what is not packed; the records of all pieces of work."""
         packed = {int(number) for run in self._packed().values() for number in run["units"]}
         missing = [unit for unit in units if unit.number not in packed]
-        packing = Packing(self.scan, vocabulary, held_out_below=self._held_out_below(units), buffer_bytes=BUFFER_BYTES)
+        packing = RunPacker(
+            self.scan, vocabulary, held_out_below=self._held_out_below(units), buffer_bytes=BUFFER_BYTES
+        )
         for unit in track(self.comm, self.scan.own(missing), label="pack"):
             packing.add(unit)
         packing.finish()
-        wait(self.comm)
+        barrier(self.comm)
         return self._packed()
 
     def _packed(self) -> dict[str, Any]:
-        return from_first(self.comm, self.work.done(RUNS) if self.comm.rank == 0 else {})
+        return broadcast_from_root(self.comm, self.work.done(RUNS) if self.comm.rank == 0 else {})
 
     def _held_out_below(self, units: Sequence[Unit]) -> int:
         """Documents with a lower draw are held out."""
@@ -269,11 +271,11 @@ class _Preparation:
 
     # 5
 
-    def _write(self, runs: Mapping[str, Any], totals: Tally, vocabulary: Vocabulary) -> dict[str, list[Shard]]:
+    def _write(self, runs: Mapping[str, Any], totals: UnitCounts, vocabulary: Vocabulary) -> dict[str, list[Shard]]:
         """All shards by split, in order; each rank writes neighbours, which share what it has to read."""
         for split, shards in _shard_numbers(self.config, totals.samples).items():
             shuffled = self._shuffled(runs, split, totals, token_dtype(vocabulary.size))
-            done = from_first(self.comm, set(self.work.done(SHARDS)) if self.comm.rank == 0 else set())
+            done = broadcast_from_root(self.comm, set(self.work.done(SHARDS)) if self.comm.rank == 0 else set())
             cuts = even_cuts(totals.samples[split], shards)
             work = [(number, cut) for number, cut in enumerate(cuts) if f"{split}-{number:06d}" not in done]
             first, last = even_cuts(len(work), self.comm.size)[self.comm.rank]
@@ -282,14 +284,14 @@ class _Preparation:
                 name, dtype = shard_name(split, number), token_dtype(vocabulary.size)
                 shard = write_shard(self.config.output, name, samples, first=start, dtype=dtype)
                 self.work.finish(SHARDS, f"{split}-{number:06d}", dataclasses.asdict(shard))
-            wait(self.comm)
-        written = from_first(self.comm, self.work.done(SHARDS) if self.comm.rank == 0 else {})
+            barrier(self.comm)
+        written = broadcast_from_root(self.comm, self.work.done(SHARDS) if self.comm.rank == 0 else {})
         return {
             split: [Shard(**record) for name, record in written.items() if name.startswith(f"{split}-")]
             for split in SPLITS
         }
 
-    def _shuffled(self, runs: Mapping[str, Any], split: str, totals: Tally, dtype: TokenDtype) -> Shuffled:
+    def _shuffled(self, runs: Mapping[str, Any], split: str, totals: UnitCounts, dtype: TokenDtype) -> Shuffled:
         names = [name for record in runs.values() for name in record["runs"][split]]
         sorted_runs = [Run(self.work.path(RUNS, ""), name, dtype) for name in names]
         tokens = totals.content_tokens[split] + SPECIAL_TOKENS_PER_SAMPLE * totals.samples[split]
@@ -334,7 +336,7 @@ def _refuse_changed(folder: Path, before: list[list[Any]], now: list[list[Any]])
     """Raise ConfigError if files were changed (in size or time) since the interrupted run listed them."""
     names = [file[0] for file in now if file not in before] or [file[0] for file in before if file not in now]
     if names:
-        refuse(
+        raise_if_any(
             [
                 f"{folder} holds an unfinished corpus of other input: {len(names)} files changed since, {names[0]} for "
                 "one: remove the folder or give another --output"

@@ -14,9 +14,9 @@ from pmlm_dist.corpus.filters.cleaning import Cleaner, language_filter
 from pmlm_dist.corpus.filters.contamination import HeldOut, read_held_out
 from pmlm_dist.corpus.filters.duplicates import NearDuplicates, Parts
 from pmlm_dist.corpus.input.documents import Unit, label, read_unit
-from pmlm_dist.corpus.prepare.counts import Tally, merged
-from pmlm_dist.corpus.prepare.journal import DROPPED, PARTS, SCAN, Unfinished
-from pmlm_dist.corpus.prepare.mpi import from_first, track, wait
+from pmlm_dist.corpus.prepare.counts import UnitCounts, merged
+from pmlm_dist.corpus.prepare.journal import DROPPED, PARTS, SCAN, Journal
+from pmlm_dist.corpus.prepare.mpi import barrier, broadcast_from_root, track
 from pmlm_dist.corpus.prepare.sampling import SCANNED, scanned
 from pmlm_dist.corpus.prepare.settings import PrepareConfig
 
@@ -30,7 +30,7 @@ _COMPARED_AT_ONCE = 1 << 14
 class Scan:
     """What is known of the documents, unit by unit, on disk; the ranks work on it together."""
 
-    def __init__(self, config: PrepareConfig, comm: Intracomm, work: Unfinished):
+    def __init__(self, config: PrepareConfig, comm: Intracomm, work: Journal):
         self.config = config
         self.comm = comm
         self.work = work
@@ -40,15 +40,17 @@ class Scan:
         """This rank's share."""
         return units[self.comm.rank :: self.comm.size]
 
-    def run(self, units: Sequence[Unit]) -> Tally:
+    def run(self, units: Sequence[Unit]) -> UnitCounts:
         """Scan what is not scanned; the counts of all units."""
-        done = from_first(self.comm, set(self.work.done(SCAN)) if self.comm.rank == 0 else set())
+        done = broadcast_from_root(self.comm, set(self.work.done(SCAN)) if self.comm.rank == 0 else set())
         missing = [unit for unit in units if unit.label not in done]
         for unit in track(self.comm, self.own(missing), label="scan"):
             self._scan_unit(unit)
-        wait(self.comm)
-        tallies = [Tally.from_json(tally) for tally in self.work.done(SCAN).values()] if self.comm.rank == 0 else []
-        return from_first(self.comm, merged(tallies))
+        barrier(self.comm)
+        tallies = (
+            [UnitCounts.from_json(tally) for tally in self.work.done(SCAN).values()] if self.comm.rank == 0 else []
+        )
+        return broadcast_from_root(self.comm, merged(tallies))
 
     def _scan_unit(self, unit: Unit) -> None:
         cleaner = self._cleaner()
@@ -63,7 +65,7 @@ class Scan:
         if self.near is not None:
             table = np.array(signatures, np.uint32).reshape(-1, duplicates.SIGNATURE)
             np.save(self.work.path(SCAN, f"{name}.minhash.npy"), table)
-        self.work.finish(SCAN, name, Tally(changed=cleaner.changed, skips=cleaner.skips).as_json())
+        self.work.finish(SCAN, name, UnitCounts(changed=cleaner.changed, skips=cleaner.skips).as_json())
 
     def rows(self, unit: Unit) -> np.ndarray:
         """What the scan noted of a unit."""
@@ -84,18 +86,18 @@ class Scan:
     def _judge(self, kind: str, tables: Iterator[np.ndarray], *, rows: int) -> None:
         """Deal rows to parts and judge these; done anew from the start by a run that goes on."""
         count = math.ceil(rows / duplicates.PART_ROWS)
-        if from_first(self.comm, kind in self.work.done(DROPPED) if self.comm.rank == 0 else False):
+        if broadcast_from_root(self.comm, kind in self.work.done(DROPPED) if self.comm.rank == 0 else False):
             return
         if self.comm.rank == 0:
             for leftover in self.work.path(PARTS, "").glob(f"{kind}-*"):
                 leftover.unlink()
-        wait(self.comm)
+        barrier(self.comm)
         parts = Parts(self.work.path(PARTS, ""), self.work.path(DROPPED, ""), kind, count)
         parts.deal(tables, rank=self.comm.rank)
-        wait(self.comm)
+        barrier(self.comm)
         for part in range(self.comm.rank, count, self.comm.size):
             parts.judge(part, near=self._are_near if kind == NEAR else None)
-        wait(self.comm)
+        barrier(self.comm)
         if self.comm.rank == 0:
             self.work.finish(DROPPED, kind, {"parts": count})
 

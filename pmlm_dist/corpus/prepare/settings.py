@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmlm_dist.config import refuse
+from pmlm_dist.config import raise_if_any
 from pmlm_dist.corpus.filters.cleaning import Unicode, language_filter
 from pmlm_dist.corpus.filters.contamination import read_held_out
 from pmlm_dist.corpus.input.documents import UNIT_BYTES
@@ -118,19 +118,19 @@ def problems(config: PrepareConfig) -> list[str]:
 
 def standing(config: PrepareConfig) -> Manifest | None:
     """The corpus that is there, if it has these settings; None for none. Raises ConfigError for any other."""
-    refuse(problems(config))
+    raise_if_any(problems(config))
     wanted = recorded(config)
     if not (config.output / MANIFEST).exists():
         return None
     manifest = Manifest.load(config.output)
-    refuse_other(config.output, {**_ABSENT, **manifest.settings}, wanted, holds="a corpus")
+    raise_if_different(config.output, {**_ABSENT, **manifest.settings}, wanted, holds="a corpus")
     return manifest
 
 
-def refuse_other(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], *, holds: str) -> None:
+def raise_if_different(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], *, holds: str) -> None:
     """Raise ConfigError with everything in which what `folder` holds differs from what is wanted."""
     differing = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-    refuse(
+    raise_if_any(
         [
             f"{folder} holds {holds} with {name} {_short(found.get(name))}, not {_short(wanted.get(name))}: "
             "remove the folder or give another --output"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.downstream.settings import FinetuneConfig
+from pmlm_dist.downstream.tasks import scores
 from pmlm_dist.downstream.tasks.inputs import (
     Encoded,
     collate,
@@ -25,10 +26,9 @@ from pmlm_dist.downstream.tasks.inputs import (
     join,
     longest_input,
     network_inputs,
-    refuse_rows,
+    raise_row_problems,
     text_of,
 )
-from pmlm_dist.downstream.tasks import scores
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
 from pmlm_dist.model.task_model import TaskModel
 from pmlm_dist.vocab import Vocabulary
@@ -170,7 +170,7 @@ class Classification(Task[TextExample, TextFeature]):
             texts = tuple(text_of(row, name, where=where, problems=problems) for name in names)
             label = self._label(row.get(settings.label), where=where, problems=problems) if labelled else None
             examples.append(TextExample(id_of(row, number - 1), texts, label, where))
-        refuse_rows(problems)
+        raise_row_problems(problems)
         return examples
 
     def _label(self, value: Any, *, where: str, problems: list[str]) -> str | float | None:
@@ -206,7 +206,7 @@ class Classification(Task[TextExample, TextFeature]):
                         f"{self.settings.max_tokens} (inputs.max_tokens) are allowed with --inputs.too-long refuse"
                     )
             found.append(TextFeature(join(fit(parts, room=room), self.vocabulary), self._target(example)))
-        refuse_rows(problems)
+        raise_row_problems(problems)
         return found
 
     @property
@@ -238,7 +238,7 @@ class Classification(Task[TextExample, TextFeature]):
     def build_model(self, config: ModelConfig, *, padded_vocab_size: int) -> TaskModel:
         """An output for each class, or one for the score."""
         outputs = len(self.settings.labels) or 1
-        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=outputs, reads="first")
+        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=outputs, objectives="first")
 
     def length(self, feature: TextFeature) -> int:
         """Tokens."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pmlm_dist.config import ConfigError, ModelConfig, refuse
+from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.downstream.tasks.task import Row, TaskBatch
 from pmlm_dist.vocab import Vocabulary
 
@@ -88,10 +88,10 @@ def column(rows: Sequence[Row], wanted: str | None, known: Iterable[str], *, wha
     return found
 
 
-def refuse_rows(problems: Sequence[str]) -> None:
+def raise_row_problems(problems: Sequence[str]) -> None:
     """Raise one `ConfigError` for what is wrong with rows: the first few, and how many more there are."""
     more = [f"... and {len(problems) - _SHOWN} more rows"] if len(problems) > _SHOWN else []
-    refuse([*problems[:_SHOWN], *more])
+    raise_if_any([*problems[:_SHOWN], *more])
 
 
 def id_of(row: Row, number: int) -> Any:

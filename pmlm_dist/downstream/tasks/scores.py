@@ -74,7 +74,7 @@ def root_mean_square_error(right: Sequence[float], predicted: Sequence[float]) -
 # --------------------------------------------------------------------------------------------------------------- SQuAD
 
 
-def normalised(answer: str) -> str:
+def normalized(answer: str) -> str:
     """An answer as SQuAD compares it.
 
     >>> normalised("The  Eiffel-Tower, in a word")
@@ -86,12 +86,12 @@ def normalised(answer: str) -> str:
 
 def exact_match(answer: str, right: Sequence[str]) -> float:
     """1 if `answer` is one of the right ones; for a question without an answer, if it is empty."""
-    return float(any(normalised(answer) == normalised(other) for other in right or [""]))
+    return float(any(normalized(answer) == normalized(other) for other in right or [""]))
 
 
 def overlap_f1(answer: str, right: Sequence[str]) -> float:
     """The best F1 over words of `answer` and one of the right ones; without words on either side, whether both are."""
-    return max(_word_f1(normalised(answer).split(), normalised(other).split()) for other in right or [""])
+    return max(_word_f1(normalized(answer).split(), normalized(other).split()) for other in right or [""])
 
 
 def _word_f1(answer: list[str], right: list[str]) -> float:

@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pmlm_dist.config import ConfigError, ModelConfig, refuse
+from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.data.batch import special_ids
-from pmlm_dist.decoding.batch_generation import search_of, write_batch
+from pmlm_dist.decoding.batch_generation import generate_batch, search_of
 from pmlm_dist.decoding.beam_search import Hypothesis
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
-from pmlm_dist.downstream.settings import FinetuneConfig, WritingConfig
-from pmlm_dist.downstream.tasks.inputs import column, id_of, refuse_rows, text_of
+from pmlm_dist.downstream.settings import FinetuneConfig, GenerationConfig
+from pmlm_dist.downstream.tasks.inputs import column, id_of, raise_row_problems, text_of
 from pmlm_dist.downstream.tasks.overlap import overlap_scores
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
-from pmlm_dist.masking.seq2seq_layout import PairRule, lay_out_pairs, source_ids
+from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout, source_ids
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.vocab import Vocabulary
 
@@ -48,12 +48,12 @@ class PairExample:
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedTarget:
     """What the network says to one source."""
 
     tokens: list[int]
     """What it writes."""
-    nats: float
+    nll: float
     """Negative log-likelihood of the target, its closing [SEP] included."""
     count: int
     """Tokens of the target, as far as they are read."""
@@ -72,7 +72,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
 
     metric = "rougeL"
 
-    def __init__(self, settings: WritingConfig, vocabulary: Vocabulary, *, columns: tuple[str, str], too_long: str):
+    def __init__(self, settings: GenerationConfig, vocabulary: Vocabulary, *, columns: tuple[str, str], too_long: str):
         self.settings, self.vocabulary, self.columns, self.too_long = settings, vocabulary, columns, too_long
         self._special = special_ids(vocabulary)
         self._cut: dict[str, int] = {}
@@ -84,18 +84,18 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         inputs, origin = config.inputs, f"--task {config.task}"
         source = column(rows, inputs.text, SOURCES, what="text", origin=origin)
         target = column(rows, inputs.label, TARGETS, what="label", origin=origin)
-        refuse([*writing_problems(config.writing), *fitting_problems(config.writing, model)])
-        return cls(config.writing, vocabulary, columns=(source, target), too_long=inputs.too_long)
+        raise_if_any([*generation_problems(config.generation), *fitting_problems(config.generation, model)])
+        return cls(config.generation, vocabulary, columns=(source, target), too_long=inputs.too_long)
 
     @classmethod
     def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary) -> Seq2Seq:
         """The task that `saved` was called of."""
-        settings = writing_of(saved)
+        settings = generation_of(saved)
         return cls(settings, vocabulary, columns=tuple(saved["columns"]), too_long=saved["too_long"])
 
     def saved(self) -> dict[str, Any]:
         """The settings."""
-        return {"writing": asdict(self.settings), "columns": list(self.columns), "too_long": self.too_long}
+        return {"generation": asdict(self.settings), "columns": list(self.columns), "too_long": self.too_long}
 
     # -------------------------------------------------------------------------------------------------------- examples
 
@@ -107,12 +107,12 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         """Check sources and targets of all rows: both are texts, neither is empty."""
         (source, target), problems, examples = self.columns, [], []
         missing = [name for name in (source, *([target] if labelled else [])) if name not in rows[0]]
-        refuse([f"{origin}: no column {name}, there are {', '.join(rows[0])}" for name in missing])
+        raise_if_any([f"{origin}: no column {name}, there are {', '.join(rows[0])}" for name in missing])
         for number, row in enumerate(rows, start=1):
             where = f"{origin}, row {number}"
             texts = [text_of(row, name, where=where, problems=problems) for name in (source, target)[: 1 + labelled]]
             examples.append(PairExample(id_of(row, number - 1), texts[0], texts[1] if labelled else None, where))
-        refuse_rows(problems)
+        raise_row_problems(problems)
         return examples
 
     def features(self, examples: Sequence[PairExample], *, training: bool) -> list[PairFeature]:
@@ -127,7 +127,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
                 problems.append(
                     f"{example.where}: the target in column {self.columns[1]} has no token ({example.target!r})"
                 )
-        refuse_rows(problems)
+        raise_row_problems(problems)
         return [
             PairFeature(np.array(source, dtype=np.int64), np.array(target, dtype=np.int64))
             for source, target in zip(sources, targets, strict=True)
@@ -140,7 +140,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
             if length > largest:
                 self._cut[name] = self._cut.get(name, 0) + 1
                 problems.append(
-                    f"{where}: {length} tokens, at most {largest} (writing.{name}) are allowed with "
+                    f"{where}: {length} tokens, at most {largest} (generation.{name}) are allowed with "
                     "--inputs.too-long refuse"
                 )
         return problems if self.too_long == "refuse" else []
@@ -149,7 +149,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         """How many sources and targets were cut."""
         return [
             f"{count:,} {'sources' if name == 'max_source' else 'targets'} were longer than "
-            f"{getattr(self.settings, name)} tokens (writing.{name}) and lost their end"
+            f"{getattr(self.settings, name)} tokens (generation.{name}) and lost their end"
             for name, count in self._cut.items()
         ]
 
@@ -157,7 +157,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
 
     def build_model(self, config: ModelConfig, *, padded_vocab_size: int) -> PseudoMaskedLM:
         """The language model itself."""
-        refuse(fitting_problems(self.settings, config))
+        raise_if_any(fitting_problems(self.settings, config))
         self._model = config
         return build_model(config, padded_vocab_size=padded_vocab_size)
 
@@ -167,7 +167,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
 
     def collate(self, features: Sequence[PairFeature], *, ids: Sequence[int], epoch: int, seed: int) -> TaskBatch:
         """The layout of `masking/seq2seq_layout.py`; its noise follows from (seed, epoch, id)."""
-        layout = lay_out_pairs(
+        layout = build_seq2seq_layout(
             [(feature.source, feature.target) for feature in features],
             sample_ids=ids,
             epochs=[epoch] * len(features),
@@ -180,9 +180,9 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         return TaskBatch(tensors, int(layout.weights_BM.sum()))
 
     @property
-    def _rule(self) -> PairRule:
+    def _rule(self) -> Seq2SeqRule:
         settings = self.settings
-        return PairRule(settings.max_source, settings.max_target, target_mask_prob=settings.target_mask_prob)
+        return Seq2SeqRule(settings.max_source, settings.max_target, target_mask_prob=settings.target_mask_prob)
 
     def loss(self, engine: nn.Module, batch: TaskBatch) -> Tensor:
         """Cross entropy of the target's tokens with smoothed labels, summed."""
@@ -190,26 +190,28 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         losses_1MB, _ = engine(
             **{name: tensors[name] for name in _INPUTS},
             targets_BM=tensors["targets_BM"],
-            reads=("par",),
+            objectives=("par",),
             label_smoothing=self.settings.label_smoothing,
         )
         return (losses_1MB[0] * tensors["weights_BM"].t()).sum()
 
-    def predict(self, engine: nn.Module, batch: TaskBatch) -> list[Answer]:
+    def predict(self, engine: nn.Module, batch: TaskBatch) -> list[GeneratedTarget]:
         """What is written to each source, and how likely its target is."""
         from pmlm_dist.engine.deepspeed_engine import (
-            whole_module,  # it needs DeepSpeed, which `pmlm generate` does without
+            gathered_module,  # it needs DeepSpeed, which `pmlm generate` does without
         )
 
-        nats_B, counts_B = self._target_nats(engine, batch)
+        nats_B, counts_B = self._target_nll(engine, batch)
         tokens_BS, valid_BS = (_of_source(batch, name).cpu() for name in ("tokens_BT", "valid_BT"))
         sources = [row[valid].numpy() for row, valid in zip(tokens_BS, valid_BS, strict=True)]
-        with whole_module(engine, self._fresh) as model:
-            found = write_batch(model, sources, search=search_of(self.decoding, self._special), special=self._special)
+        with gathered_module(engine, self._fresh) as model:
+            found = generate_batch(
+                model, sources, search=search_of(self.decoding, self._special), special=self._special
+            )
         written = [list(hypotheses[0].tokens) if hypotheses else [] for hypotheses in found]
-        return [Answer(*answer) for answer in zip(written, nats_B, counts_B, strict=True)]
+        return [GeneratedTarget(*answer) for answer in zip(written, nats_B, counts_B, strict=True)]
 
-    def _target_nats(self, engine: nn.Module, batch: TaskBatch) -> tuple[list[float], list[int]]:
+    def _target_nll(self, engine: nn.Module, batch: TaskBatch) -> tuple[list[float], list[int]]:
         """Negative log-likelihood [B] of each target, and its tokens [B], in one pass under the layout of decoding."""
         tensors = batch.tensors
         targets_BM, weights_BM = tensors["targets_BM"], tensors["weights_BM"]
@@ -218,7 +220,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         losses_1MB, _ = engine(
             **{**{name: tensors[name] for name in _INPUTS}, "tokens_BT": tokens_BT},
             targets_BM=targets_BM,
-            reads=("par",),
+            objectives=("par",),
         )
         nats_B = (losses_1MB[0].t() * weights_BM).sum(dim=1)
         return nats_B.tolist(), weights_BM.sum(dim=1).long().tolist()
@@ -230,29 +232,29 @@ class Seq2Seq(Task[PairExample, PairFeature]):
     @property
     def decoding(self) -> DecodingConfig:
         """How answers are searched for."""
-        return replace(self.settings.decoding, returned=1)
+        return replace(self.settings.decoding, num_return_sequences=1)
 
     # ----------------------------------------------------------------------------------------------------- predictions
 
     def predictions(
         self, examples: Sequence[PairExample], features: Sequence[PairFeature], outputs: Sequence[Any]
     ) -> list[dict[str, Any]]:
-        """`prediction`; where a target is told also `reference`, its `reference_nats` and `reference_tokens`."""
+        """`prediction`; where a target is told also `reference`, its `reference_nll` and `reference_tokens`."""
         found = []
         for example, answer in zip(examples, outputs, strict=True):
             reference = {}
             if example.target is not None:
-                nats = round(answer.nats, 2)
-                reference = {"reference": example.target, "reference_nats": nats, "reference_tokens": answer.count}
+                nll = round(answer.nll, 2)
+                reference = {"reference": example.target, "reference_nll": nll, "reference_tokens": answer.count}
             found.append({"id": example.id, "prediction": self.vocabulary.decode(answer.tokens), **reference})
         return found
 
     def scores(self, examples: Sequence[PairExample], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
         """ROUGE and BLEU, 0 to 100, and nats a token of the targets."""
         references = [example.target or "" for example in examples]
-        nats, tokens = (sum(row[f"reference_{what}"] for row in predictions) for what in ("nats", "tokens"))
+        nll, tokens = (sum(row[f"reference_{what}"] for row in predictions) for what in ("nll", "tokens"))
         overlap = overlap_scores([prediction["prediction"] for prediction in predictions], references)
-        return {**overlap, "nll": nats / tokens}
+        return {**overlap, "nll": nll / tokens}
 
 
 def _of_source(batch: TaskBatch, name: str) -> Tensor:
@@ -260,9 +262,9 @@ def _of_source(batch: TaskBatch, name: str) -> Tensor:
     return batch.tensors[name][:, : -2 * batch.tensors["targets_BM"].shape[1]]
 
 
-def source_of(words: Sequence[int], settings: WritingConfig, vocabulary: Vocabulary) -> np.ndarray:
+def source_of(words: Sequence[int], settings: GenerationConfig, vocabulary: Vocabulary) -> np.ndarray:
     """[CLS] words [SEP], cut to the longest source."""
-    rule = PairRule(settings.max_source, settings.max_target)
+    rule = Seq2SeqRule(settings.max_source, settings.max_target)
     return source_ids(np.array(words, dtype=np.int64), rule=rule, special=special_ids(vocabulary))
 
 
@@ -271,33 +273,33 @@ def text_of_hypothesis(hypothesis: Hypothesis, vocabulary: Vocabulary) -> str:
     return vocabulary.decode(hypothesis.tokens)
 
 
-def writing_of(saved: dict[str, Any]) -> WritingConfig:
+def generation_of(saved: dict[str, Any]) -> GenerationConfig:
     """The settings in what `Seq2Seq.saved` gave."""
-    plain = saved["writing"]
-    return WritingConfig(**{**plain, "decoding": DecodingConfig(**plain["decoding"])})
+    plain = saved["generation"]
+    return GenerationConfig(**{**plain, "decoding": DecodingConfig(**plain["decoding"])})
 
 
-def writing_problems(writing: WritingConfig) -> list[str]:
+def generation_problems(generation: GenerationConfig) -> list[str]:
     """Everything that is wrong with `writing` by itself."""
     found = []
     for name, smallest in (("max_source", 3), ("max_target", 2)):
-        if getattr(writing, name) < smallest:
-            found.append(f"writing.{name} ({getattr(writing, name)}) must be at least {smallest}")
+        if getattr(generation, name) < smallest:
+            found.append(f"generation.{name} ({getattr(generation, name)}) must be at least {smallest}")
     for name in ("target_mask_prob", "label_smoothing"):
-        if not 0.0 <= getattr(writing, name) <= 1.0:
-            found.append(f"writing.{name} ({getattr(writing, name)}) must lie between 0 and 1")
-    return [*found, *(f"writing.{problem}" for problem in decoding_problems(writing.decoding))]
+        if not 0.0 <= getattr(generation, name) <= 1.0:
+            found.append(f"generation.{name} ({getattr(generation, name)}) must lie between 0 and 1")
+    return [*found, *(f"generation.{problem}" for problem in decoding_problems(generation.decoding))]
 
 
-def fitting_problems(writing: WritingConfig, model: ModelConfig) -> list[str]:
+def fitting_problems(generation: GenerationConfig, model: ModelConfig) -> list[str]:
     """Why `model` cannot write such answers."""
-    longest = max(writing.max_target, writing.decoding.max_length)
+    longest = max(generation.max_target, generation.decoding.max_length)
     found = []
-    if writing.max_source + longest > model.max_positions:
+    if generation.max_source + longest > model.max_positions:
         found.append(
-            f"a source of {writing.max_source} tokens (writing.max_source) and an answer of {longest} (the larger of "
-            f"writing.max_target and writing.decoding.max_length) do not fit the model's {model.max_positions} "
-            f"positions: use at most {model.max_positions} together, or give the model more by `pmlm lengthen`"
+            f"a source of {generation.max_source} tokens (generation.max_source) and an answer of {longest} (the larger of "
+            f"generation.max_target and generation.decoding.max_length) do not fit the model's {model.max_positions} "
+            f"positions: use at most {model.max_positions} together, or give the model more by `pmlm extend-positions`"
         )
     if model.segment_types < 2:
         found.append(
@@ -306,7 +308,7 @@ def fitting_problems(writing: WritingConfig, model: ModelConfig) -> list[str]:
     return found
 
 
-def refuse_checkpoint(configuration: dict[str, Any], folder: Any) -> None:
+def raise_if_not_seq2seq(configuration: dict[str, Any], folder: Any) -> None:
     """Raise `ConfigError` when a checkpoint was fine-tuned for something other than writing."""
     task = configuration.get("task")
     if isinstance(task, dict) and task.get("kind") != "seq2seq":

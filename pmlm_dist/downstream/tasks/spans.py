@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.downstream.settings import FinetuneConfig
+from pmlm_dist.downstream.tasks import scores
 from pmlm_dist.downstream.tasks.inputs import (
     Encoded,
     collate,
@@ -31,10 +32,9 @@ from pmlm_dist.downstream.tasks.inputs import (
     join,
     longest_input,
     network_inputs,
-    refuse_rows,
+    raise_row_problems,
     text_of,
 )
-from pmlm_dist.downstream.tasks import scores
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
 from pmlm_dist.model.task_model import TaskModel
 from pmlm_dist.vocab import Vocabulary
@@ -156,7 +156,7 @@ class Spans(Task[SpanExample, Window]):
             if labelled and not answers and not settings.has_unanswerable:
                 problems.append(f"{where}: no answer, and every question of the training split had one")
             examples.append(SpanExample(id_of(row, number - 1), question, passage, texts, starts))
-        refuse_rows(problems)
+        raise_row_problems(problems)
         return examples
 
     def features(self, examples: Sequence[SpanExample], *, training: bool) -> list[Window]:
@@ -198,7 +198,7 @@ class Spans(Task[SpanExample, Window]):
 
     def build_model(self, config: ModelConfig, *, padded_vocab_size: int) -> TaskModel:
         """A score as start and one as end for every token."""
-        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=2, reads="all")
+        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=2, objectives="all")
 
     def length(self, feature: Window) -> int:
         """Tokens."""

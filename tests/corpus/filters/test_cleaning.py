@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.corpus.filters.cleaning import LANGUAGE, NORMALISED, TOO_FEW, Cleaner, language_filter
+from pmlm_dist.corpus.filters.cleaning import LANGUAGE, NORMALIZED, TOO_FEW, Cleaner, language_filter
 from pmlm_dist.corpus.input.documents import Document
 
 TEXTS = ["plain", "e\u0301te\u0301", "\u00e9t\u00e9", "\ufb01ne", "x"]
@@ -20,7 +20,7 @@ def test_texts_are_normalised_and_counted(form, changed: int):
     cleaner = Cleaner(unicode=form)
     expected = TEXTS if form == "none" else [unicodedata.normalize(form.upper(), text) for text in TEXTS]
     assert cleaned(cleaner) == expected
-    assert cleaner.changed[NORMALISED] == changed
+    assert cleaner.changed[NORMALIZED] == changed
     assert not cleaner.skips.counts
 
 

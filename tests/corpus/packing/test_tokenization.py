@@ -69,7 +69,7 @@ def test_long_documents_and_batches_are_tokenised_as_wholes():
     texts = ["some words of a long text, again. " * 20_000, "short one", "\0", "third text " * 100]
     vocabulary = Vocabulary.train([text[:2000] for text in texts], 100)
     documents = [Document(0, number, text) for number, text in enumerate(texts)]
-    found = list(tokenization.tokenised(documents, Encoder(vocabulary)))
+    found = list(tokenization.tokenized(documents, Encoder(vocabulary)))
     assert [each.document for each in found] == documents
     for each, expected in zip(found, vocabulary.encode_batch(texts), strict=True):
         assert np.array_equal(each.ids, np.array(expected, np.uint32))
@@ -78,7 +78,7 @@ def test_long_documents_and_batches_are_tokenised_as_wholes():
 def test_sentences_begin_where_they_are_said_to():
     text = "".join(f"Sentence {number} is about forty characters long. " for number in range(100))
     vocabulary = Vocabulary.train([text], 100)
-    (found,) = tokenization.tokenised([Document(0, 0, text)], Encoder(vocabulary))
+    (found,) = tokenization.tokenized([Document(0, 0, text)], Encoder(vocabulary))
     first = vocabulary.encode_batch(["Sentence"])[0]
     assert len(found.sentences) >= 12
     assert all(found.ids[at : at + len(first)].tolist() == first for at in found.sentences)

@@ -8,7 +8,7 @@ import pytest
 from support.preparations import command, config, content, texts, write_source
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.corpus.packing.sorted_runs import Packing
+from pmlm_dist.corpus.packing.sorted_runs import RunPacker
 from pmlm_dist.corpus.prepare import pipeline
 from pmlm_dist.corpus.prepare.pipeline import prepare_corpus
 from pmlm_dist.corpus.prepare.scan import Scan
@@ -18,6 +18,7 @@ DIES = """
 import os, signal, sys
 from pmlm_dist import cli
 from pmlm_dist.corpus.packing import sorted_runs
+from pmlm_dist.corpus.prepare import pipeline
 
 add = sorted_runs.Packing.add
 
@@ -29,7 +30,7 @@ def add_or_die(self, unit):
 
 
 sorted_runs.Packing.add = add_or_die
-prepare.BUFFER_BYTES = 1  # every unit is finished by itself
+pipeline.BUFFER_BYTES = 1  # every unit is finished by itself
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -69,7 +70,7 @@ def test_what_is_finished_is_not_done_again(
     source: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ):
     """Interrupted at the third piece of work of a phase; the next run does what is missing, no more."""
-    owner, name = {"scan": (Scan, "_scan_unit"), "pack": (Packing, "add"), "write": (pipeline, "write_shard")}[where]
+    owner, name = {"scan": (Scan, "_scan_unit"), "pack": (RunPacker, "add"), "write": (pipeline, "write_shard")}[where]
     work: Callable = getattr(owner, name)
     calls: list[int] = []
 
@@ -113,11 +114,11 @@ def unfinished(source: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.M
     def interrupted(*given, **more):
         raise KeyboardInterrupt
 
-    finish = Packing.finish
-    monkeypatch.setattr(Packing, "finish", interrupted)
+    finish = RunPacker.finish
+    monkeypatch.setattr(RunPacker, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare_corpus(config(tmp_path / "source", tmp_path / "out", vocabulary=corpus, vocabulary_size=None))
-    monkeypatch.setattr(Packing, "finish", finish)
+    monkeypatch.setattr(RunPacker, "finish", finish)
     return tmp_path
 
 

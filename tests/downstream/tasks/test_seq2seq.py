@@ -23,12 +23,12 @@ from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.pretrained import build_pretrained, open_pretrained, save_pretrained
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.decoding.settings import DecodingConfig
-from pmlm_dist.downstream.settings import FinetuneConfig, InputConfig, Recipe, WritingConfig
+from pmlm_dist.downstream.settings import FinetuneConfig, GenerationConfig, InputConfig, Recipe
 from pmlm_dist.downstream.tasks.overlap import overlap_scores
-from pmlm_dist.masking.seq2seq_layout import PairRule, lay_out_pairs
+from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
 from pmlm_dist.metrics.run_log import read_metrics
 
-WRITING = WritingConfig(10, 6, decoding=DecodingConfig(beam=2, max_length=6, no_repeat_ngram=0))
+WRITING = GenerationConfig(10, 6, decoding=DecodingConfig(beam=2, max_length=6, no_repeat_ngram=0))
 
 
 def pair_rows(count: int, *, first: int = 0) -> list[dict[str, Any]]:
@@ -52,9 +52,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def writing(model: Path, data: Path, output: Path, **changes: Any) -> FinetuneConfig:
+def generation(model: Path, data: Path, output: Path, **changes: Any) -> FinetuneConfig:
     inputs = changes.pop("inputs", InputConfig())
-    return config(model, data, output, **{"task": "seq2seq", "writing": WRITING, "inputs": inputs, **changes})
+    return config(model, data, output, **{"task": "seq2seq", "generation": WRITING, "inputs": inputs, **changes})
 
 
 def learn(wanted: FinetuneConfig) -> Any:
@@ -68,7 +68,7 @@ def tuned(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A model that has learned the task, and its ROUGE-L."""
     output = tmp_path_factory.mktemp("tuned") / "out"
     recipe = Recipe(lr=5e-3, batch=8, epochs=40, dropout=0.0)
-    (trials,) = run_world(learn, 1, writing(model, data, output, recipe=recipe, evaluate_every=100))
+    (trials,) = run_world(learn, 1, generation(model, data, output, recipe=recipe, evaluate_every=100))
     return output, trials[0].scores["validation"]["rougeL"]
 
 
@@ -79,25 +79,27 @@ def test_the_network_learns_to_write(tuned: tuple[Path, float]):
     assert [line["id"] for line in lines] == [row["id"] for row in pair_rows(7, first=100)]
     assert sum(line["prediction"] == line["reference"] for line in lines) >= 6
     scores = json.loads((tuned[0] / "scores.json").read_text())["scores"]["validation"]
-    nats, tokens = (sum(line[f"reference_{what}"] for line in lines) for what in ("nats", "tokens"))
-    assert scores["nll"] == nats / tokens < 0.5
+    nll, tokens = (sum(line[f"reference_{what}"] for line in lines) for what in ("nll", "tokens"))
+    assert scores["nll"] == nll / tokens < 0.5
 
 
 @pytest.mark.distributed
 def test_the_likelihood_of_a_reference_is_that_under_the_layout_of_decoding(tuned: tuple[Path, float]):
     found = open_pretrained(tuned[0])
     network, special = build_pretrained(found).eval(), special_ids(found.vocabulary)
-    rule = PairRule(WRITING.max_source, WRITING.max_target, noise=False)
+    rule = Seq2SeqRule(WRITING.max_source, WRITING.max_target, noise=False)
     lines = [json.loads(line) for line in (tuned[0] / "predictions-validation.jsonl").open()]
     for row, line in zip(pair_rows(7, first=100), lines, strict=True):
         source, target = (np.array(ids) for ids in found.vocabulary.encode_batch([row["src"], row["tgt"]]))
-        layout = lay_out_pairs([(source, target)], sample_ids=[0], epochs=[0], seed=0, rule=rule, special=special)
+        layout = build_seq2seq_layout(
+            [(source, target)], sample_ids=[0], epochs=[0], seed=0, rule=rule, special=special
+        )
         tensors = {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
         names = ("tokens_BT", "positions_BT", "segments_BT", "order_BT", "valid_BT", "predicted_BM")
         with torch.no_grad():
-            logits_1MBV = network(**{name: tensors[name] for name in names}, reads=("par",))
+            logits_1MBV = network(**{name: tensors[name] for name in names}, objectives=("par",))
         nats_M = -logits_1MBV[0, :, 0].log_softmax(dim=-1)[range(WRITING.max_target), tensors["targets_BM"][0]]
-        assert line["reference_nats"] == pytest.approx(float(nats_M @ tensors["weights_BM"][0]), abs=0.006)
+        assert line["reference_nll"] == pytest.approx(float(nats_M @ tensors["weights_BM"][0]), abs=0.006)
         assert line["reference_tokens"] == len(target) + 1
 
 
@@ -107,7 +109,7 @@ def test_losses_and_predictions_are_those_of_a_single_process_on_any_topology(mo
     found = {}
     for name, ranks, tp, zero in (("single", 1, 1, 0), ("zero 3", 2, 1, 3), ("tensor", 2, 2, 1)):
         output = tmp_path / name
-        run_world(learn, ranks, writing(model, data, output, tp=tp, zero=zero, micro_batch=4, recipe=recipe))
+        run_world(learn, ranks, generation(model, data, output, tp=tp, zero=zero, micro_batch=4, recipe=recipe))
         metrics = read_metrics(output).values()
         losses = [
             scalars[key] for scalars in metrics for key in ("train/loss", "train/gradient_norm") if key in scalars
@@ -122,7 +124,7 @@ def test_losses_and_predictions_are_those_of_a_single_process_on_any_topology(mo
         assert found[name][0] == pytest.approx(found["single"][0], rel=2e-4), name
         assert [line["prediction"] for line in found[name][1]] == said
         for line, single in zip(found[name][1], found["single"][1], strict=True):
-            assert line == {**single, "reference_nats": pytest.approx(single["reference_nats"], abs=0.02)}
+            assert line == {**single, "reference_nll": pytest.approx(single["reference_nll"], abs=0.02)}
 
 
 @pytest.mark.parametrize(
@@ -132,10 +134,10 @@ def test_losses_and_predictions_are_those_of_a_single_process_on_any_topology(mo
         ([{"src": "a fish", "tgt": " "}], {}, "row 1: column tgt holds no text"),
         ([{"src": "", "tgt": "fish"}], {}, "row 1: column src holds no text"),
         ([{"src": "a fish", "tgt": "\u200b"}], {}, "row 1: .*tgt .*no t"),
-        (pair_rows(3), {"writing": WritingConfig(60, 6)}, r"60 tokens .*do not fit the model's 64 positions"),
+        (pair_rows(3), {"generation": GenerationConfig(60, 6)}, r"60 tokens .*do not fit the model's 64 positions"),
         ([{"src": "fish " * 9, "tgt": "red"}], {"inputs": InputConfig(too_long="refuse")}, "11 tokens, at most 10"),
-        (pair_rows(3), {"writing": WritingConfig(10, 6, 2.0)}, r"writing.target_mask_prob \(2.0\)"),
-        (pair_rows(3), {"writing": WritingConfig(10, 6, decoding=DecodingConfig(beam=0))}, r"decoding.beam \(0\)"),
+        (pair_rows(3), {"generation": GenerationConfig(10, 6, 2.0)}, r"generation.target_mask_prob \(2.0\)"),
+        (pair_rows(3), {"generation": GenerationConfig(10, 6, decoding=DecodingConfig(beam=0))}, r"decoding.beam \(0\)"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_clear_message_and_nothing_is_written(
@@ -144,7 +146,7 @@ def test_what_does_not_fit_is_one_clear_message_and_nothing_is_written(
     for split in ("train", "validation"):
         write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
     with pytest.raises(ConfigError, match=message):
-        learn(writing(model, tmp_path / "data", tmp_path / "out", **changes))
+        learn(generation(model, tmp_path / "data", tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 
@@ -203,7 +205,7 @@ def test_more_ranks_than_sources_and_refusals_on_all_ranks(tuned: tuple[Path, fl
         (("--method", "sample", "--temperature", "0"), "for the likeliest: --method greedy"),
         (("--min-length", "6", "--max-length", "5"), "decoding.min_length (6) must be below decoding.max_length (5)"),
         (("--no-repeat-ngram", "-1"), "decoding.no_repeat_ngram (-1) must not be negative"),
-        (("--returned", "3", "--beam", "2"), "decoding.returned (3)"),
+        (("--num-return-sequences", "3", "--beam", "2"), "decoding.num_return_sequences (3)"),
         (("--seed", "-1"), "decoding.seed (-1) must not be negative"),
         (("--batch", "0"), "--batch (0) must be positive"),
         (("--length-penalty", "nan"), "decoding.length_penalty (nan) must be a finite number"),
@@ -238,7 +240,7 @@ def test_odd_texts_are_answered_or_refused_by_their_row(tuned, tmp_path, capsys)
 def test_generate_with_other_settings_and_a_table(tuned, tmp_path):
     (tmp_path / "in.tsv").write_text("text\twho\nwho red fish\tx\nwhat blue bird\ty\n")
     arguments = ["--model", str(tuned[0]), "--input", str(tmp_path / "in.tsv"), "--output", str(tmp_path / "out")]
-    assert main(["generate", *arguments, "--column", "text", "--beam", "3", "--returned", "3"]) == 0
+    assert main(["generate", *arguments, "--column", "text", "--beam", "3", "--num-return-sequences", "3"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out").open()]
     assert [len(line["others"]) for line in lines] == [2, 2]
     assert all(line["score"] >= line["others"][0]["score"] >= line["others"][1]["score"] for line in lines)
@@ -346,17 +348,17 @@ def test_fill_says_what_does_not_fit(model, capsys, text, flags, message):
 
 
 def test_a_lengthened_model_has_more_positions_and_computes_the_same_before_them(model, tmp_path, capsys):
-    assert main(["lengthen", str(model), "--positions", "150", "--output", str(tmp_path / "long")]) == 0
+    assert main(["extend-positions", str(model), "--positions", "150", "--output", str(tmp_path / "long")]) == 0
     before, after = open_pretrained(model), open_pretrained(tmp_path / "long")
     assert after.model.max_positions == 150
     name = "embeddings.position.weight"
     assert torch.equal(after.weights[name][:64], before.weights[name])
     assert torch.equal(after.weights[name][128:], before.weights[name][:22])
     assert all(torch.equal(after.weights[n], w) for n, w in before.weights.items() if n != name)
-    assert main(["lengthen", str(model), "--positions", str(10**15), "--output", str(tmp_path / "huge")]) == 81
+    assert main(["extend-positions", str(model), "--positions", str(10**15), "--output", str(tmp_path / "huge")]) == 81
     assert "pmlm: out of memory" in capsys.readouterr().err
     assert not (tmp_path / "huge").exists()
-    assert main(["lengthen", str(model), "--positions", "64", "--output", str(tmp_path / "same")]) == 2
+    assert main(["extend-positions", str(model), "--positions", "64", "--output", str(tmp_path / "same")]) == 2
     assert "--positions (64) must exceed the model's 64" in capsys.readouterr().err
 
 

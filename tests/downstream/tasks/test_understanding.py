@@ -13,7 +13,7 @@ from support.worlds import run_world
 
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.downstream.settings import EvaluateConfig, FinetuneConfig, InputConfig, Recipe
-from pmlm_dist.downstream.summary import Trial
+from pmlm_dist.downstream.summary import FinetuneRun
 from pmlm_dist.downstream.tasks.classification import Classification
 from pmlm_dist.downstream.tasks.inputs import fit
 from pmlm_dist.downstream.tasks.registry import GLUE, TASKS
@@ -236,7 +236,7 @@ def squad_rows(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def learn(wanted: FinetuneConfig) -> tuple[list[Trial], dict[str, Any]]:
+def learn(wanted: FinetuneConfig) -> tuple[list[FinetuneRun], dict[str, Any]]:
     from pmlm_dist.downstream.finetune import evaluate_saved, finetune
 
     trials = finetune(wanted)

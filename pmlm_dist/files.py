@@ -1,0 +1,52 @@
+"""Atomic file writes: a reader sees the old contents or the new, never a part. Standard library only.
+
+write_atomically(path, data)    PATH.tmp-XXXXXXXX  --write, fsync-->  rename to PATH  --fsync of the folder-->
+
+A process that is killed leaves at most a `.tmp-` file beside the old contents.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_atomically(path: Path, data: str | bytes, *, durable: bool = True) -> None:
+    """Replace the file `path` by `data` (text as UTF-8).
+
+    `durable`: the contents and the name are on the disk on return, so that they survive a power failure. Raises
+    OSError, in which case `path` is unchanged and no temporary file is left.
+    """
+    with open_atomically(path, durable=durable) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def open_atomically(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends, and vanishes when it raises; see `write_atomically`."""
+    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")  # not the process id: nodes share folders
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Write the names in `folder` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
