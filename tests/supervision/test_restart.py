@@ -165,7 +165,7 @@ def test_the_loop_goes_on_by_the_codes_of_the_ranks_that_launchers_lose(tmp_path
     process = loop(tmp_path, codes=[75, 137, 1, 0])
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed
-    assert len(list(tmp_path.glob("life-*"))) == 4
+    assert len(list(tmp_path.glob("attempt-*"))) == 4
     assert [line.split("exit code ")[1] for line in printed.splitlines()] == [
         "75 at step 0: going on",
         "137 at step 1: going on",
@@ -177,13 +177,13 @@ def test_the_loop_goes_on_by_the_codes_of_the_ranks_that_launchers_lose(tmp_path
 def test_a_loop_that_is_told_to_stop_starts_nothing_again(tmp_path: Path):
     process = loop(tmp_path, codes=[75, 0], seconds=20)
     deadline = time.monotonic() + 20
-    while not list(tmp_path.glob("life-*")):
+    while not list(tmp_path.glob("attempt-*")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 143
-    assert len(list(tmp_path.glob("life-*"))) == 1
+    assert len(list(tmp_path.glob("attempt-*"))) == 1
 
 
 def test_the_newest_step_counts_finished_checkpoints_alone(tmp_path: Path):
