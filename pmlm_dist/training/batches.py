@@ -29,8 +29,9 @@ from pmlm_dist.data.mixture import Mixture
 from pmlm_dist.data.worker_pool import WorkerError
 from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.parallel.groups import Topology
-from pmlm_dist.supervision.signals import Prefetcher, StopAgreement, stop_signals_blocked
+from pmlm_dist.supervision.signals import stop_signals_blocked
 from pmlm_dist.training.resolve import ResolvedRun
+from pmlm_dist.training.stopping import Prefetcher, StopAgreement
 
 QUARANTINE = "quarantine.json"
 _FAULTS = (ShardError, CacheError, WorkerError)

@@ -139,7 +139,7 @@ class SkippedSteps:
 
 def diagnose_nonfinite(
     model: nn.Module,
-    micro_batches: Sequence[Batch],
+    sample_ids: Sequence[Sequence[int]],
     loss_of: Callable[[int], Tensor],
     topology: Topology,
     *,
@@ -151,11 +151,11 @@ def diagnose_nonfinite(
     gradients cannot be taken here (ZeRO-3, activation checkpointing), the activations have to do.
     """
     found = [_names("weights", (name for name, p in model.named_parameters() if not _is_finite(_local_values(p))))]
-    for number, batch in enumerate(micro_batches):
+    for number, ids in enumerate(sample_ids):
         with _recorded(model) as outputs, torch.set_grad_enabled(with_gradients):
             loss = loss_of(number)
         if not _is_finite(loss.detach()):
-            found.append(f"loss of micro-batch {number}, samples {_some(batch.sample_ids_B.tolist())}")
+            found.append(f"loss of micro-batch {number}, samples {_some(ids)}")
             found.append(_names("outputs", outputs))
         if with_gradients:
             found.append(_names("gradients", _bad_gradients(model, loss)))

@@ -6,8 +6,6 @@ RunConfig + DeepSpeed's JSON + corpus manifest + topology  ->  Run      (every p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +35,6 @@ from pmlm_dist.engine.deepspeed_config import EngineConfig, batch_problems, load
 from pmlm_dist.masking.blockwise import max_predictions
 from pmlm_dist.objectives import OBJECTIVES
 from pmlm_dist.parallel.groups import Topology, raise_on_all_ranks
-from pmlm_dist.supervision.run_lock import FolderInUse, RunLock
 from pmlm_dist.vocab import Vocabulary
 
 # Settings that may differ when a run goes on: they change how it is computed, read or logged, not what is learned.
@@ -224,45 +221,6 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
             found += initial_weights_problems(config.init, completed.model, vocabulary)
         raise_on_all_ranks(found, topology)
     return run
-
-
-@dataclass(frozen=True)
-class RunLease:
-    """What makes this start of a run the one that may write into its folder."""
-
-    attempt: str
-    """The name of this start."""
-    check: Callable[[], None]
-    """Raises `Superseded` when another start has taken over; asked on rank 0 before a checkpoint is committed."""
-
-
-@contextmanager
-def run_lease(run_dir: Path, topology: Topology) -> Iterator[RunLease]:
-    """Hold the lock of `run_dir` (`run_lock.py`), by rank 0 for all; every rank must call.
-
-    Raises on every rank `FolderInUse` when another start is at work there, ConfigError when nothing can be written.
-    """
-    lock, in_use, problems = None, "", []
-    if topology.is_rank_zero:
-        try:
-            lock = RunLock.acquire(run_dir)
-        except FolderInUse as error:
-            in_use = str(error)
-        except OSError as error:
-            problems = [f"the folder to write, {run_dir}, cannot be written to: {error}"]
-    attempt, in_use, problems = topology.broadcast_object((lock.attempt if lock else "", in_use, problems))
-    raise_if_any(problems)
-    if in_use:
-        raise FolderInUse(in_use)
-    try:
-        yield RunLease(attempt, check=lock.check if lock else _nothing)
-    finally:
-        if lock:
-            lock.release()
-
-
-def _nothing() -> None:
-    """The lock is rank 0's."""
 
 
 def _mixture(found: list[str], config: RunConfig) -> tuple[CorpusSource, ...]:
