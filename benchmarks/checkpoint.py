@@ -33,7 +33,8 @@ from pmlm_dist.metrics.meter import Stopwatch
 from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.layers import count_parameters
-from pmlm_dist.training.loop import advance, build_engine, train_step
+from pmlm_dist.training.pretraining import PretrainJob, build_engine
+from pmlm_dist.training.step import train_step
 from pmlm_dist.training.resolve import resolve
 
 ENGINES: dict[str, dict[str, Any]] = {

@@ -45,7 +45,8 @@ from pmlm_dist.data.stream import CorpusSource
 from pmlm_dist.metrics.meter import Stopwatch
 from pmlm_dist.parallel import groups
 from pmlm_dist.presets import tiny
-from pmlm_dist.training.loop import advance, build_engine, train_step
+from pmlm_dist.training.pretraining import PretrainJob, build_engine
+from pmlm_dist.training.step import train_step
 from pmlm_dist.training.resolve import resolve
 from pmlm_dist.vocab import Vocabulary
 

@@ -55,7 +55,8 @@ from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.objectives import OBJECTIVES, loss_scales, target_weights
 from pmlm_dist.parallel import groups
 from pmlm_dist.presets import PRESETS
-from pmlm_dist.training.loop import advance, build_engine, train_step
+from pmlm_dist.training.pretraining import PretrainJob, build_engine
+from pmlm_dist.training.step import train_step
 from pmlm_dist.training.resolve import resolve
 from pmlm_dist.training.validation import forward_losses
 from pmlm_dist.vocab import Vocabulary

@@ -36,7 +36,8 @@ from pmlm_dist.planning.memory import Memory, memory
 from pmlm_dist.planning.model_states import Zero
 from pmlm_dist.planning.step_time import StepTime, step_time
 from pmlm_dist.planning.workload import Precision, Workload
-from pmlm_dist.training.loop import advance, build_engine, train_step
+from pmlm_dist.training.pretraining import PretrainJob, build_engine
+from pmlm_dist.training.step import train_step
 from pmlm_dist.training.resolve import resolve
 
 HOST = Device("cpu", 0.0, {}, 1.0, 1.0, 1.0, is_accelerator=False, slack=0.0)

@@ -239,10 +239,14 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
     # ----------------------------------------------------------------------------------------------------- the loop
 
     def next_micro_batches(self, session: TrainingSession, state: RunState) -> list[FinetuneBatch]:
-        """See `TrainingJob`; where no feature is left, a placeholder with count 0."""
+        """See `TrainingJob`."""
         session.attempt.stop.check()
+        return self.micro_batches(state.step)
+
+    def micro_batches(self, step: int) -> list[FinetuneBatch]:
+        """Return this rank's micro-batches after `step` steps; where no feature is left, a placeholder of count 0."""
         share, features = self.share, self.data.train.features
-        epoch, within = divmod(state.step, self.steps_per_epoch)
+        epoch, within = divmod(step, self.steps_per_epoch)
         order = _order(len(features), seed=self.seed, epoch=epoch)
         micro_batches = []
         for number in range(share.accumulation):

@@ -145,12 +145,20 @@ def _failed(error: BaseException, program: str, on_failure: Callable[[BaseExcept
         code, message = int(exit_code_of(error)), _message(error)
     if code in COLLECTIVE_ENDS:
         if message and is_rank_zero(os.environ):
-            print_safely(f"{program}: {message}", to_stderr=True)
+            _print_message(program, message)
         return code
     if on_failure is not None:
         on_failure(error)
-    print_safely(f"{program}: {message}" if message else traceback.format_exc(), to_stderr=True)
+    if message:
+        _print_message(program, message)
+    else:
+        print_safely(traceback.format_exc(), to_stderr=True)
     return code
+
+
+def _print_message(program: str, message: str) -> None:
+    is_list = message.startswith("- ")  # the problems of a ConfigError, one a line
+    print_safely(f"{program}:\n{message}" if is_list else f"{program}: {message}", to_stderr=True)
 
 
 def _message(error: BaseException) -> str:
@@ -161,6 +169,5 @@ def _message(error: BaseException) -> str:
     if code is ExitCode.OUT_OF_MEMORY:
         return f"out of memory ({str(error).partition(chr(10))[0]}): use a smaller batch, more ranks or fewer beams"
     if hasattr(error, "exit_code") or isinstance(error, FloatingPointError):
-        text = str(error)
-        return f"\n{text}" if text.startswith("- ") and "\n" in text else text
+        return str(error)
     return ""

@@ -36,7 +36,7 @@ def learn(wanted: FinetuneConfig) -> list[FinetuneRun]:
 
 
 def score(wanted: EvaluateConfig) -> dict[str, Any]:
-    from pmlm_dist.downstream.finetune import evaluate_saved
+    from pmlm_dist.downstream.evaluate import evaluate_saved
 
     return {name: (found.scores, found.predictions) for name, found in evaluate_saved(wanted).items()}
 
@@ -124,15 +124,17 @@ def orders(wanted: FinetuneConfig) -> list[list[str]]:
     from pmlm_dist.parallel import groups
 
     topology = groups.init_process_groups(tp=wanted.parallel.tp)
-    (learner,) = finetune._learners(finetune.prepare(wanted, topology))
-    steps = learner.steps_per_epoch
+    (job,) = finetune._jobs(finetune.prepare(wanted, topology))
+    steps = job.steps_per_epoch
     return [
         [
             str(row[valid].tolist())
-            for step in range(epoch * steps + 1, (epoch + 1) * steps + 1)
-            for batch in finetune.micro_batches_of(learner, step)
-            if batch.count
-            for row, valid in zip(batch.tensors["tokens_BT"], batch.tensors["valid_BT"], strict=True)
+            for step in range(epoch * steps, (epoch + 1) * steps)
+            for micro_batch in job.micro_batches(step)
+            if micro_batch.ids
+            for row, valid in zip(
+                micro_batch.batch.tensors["tokens_BT"], micro_batch.batch.tensors["valid_BT"], strict=True
+            )
         ]
         for epoch in range(2)
     ]

@@ -29,7 +29,7 @@ FOUND_AT = 7
 
 
 def pretrained(config: RunConfig) -> None:
-    from pmlm_dist.training.loop import pretrain
+    from pmlm_dist.training.run import pretrain
 
     pretrain(config)
 
@@ -131,7 +131,7 @@ def test_above_the_limit_all_ranks_stop_and_say_why(corpus, tmp_path, bad):
 def _with_a_bad_validation_shard(config: RunConfig) -> None:
     """Pre-train; rank 1, as if on another node, cannot read the validation shard."""
     from pmlm_dist.data import stream
-    from pmlm_dist.training.loop import pretrain
+    from pmlm_dist.training.run import pretrain
 
     opened = stream.open_shard
 
@@ -164,6 +164,7 @@ def test_a_validation_shard_that_one_rank_cannot_read_ends_all_at_once(corpus, t
 def _with_a_killer(config: RunConfig) -> None:
     """Pre-train, with the loader worker of rank 1 killed after the first step."""
     from pmlm_dist.training import loop
+    from pmlm_dist.training.run import pretrain
 
     plain = loop.train_step
 
@@ -175,7 +176,7 @@ def _with_a_killer(config: RunConfig) -> None:
         return plain(run, *args, **kwargs)
 
     loop.train_step = train_step
-    loop.pretrain(config)
+    pretrain(config)
 
 
 @pytest.mark.fault("F56")

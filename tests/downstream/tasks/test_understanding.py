@@ -237,7 +237,8 @@ def squad_rows(count: int) -> list[dict[str, Any]]:
 
 
 def learn(wanted: FinetuneConfig) -> tuple[list[FinetuneRun], dict[str, Any]]:
-    from pmlm_dist.downstream.finetune import evaluate_saved, finetune
+    from pmlm_dist.downstream.evaluate import evaluate_saved
+    from pmlm_dist.downstream.finetune import finetune
 
     trials = finetune(wanted)
     again = evaluate_saved(EvaluateConfig(wanted.output, ds_config=wanted.ds_config))
