@@ -91,7 +91,7 @@ def test_what_is_saved_gives_the_same_scores_again(single: tuple[Path, dict[int,
             for folder in (output, tmp_path / "said")
         )
         assert [(row["id"], row["label"]) for row in before] == [(row["id"], row["label"]) for row in after]
-    with pytest.raises(RankFailed, match=r"predictions-validation\.jsonl is there already"):
+    with pytest.raises(RankFailed, match=r"predictions-validation\.jsonl exists already"):
         run_world(score, 1, wanted.__class__(**{**vars(wanted), "parallel": ParallelConfig()}))
 
 
