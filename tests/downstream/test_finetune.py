@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_one_clear_message_and_nothing_is_written(
 
 def test_an_output_that_is_there_is_left_alone(model: Path, data: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="is there already, and nothing is overwritten"):
+    with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
         learn(config(model, data, tmp_path / "out"))
     assert not list((tmp_path / "out").iterdir())
 

@@ -45,7 +45,7 @@ def failure_of_check_batches(tp: int, fault: str) -> str:
     [
         (1, "none", ""),
         (2, "none", ""),
-        (2, "token", "ranks 0 and 1 share one copy of the model (tensor parallel) but read different batches"),
+        (2, "token", "ranks 0 and 1 share one copy of the model (tensor parallel) but hold different batches"),
         (1, "sample of rank 0", "ranks 0 and 1 both read sample 1 of epoch 0"),
     ],
 )

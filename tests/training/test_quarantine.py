@@ -19,7 +19,7 @@ from pmlm_dist.config import ConfigError, DataConfig, RunConfig
 from pmlm_dist.corpus.shards import TRAIN, VALIDATION, Manifest, ShardError
 from pmlm_dist.data.order import SampleOrder
 from pmlm_dist.metrics.run_log import read_metrics
-from pmlm_dist.training.batches import BadShard, load_quarantine, save_quarantine
+from pmlm_dist.training.batches import CorruptShard, load_quarantine, save_quarantine
 
 pytestmark = pytest.mark.distributed
 
@@ -106,7 +106,7 @@ def test_a_run_that_begins_with_a_quarantine_never_opens_the_shard(corpus, tmp_p
     shard = Manifest.load(corpus).splits[TRAIN].shards[bad]
     config = configured(corpus, tmp_path / "run")
     config.run_dir.mkdir(exist_ok=True)
-    record = BadShard(str(corpus), shard.name, shard.sha256, shard.samples, None, "said so")
+    record = CorruptShard(str(corpus), shard.name, shard.sha256, shard.samples, None, "said so")
     save_quarantine(config.run_dir, (record,))
     run_world(pretrained, 1, config)
     assert load_quarantine(config.run_dir) == (record,)
@@ -155,7 +155,7 @@ def test_a_validation_shard_that_one_rank_cannot_read_ends_all_at_once(corpus, t
         collective_timeout_s=900,
     )
     of_rank_0, of_rank_1 = failures_of_two_ranks(_with_a_bad_validation_shard, config)
-    assert "ReadingError: rank 1 cannot go on reading: " in of_rank_0
+    assert "CorpusReadError: rank 1 cannot read its batches: " in of_rank_0
     assert "validation/shard-000000.tar is broken on this node" in of_rank_0
     assert "ShardError: " in of_rank_1
     assert max(losses(config.run_dir)) == validated_at
@@ -184,7 +184,7 @@ def test_a_killed_worker_ends_the_run_on_every_rank_with_its_name(corpus, tmp_pa
     config = configured(corpus, tmp_path / "run")
     config = replace(config, data=replace(config.data, workers=1))
     of_rank_0, of_rank_1 = failures_of_two_ranks(_with_a_killer, config)
-    assert "ReadingError: rank 1 cannot go on reading: loader worker 0" in of_rank_0
+    assert "CorpusReadError: rank 1 cannot read its batches: loader worker 0" in of_rank_0
     assert "WorkerError: loader worker 0" in of_rank_1
     assert "died by signal SIGKILL" in of_rank_1
 
