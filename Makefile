@@ -97,6 +97,7 @@ checks: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
+	.ci/check_words
 	$(BIN)/shellcheck -x .ci/run slurm/*.sh tests/cluster/install.sh docker/test.sh
 	$(BIN)/hadolint docker/Dockerfile
 
