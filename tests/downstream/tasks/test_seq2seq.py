@@ -140,7 +140,7 @@ def test_losses_and_predictions_are_those_of_a_single_process_on_any_topology(mo
         (pair_rows(3), {"generation": GenerationConfig(10, 6, decoding=DecodingConfig(beam=0))}, r"decoding.beam \(0\)"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_one_clear_message_and_nothing_is_written(
+def test_invalid_settings_raise_one_message_and_write_nothing(
     model: Path, tmp_path: Path, rows: list[dict[str, Any]], changes: dict[str, Any], message: str
 ):
     for split in ("train", "validation"):
