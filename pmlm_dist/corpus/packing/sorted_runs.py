@@ -1,4 +1,4 @@
-"""The packing phase of a preparation: documents to samples, in sorted runs on disk. See prepare.py and shuffle.py."""
+"""Pack phase of a preparation: documents to samples, in sorted runs on disk. See pipeline.py and shuffle.py."""
 
 from __future__ import annotations
 
@@ -7,145 +7,149 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pmlm_dist.corpus.filters.cleaning import normalized
-from pmlm_dist.corpus.input.documents import Document, Skips, Unit, read_unit
-from pmlm_dist.corpus.packing.packer import MIN_CONTENT, Packer, PackingConfig, draw
-from pmlm_dist.corpus.packing.shuffle import BUFFER_BYTES, Spill
+from pmlm_dist.corpus.filters.cleaning import normalize
+from pmlm_dist.corpus.hashing import FOR_PACKING, FOR_SPLIT, hash64
+from pmlm_dist.corpus.input.documents import Document, read_unit
+from pmlm_dist.corpus.input.records import SkippedRecords
+from pmlm_dist.corpus.input.units import Unit, unit_stem
+from pmlm_dist.corpus.packing.packer import MIN_CONTENT, Packer, PackingConfig
+from pmlm_dist.corpus.packing.shuffle import BUFFER_BYTES, RunWriter
 from pmlm_dist.corpus.packing.stream_digest import StreamDigest, order_key
-from pmlm_dist.corpus.packing.tokenization import Encoder, Tokenized, tokenized
+from pmlm_dist.corpus.packing.tokenization import CachedEncoder, TokenizedDocument, tokenize
 from pmlm_dist.corpus.prepare.counts import UnitCounts
 from pmlm_dist.corpus.prepare.journal import RUNS
-from pmlm_dist.corpus.prepare.sampling import FOR_PACKING, FOR_SPLIT
-from pmlm_dist.corpus.prepare.scan import EQUAL, NEAR, Scan
+from pmlm_dist.corpus.prepare.scan import EXACT, NEAR, Scan
 from pmlm_dist.corpus.shards import SPLITS, TRAIN, VALIDATION, token_dtype
 from pmlm_dist.vocab import Vocabulary
 
-TOO_SHORT = "fewer than two tokens"
+TOO_FEW_TOKENS = "fewer than two tokens"
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near duplicate"
 
 
 class RunPacker:
-    """One rank's packing. A few units, until the buffer is full, make a piece of work that is finished by itself."""
+    """Pack units on one rank. Units are committed to the journal together, once the buffer is full."""
 
-    def __init__(self, scan: Scan, vocabulary: Vocabulary, *, held_out_below: int, buffer_bytes: int = BUFFER_BYTES):
+    def __init__(
+        self, scan: Scan, vocabulary: Vocabulary, *, validation_threshold: int, buffer_bytes: int = BUFFER_BYTES
+    ):
         self.scan, self.config, self.vocabulary = scan, scan.config, vocabulary
-        self._encoder = Encoder(vocabulary)
-        self._held_out_below = held_out_below
+        self._encoder = CachedEncoder(vocabulary)
+        self._validation_threshold = validation_threshold
         self._buffer_bytes = buffer_bytes
         self._packing = PackingConfig(
             self.config.sequence_length, cls_id=vocabulary.cls_id, sep_id=vocabulary.sep_id, joined=self.config.joined
         )
-        folder, dtype = scan.work.path(RUNS, ""), token_dtype(vocabulary.size)
-        self._spills = {split: Spill(folder, split, dtype) for split in SPLITS}
-        self._begin()
+        folder, dtype = scan.journal.path(RUNS, ""), token_dtype(vocabulary.size)
+        self._writers = {split: RunWriter(folder, split, dtype) for split in SPLITS}
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._units: dict[int, list[int]] = {}
-        """Finished units -> samples of each split."""
+        """Packed unit -> number of samples of each split."""
         self._runs: dict[str, list[str]] = {split: [] for split in SPLITS}
-        self._tally = UnitCounts()
+        self._counts = UnitCounts()
         self._token_counts = np.zeros(self.vocabulary.size, np.int64)
 
     def add(self, unit: Unit) -> None:
         """Pack all documents of a unit."""
         streams = {split: self._stream(split, unit) for split in SPLITS}
-        for document in tokenized(self._documents(unit), self._encoder):
+        for document in tokenize(self._documents(unit), self._encoder):
             split = self._split(document.document)
             if self._count(document, split=split):
                 streams[split].add(document)
-                self._make_room(unit)
-        self._close(unit, streams)
-        if self._buffered() >= self._buffer_bytes or any(self._runs.values()):
-            self.finish()
+                self._flush_if_full(unit)
+        self._finish(unit, streams)
+        if self._buffered_bytes() >= self._buffer_bytes or any(self._runs.values()):
+            self.commit()
 
-    def finish(self) -> None:
-        """Make what was added count."""
+    def commit(self) -> None:
+        """Write the buffer and record the units added since the last call in the journal."""
         if not self._units:
             return
-        name = f"{min(self._units):08d}"
+        name = unit_stem(min(self._units))
         self._flush(name)
-        np.save(self.scan.work.path(RUNS, f"{name}.npy"), self._token_counts)
-        record = {"units": self._units, "runs": self._runs, "tally": self._tally.as_json()}
-        self.scan.work.finish(RUNS, name, record)
-        self._begin()
+        np.save(self.scan.journal.path(RUNS, f"{name}.npy"), self._token_counts)
+        record = {"units": self._units, "runs": self._runs, "counts": self._counts.as_json()}
+        self.scan.journal.commit(RUNS, name, record)
+        self._reset()
 
     def _stream(self, split: str, unit: Unit) -> _Stream:
-        place = {"seed": self.config.seed, "split": SPLITS.index(split), "unit": unit.number}
-        packer = Packer(self._packing, seed=(FOR_PACKING, *place.values()))
-        return _Stream(place, packer, self._spills[split], StreamDigest(self.vocabulary.size, **place))
+        stream_id = {"seed": self.config.seed, "split": SPLITS.index(split), "unit": unit.number}
+        packer = Packer(self._packing, seed=(FOR_PACKING, *stream_id.values()))
+        return _Stream(stream_id, packer, self._writers[split], StreamDigest(self.vocabulary.size, **stream_id))
 
     def _documents(self, unit: Unit) -> Iterator[Document]:
-        """The kept documents of a unit; duplicates are counted."""
+        """Yield the kept documents of a unit; count the duplicates."""
         scanned = set(self.scan.rows(unit)["number"].tolist())
-        equal, near = self.scan.dropped(unit, EQUAL), self.scan.dropped(unit, NEAR)
-        for document in read_unit(unit, text_field=self.config.text_field, skips=Skips()):
-            if document.number in equal:
+        exact, near = self.scan.duplicates(unit, EXACT), self.scan.duplicates(unit, NEAR)
+        for document in read_unit(unit, text_field=self.config.text_field, skipped=SkippedRecords()):
+            if document.number in exact:
                 self._skip(document, DUPLICATE)
             elif document.number in near:
                 self._skip(document, NEAR_DUPLICATE)
             elif document.number in scanned:
-                yield normalized(document, self.config.unicode)
+                yield normalize(document, self.config.unicode)
 
     def _split(self, document: Document) -> str:
-        drawn = draw(FOR_SPLIT, self.config.seed, document.unit, document.number)
-        return VALIDATION if drawn < self._held_out_below else TRAIN
+        hashed = hash64(FOR_SPLIT, self.config.seed, document.unit, document.number)
+        return VALIDATION if hashed < self._validation_threshold else TRAIN
 
-    def _count(self, document: Tokenized, *, split: str) -> bool:
-        """Whether the document is long enough to be packed."""
+    def _count(self, document: TokenizedDocument, *, split: str) -> bool:
+        """Count a document; return False if it has too few tokens to be packed."""
         if len(document.ids) < MIN_CONTENT:
-            self._skip(document.document, TOO_SHORT)
+            self._skip(document.document, TOO_FEW_TOKENS)
             return False
-        self._tally.documents[split] += 1
-        self._tally.content_tokens[split] += len(document.ids)
-        self._tally.characters += len(document.document.text)
+        self._counts.documents[split] += 1
+        self._counts.content_tokens[split] += len(document.ids)
+        self._counts.characters += len(document.document.text)
         return True
 
     def _skip(self, document: Document, reason: str) -> None:
-        self._tally.skips.add(reason, unit=document.unit, place=document.place)
+        self._counts.skipped.add(reason, unit=document.unit, location=document.location)
 
-    def _close(self, unit: Unit, streams: dict[str, _Stream]) -> None:
+    def _finish(self, unit: Unit, streams: dict[str, _Stream]) -> None:
         for split, stream in streams.items():
             stream.finish()
-            self._tally.samples[split] += stream.samples
-            self._tally.digests[split] += stream.digest.digest
+            self._counts.samples[split] += stream.samples
+            self._counts.digests[split] += stream.digest.digest
         self._token_counts += streams[TRAIN].digest.counts
         self._units[unit.number] = [streams[split].samples for split in SPLITS]
 
-    def _buffered(self) -> int:
-        return sum(spill.bytes for spill in self._spills.values())
+    def _buffered_bytes(self) -> int:
+        return sum(writer.buffered_bytes for writer in self._writers.values())
 
-    def _make_room(self, unit: Unit) -> None:
-        """In the middle of a unit: what is written counts only when the unit is finished."""
-        if self._buffered() >= self._buffer_bytes:
-            self._flush(f"{unit.number:08d}-{sum(map(len, self._runs.values())):06d}")
+    def _flush_if_full(self, unit: Unit) -> None:
+        """Write runs in the middle of a unit. They become part of the corpus only when the unit is committed."""
+        if self._buffered_bytes() >= self._buffer_bytes:
+            self._flush(f"{unit.stem}-{sum(map(len, self._runs.values())):06d}")
 
     def _flush(self, name: str) -> None:
-        for split, spill in self._spills.items():
-            self._runs[split] += spill.flush(name)
+        for split, writer in self._writers.items():
+            self._runs[split] += writer.flush(name)
 
 
 @dataclass
 class _Stream:
-    """One unit's documents of one split: through a packer into a spill, and into the digest."""
+    """Documents of one unit and split: through a packer into a run writer, and into the digest."""
 
-    place: dict[str, int]
+    stream_id: dict[str, int]
     packer: Packer
-    spill: Spill
+    writer: RunWriter
     digest: StreamDigest
     samples: int = 0
 
-    def add(self, document: Tokenized) -> None:
+    def add(self, document: TokenizedDocument) -> None:
         self.digest.add(document.ids)
-        self._spill(self.packer.add(document.ids, sentences=document.sentences))
+        self._write(self.packer.add(document.ids, sentence_starts=document.sentence_starts))
 
     def finish(self) -> None:
-        """Spill what is left."""
+        """Write the remaining samples."""
         self.digest.finish()
-        self._spill(self.packer.finish())
+        self._write(self.packer.finish())
 
-    def _spill(self, samples: Iterator[np.ndarray]) -> None:
+    def _write(self, samples: Iterator[np.ndarray]) -> None:
         for ids in samples:
-            key = order_key(**self.place, number=self.samples)
-            self.spill.add(ids, key=key, unit=self.place["unit"], number=self.samples)
+            key = order_key(**self.stream_id, number=self.samples)
+            self.writer.add(ids, key=key, unit=self.stream_id["unit"], number=self.samples)
             self.samples += 1
