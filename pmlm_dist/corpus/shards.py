@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 
@@ -191,7 +191,8 @@ def write_shard(folder: Path, name: str, samples: Iterable[np.ndarray], *, first
     count = 0
     with open_atomically(path) as file:
         writer = _HashingWriter(file)
-        with webdataset.writer.TarWriter(writer, user="pmlm", group="pmlm", mtime=0, encoder=False) as tar:
+        output = cast(BinaryIO, writer)  # the tar stream only writes
+        with webdataset.writer.TarWriter(output, user="pmlm", group="pmlm", mtime=0, encoder=False) as tar:
             for ids in samples:
                 data = ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
                 tar.write({"__key__": f"{first + count:09d}", EXTENSIONS[dtype]: data})

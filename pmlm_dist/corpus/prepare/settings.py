@@ -35,7 +35,7 @@ _DEFAULTS_OF_LATER_SETTINGS = {
 _MAX_VALUE_LENGTH = 200
 _SequenceLength = Range(f"be at least {MIN_SEQUENCE_LENGTH}: use 512", lambda length: length >= MIN_SEQUENCE_LENGTH)
 _Fraction = Range("lie between 0 and 1: use 0.01", lambda fraction: 0 < fraction < 1)
-_Similarity = Range("lie above 0 and at most at 1: use 0.8", lambda similarity: 0 < similarity <= 1)
+_Similarity = Range("lie above 0 and at most at 1 (0.8 is usual)", lambda similarity: 0 < similarity <= 1)
 
 
 @dataclass(frozen=True)
