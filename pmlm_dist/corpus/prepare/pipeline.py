@@ -32,7 +32,6 @@ from pmlm_dist.corpus.input.records import SkippedRecords
 from pmlm_dist.corpus.input.units import Unit, list_units
 from pmlm_dist.corpus.packing.packer import SPECIAL_TOKENS_PER_SAMPLE
 from pmlm_dist.corpus.packing.shuffle import BUCKET_BYTES, BUFFER_BYTES, MergedRuns, SortedRun, count_per_bucket
-from pmlm_dist.corpus.packing.sorted_runs import RunPacker
 from pmlm_dist.corpus.packing.stream_digest import UNIT_SAMPLES
 from pmlm_dist.corpus.prepare.counts import (
     UnitCounts,
@@ -64,6 +63,7 @@ from pmlm_dist.corpus.prepare.settings import (
     raise_if_different,
     recorded_settings,
 )
+from pmlm_dist.corpus.prepare.sorted_runs import RunPacker
 from pmlm_dist.corpus.prepare.source_files import raise_if_changed, source_files, unsplittable_warnings
 from pmlm_dist.corpus.shards import (
     MANIFEST,

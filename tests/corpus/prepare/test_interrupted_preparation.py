@@ -8,17 +8,16 @@ import pytest
 from support.preparations import command, config, content, texts, write_source
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.corpus.packing.sorted_runs import RunPacker
 from pmlm_dist.corpus.prepare import pipeline
 from pmlm_dist.corpus.prepare.pipeline import prepare_corpus
 from pmlm_dist.corpus.prepare.scan import Scan
+from pmlm_dist.corpus.prepare.sorted_runs import RunPacker
 from pmlm_dist.vocab import Vocabulary
 
 KILLED_IN_UNIT_5 = """
 import os, signal, sys
 from pmlm_dist import cli
-from pmlm_dist.corpus.packing import sorted_runs
-from pmlm_dist.corpus.prepare import pipeline
+from pmlm_dist.corpus.prepare import pipeline, sorted_runs
 
 add = sorted_runs.RunPacker.add
 
