@@ -138,7 +138,7 @@ def as_mpnet(pretrained: PretrainedWeights) -> Exported:
             [f"MPNet computes with model.{name} {_MPNET_BUCKETS[name]}, this model with {value}: use --format unilm"
              for name, value in other.items()]
         )  # fmt: skip
-    moved = pretrained.vocabulary.with_ids_exchanged(pretrained.vocabulary.pad_id, _MPNET_PAD)
+    moved = pretrained.vocabulary.with_ids_swapped(pretrained.vocabulary.pad_id, _MPNET_PAD)
     renumbered = pretrained.with_vocabulary(moved, origin="MPNet")
     settings = {
         "model_type": "mpnet",
@@ -197,7 +197,7 @@ def write_folder(exported: Exported, folder: Path, *, max_positions: int) -> Non
 def write_tokenizer(exported: Exported, folder: Path, *, max_positions: int) -> None:
     """`tokenizer.json`, `vocab.txt` and what says how to use them."""
     exported.vocabulary.save(folder)
-    (folder / TOKENIZER).write_text(exported.vocabulary.published, encoding="utf-8")
+    (folder / TOKENIZER).write_text(exported.vocabulary.exported_json, encoding="utf-8")
     segments = [] if exported.settings["model_type"] == "mpnet" else ["token_type_ids"]
     names = zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True)
     settings = {

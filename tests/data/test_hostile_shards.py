@@ -124,7 +124,7 @@ def test_a_file_that_is_cut_while_it_is_open_is_an_error_and_no_signal(tmp_path)
     with ShardReader(tmp_path, shard, "uint16") as reader:
         os.truncate(tmp_path / "x.tar", 1024)
         assert reader[0].tolist() == [2, 7, 8, 3, 9, 3]
-        with pytest.raises(ShardError, match="was cut while it was read") as caught:
+        with pytest.raises(ShardError, match="was truncated while it was read") as caught:
             reader[1]
     assert caught.value.offset == 1536
 

@@ -93,7 +93,7 @@ def mpnet_folder(folder: Path) -> Any:
     config = MPNetConfig(**SHARED, max_position_embeddings=50, relative_attention_num_buckets=32)
     model = randomised(MPNetForMaskedLM(config))
     model.save_pretrained(folder)
-    specification = json.loads(Vocabulary.from_tokens(MPNET_WORDS).published)
+    specification = json.loads(Vocabulary.from_tokens(MPNET_WORDS).exported_json)
     ids = {word: id for id, word in enumerate(MPNET_WORDS)}
     special = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -162,7 +162,7 @@ class Spans(Task[SpanExample, Window]):
     def features(self, examples: Sequence[SpanExample], *, training: bool) -> list[Window]:
         """The windows of every example."""
         questions = self.vocabulary.encode_batch([example.question for example in examples])
-        passages = self.vocabulary.encode_with_places([example.passage for example in examples])
+        passages = self.vocabulary.encode_with_offsets([example.passage for example in examples])
         windows = []
         for number, (example, question, passage) in enumerate(zip(examples, questions, passages, strict=True)):
             self._cut_questions += len(question) > self.settings.max_question_tokens
