@@ -177,7 +177,7 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     engine = _collect_problems(
         found, lambda: load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
     )
-    own: CorpusSource | None = _collect_problems(found, lambda: CorpusSource.at(config.corpus, config.data))
+    own: CorpusSource | None = _collect_problems(found, lambda: CorpusSource.open(config.corpus, config.data))
     manifest = None if own is None else _collect_problems(found, partial(Manifest.load, own.folder))
     vocabulary = (
         None if own is None or manifest is None else _collect_problems(found, partial(Vocabulary.load, own.folder))
@@ -269,7 +269,7 @@ def _mixture(found: list[str], config: RunConfig) -> tuple[CorpusSource, ...]:
     """The sources of a mixture whose manifests can be read."""
     sources = []
     for corpus, weight in config.data.sources.items():
-        sources.append(_collect_problems(found, partial(CorpusSource.at, corpus, config.data, weight=weight)))
+        sources.append(_collect_problems(found, partial(CorpusSource.open, corpus, config.data, weight=weight)))
     return tuple(
         s for s in sources if s is not None and _collect_problems(found, partial(Manifest.load, s.folder)) is not None
     )
