@@ -23,6 +23,7 @@ from pmlm_dist.data.loader import VALIDATION_SEED, BatchSource, training_batches
 from pmlm_dist.data.order import BatchShare, micro_batch_samples
 from pmlm_dist.data.stream import CorpusSource, SplitReader, TrainingStream
 
+TESTS = Path(__file__).parent.parent
 ONE_RANK = BatchShare(global_batch=8, micro_batch=4)
 
 
@@ -164,7 +165,7 @@ def test_close_stops_the_workers(source):
 
 def test_workers_exit_when_the_trainer_is_killed(corpus, tmp_path):
     script = tmp_path / "trainer.py"
-    script.write_text(TRAINER.format(tests=str(Path(__file__).parent), corpus=str(corpus)))
+    script.write_text(TRAINER.format(paths=[str(TESTS), str(TESTS / "data")], corpus=str(corpus)))
     trainer = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
     workers = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
@@ -179,7 +180,7 @@ def test_workers_exit_when_the_trainer_is_killed(corpus, tmp_path):
 
 TRAINER = """
 import sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 from pathlib import Path
 from support.numbered_corpus import SPECIAL
 from test_loader import loader_workers, training
