@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.masking.visibility import visible
 from pmlm_dist.model.attention import ATTENTION_BACKENDS, Slots
 from pmlm_dist.model.relative_position import look_up
@@ -171,13 +172,14 @@ class DecodingSession:
 @torch.no_grad()
 def _encode(model: PseudoMaskedLM, context: Context, *, room: int) -> list[Tensor]:
     """Keys and values [2, B, H, S + room, D] of the context in each layer; what follows the context is not set."""
-    slots = Slots(
-        torch.zeros_like(context.positions_BS),
-        context.valid_BS,
-        context.positions_BS,
-        num_context=context.tokens_BS.shape[1],
-        predicted_BM=None,
+    inputs = SlotInputs(
+        tokens_BT=context.tokens_BS,
+        positions_BT=context.positions_BS,
+        segments_BT=context.segments_BS,
+        order_BT=torch.zeros_like(context.positions_BS),
+        valid_BT=context.valid_BS,
     )
+    slots = Slots(inputs, num_context=context.tokens_BS.shape[1])
     x_SBE = model.embeddings(context.tokens_BS.t(), context.positions_BS.t(), context.segments_BS.t())
     groups = ATTENTION_BACKENDS[model.config.attention].plan(slots, model.relative_bias, x_SBE.dtype).inner
     caches = []

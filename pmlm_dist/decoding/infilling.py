@@ -23,7 +23,7 @@ from torch import Tensor
 from pmlm_dist.decoding.beam_search import raise_if_nan
 from pmlm_dist.decoding.incremental import Appended, Context, DecodingSession
 from pmlm_dist.masking.blockwise import SpecialIds
-from pmlm_dist.model.transformer import PseudoMaskedLM
+from pmlm_dist.model.transformer import PseudoMaskedLM, context_inputs
 from pmlm_dist.parallel.cross_entropy import gather_logits
 
 Order = Literal["ae", "left", "right", "confidence"]
@@ -79,13 +79,8 @@ class _Text:
     def at_once(self, places: list[int]) -> list[FilledMask]:
         """Autoencoding: one pass."""
         context = self._context
-        x_P1E = self._model.encode(
-            context.tokens_BS,
-            positions_BT=context.positions_BS,
-            segments_BT=context.segments_BS,
-            order_BT=torch.zeros_like(context.positions_BS),
-            valid_BT=context.valid_BS,
-        )[places]
+        inputs = context_inputs(context.tokens_BS, segments_BT=context.segments_BS, valid_BT=context.valid_BS)
+        x_P1E = self._model.encode(inputs)[places]
         logits = gather_logits(self._model.head(x_P1E, self._model.embeddings.token.weight))
         return self._guesses(logits[:, 0], places, step=1)
 

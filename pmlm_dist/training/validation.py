@@ -42,7 +42,9 @@ def validate(
         on_device = batch.to(topology.device)
         counts += forward_losses(engine, on_device, objective).counts
         if not texts and fill_ins:
-            likely_KMB = vocab_parallel_argmax(engine(**on_device.inputs, objectives=OBJECTIVES[objective.kind])).cpu()
+            likely_KMB = vocab_parallel_argmax(
+                engine(inputs=on_device.inputs, objectives=OBJECTIVES[objective.kind])
+            ).cpu()
             shown = range(min(fill_ins, len(batch.tokens_BT)))
             texts = [fill_in(batch, likely_KMB, vocabulary, sample=i) for i in shown]
     engine.train()
@@ -51,9 +53,11 @@ def validate(
 
 def forward_losses(engine: torch.nn.Module, batch: Batch, objective: ObjectiveConfig) -> LossSums:
     """The objectives' sums for `batch`, which lies on the engine's device."""
-    nll_KMB, right_KMB = engine(**batch.inputs, targets_BM=batch.targets_BM, objectives=OBJECTIVES[objective.kind])
+    nll_KMB, correct_KMB = engine(
+        inputs=batch.inputs, targets_BM=batch.targets_BM, objectives=OBJECTIVES[objective.kind]
+    )
     weights_KBM = target_weights(objective, batch.weights_BM, batch.kept_BM)
-    return loss_sums(nll_KMB, right_KMB, weights_KBM, batch.masked_BM, objective=objective)
+    return loss_sums(nll_KMB, correct_KMB, weights_KBM, batch.masked_BM, objective=objective)
 
 
 def fill_in(batch: Batch, likely_KMB: torch.Tensor, vocabulary: Vocabulary, *, sample: int) -> str:

@@ -72,4 +72,4 @@ def model_of(
 
 def logits_of(model: PseudoMaskedLM, batch: Batch) -> torch.Tensor:
     """Logits [2, M, B, V] of `batch`."""
-    return model(**batch.inputs)
+    return model(inputs=batch.inputs)

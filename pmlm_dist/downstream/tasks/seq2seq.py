@@ -28,13 +28,13 @@ from pmlm_dist.downstream.settings import FinetuneConfig, GenerationConfig
 from pmlm_dist.downstream.tasks.inputs import column, id_of, raise_row_problems, text_of
 from pmlm_dist.downstream.tasks.overlap import overlap_scores
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
+from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout, source_ids
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.vocab import Vocabulary
 
 SOURCES, TARGETS = ("src", "source", "text"), ("tgt", "target", "summary")
 """What the columns may be called."""
-_INPUTS = ("tokens_BT", "positions_BT", "segments_BT", "order_BT", "valid_BT", "predicted_BM")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         """Cross entropy of the target's tokens with smoothed labels, summed."""
         tensors = batch.tensors
         losses_1MB, _ = engine(
-            **{name: tensors[name] for name in _INPUTS},
+            inputs=SlotInputs.of(tensors),
             targets_BM=tensors["targets_BM"],
             objectives=("par",),
             label_smoothing=self.settings.label_smoothing,
@@ -218,7 +218,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         masks_BM = torch.full_like(targets_BM, self._special.mask)
         tokens_BT = torch.cat([_of_source(batch, "tokens_BT"), targets_BM, masks_BM], dim=1)
         losses_1MB, _ = engine(
-            **{**{name: tensors[name] for name in _INPUTS}, "tokens_BT": tokens_BT},
+            inputs=SlotInputs.of({**tensors, "tokens_BT": tokens_BT}),
             targets_BM=targets_BM,
             objectives=("par",),
         )
