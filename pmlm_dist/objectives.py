@@ -108,7 +108,7 @@ def loss_sums(
         name: torch.stack([nll_K[k].detach(), correct_KMB[k].sum(), weights_KMB[k].sum()])
         for k, name in enumerate(names)
     }
-    # One vector for all counts: a single all-reduce per step, with zeros for an objective that is not trained.
+    # One vector for all counts needs a single all-reduce; it has zeros for an objective that is not trained.
     nothing = torch.zeros(3, device=nll_K.device)
     masked = nothing
     if "par" in names:

@@ -392,7 +392,7 @@ def _other_run(learner: FinetuneJob, checkpoint: Path) -> list[str]:
 def _start(
     task: Task, model: ModelConfig, engine: EngineConfig, optim: OptimConfig, topology: Topology, *, seed: int
 ) -> DeepSpeedEngine:
-    seeding.seed_initialisation(seed)
+    seeding.seed_initialization(seed)
     padded = -(-_vocab_size(model) // 128) * 128
     return initialize_engine(
         task.build_model(model, padded_vocab_size=padded), optim=optim, config=engine, topology=topology

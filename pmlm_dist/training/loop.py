@@ -137,7 +137,7 @@ def _pretrain(
 
 def build_engine(run: ResolvedRun) -> DeepSpeedEngine:
     """Model, optimizer and DeepSpeed engine of `run`, weights drawn from its seed."""
-    seeding.seed_initialisation(run.config.train.seed)
+    seeding.seed_initialization(run.config.train.seed)
     model = build_model(run.config.model, padded_vocab_size=run.vocabulary.padded_size())
     return initialize_engine(
         model,

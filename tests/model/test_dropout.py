@@ -22,7 +22,7 @@ def dropped(tp: int) -> tuple[list[Tensor], list[Tensor]]:
     from pmlm_dist.parallel import groups, seeding
 
     topology = groups.init_process_groups(tp=tp)
-    seeding.seed_initialisation(0)
+    seeding.seed_initialization(0)
     model = build_model(replace(MODEL, hidden_dropout=0.3, attention_dropout=0.3), padded_vocab_size=PADDED).train()
     units: list[Tensor] = []
     heads: list[Tensor] = []

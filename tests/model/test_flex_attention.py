@@ -175,7 +175,7 @@ def logits_of_a_rank(tp: int) -> Tensor:
     from pmlm_dist.parallel import seeding
 
     groups.init_process_groups(tp=tp)
-    seeding.seed_initialisation(0)
+    seeding.seed_initialization(0)
     model = build_model(dataclasses.replace(MODEL, attention="flex"), padded_vocab_size=PADDED)
     with torch.no_grad():
         return logits_of(model, random_batch())

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from pmlm_dist.parallel.seeding import seed_dropout, seed_initialisation
+from pmlm_dist.parallel.seeding import seed_dropout, seed_initialization
 
 
 def draws(seed: int, micro_step: int, dp_rank: int) -> tuple[float, ...]:
@@ -22,5 +22,5 @@ def test_every_place_of_a_run_draws_its_own_numbers_again_and_again():
 
 
 def test_initial_weights_are_not_drawn_like_dropout():
-    seed_initialisation(0)
+    seed_initialization(0)
     assert tuple(torch.rand(4).tolist()) not in {draws(0, step, rank) for step in range(3) for rank in range(3)}

@@ -124,7 +124,7 @@ def initial_weights(tp: int) -> dict[str, tuple[bool, int, torch.Tensor]]:
     from pmlm_dist.parallel.layers import is_sharded
 
     groups.init_process_groups(tp=tp)
-    seeding.seed_initialisation(0)
+    seeding.seed_initialization(0)
     model = build_model(replace(MODEL, vocab_size=125), padded_vocab_size=128)
     return {
         name: (is_sharded(parameter), getattr(parameter, "partition_dim", -1), parameter.detach())

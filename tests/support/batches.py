@@ -62,7 +62,7 @@ def model_of(
 ) -> PseudoMaskedLM:
     """A model with random weights and biases (none of them zero), in double precision."""
     groups.init_process_groups()
-    seeding.seed_initialisation(seed)
+    seeding.seed_initialization(seed)
     model = build_model(replace(config, **changes), padded_vocab_size=PADDED).to(dtype)
     for parameter in model.parameters():
         if parameter.ndim == 1:
