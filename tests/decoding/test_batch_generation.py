@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.batches import SPECIAL, VOCABULARY, model_of
 
-from pmlm_dist.decoding.batch_generation import generate_batches, search_of
+from pmlm_dist.decoding.batch_generation import build_search, generate_batches
 from pmlm_dist.decoding.beam_search import Hypothesis
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
@@ -30,7 +30,7 @@ def model():
 
 def without_cache(source: np.ndarray, config: DecodingConfig) -> list[Hypothesis]:
     """The same search, with the whole of every hypothesis laid out and computed anew at each step."""
-    network, search = model(), search_of(config, SPECIAL)
+    network, search = model(), build_search(config, SPECIAL)
     state: Any = search.start(1)
     for length in range(config.max_length):
         logits = []
@@ -60,9 +60,9 @@ def test_answers_of_a_batch_are_those_of_a_search_without_cache(method):
     config = DecodingConfig(
         **{**CONFIG.__dict__, "method": method, "num_return_sequences": 3 if method == "beam" else 1}
     )
-    answers = generate_batches(model(), SOURCES, search=search_of(config, SPECIAL), special=SPECIAL, batch=3)
+    answers = generate_batches(model(), SOURCES, search=build_search(config, SPECIAL), special=SPECIAL, batch=3)
     if method == "sample":  # the number of the sample decides what is drawn
-        again = generate_batches(model(), SOURCES, search=search_of(config, SPECIAL), special=SPECIAL, batch=1)
+        again = generate_batches(model(), SOURCES, search=build_search(config, SPECIAL), special=SPECIAL, batch=1)
         assert [[h.tokens for h in of] for of in answers] == [[h.tokens for h in of] for of in again]
         return
     for source, found in zip(SOURCES, answers, strict=True):
@@ -75,7 +75,7 @@ def test_answers_of_a_batch_are_those_of_a_search_without_cache(method):
 
 def test_special_tokens_are_never_written():
     config = DecodingConfig(method="sample", max_length=20, temperature=3.0, min_length=10)
-    answers = generate_batches(model(), SOURCES, search=search_of(config, SPECIAL), special=SPECIAL)
+    answers = generate_batches(model(), SOURCES, search=build_search(config, SPECIAL), special=SPECIAL)
     written = {token for of in answers for h in of for token in h.tokens}
     assert len(written) > 10
     assert not written & set(SPECIAL.special)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.data.batch import special_ids
-from pmlm_dist.decoding.batch_generation import generate_batch, search_of
+from pmlm_dist.decoding.batch_generation import build_search, generate_batch
 from pmlm_dist.decoding.beam_search import Hypothesis
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.downstream.settings import FinetuneConfig, GenerationConfig
@@ -206,7 +206,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         sources = [row[valid].numpy() for row, valid in zip(tokens_BS, valid_BS, strict=True)]
         with gathered_module(engine, self._fresh) as model:
             found = generate_batch(
-                model, sources, search=search_of(self.decoding, self._special), special=self._special
+                model, sources, search=build_search(self.decoding, self._special), special=self._special
             )
         written = [list(hypotheses[0].tokens) if hypotheses else [] for hypotheses in found]
         return [GeneratedTarget(*answer) for answer in zip(written, nats_B, counts_B, strict=True)]
