@@ -109,11 +109,11 @@ def loss_sums(
         for k, name in enumerate(names)
     }
     # One vector for all counts needs a single all-reduce; it has zeros for an objective that is not trained.
-    nothing = torch.zeros(3, device=nll_K.device)
-    masked = nothing
+    zeros_3 = torch.zeros(3, device=nll_K.device)
+    masked_3 = zeros_3
     if "par" in names:
         masked_MB = masked_BM.t()
         par = [nll_KMB[-1].detach(), correct_KMB[-1], weights_KMB[-1]]
-        masked = torch.stack([(values * masked_MB).sum() for values in par])
-    pairs_32 = torch.stack([by_name.get("ae", nothing), by_name.get("par", nothing)], dim=1)
-    return LossSums(nll_K=nll_K, counts=torch.cat([pairs_32.flatten(), masked]))
+        masked_3 = torch.stack([(values * masked_MB).sum() for values in par])
+    pairs_32 = torch.stack([by_name.get("ae", zeros_3), by_name.get("par", zeros_3)], dim=1)
+    return LossSums(nll_K=nll_K, counts=torch.cat([pairs_32.flatten(), masked_3]))

@@ -199,8 +199,8 @@ def mask_forbidden(scores_BKV: Tensor, tokens_BKL: Tensor, rules: Rules) -> None
         prefix_BKN = tokens_BKL[..., length - size + 1 :]
         repeats_BKW = (grams_BKWN[..., :-1] == prefix_BKN[..., None, :]).all(dim=-1)
         limits_BKW = torch.zeros_like(repeats_BKW, dtype=scores_BKV.dtype).masked_fill_(repeats_BKW, _MINUS_INFINITY)
-        # A minimum with +inf changes nothing: one scatter serves n-grams that repeat and those that do not, and a
-        # token that ends n-grams of both kinds is forbidden.
+        # A minimum with +inf is a no-op, so one scatter handles all n-grams. A token that ends both kinds of n-grams is
+        # still forbidden.
         limits_BKW = limits_BKW.masked_fill(~repeats_BKW, float("inf"))
         scores_BKV.scatter_reduce_(2, grams_BKWN[..., -1], limits_BKW, reduce="amin")
 

@@ -104,10 +104,12 @@ class DecodingSession:
         The first step may have a single beam, since all hypotheses are still equal.
         """
         originals_BAK, model = appended.originals_BAK, self._model
-        batch, kept, beams = originals_BAK.shape
-        num_pseudo = appended.positions_BQ.shape[1] - kept
+        batch, num_originals, beams = originals_BAK.shape
+        num_pseudo = appended.positions_BQ.shape[1] - num_originals
         self._step += 1
-        order_Q = torch.tensor([self._step - 1] * kept + [-self._step] * num_pseudo, device=originals_BAK.device)
+        order_Q = torch.tensor(
+            [self._step - 1] * num_originals + [-self._step] * num_pseudo, device=originals_BAK.device
+        )
         columns = self._extended(appended, order_Q)
         bias = self._bias(appended, order_Q, columns)
         pseudo_BPK = originals_BAK.new_full((batch, num_pseudo, beams), self._mask_id)
@@ -117,11 +119,11 @@ class DecodingSession:
         x_BXE = x_BQKE.flatten(1, 2)
         *inner, last = zip(self._layers, self._caches, strict=True)
         for layer, cache_2BHTD in inner:
-            x_BXE = _layer(layer, x_BXE, x_BXE, cache_2BHTD, start=start, bias=bias)
+            x_BXE = _run_layer(layer, x_BXE, x_BXE, cache_2BHTD, start=start, bias=bias)
         # In the last layer the originals need keys and values only: no slot depends on their output.
-        predicted = slice(kept * beams, None)
+        predicted = slice(num_originals * beams, None)
         layer, cache_2BHTD = last
-        x_BXE = _layer(layer, x_BXE, x_BXE[:, predicted], cache_2BHTD, start=start, bias=bias[:, :, predicted])
+        x_BXE = _run_layer(layer, x_BXE, x_BXE[:, predicted], cache_2BHTD, start=start, bias=bias[:, :, predicted])
         # The columns of the pseudo masks are dropped here; the next step overwrites their keys and values.
         self._columns = _Columns(
             columns.order_C[: -num_pseudo or None],
@@ -205,7 +207,7 @@ def _encode(model: PseudoMaskedLM, context: Context, *, room: int) -> list[Tenso
     return caches
 
 
-def _layer(
+def _run_layer(
     layer: Layer, x_BXE: Tensor, queries_BYE: Tensor, cache_2BHTD: Tensor, *, start: int, bias: Tensor
 ) -> Tensor:
     """New states [B, Y, E] of the queries. Keys and values of the slots `x` [B, X, E] are cached at column `start`."""

@@ -180,7 +180,7 @@ def draw_spans(tokens: np.ndarray, rule: MaskRule, state: np.ndarray, predicted:
             continue
         rejected = 0
         step += 1
-        if rule.exact:  # the last span alone is cut, so that every sample has the same number of predictions
+        if rule.exact:  # only the last span is cut, so that the number of predictions is exact
             length = min(length, wanted - count)
         for position in range(start, start + length):
             free[position] = False

@@ -148,7 +148,7 @@ def _attend_backward(
     """
     dtype = probabilities_HBQK.dtype
     precise = torch.promote_types(dtype, torch.float32)
-    # The gradient of an unshared bias is that of the scores, so both are one buffer and nothing is copied.
+    # The gradient of an unshared bias is that of the scores, so both share one buffer without a copy.
     own_gradient = torch.empty_like(probabilities_HBQK) if bias_shape == probabilities_HBQK.shape else None
     shared_gradient = None
     if bias_shape is not None and own_gradient is None:

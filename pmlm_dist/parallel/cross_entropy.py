@@ -134,7 +134,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
         """Gradients of x (summed over ranks by `_copy_to_shards`), the matrix and its bias."""
         x_NE, weight_VE, exponentials_NV, factor_N, error_N, own_N = ctx.saved_tensors
         scale_N, target_scale_N = gradients[0] * factor_N, gradients[0] * error_N
-        # Scaling rows of [N, E] instead of [N, V]: the large buffer is only ever read.
+        # Scaling rows of [N, E] instead of [N, V]: the large buffer is read only.
         x_gradient_NE = (exponentials_NV @ weight_VE) * scale_N[:, None]
         x_gradient_NE -= target_scale_N[:, None] * weight_VE[own_N]
         weight_gradient_VE = exponentials_NV.t() @ (scale_N[:, None] * x_NE).to(x_NE.dtype)
@@ -160,7 +160,7 @@ def _exponentiate(logits_NV: Tensor, bias_V: Tensor, own_N: Tensor, elsewhere_N:
         own_C1 = own_N[rows, None]
         target_C1 = chunk_CV.gather(1, own_C1)
         hidden_C1 = target_C1.masked_fill(~elsewhere_N[rows, None], float("-inf"))
-        # The target is excluded from maximum and sum; in a row whose target is elsewhere nothing changes.
+        # The target is excluded from maximum and sum; a row whose target is elsewhere gets its own value back.
         chunk_CV.scatter_(1, own_C1, hidden_C1)
         # Clamped to a finite value: on a rank with padding only, minus infinity minus itself would be NaN.
         others_N[rows] = chunk_CV.amax(dim=1).clamp_(min=torch.finfo(chunk_CV.dtype).min)
