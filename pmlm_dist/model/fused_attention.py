@@ -54,9 +54,9 @@ class GroupedAttention(torch.autograd.Function):
         kv_2HBTD = kv_TBH2D.permute(3, 2, 1, 0, 4).contiguous()
         mixed_HBQD, saved = torch.empty_like(q_HBQD), []
         for group, bias in zip(groups, biases, strict=True):
-            k_HBKD, v_HBKD = kv_2HBTD[..., group.keys, :]
-            operands = (q_HBQD[..., group.rows, :], k_HBKD, v_HBKD, mixed_HBQD[..., group.rows, :])
-            saved += _attend(*operands, bias=bias, padding_BK=group.padding_BK, dropout=dropout)
+            operands = _Operands(q_HBQD[..., group.rows, :], *kv_2HBTD[..., group.keys, :])
+            mixed = mixed_HBQD[..., group.rows, :]
+            saved += _attend(operands, mixed, bias=bias, padding_BK=group.padding_BK, dropout=dropout)
         # Scaled queries are saved: the gradient of k needs them scaled, and only that of q needs the factor again.
         ctx.groups, ctx.dropout = groups, dropout
         ctx.bias_shapes = [bias.shape if bias is not None and bias.requires_grad else None for bias in biases]
@@ -99,9 +99,7 @@ class _Operands:
 
 
 def _attend(
-    q_HBQD: Tensor,
-    k_HBKD: Tensor,
-    v_HBKD: Tensor,
+    operands: _Operands,
     mixed_HBQD: Tensor,
     *,
     bias: Tensor | None,
@@ -109,17 +107,17 @@ def _attend(
     dropout: float,
 ) -> list[Tensor]:
     """Write the mixed values. Return the probabilities [H, B, Q, K] and, with `dropout`, the mask of those kept."""
-    shape_HBQK = (*q_HBQD.shape[:3], k_HBKD.shape[2])
-    probabilities_HBQK = q_HBQD.new_empty(shape_HBQK)
+    shape_HBQK = (*operands.q_HBQD.shape[:3], operands.k_HBKD.shape[2])
+    probabilities_HBQK = operands.q_HBQD.new_empty(shape_HBQK)
     kept_HBQK = None
     if dropout:
         # Drawn for all parts at once: the mask must not depend on the number of threads, which decides the parts.
-        kept_HBQK = torch.empty(shape_HBQK, dtype=torch.bool, device=q_HBQD.device).bernoulli_(1.0 - dropout)
+        kept_HBQK = torch.empty_like(probabilities_HBQK, dtype=torch.bool).bernoulli_(1.0 - dropout)
     for part in _parts(probabilities_HBQK):
         # Scores and probabilities share one buffer, a view of the result: a part is read and written in the cache.
         scores_HBQK = probabilities_HBQK[part]
         scores_ZQK = scores_HBQK.flatten(0, 1)
-        torch.bmm(_flat(q_HBQD, part), _flat(k_HBKD, part).transpose(1, 2), out=scores_ZQK)
+        torch.bmm(_flat(operands.q_HBQD, part), _flat(operands.k_HBKD, part).transpose(1, 2), out=scores_ZQK)
         if bias is not None:
             scores_HBQK += bias[_narrowed(part, bias.shape)]
         if padding_BK is not None:
@@ -127,7 +125,7 @@ def _attend(
         torch.softmax(scores_ZQK, dim=-1, out=scores_ZQK)
         # Dropout makes a copy: the backward pass of the softmax needs the probabilities before dropout.
         weights_ZQK = scores_ZQK if kept_HBQK is None else _drop(scores_ZQK, kept_HBQK[part], dropout)
-        mixed_HBQD[part] = torch.bmm(weights_ZQK, _flat(v_HBKD, part)).view_as(mixed_HBQD[part])
+        mixed_HBQD[part] = torch.bmm(weights_ZQK, _flat(operands.v_HBKD, part)).view_as(mixed_HBQD[part])
     return [probabilities_HBQK] if kept_HBQK is None else [probabilities_HBQK, kept_HBQK]
 
 

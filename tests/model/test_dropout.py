@@ -35,8 +35,8 @@ def dropped(tp: int) -> tuple[list[Tensor], list[Tensor]]:
             module.register_forward_hook(record_units)
     attend = fused_attention._attend
 
-    def record_heads(*tensors: Tensor, **settings: Any) -> list[Tensor]:
-        saved = attend(*tensors, **settings)
+    def record_heads(*operands: Any, **settings: Any) -> list[Tensor]:
+        saved = attend(*operands, **settings)
         heads.append(saved[1])
         return saved
 
