@@ -18,7 +18,7 @@ import torch
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.conversion.pretrained import PretrainedWeights, build_pretrained, find_pretrained, open_pretrained
 from pmlm_dist.data.batch import special_ids
-from pmlm_dist.decoding.batch_generation import generate_batches, search_of
+from pmlm_dist.decoding.batch_generation import build_search, generate_batches
 from pmlm_dist.decoding.beam_search import Hypothesis, ScoresNotFinite
 from pmlm_dist.decoding.infilling import FilledMask, fill
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
@@ -99,10 +99,10 @@ def _answers(config: GenerateConfig, asked: _Asked, topology: Topology) -> list[
     own, special = order[topology.rank :: topology.world_size], special_ids(pretrained.vocabulary)
 
     def answer() -> dict[int, list[Hypothesis]]:
-        model, search = _running(pretrained, config.precision), search_of(config.decoding, special)
+        model, search = _running(pretrained, config.precision), build_search(config.decoding, special)
         mine = [sources[number] for number in own]
         try:
-            found = generate_batches(model, mine, search=search, special=special, batch=config.batch, numbers=own)
+            found = generate_batches(model, mine, search=search, special=special, batch=config.batch, sample_ids=own)
         except ScoresNotFinite as error:
             raise ConfigError([f"{pretrained.facts['folder']}: {error}"]) from error
         return dict(zip(own, found, strict=True))

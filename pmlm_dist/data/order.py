@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pmlm_dist.config import divisors, raise_if_any
-from pmlm_dist.masking.blockwise import seed_state
+from pmlm_dist.masking.random_state import seed_state
 
 DEFAULT_LANES = 64
 

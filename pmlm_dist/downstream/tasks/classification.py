@@ -238,7 +238,7 @@ class Classification(Task[TextExample, TextFeature]):
     def build_model(self, config: ModelConfig, *, padded_vocab_size: int) -> TaskModel:
         """An output for each class, or one for the score."""
         outputs = len(self.settings.labels) or 1
-        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=outputs, objectives="first")
+        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=outputs, pooling="cls")
 
     def length(self, feature: TextFeature) -> int:
         """Tokens."""
@@ -250,14 +250,14 @@ class Classification(Task[TextExample, TextFeature]):
 
     def loss(self, engine: nn.Module, batch: TaskBatch) -> Tensor:
         """Cross entropy, or squared error of the score, summed."""
-        outputs_BC, targets_B = engine(**network_inputs(batch)).float(), batch.tensors["targets_B"]
+        outputs_BC, targets_B = engine(inputs=network_inputs(batch)).float(), batch.tensors["targets_B"]
         if self.settings.labels:
             return F.cross_entropy(outputs_BC, targets_B.long(), reduction="sum")
         return F.mse_loss(outputs_BC[:, 0], targets_B.float(), reduction="sum")
 
     def predict(self, engine: nn.Module, batch: TaskBatch) -> list[Any]:
         """Probabilities of the classes, or the score."""
-        outputs_BC = engine(**network_inputs(batch)).float()
+        outputs_BC = engine(inputs=network_inputs(batch)).float()
         return (outputs_BC.softmax(dim=-1) if self.settings.labels else outputs_BC[:, 0]).tolist()
 
     # ------------------------------------------------------------------------------------------------------ predictions

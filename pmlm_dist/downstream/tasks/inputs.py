@@ -13,6 +13,8 @@ import torch
 
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.downstream.tasks.task import Row, TaskBatch
+from pmlm_dist.masking.layout import SlotInputs
+from pmlm_dist.model.transformer import context_inputs
 from pmlm_dist.vocab import Vocabulary
 
 _SHOWN = 5
@@ -59,9 +61,10 @@ def collate(encoded: Sequence[Encoded], vocabulary: Vocabulary, **labels: Any) -
     return TaskBatch(tensors | {name: torch.tensor(values) for name, values in labels.items()}, len(encoded))
 
 
-def network_inputs(batch: TaskBatch) -> dict[str, torch.Tensor]:
-    """What of a batch the network reads."""
-    return {name: batch.tensors[name] for name in ("tokens_BT", "segments_BT", "valid_BT")}
+def network_inputs(batch: TaskBatch) -> SlotInputs[torch.Tensor]:
+    """The model's input for a batch."""
+    tensors = batch.tensors
+    return context_inputs(tensors["tokens_BT"], segments_BT=tensors["segments_BT"], valid_BT=tensors["valid_BT"])
 
 
 def longest_input(wanted: int | None, *, default: int, model: ModelConfig) -> int:

@@ -21,20 +21,20 @@ from torch import Tensor, nn
 
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.data.batch import special_ids
-from pmlm_dist.decoding.batch_generation import generate_batch, search_of
+from pmlm_dist.decoding.batch_generation import build_search, generate_batch
 from pmlm_dist.decoding.beam_search import Hypothesis
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.downstream.settings import FinetuneConfig, GenerationConfig
 from pmlm_dist.downstream.tasks.inputs import column, id_of, raise_row_problems, text_of
 from pmlm_dist.downstream.tasks.overlap import overlap_scores
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
+from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout, source_ids
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.vocab import Vocabulary
 
 SOURCES, TARGETS = ("src", "source", "text"), ("tgt", "target", "summary")
 """What the columns may be called."""
-_INPUTS = ("tokens_BT", "positions_BT", "segments_BT", "order_BT", "valid_BT", "predicted_BM")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         """Cross entropy of the target's tokens with smoothed labels, summed."""
         tensors = batch.tensors
         losses_1MB, _ = engine(
-            **{name: tensors[name] for name in _INPUTS},
+            inputs=SlotInputs.of(tensors),
             targets_BM=tensors["targets_BM"],
             objectives=("par",),
             label_smoothing=self.settings.label_smoothing,
@@ -206,7 +206,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         sources = [row[valid].numpy() for row, valid in zip(tokens_BS, valid_BS, strict=True)]
         with gathered_module(engine, self._fresh) as model:
             found = generate_batch(
-                model, sources, search=search_of(self.decoding, self._special), special=self._special
+                model, sources, search=build_search(self.decoding, self._special), special=self._special
             )
         written = [list(hypotheses[0].tokens) if hypotheses else [] for hypotheses in found]
         return [GeneratedTarget(*answer) for answer in zip(written, nats_B, counts_B, strict=True)]
@@ -218,7 +218,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         masks_BM = torch.full_like(targets_BM, self._special.mask)
         tokens_BT = torch.cat([_of_source(batch, "tokens_BT"), targets_BM, masks_BM], dim=1)
         losses_1MB, _ = engine(
-            **{**{name: tensors[name] for name in _INPUTS}, "tokens_BT": tokens_BT},
+            inputs=SlotInputs.of({**tensors, "tokens_BT": tokens_BT}),
             targets_BM=targets_BM,
             objectives=("par",),
         )

@@ -198,7 +198,7 @@ class Spans(Task[SpanExample, Window]):
 
     def build_model(self, config: ModelConfig, *, padded_vocab_size: int) -> TaskModel:
         """A score as start and one as end for every token."""
-        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=2, objectives="all")
+        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=2, pooling="none")
 
     def length(self, feature: Window) -> int:
         """Tokens."""
@@ -220,7 +220,7 @@ class Spans(Task[SpanExample, Window]):
 
     def _scores(self, engine: nn.Module, batch: TaskBatch) -> Tensor:
         """[B, 2, T], minus infinity at padding."""
-        scores_B2T = engine(**network_inputs(batch)).float().transpose(1, 2)
+        scores_B2T = engine(inputs=network_inputs(batch)).float().transpose(1, 2)
         return scores_B2T.masked_fill(~batch.tensors["valid_BT"][:, None], float("-inf"))
 
     def predict(self, engine: nn.Module, batch: TaskBatch) -> list[Candidate]:

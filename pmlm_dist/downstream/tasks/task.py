@@ -17,9 +17,9 @@ the same on any topology.
 
 **The model** is `task.build_model`'s: a `PseudoMaskedLM`, or one with a head on it (`model/task_model.py`). `loss` and
 `predict` get the engine (call it as the module: ZeRO needs that), so a task may just as well train the whole language
-model on layouts with appended slots: `engine(**inputs, targets_BM=..., reads=("par",))`. A `predict` that decodes step
-by step uses `engine.module`. Every rank of a world calls `loss` and `predict` equally often; tensor-parallel peers with
-the same batch, data-parallel ranks with different ones.
+model on layouts with appended slots: `engine(inputs=..., targets_BM=..., objectives=("par",))`. A `predict` that
+decodes step by step uses `engine.module`. Every rank of a world calls `loss` and `predict` equally often;
+tensor-parallel peers with the same batch, data-parallel ranks with different ones.
 
 A task is saved with its model as the JSON object `saved()`, and made from it again by its kind's `restore`; a kind is
 an entry of the table `tasks.py::TASKS`.

@@ -25,6 +25,7 @@ from pmlm_dist.data.batch import special_ids
 from pmlm_dist.decoding.settings import DecodingConfig
 from pmlm_dist.downstream.settings import FinetuneConfig, GenerationConfig, InputConfig, Recipe
 from pmlm_dist.downstream.tasks.overlap import overlap_scores
+from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
 from pmlm_dist.metrics.run_log import read_metrics
 
@@ -95,9 +96,8 @@ def test_the_likelihood_of_a_reference_is_that_under_the_layout_of_decoding(tune
             [(source, target)], sample_ids=[0], epochs=[0], seed=0, rule=rule, special=special
         )
         tensors = {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
-        names = ("tokens_BT", "positions_BT", "segments_BT", "order_BT", "valid_BT", "predicted_BM")
         with torch.no_grad():
-            logits_1MBV = network(**{name: tensors[name] for name in names}, objectives=("par",))
+            logits_1MBV = network(inputs=SlotInputs.of(tensors), objectives=("par",))
         nats_M = -logits_1MBV[0, :, 0].log_softmax(dim=-1)[range(WRITING.max_target), tensors["targets_BM"][0]]
         assert line["reference_nll"] == pytest.approx(float(nats_M @ tensors["weights_BM"][0]), abs=0.006)
         assert line["reference_tokens"] == len(target) + 1
