@@ -34,7 +34,7 @@ from pmlm_dist.checkpoint.initial_weights import COMPUTED
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, parameter_shapes
 from pmlm_dist.model.task_model import TASK_HEAD
-from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
+from pmlm_dist.model.transformer import PseudoMaskedLM, build_model, context_inputs
 from pmlm_dist.parallel import groups
 from pmlm_dist.vocab import Vocabulary
 
@@ -183,13 +183,7 @@ def build_pretrained(pretrained: PretrainedWeights) -> PseudoMaskedLM:
 @torch.no_grad()
 def hidden_states(model: PseudoMaskedLM, ids_BT: Tensor, *, segments_BT: Tensor, valid_BT: Tensor) -> Tensor:
     """Return the last hidden states [B, T, E] of texts, with every slot as context."""
-    states_TBE = model.encode(
-        ids_BT,
-        positions_BT=torch.arange(ids_BT.shape[1]).expand_as(ids_BT),
-        segments_BT=segments_BT,
-        order_BT=torch.zeros_like(ids_BT),
-        valid_BT=valid_BT,
-    )
+    states_TBE = model.encode(context_inputs(ids_BT, segments_BT=segments_BT, valid_BT=valid_BT))
     return states_TBE.transpose(0, 1)
 
 

@@ -17,32 +17,23 @@ import torch
 
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.masking.blockwise import SpecialIds, mask_rule, max_predictions
-from pmlm_dist.masking.layout import build_layout, empty_layout
+from pmlm_dist.masking.layout import SlotInputs, build_layout, empty_layout
 from pmlm_dist.vocab import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Samples after masking and layout; `masking/layout.py` describes the slots."""
+    """Samples after masking and layout: the fields of `Layout` (`masking/layout.py`) as tensors, then their source."""
 
     tokens_BT: torch.Tensor
-    """Input ids, int64; the pad id in slots that are not valid."""
     positions_BT: torch.Tensor
-    """Position ids, int64: 0..S-1 in the context, those of the base slot in the appended slots, 0 in unused slots."""
     segments_BT: torch.Tensor
-    """Segment ids, int64: 0 or 1."""
     order_BT: torch.Tensor
-    """Signed factorization step, int32: 0 context, +k originals, -k pseudo masks; 0 in slots that are not valid."""
     valid_BT: torch.Tensor
-    """Whether a slot can be attended to as a key, bool: neither padding nor unused."""
     predicted_BM: torch.Tensor
-    """Index of each predicted position in the context, int64, in factorization order; 0 in unused slots."""
     targets_BM: torch.Tensor
-    """Original ids at the predicted positions, int64; the pad id in unused slots."""
     weights_BM: torch.Tensor
-    """Weight of each prediction in the loss, float32: 1.0, or 0.0 in unused slots and padding rows."""
     masked_BM: torch.Tensor
-    """Whether the base slot holds [MASK] (rather than a random or the original token), bool."""
     sample_ids_B: torch.Tensor
     """Number of each sample in its split, int64."""
     epochs_B: torch.Tensor
@@ -64,10 +55,9 @@ class Batch:
         return self.tokens_BT.gather(1, self.predicted_BM) == self.targets_BM
 
     @property
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """What the model reads, by the names of its arguments: no targets, no weights."""
-        names = ("tokens_BT", "positions_BT", "segments_BT", "order_BT", "valid_BT", "predicted_BM")
-        return {name: getattr(self, name) for name in names}
+    def inputs(self) -> SlotInputs[torch.Tensor]:
+        """The model's input: no targets, no weights."""
+        return SlotInputs.of(self._tensors())
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to `device`; copies from pinned memory are asynchronous."""

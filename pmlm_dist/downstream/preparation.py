@@ -115,7 +115,7 @@ def build_task_engine(
 ) -> DeepSpeedEngine:
     """Build the engine of a task's model, with weights drawn from `seed`; every rank calls."""
     assert model.vocab_size is not None
-    seeding.seed_initialisation(seed)
+    seeding.seed_initialization(seed)
     padded = -(-model.vocab_size // 128) * 128
     return initialize_engine(
         task.build_model(model, padded_vocab_size=padded), optim=optim, config=engine, topology=topology

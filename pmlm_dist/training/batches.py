@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import ConfigError
-from pmlm_dist.corpus.shards import TRAIN, Manifest, ShardError
+from pmlm_dist.corpus.shards import TRAIN, ShardError
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.data.cache import CacheError
 from pmlm_dist.data.loader import training_batches
@@ -60,7 +60,7 @@ class TrainBatches:
     def __init__(self, run: ResolvedRun, state: RunState, log: RunLog):
         self._run, self._log = run, log
         self._samples_consumed = state.samples_consumed
-        self._manifests = [Manifest.load(source.folder) for source in run.training]
+        self._manifests = [source.manifest for source in run.training]
         self._quarantine = run.topology.broadcast_object(
             load_quarantine(run.config.run_dir) if run.topology.is_rank_zero else None
         )

@@ -44,7 +44,7 @@ COMPLETE = "COMPLETE"
 
 def build_engine(run: ResolvedRun) -> DeepSpeedEngine:
     """Build model, optimizer and DeepSpeed engine of `run`, with weights drawn from its seed; every rank calls."""
-    seeding.seed_initialisation(run.config.train.seed)
+    seeding.seed_initialization(run.config.train.seed)
     model = build_model(run.config.model, padded_vocab_size=run.vocabulary.padded_size())
     return initialize_engine(
         model,

@@ -121,7 +121,7 @@ class ResolvedRun:
         if not self.config.data.sources:
             return {}
         shares = shares_of_period([source.weight for source in self.training])
-        fingerprints = [Manifest.load(source.folder).fingerprint for source in self.training]
+        fingerprints = [source.manifest.fingerprint for source in self.training]
         return {"data.sources": [[name, share] for name, share in zip(fingerprints, shares, strict=True)]}
 
     def identity(self) -> dict[str, Any]:
@@ -164,8 +164,8 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     engine = _collect_problems(
         problems, lambda: load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
     )
-    own: CorpusSource | None = _collect_problems(problems, lambda: CorpusSource.at(config.corpus, config.data))
-    manifest = None if own is None else _collect_problems(problems, partial(Manifest.load, own.folder))
+    own: CorpusSource | None = _collect_problems(problems, lambda: CorpusSource.open(config.corpus, config.data))
+    manifest = None if own is None else _collect_problems(problems, lambda: own.manifest)
     vocabulary = (
         None if own is None or manifest is None else _collect_problems(problems, partial(Vocabulary.load, own.folder))
     )
@@ -187,7 +187,7 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
                 config.data.lanes,
                 saved_lanes,
                 global_batch=engine.global_batch,
-                shards=min(len(Manifest.load(source.folder).splits["train"].shards) for source in training),
+                shards=min(len(source.manifest.splits["train"].shards) for source in training),
                 dp=topology.dp,
             ),
         )
@@ -217,11 +217,9 @@ def _mixture(problems: list[str], config: RunConfig) -> tuple[CorpusSource, ...]
     """Return the sources of a mixture whose manifests can be read."""
     sources = []
     for corpus, weight in config.data.sources.items():
-        sources.append(_collect_problems(problems, partial(CorpusSource.at, corpus, config.data, weight=weight)))
+        sources.append(_collect_problems(problems, partial(CorpusSource.open, corpus, config.data, weight=weight)))
     return tuple(
-        s
-        for s in sources
-        if s is not None and _collect_problems(problems, partial(Manifest.load, s.folder)) is not None
+        s for s in sources if s is not None and _collect_problems(problems, partial(getattr, s, "manifest")) is not None
     )
 
 
@@ -229,7 +227,7 @@ def _mixture_problems(training: tuple[CorpusSource, ...], manifest: Manifest) ->
     """Return why the sources cannot be mixed with the corpus of `manifest`."""
     problems = []
     for source in training:
-        other = Manifest.load(source.folder)
+        other = source.manifest
         if other.vocabulary["fingerprint"] != manifest.vocabulary["fingerprint"]:
             problems.append(
                 f"data.sources: {source.name} was written with another vocabulary than --corpus: prepare it with "
@@ -244,12 +242,12 @@ def _mixture_problems(training: tuple[CorpusSource, ...], manifest: Manifest) ->
 
 
 def _misplaced(source: CorpusSource) -> list[str]:
-    return [] if source.address else misplaced(source.folder, Manifest.load(source.folder))
+    return [] if source.address else misplaced(source.folder, source.manifest)
 
 
 def _cache_problems(config: RunConfig, training: tuple[CorpusSource, ...], *, lanes: int) -> list[str]:
     """Return a problem if the cache cannot hold three shards a lane: the last, the current, the one being fetched."""
-    remote = [Manifest.load(source.folder).splits["train"].shards for source in training if source.address]
+    remote = [source.manifest.splits["train"].shards for source in training if source.address]
     needed = 3 * lanes * sum(max(shard.bytes for shard in shards) for shards in remote) / 2**30
     if needed <= config.data.cache_gib:
         return []

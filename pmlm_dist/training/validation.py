@@ -43,7 +43,7 @@ def validate(
         counts += forward_losses(engine, on_device, objective).counts
         if not texts and fill_ins:
             predicted_KMB = vocab_parallel_argmax(
-                engine(**on_device.inputs, objectives=OBJECTIVES[objective.kind])
+                engine(inputs=on_device.inputs, objectives=OBJECTIVES[objective.kind])
             ).cpu()
             shown = range(min(fill_ins, len(batch.tokens_BT)))
             texts = [fill_in(batch, predicted_KMB, vocabulary, sample=i) for i in shown]
@@ -53,7 +53,9 @@ def validate(
 
 def forward_losses(engine: torch.nn.Module, batch: Batch, objective: ObjectiveConfig) -> LossSums:
     """Return the objectives' sums for `batch`, which is on the engine's device."""
-    nll_KMB, correct_KMB = engine(**batch.inputs, targets_BM=batch.targets_BM, objectives=OBJECTIVES[objective.kind])
+    nll_KMB, correct_KMB = engine(
+        inputs=batch.inputs, targets_BM=batch.targets_BM, objectives=OBJECTIVES[objective.kind]
+    )
     weights_KBM = target_weights(objective, batch.weights_BM, batch.kept_BM)
     return loss_sums(nll_KMB, correct_KMB, weights_KBM, batch.masked_BM, objective=objective)
 
