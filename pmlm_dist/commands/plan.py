@@ -1,4 +1,4 @@
-"""`pmlm plan`: make the plan, measure this machine if asked, print, write.
+"""`pmlm plan`: make the plan, with `--device measure` from this machine's rates; print it and write it as JSON.
 
 pmlm plan --preset large --nodes 8 --gpus-per-node 8 --device h100-80gb --tp 2 --zero 1 --micro-batch 64
 torchrun --nproc_per_node 2 --no-python pmlm plan --preset tiny --device measure
@@ -24,9 +24,9 @@ from pmlm_dist.planning.settings import MEASURE, PlanConfig
 
 
 def run(config: PlanConfig) -> None:
-    """Plan `config`; print the plan and write it to `config.json`. Raises `ConfigError` where it cannot be laid out."""
+    """Plan `config`; print the plan and write it to `config.json`. Raises `ConfigError` for invalid settings."""
     if config.device != MEASURE:
-        _publish(make_plan(config))
+        _output(make_plan(config))
         return
     topology = groups.init_process_groups()
     if config.gpus_per_node is None:
@@ -34,10 +34,10 @@ def run(config: PlanConfig) -> None:
     raise_if_any(config.problems())
     plan = make_plan(config, measured=_measured(config, topology))
     if topology.is_rank_zero:
-        _publish(plan)
+        _output(plan)
 
 
-def _publish(plan: Plan) -> None:
+def _output(plan: Plan) -> None:
     report.show(plan)
     if plan.config.json:
         plan.config.json.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def _publish(plan: Plan) -> None:
 
 
 def _measured(config: PlanConfig, topology: Topology) -> Device:
-    """This machine's device, with as many threads for a rank as the training gives it."""
+    """This machine's device, measured with as many threads per rank as the training uses."""
     if topology.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // topology.world_size))
     has_accelerator = topology.device.type != "cpu"
@@ -56,8 +56,8 @@ def _measured(config: PlanConfig, topology: Topology) -> Device:
         if config.assume.link_gb_per_s is None:
             raise ConfigError(
                 [
-                    f"device measure finds no link with one rank, and {config.gpus} are planned: start as many with "
-                    "torchrun --nproc_per_node N --no-python pmlm plan ..., or state --assume.link-gb-per-s"
+                    f"device measure cannot measure a link with one rank, and {config.gpus} ranks are planned: start "
+                    "as many with torchrun --nproc_per_node N --no-python pmlm plan ..., or set --assume.link-gb-per-s"
                 ]
             )
         device = dataclasses.replace(device, network=config.assume.link_gb_per_s * 1e9)
