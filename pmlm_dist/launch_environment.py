@@ -2,7 +2,7 @@
 
     deepspeed, torchrun | mpirun (Open MPI, MPICH) | srun | plain python
       -> LAUNCHERS (the variables of each) -> rendezvous: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
-                                           -> is_rank_zero, threads_per_rank
+                                           -> is_rank_zero, local_world_size, threads_per_rank
 
 Standard library only: the entry points import it before torch, which reads OMP_NUM_THREADS on import.
 """
@@ -92,13 +92,13 @@ def rendezvous(environ: Mapping[str, str]) -> dict[str, str]:
     launcher = next((launcher for launcher in LAUNCHERS if launcher.is_present(environ)), None)
     if launcher is None:
         return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": "0"}
+    job = ".".join(environ.get(name, "") for name in launcher.job)
     return {
         "RANK": environ[launcher.rank],
         "WORLD_SIZE": _first_set(launcher.world_size, environ, default="1"),
         "LOCAL_RANK": environ.get(launcher.local_rank, "0"),
         "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(launcher, environ),
-        "MASTER_PORT": environ.get("MASTER_PORT")
-        or str(_port(".".join(environ.get(name, "") for name in launcher.job))),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(_port(job)),
     }
 
 
@@ -149,9 +149,14 @@ def is_rank_zero(environ: Mapping[str, str]) -> bool:
 
 def threads_per_rank(environ: Mapping[str, str], *, cores: int) -> int:
     """Threads of one rank when the ranks of this host share `cores` equally; at least 1."""
+    return max(1, cores // local_world_size(environ, default=1))
+
+
+def local_world_size(environ: Mapping[str, str], *, default: int) -> int:
+    """Number of ranks on this host according to the launcher; `default` if no launcher has set it."""
     names = [name for launcher in LAUNCHERS for name in launcher.local_world_size]
-    ranks = re.match(r"\d+", _first_set(names, environ, default="1"))  # Slurm writes "8(x4)" for 4 hosts
-    return max(1, cores // max(1, int(ranks[0]) if ranks else 1))
+    ranks = re.match(r"\d+", _first_set(names, environ, default=""))  # Slurm writes "8(x4)" for 4 hosts
+    return max(1, int(ranks[0])) if ranks else default
 
 
 def _first_set(names: Sequence[str], environ: Mapping[str, str], *, default: str) -> str:

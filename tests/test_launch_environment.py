@@ -7,7 +7,7 @@ import re
 import pytest
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.launch_environment import RENDEZVOUS, first_node, rendezvous
+from pmlm_dist.launch_environment import RENDEZVOUS, first_node, local_world_size, rank_in, rendezvous
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}
 SRUN = {
@@ -133,6 +133,23 @@ def test_requeued_job_uses_another_port():
 @pytest.mark.parametrize("launcher", [SRUN, OPEN_MPI, MPICH], ids=["srun", "Open MPI", "MPICH"])
 def test_all_five_variables_are_returned(launcher: dict[str, str]):
     assert set(rendezvous(launcher)) == set(RENDEZVOUS)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank", "ranks_of_host"),
+    [
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, 3, 2),
+        ({**TORCHRUN, "LOCAL_SIZE": "2"}, 3, 2),  # deepspeed
+        (OPEN_MPI, 2, 4),
+        (MPICH, 2, 4),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, 5, 4),
+        ({}, 0, 1),
+    ],
+    ids=["torchrun", "deepspeed", "Open MPI", "MPICH", "srun", "none"],
+)
+def test_rank_and_local_world_size(launcher: dict[str, str], rank: int, ranks_of_host: int):
+    assert rank_in(launcher) == rank
+    assert local_world_size(launcher, default=1) == ranks_of_host
 
 
 @pytest.mark.parametrize(("launcher", "size"), [(OPEN_MPI, "OMPI_COMM_WORLD_SIZE"), (MPICH, "PMI_SIZE")])

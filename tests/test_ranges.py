@@ -45,11 +45,9 @@ def numeric_fields(config: Any, *, prefix: str = "") -> dict[str, bool]:
         if is_dataclass(value):
             names |= numeric_fields(value, prefix=f"{name}.")
             continue
-        annotated = get_origin(hint) is Annotated
-        plain = get_args(hint)[0] if annotated else hint
-        numbers = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if numbers or {plain, *get_args(plain)} & {int, float}:
-            names[name] = annotated and any(isinstance(declared, Range) for declared in hint.__metadata__)
+        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if {plain, *get_args(plain)} & {int, float}:
+            names[name] = any(isinstance(declared, Range) for declared in getattr(hint, "__metadata__", ()))
     return names
 
 

@@ -1,6 +1,6 @@
 """`pmlm plan`: make the plan, with `--device measure` from this machine's rates; print it and write it as JSON.
 
-pmlm plan --preset large --nodes 8 --gpus-per-node 8 --device h100-80gb --tp 2 --zero 1 --micro-batch 64
+pmlm plan --preset large --nodes 8 --gpus-per-node 8 --device h100-80gb --tp 2 --zero 1 --micro-batch 60
 torchrun --nproc_per_node 2 --no-python pmlm plan --preset tiny --device measure
 """
 
@@ -15,6 +15,7 @@ import torch
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.devices import Device
 from pmlm_dist.engine.deepspeed_config import load_engine_config
+from pmlm_dist.launch_environment import threads_per_rank
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.planning import report
@@ -47,7 +48,7 @@ def _output(plan: Plan) -> None:
 def _measured(config: PlanConfig, topology: Topology) -> Device:
     """This machine's device, measured with as many threads per rank as the training uses."""
     if topology.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // topology.world_size))
+        torch.set_num_threads(threads_per_rank(os.environ, cores=len(os.sched_getaffinity(0))))
     has_accelerator = topology.device.type != "cpu"
     engine = load_engine_config(config.ds_config, has_accelerator=has_accelerator, overrides=config.overrides)
     tokens = engine.micro_batch * config.context

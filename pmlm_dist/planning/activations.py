@@ -35,7 +35,7 @@ class Activations:
     """Saved by the embeddings."""
     bias: float
     """Attention biases, until the last layer has run."""
-    bias_kept: float
+    bias_saved: float
     """Part of the attention biases that is saved for the backward pass."""
     inner: float
     """Saved by an inner layer, its output included."""
@@ -70,15 +70,15 @@ def activations(work: Workload) -> Activations:
         _Layer(work, work.tokens, work.inner_pairs),
         _Layer(work, work.predicted_tokens, work.last_pairs),
     )
-    last_kept = last_layer.kept + a * (2 * work.tokens * inner_layer.own + last_layer.wide)
+    last_saved = last_layer.saved + a * (2 * work.tokens * inner_layer.own + last_layer.wide)
     logits = a * work.predicted_tokens * work.vocabulary
     token_gradient = a * work.vocabulary * model.hidden_size
     return Activations(
         embedding=inner_layer.norm + a * inner_layer.wide + inner_layer.dropped,
         bias=_bias(work),
-        bias_kept=_bias_kept(work),
-        inner=inner_layer.kept + a * 2 * work.tokens * inner_layer.own,
-        last=last_kept,
+        bias_saved=_bias_saved(work),
+        inner=inner_layer.saved + a * 2 * work.tokens * inner_layer.own,
+        last=last_saved,
         head=last_layer.norm + 2 * a * last_layer.wide,
         logits=logits,
         layer_input=a * inner_layer.wide,
@@ -134,13 +134,13 @@ class _Layer:
         """Bytes that attention saves of its probabilities; FlexAttention saves one fp32 number a query instead."""
         if self.work.model.attention == "flex":
             return _FULL * self.tokens * self.work.heads
-        kept = self.work.element
+        bytes_per_pair = self.work.element
         if self.work.model.attention_dropout:
-            kept += _FLAG if self.work.model.attention == "fused" else 2 * self.work.element
-        return kept * self.pairs
+            bytes_per_pair += _FLAG if self.work.model.attention == "fused" else 2 * self.work.element
+        return bytes_per_pair * self.pairs
 
     @property
-    def kept(self) -> float:
+    def saved(self) -> float:
         """Saved bytes, without keys and values."""
         numbers = 2 * self.wide + 2 * self.tokens * self.own + 2 * self.hidden
         return self.work.element * numbers + 2 * self.norm + 2 * self.dropped + self.probabilities
@@ -184,14 +184,14 @@ def _bias(work: Workload) -> float:
     """Bytes of all attention biases; without relative positions only the mask, which all heads share."""
     if work.model.attention == "flex":
         return 0.0
-    dense = work.model.attention == "reference"
+    is_reference = work.model.attention == "reference"
     if not work.model.relative_bias:
-        return work.element * work.micro_batch * (work.slots if dense else work.appended) * work.slots
-    rows = work.last_pairs if dense else work.heads * work.micro_batch * work.predictions * work.context
+        return work.element * work.micro_batch * (work.slots if is_reference else work.appended) * work.slots
+    rows = work.last_pairs if is_reference else work.heads * work.micro_batch * work.predictions * work.context
     return work.element * (sum(bias_numbers(work)) + rows) + _bias_indices(work)
 
 
-def _bias_kept(work: Workload) -> float:
+def _bias_saved(work: Workload) -> float:
     """Bytes of the indices into the bias table; activation checkpointing saves the biases themselves as well."""
     return _bias(work) if work.model.activation_checkpointing else _bias_indices(work)
 
@@ -199,8 +199,8 @@ def _bias_kept(work: Workload) -> float:
 def _bias_indices(work: Workload) -> float:
     if work.model.attention == "flex" or not work.model.relative_bias:
         return 0.0
-    dense = work.model.attention == "reference"
-    keys = work.slots**2 if dense else work.predictions * (work.context + work.predictions)
+    is_reference = work.model.attention == "reference"
+    keys = work.slots**2 if is_reference else work.predictions * (work.context + work.predictions)
     return _INDEX * work.micro_batch * keys
 
 

@@ -90,15 +90,8 @@ def _data_parallel(work: Workload, zero: Zero, accumulation: int) -> Iterator[Co
         stays_gathered = numbers - persistent <= zero.max_live
         times = accumulation * (1 if stays_gathered else 2)
         layers = work.model.num_layers
-        yield Collective(
-            "weights",
-            "data parallel",
-            "all-gather",
-            w * (numbers - persistent),
-            times,
-            calls=layers,
-            is_hidden=zero.overlaps,
-        )
+        gathered = w * (numbers - persistent)
+        yield Collective("weights", "data parallel", "all-gather", gathered, times, layers, is_hidden=zero.overlaps)
         if persistent:
             yield Collective("small weights", "data parallel", "all-gather", w * persistent, 1, calls=layers)
         yield Collective(

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from pmlm_dist.config import ModelConfig
 from pmlm_dist.devices import HEAP_SLACK, Device, device_named
+from pmlm_dist.launch_environment import local_world_size
 from pmlm_dist.parallel.groups import Topology
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -144,5 +145,5 @@ def _memory(topology: Topology) -> float:
     """Bytes of the device's memory; on a CPU this rank's share of the host's."""
     if topology.device.type == "cuda":
         return float(torch.cuda.get_device_properties(topology.device).total_memory)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world_size))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_here
+    ranks_of_host = local_world_size(os.environ, default=topology.world_size)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_of_host

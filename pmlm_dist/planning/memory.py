@@ -90,9 +90,9 @@ def memory(work: Workload, zero: Zero, *, dp: int, accumulation: int, device: De
 def moments(work: Workload, states: ModelStates, *, accumulation: int) -> Iterator[Moment]:
     """Bytes beyond weights and optimizer states at each moment of a step's last micro-batch."""
     act, gradients = activations(work), _Gradients(work, states, accumulates=accumulation > 1)
-    layers, kept = work.model.num_layers - 1, _kept_layers(work, act)
-    below = act.embedding + layers * kept.inner
-    encoded = below + kept.last
+    layers, saved = work.model.num_layers - 1, _saved_layers(work, act)
+    below = act.embedding + layers * saved.inner
+    encoded = below + saved.last
 
     def moment(name: str, *, gradients: float, activations: float, head: float = 0.0, buffers: float = 0.0) -> Moment:
         buffers += states.buffers + states.gathered
@@ -101,17 +101,17 @@ def moments(work: Workload, states: ModelStates, *, accumulation: int) -> Iterat
     start, head, buckets = gradients.retained, act.head + act.logits, states.buckets
     yield moment("gathering", gradients=start, activations=act.embedding + act.bias, buffers=states.gathering)
     yield moment("encoding", gradients=start, activations=encoded + act.bias)
-    yield moment("loss", gradients=start, activations=encoded + act.bias_kept, head=head + act.loss_work)
-    yield moment("head", gradients=start, activations=encoded + act.bias_kept, head=head + act.head_work)
-    rest = below + act.bias_kept
+    yield moment("loss", gradients=start, activations=encoded + act.bias_saved, head=head + act.loss_work)
+    yield moment("head", gradients=start, activations=encoded + act.bias_saved, head=head + act.head_work)
+    rest = below + act.bias_saved
     yield moment("last layer", gradients=gradients.head, activations=rest + act.last + act.last_work, buffers=buckets)
     for name, done in (("top", 1), ("bottom", layers)) if layers else ():
-        rest = act.embedding + act.bias_kept + (layers - done) * kept.inner + act.inner
+        rest = act.embedding + act.bias_saved + (layers - done) * saved.inner + act.inner
         for part, needed in (("network", act.network_work), ("attention", act.attention_work)):
             yield moment(
                 f"{part} of the {name} inner layer",
                 gradients=gradients.inside(done, part=part),
-                activations=rest + needed + kept.recomputed,
+                activations=rest + needed + saved.recomputed,
                 buffers=buckets,
             )
     embedding = act.embedding + act.embedding_work
@@ -121,7 +121,7 @@ def moments(work: Workload, states: ModelStates, *, accumulation: int) -> Iterat
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _SavedLayers:
     """Bytes saved until a layer's backward pass, and of the recomputed output of an inner layer."""
 
     inner: float
@@ -129,10 +129,10 @@ class _Kept:
     recomputed: float
 
 
-def _kept_layers(work: Workload, act: Activations) -> _Kept:
+def _saved_layers(work: Workload, act: Activations) -> _SavedLayers:
     if work.model.activation_checkpointing:
-        return _Kept(act.layer_input, act.last_input, act.layer_input)
-    return _Kept(act.inner, act.last, 0.0)
+        return _SavedLayers(act.layer_input, act.last_input, act.layer_input)
+    return _SavedLayers(act.inner, act.last, 0.0)
 
 
 class _Gradients:

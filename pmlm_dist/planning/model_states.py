@@ -96,10 +96,7 @@ class Zero:
 
 @dataclass(frozen=True)
 class ModelStates:
-    """Bytes on one rank's device, and in its host's memory.
-
-    The first four are permanent, the others temporary.
-    """
+    """Bytes on one rank's device, and in its host's memory. The first four are permanent, the others temporary."""
 
     weights: float
     """Weights that forward and backward pass multiply with."""
@@ -108,6 +105,7 @@ class ModelStates:
     gradients: float = 0.0
     """Gradients that exist between steps."""
     buffers: float = 0.0
+    """Buffers that exist between steps."""
     gathered: float = 0.0
     """Weights of other ranks, from the forward to the end of the backward pass."""
     gathering: float = 0.0
@@ -150,9 +148,8 @@ def _bf16(work: Workload, zero: Zero, dp: int) -> ModelStates:
     rounded = zero.communicated if zero.communicated != FULL else 0
     # All sums are flattened together, unless the matrices alone fill a bucket, which is then averaged in place.
     flattened = (rounded + (FULL if numbers <= _FLATTENED else 0)) * numbers if dp > 1 else 0
-    tied = (
-        work.element * work.vocabulary * work.model.hidden_size
-    )  # the head's gradient is kept until the embedding's is computed
+    # The gradient of the tied matrix from the head is kept until the embedding's is computed.
+    tied = work.element * work.vocabulary * work.model.hidden_size
     return ModelStates(
         weights=work.element * numbers,
         optimizer=3 * FULL * numbers / dp,
@@ -166,20 +163,20 @@ def _bf16(work: Workload, zero: Zero, dp: int) -> ModelStates:
 def _stage_1_and_2(work: Workload, zero: Zero, dp: int) -> ModelStates:
     numbers, w = model_parameters(work).on_rank(work.tp), work.element
     share = numbers / dp
-    kept = FULL if zero.stage == 1 and zero.accumulated == FULL else w  # bytes of a gradient before averaging
-    bucket = kept * zero.reduce_bucket
-    flattened = kept * min(zero.reduce_bucket, numbers) if dp > 1 else 0
-    averaged = zero.accumulated if zero.stage == 2 else kept  # bytes of a gradient that this rank updates with
+    unaveraged = FULL if zero.stage == 1 and zero.accumulated == FULL else w  # bytes of an element before averaging
+    bucket = unaveraged * zero.reduce_bucket
+    flattened = unaveraged * min(zero.reduce_bucket, numbers) if dp > 1 else 0
+    averaged = zero.accumulated if zero.stage == 2 else unaveraged  # and after
     own = averaged * share
     keeps_all = zero.stage == 1 and not zero.overlap  # all gradients exist until they are averaged
     states = ModelStates(
         weights=w * numbers,
         optimizer=3 * FULL * share,
-        backward_gradients=kept * numbers if keeps_all else own,
-        retained_gradients=kept * numbers if zero.stage == 1 else own,
+        backward_gradients=unaveraged * numbers if keeps_all else own,
+        retained_gradients=unaveraged * numbers if zero.stage == 1 else own,
         buckets=(2 if zero.overlap else 1) * bucket,
         averaging=own + flattened if keeps_all else flattened,
-        updating=max(own + _converted(kept, averaged) * share, _copied_to_gather(work, w * numbers, dp)),
+        updating=max(own + _converted(unaveraged, averaged) * share, _copied_to_gather(work, w * numbers, dp)),
     )
     return _offloaded(states, work, share) if zero.offload else states
 
@@ -189,11 +186,11 @@ def _copied_to_gather(work: Workload, weights: float, dp: int) -> float:
     return weights if dp > 1 and not work.on_accelerator else 0.0
 
 
-def _converted(kept: int, averaged: int) -> int:
+def _converted(unaveraged: int, averaged: int) -> int:
     """Bytes an element of the flat fp32 gradient that the optimizer step reads, beyond the averaged gradients."""
-    if kept != averaged:  # averaging has written them flat and in fp32 already
+    if unaveraged != averaged:  # averaging has written them flat and in fp32 already
         return 0
-    return FULL if kept == FULL else kept + FULL
+    return FULL if unaveraged == FULL else unaveraged + FULL
 
 
 def _offloaded(states: ModelStates, work: Workload, share: float) -> ModelStates:

@@ -143,14 +143,14 @@ def _rise(events: Any) -> float:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
     """Planned and allocated bytes by case; cases with equal ranks share a world."""
     folders = {name: tmp_path_factory.mktemp("run") for name in CASES}
-    found = {}
+    results = {}
     for dp, tp in sorted({(case.dp, case.tp) for case in CASES.values()}):
         names = [name for name, case in CASES.items() if (case.dp, case.tp) == (dp, tp)]
         configs = [CASES[name].write(folders[name]) for name in names]
         by_rank = run_world(most_allocated, dp * tp, configs, timeout_s=600)
         for name, most in zip(names, map(max, zip(*by_rank, strict=True)), strict=True):
-            found[name] = (planned_memory(CASES[name], folders[name]).allocated, most)
-    return found
+            results[name] = (planned_memory(CASES[name], folders[name]).allocated, most)
+    return results
 
 
 def planned_memory(case: Case, folder: Path) -> Memory:
@@ -171,12 +171,14 @@ BASE = Workload(CASES["plain"].shape, context=64, predictions=10, micro_batch=4,
 @pytest.mark.parametrize(("stage", "theory"), [(1, (2, 0, 12)), (2, (2, 0, 12)), (3, (0, 2, 14))])
 def test_permanent_bytes_follow_the_theory(stage: int, theory: tuple[int, int, int]):
     """ZeRO, section 3: replicated and partitioned bytes; gradients of stages 1 and 2 are temporary."""
-    whole, cut_weights, cut = theory
+    replicated, partitioned_weights, partitioned = theory
     parameters = model_states(BASE, zero_settings(stage), dp=1).weights / 2
     for dp in (1, 4, 64):
         states = model_states(BASE, zero_settings(stage), dp=dp)
         permanent = states.weights + states.optimizer + states.gradients
-        assert permanent == pytest.approx(parameters * (whole + (cut if stage < 3 else cut_weights + 12 + 2) / dp))
+        assert permanent == pytest.approx(
+            parameters * (replicated + (partitioned if stage < 3 else partitioned_weights + 12 + 2) / dp)
+        )
 
 
 def test_offload_moves_the_optimizer_to_the_host():
