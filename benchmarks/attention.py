@@ -1,7 +1,7 @@
-"""The readings of the visibility rule side by side: one attention over context lengths.
+"""Attention backends over context lengths: one layer of each.
 
-dense, split, flex              plan, forward and backward; flex on a GPU only, where it has a backward pass
-dense, split, flex, forward     plan and forward without gradients, as in validation
+reference, fused, flex              plan, forward and backward; flex on a GPU only, where it has a backward pass
+reference, fused, flex, forward     plan and forward without gradients, as in validation
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from pmlm_dist.model.relative_position import RelativeBias
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """Which attention to time."""
+    """Shapes of the attention layer."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of queries, keys, values and bias table."""
+    """Data type of queries, keys, values and bias table."""
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
-    """Context lengths S; 15 % of them are predicted."""
+    """Context lengths S in tokens; 15 % of the tokens are predicted."""
     slots: int = 4096
-    """Text tokens of a batch: batch = slots / S."""
+    """Context tokens of a batch: batch = slots / S."""
     num_heads: int = 8
-    """Heads of size 64."""
+    """Number of heads, each of size 64."""
     threads: int = 2
-    """Threads of torch."""
+    """Torch threads."""
     repeats: int = 5
-    """Rounds that count."""
+    """Measured rounds."""
 
     def quick(self) -> AttentionOptions:
         """A smoke run."""
@@ -49,14 +49,14 @@ class AttentionOptions:
 
 
 def run(options: AttentionOptions) -> Report:
-    """All rows in turn, for every length."""
+    """Time all backends in interleaved rounds, for every length."""
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     trained = [name for name in ATTENTION_BACKENDS if name != "flex" or device().type == "cuda"]
     rows: dict[str, dict[str, float]] = {}
     figures: dict[str, float] = {}
     for length in options.lengths:
-        torch.compiler.reset()  # else the lengths would count towards torch's limit of compiled shapes
+        torch.compiler.reset()  # otherwise all lengths count towards torch's limit of compiled shapes
         steps = {name: _step(name, length, options) for name in trained}
         steps |= {f"{name}, forward": _step(name, length, options, forward_only=True) for name in ATTENTION_BACKENDS}
         seconds = interleaved(steps, repeats=options.repeats)
@@ -96,7 +96,7 @@ def _step(name: str, length: int, options: AttentionOptions, *, forward_only: bo
 
 
 def _slots(batch: int, length: int, predictions: int) -> Slots:
-    """Every position its own span, evenly spread."""
+    """Slots of `batch` equal samples: evenly spread spans of one position each."""
     predicted_M = torch.arange(predictions, device=device()) * (length // predictions)
     steps_M = torch.arange(1, predictions + 1, device=device())
     context_S = torch.arange(length, device=device())

@@ -1,9 +1,9 @@
-"""Saving a checkpoint: how long the training stands still, against DeepSpeed's own synchronous save.
+"""Stall of the training by saving a checkpoint, compared with DeepSpeed's own synchronous save.
 
-ours        `Saver.save` and what the next update waits for the copy; the writing itself goes on beside the steps
-DeepSpeed   `engine.save_checkpoint`, called between two steps, with nothing flushed to the disk
+ours        `AsyncCheckpointer.save`, plus the time that the next update waits for the copy; a thread writes the files
+DeepSpeed   `engine.save_checkpoint`, called between two steps, without flushing to the disk
 
-Both save the same engine to the same disk, in turn, with training steps between.
+Both save the same engine to the same disk, in turn, with training steps in between.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """What is saved."""
+    """Model, batch and target of the saves."""
 
     hidden_size: int = 512
-    """Width of the model."""
+    """Hidden size; heads have size 64."""
     num_layers: int = 8
-    """Layers of the model."""
+    """Number of layers."""
     vocabulary: int = 30_528
-    """Tokens of the vocabulary."""
+    """Size of the vocabulary."""
     batch: int = 4
     """Sequences of a step."""
     sequence_length: int = 256
     """Tokens of a sequence."""
     threads: int = 2
-    """Threads of torch."""
+    """Torch threads."""
     repeats: int = 5
-    """Saves of each kind that count."""
+    """Measured saves of each kind."""
     folder: Path | None = None
-    """Where the checkpoints go; None: the system's folder for temporary files."""
+    """Folder for the checkpoints. None: the system's folder for temporary files."""
 
     def quick(self) -> CheckpointOptions:
         """A smoke run."""
@@ -69,7 +69,7 @@ class CheckpointOptions:
 
 
 def run(options: CheckpointOptions) -> Report:
-    """Save with each engine; one process, one rank."""
+    """Save with each engine in one process, a world of one rank."""
     torch.set_num_threads(options.threads)
     groups.init_process_groups()
     rows: dict[str, dict[str, float]] = {}
@@ -89,30 +89,30 @@ class _Round:
     """Seconds of one round."""
 
     step: float
-    """A step with nothing beside it."""
+    """A step without a save in progress."""
     stalled: float
-    """Ours: what the training stood still for a save."""
+    """Ours: stall of the training by a save."""
     lost: float
-    """Ours: how much later the training was when the checkpoint was on the disk, the stall included."""
+    """Ours: delay of the training when the checkpoint is on the disk: the stall and the slower steps meanwhile."""
     saved: float
-    """DeepSpeed: its save."""
+    """DeepSpeed: duration of its save."""
 
 
 def _compare(options: CheckpointOptions, engine: dict[str, Any], folder: Path) -> dict[str, dict[str, float]]:
     training = _Training(options, engine, folder)
-    rounds = [_round(training) for _ in range(options.repeats + 1)][1:]  # the first one makes buffers and moments
+    rounds = [_round(training) for _ in range(options.repeats + 1)][1:]  # the first one allocates buffers and moments
     return {
         "ours": {
             "stall s": statistics.median(r.stalled for r in rounds),
             "share": statistics.median(r.stalled / r.saved for r in rounds),
             "lost s": statistics.median(r.lost for r in rounds),
             "step s": statistics.median(r.step for r in rounds),
-            "bytes a parameter": training.bytes_of_ours() / training.parameters,
+            "bytes a parameter": training.our_bytes() / training.parameters,
         },
         "DeepSpeed": {
             "stall s": statistics.median(r.saved for r in rounds),
             "share": 1.0,
-            "bytes a parameter": training.bytes_of_theirs / training.parameters,
+            "bytes a parameter": training.deepspeed_bytes / training.parameters,
         },
     }
 
@@ -127,7 +127,7 @@ def _round(training: _Training) -> _Round:
     lost = time.perf_counter() - start - steps * step
     training.checkpointer.close()
     stalled = training.checkpointer.stalled_s - stalled_before
-    return _Round(step, stalled, lost, saved=training.save_as_deepspeed_does())
+    return _Round(step, stalled, lost, saved=training.save_with_deepspeed())
 
 
 def _seconds(action: Callable[[], object]) -> float:
@@ -137,10 +137,10 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 class _Training:
-    """A run of one rank that steps, and saves in both ways."""
+    """A run of one rank with both kinds of saves."""
 
     def __init__(self, options: CheckpointOptions, engine: dict[str, Any], folder: Path):
-        self._folder, self.state, self.bytes_of_theirs = folder, RunState(), 0
+        self._folder, self.state, self.deepspeed_bytes = folder, RunState(), 0
         config = _run_config(options, engine, folder)
         self._run = resolve(config, groups.init_process_groups())
         self._engine = build_engine(self._run)
@@ -159,7 +159,7 @@ class _Training:
         self._saved_step = 0
 
     def save(self) -> None:
-        """Start to save, our way."""
+        """Start an asynchronous save of ours."""
         self._saved_step = self.state.step
         self.checkpointer.save(self.state)
 
@@ -168,19 +168,19 @@ class _Training:
         self.state = pretrain_step(self._job, self._engine, self._batches, self.state, self._stopwatch)
 
     def is_writing(self) -> bool:
-        """Whether the last checkpoint is neither on the disk nor given up."""
+        """Return True while the last checkpoint is neither on the disk nor abandoned."""
         self.checkpointer.log_finished()
         return self.checkpointer.failures == 0 and not self._checkpoints.folder(self._saved_step).exists()
 
-    def bytes_of_ours(self) -> int:
-        """Size of the newest of our checkpoints."""
+    def our_bytes(self) -> int:
+        """Size of our newest checkpoint."""
         return _size(self._checkpoints.steps()[-1])
 
-    def save_as_deepspeed_does(self) -> float:
-        """Seconds of DeepSpeed's own save; what it wrote is removed."""
-        target = self._folder / "theirs"
+    def save_with_deepspeed(self) -> float:
+        """Seconds of DeepSpeed's own save; its files are removed afterwards."""
+        target = self._folder / "deepspeed"
         seconds = _seconds(lambda: self._engine.save_checkpoint(str(target), tag="saved"))
-        self.bytes_of_theirs = _size(target)
+        self.deepspeed_bytes = _size(target)
         shutil.rmtree(target)
         return seconds
 

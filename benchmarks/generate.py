@@ -1,12 +1,12 @@
-"""Writing answers to sources: tokens a second, beside Hugging Face `generate`.
+"""Generation speed in tokens a second, compared with Hugging Face `generate`.
 
-ours, beams              the source computed once a sample, two slots a hypothesis and step, no key or value moved
+ours, beams              source computed once a sample, two slots a hypothesis and step, keys and values never reordered
 ours, greedy             the same with one hypothesis
-Hugging Face, decoder    `GPT2LMHeadModel` of the same layers, widths and vocabulary, same beams and lengths
-Hugging Face, encoder-decoder    `BartForConditionalGeneration` of half the layers each: about as many parameters
+Hugging Face, decoder    `GPT2LMHeadModel` with the same layers, widths, vocabulary, beams and lengths
+Hugging Face, encoder-decoder    `BartForConditionalGeneration` with half the layers each: about as many parameters
 
-All write exactly `target` tokens to each source: none may end before. `vs_hf_generate` is our speed over that of the
-decoder, which is the network that is most like ours; `vs_hf_encoder_decoder` over that of the other.
+All generate exactly `target` tokens for each source; none may end earlier. `vs_hf_generate` is our speed over that of
+the decoder, the network most similar to ours; `vs_hf_encoder_decoder` over that of the encoder-decoder.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ HF_GREEDY = "Hugging Face, decoder, greedy"
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What to write."""
+    """Model and lengths of the generation."""
 
     layers: int = 6
-    """Layers of our network."""
+    """Layers of our model."""
     hidden: int = 512
-    """Its width; a head has 64 of it."""
+    """Hidden size; heads have size 64."""
     batch: int = 4
-    """Sources."""
+    """Sources of a batch."""
     source: int = 512
     """Tokens of a source."""
     target: int = 32
     """Tokens of an answer."""
     beams: int = 5
-    """Hypotheses of a source."""
+    """Beams of a source."""
     vocabulary: int = 30_528
-    """Tokens of the vocabulary."""
+    """Size of the vocabulary."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of weights and activations."""
+    """Data type of weights and activations."""
     threads: int = 2
-    """Threads of torch."""
+    """Torch threads."""
     repeats: int = 5
-    """Rounds that count."""
+    """Measured rounds."""
 
     def quick(self) -> GenerateOptions:
         """A smoke run."""
@@ -73,24 +73,24 @@ class GenerateOptions:
 
 
 def run(options: GenerateOptions) -> Report:
-    """All rows in turn."""
+    """Time all rows in interleaved rounds."""
     torch.set_num_threads(options.threads)
     if device().type == "cpu":
         keep_freed_memory()
-    made = {
+    prepared = {
         OURS: _ours(options, method="beam"),
         PEERS["vs_hf_generate"]: _decoder(options, beams=options.beams),
         PEERS["vs_hf_encoder_decoder"]: _encoder_decoder(options),
         GREEDY: _ours(options, method="greedy"),
         HF_GREEDY: _decoder(options, beams=1),
     }
-    seconds = interleaved({name: step for name, (step, _) in made.items()}, repeats=options.repeats)
+    seconds = interleaved({name: step for name, (step, _) in prepared.items()}, repeats=options.repeats)
     tokens = options.batch * options.target
     rows = {
         name: {
             "tokens/s": tokens / statistics.median(times),
             "ms a step": 1e3 * statistics.median(times) / options.target,
-            "million parameters": made[name][1] / 1e6,
+            "million parameters": prepared[name][1] / 1e6,
         }
         for name, times in seconds.items()
     }
@@ -100,7 +100,7 @@ def run(options: GenerateOptions) -> Report:
 
 
 Row = tuple[Callable[[], object], int]
-"""What is timed, and the parameters of its network."""
+"""The timed function, and the parameter count of its model."""
 
 
 def _ours(options: GenerateOptions, *, method: Literal["beam", "greedy"]) -> Row:
@@ -144,7 +144,7 @@ def _decoder(options: GenerateOptions, *, beams: int) -> Row:
         n_head=options.hidden // 64,
         **_TOKENS,
     )
-    return _generating(GPT2LMHeadModel(shape), options, beams=beams, written=options.source + options.target)
+    return _hugging_face(GPT2LMHeadModel(shape), options, beams=beams, length=options.source + options.target)
 
 
 def _encoder_decoder(options: GenerateOptions) -> Row:
@@ -166,14 +166,14 @@ def _encoder_decoder(options: GenerateOptions) -> Row:
         forced_eos_token_id=None,
         **_TOKENS,
     )
-    # Its answers begin with a start token, which is given, not written.
-    return _generating(BartForConditionalGeneration(shape), options, beams=options.beams, written=options.target + 1)
+    # Its outputs start with the decoder's start token, which is not generated.
+    return _hugging_face(BartForConditionalGeneration(shape), options, beams=options.beams, length=options.target + 1)
 
 
 _TOKENS: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
 
 
-def _generating(model: Any, options: GenerateOptions, *, beams: int, written: int) -> Row:
+def _hugging_face(model: Any, options: GenerateOptions, *, beams: int, length: int) -> Row:
     model = model.to(device(), options.torch_dtype).eval()
     ids = _sources(options).to(device())
     settings: dict[str, Any] = {
@@ -188,7 +188,7 @@ def _generating(model: Any, options: GenerateOptions, *, beams: int, written: in
 
     def step() -> None:
         answers = model.generate(ids, **settings)
-        assert answers.shape == (options.batch, written), answers.shape
+        assert answers.shape == (options.batch, length), answers.shape
 
     return step, _parameters(model)
 

@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved timing, memory of a fresh process, the report as table and JSON."""
+"""Shared by all benchmarks: interleaved timing, memory of a fresh process, the report as table and JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LIBRARIES = ("torch", "deepspeed", "megatron-core", "transformers", "webdataset
 
 @dataclass(frozen=True)
 class Report:
-    """A benchmark's outcome: `rows` of measured values by name, `figures` the ratios that are held against goals."""
+    """Results of a benchmark: `rows` of measured values by name; `figures`, the ratios that are compared with goals."""
 
     benchmark: str
     shapes: Mapping[str, Any]
@@ -63,7 +63,7 @@ class Report:
 
 
 def machine() -> str:
-    """Processor, cores that may be used, accelerator."""
+    """Processor, available cores, accelerator."""
     import torch
 
     model = platform.processor() or platform.machine()
@@ -76,9 +76,9 @@ def machine() -> str:
 
 
 def interleaved(steps: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each step, `repeats` times in turn: A B C A B C ..., after `warm_up` rounds that do not count.
+    """Seconds of each step in `repeats` interleaved rounds A B C A B C ..., after `warm_up` rounds.
 
-    What drifts (clock rates, neighbours on the machine) then meets all alike; ratios are to be taken round by round.
+    Drift (clock rates, other processes) then affects all steps alike. Take ratios round by round (`ratio`).
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(warm_up + repeats):
@@ -94,14 +94,14 @@ def interleaved(steps: Mapping[str, Callable[[], object]], *, repeats: int, warm
 
 
 def device() -> Any:
-    """The device (`torch.device`) that this process computes on: that of its rank in a world of one."""
+    """The `torch.device` of this process: that of its rank, by default in a world of one."""
     from pmlm_dist.parallel import groups
 
     return groups.init_process_groups().device
 
 
 def synchronize() -> None:
-    """Wait for the accelerator, if there is one."""
+    """Wait for the accelerator; do nothing on a CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -114,9 +114,9 @@ def ratio(seconds: Mapping[str, list[float]], first: str, second: str) -> float:
 
 
 def memory_of(prepare: Callable[..., Callable[[], object]], *args: Any) -> float:
-    """Bytes that a step holds at most beyond what stood before it, in a fresh process (Linux).
+    """Peak bytes of a step beyond those before it, in a fresh process (Linux).
 
-    `prepare(*args)` returns the step; it runs twice, the second time counts: optimizer states stand by then.
+    `prepare(*args)` returns the step. It runs twice; the second run is measured, when optimizer states exist.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -133,17 +133,17 @@ def _measure_memory(sender: Any, prepare: Callable[..., Callable[[], object]], a
     step = prepare(*args)
     step()
     gc.collect()
-    held = Held()
+    memory = MemoryMeter()
     step()
-    sender.send(held.peak())
+    sender.send(memory.peak())
     sender.close()
     os._exit(0)
 
 
-class Held:
-    """Bytes that this process holds beyond those that it held when this was made.
+class MemoryMeter:
+    """Bytes of this process beyond those at construction.
 
-    With a GPU what torch has allocated there, else resident memory (Linux).
+    With a GPU torch's allocated bytes there, otherwise resident memory (Linux).
     """
 
     def __init__(self):
@@ -152,7 +152,7 @@ class Held:
         self.reset_peak()
 
     def now(self) -> float:
-        """What is held; what is free but kept does not count."""
+        """Bytes in use; freed memory is released to the system first."""
         import torch
 
         if torch.cuda.is_available():
@@ -161,7 +161,7 @@ class Held:
         return _status("VmRSS") - self._before
 
     def reset_peak(self) -> None:
-        """Count the peak from here on; what is free but kept is given back first."""
+        """Restart the peak; freed memory is released to the system first."""
         import torch
 
         if torch.cuda.is_available():
@@ -171,7 +171,7 @@ class Held:
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> float:
-        """The most that was held since `reset_peak`."""
+        """Peak bytes since `reset_peak`."""
         import torch
 
         highest = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
@@ -184,7 +184,7 @@ def _status(name: str) -> float:
 
 
 class Product:
-    """A dense product [m, k] x [k, n] into a buffer that stands already."""
+    """A dense product [m, k] x [k, n] into a preallocated buffer."""
 
     def __init__(self, m: int, k: int, n: int, *, dtype: Any, device: Any):
         import torch
@@ -195,13 +195,13 @@ class Product:
         self.flops = 2.0 * m * k * n
 
     def __call__(self) -> None:
-        """The product, once."""
+        """Compute the product once."""
         import torch
 
         torch.mm(self._a, self._b, out=self._out)
 
     def rate(self, seconds: float) -> float:
-        """FLOP/s over that time."""
+        """FLOP/s, measured for `seconds`."""
         self()
         synchronize()
         start, count = time.perf_counter(), 0
@@ -214,9 +214,9 @@ class Product:
 
 
 def best_product(dtype: Any, device: Any, *, seconds: float = 2.0) -> Product:
-    """The product with the highest rate here, over some shapes of the kind that a Transformer has."""
+    """The product with the highest rate on this device, among typical shapes of a Transformer."""
     shapes = [(2048, 512, 2048), (2048, 2048, 512), (1024, 1024, 4096), (4096, 1024, 1024)]
-    if device.type == "cuda":  # those above are over before the next one is launched
+    if device.type == "cuda":  # the shapes above are too small: launch overhead would dominate
         shapes += [(8192, 8192, 8192), (16384, 4096, 4096)]
     products = [Product(*shape, dtype=dtype, device=device) for shape in shapes]
     return max(products, key=lambda product: product.rate(seconds / len(shapes)))

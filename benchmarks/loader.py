@@ -1,14 +1,14 @@
-"""What feeds the training, in samples a second on one core, beside the collators of Hugging Face's users.
+"""Data loading in samples a second on one core, compared with the collators of Hugging Face.
 
-one worker              reading, masking, layout, collate in a loader process, as the training receives it
-disk|http, W workers    an epoch as W loader processes deliver it, from its first batch on: from files that the kernel
-                        has not read yet (cold; left out where it cannot be made to forget them) or has (warm), and
-                        from a web server on this machine, cache empty
-masking, layout, collate    on token arrays in memory, ours: spans, factorization order, three slots a position
+one worker              reading, masking, layout, collation in one loader process
+disk|http, W workers    an epoch from W loader processes, from its first batch on: from files that are not in the page
+                        cache (cold; omitted where they cannot be dropped from it) or are (warm), and from a web server
+                        on this machine with an empty cache folder
+masking, layout, collate    ours on token arrays in memory: spans, factorization order, three slots a position
 transformers, tokens    `DataCollatorForLanguageModeling` on the same arrays: independent tokens
 transformers, words     the same with whole-word masking
 
-`data_wait_share`: of a training step of the demo, the share that is spent waiting for its batches.
+`data_wait_share`: fraction of a training step of the demo that is spent waiting for its batches.
 """
 
 from __future__ import annotations
@@ -51,31 +51,31 @@ from pmlm_dist.training.step import train_step
 from pmlm_dist.vocab import Vocabulary
 
 TOKENS_PER_S = 300_000
-"""Text tokens a second of one large GPU, the goal that a worker is measured by."""
+"""Text tokens a second of one large GPU, the goal for the loader."""
 
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What to load."""
+    """Shapes, sources and numbers of loader processes."""
 
     batch: int = 32
     """Sequences of a micro-batch."""
     sequence_length: int = 512
     """Tokens of a sequence."""
     vocabulary: int = 30_528
-    """Tokens of the vocabulary."""
+    """Size of the vocabulary."""
     samples: int = 4096
     """Samples of the corpus."""
     repeats: int = 7
-    """Rounds that count."""
+    """Measured rounds."""
     seconds: float = 5.0
-    """How long the worker is watched."""
+    """Seconds for which one worker is measured."""
     workers: tuple[int, ...] = (1, 2, 4)
-    """Numbers of loader processes that read an epoch."""
+    """Numbers of loader processes for an epoch."""
     steps: int = 30
-    """Training steps whose waiting is measured."""
+    """Training steps whose waiting time is measured."""
     demo: Path | None = Path("data/demo")
-    """Corpus that they train on, of `make corpus`. None: a random one."""
+    """Corpus of these training steps, made by `make corpus`. None: a random one."""
 
     def quick(self) -> LoaderOptions:
         """A smoke run."""
@@ -84,10 +84,10 @@ class LoaderOptions:
 
 
 def run(options: LoaderOptions) -> Report:
-    """Time the collators in turn, then one worker by itself."""
+    """Time the collators in interleaved rounds, then one worker, then epochs, then the waiting time."""
     torch.set_num_threads(1)
     if options.demo is not None and not (options.demo / MANIFEST).is_file():
-        sys.exit(f"there is no corpus in {options.demo}: `make corpus` makes it; or name another with --demo")
+        sys.exit(f"--demo ({options.demo}) has no corpus: run `make corpus`, or set --demo to another corpus")
     with tempfile.TemporaryDirectory() as folder:
         corpus = random_corpus(
             Path(folder),
@@ -150,7 +150,7 @@ def _collators(options: LoaderOptions, corpus: Path) -> dict[str, Callable[[], o
 
 
 def _offsets(length: int) -> np.ndarray:
-    """Character offsets of words of four characters, every third token going on with its word."""
+    """Character offsets of tokens of four characters; every third token continues the word before it."""
     starts = np.arange(length) * 5 - (np.arange(length) % 3 == 2)
     return np.stack([starts, starts + 4], axis=1)
 
@@ -162,7 +162,7 @@ def _samples(corpus: Path, count: int) -> list[np.ndarray]:
 
 
 def _worker_rate(options: LoaderOptions, corpus: Path) -> float:
-    """Samples a second of one loader process, watched for a while after it has warmed up."""
+    """Samples a second of one loader process after a warm-up."""
     batches = _batches(options, CorpusSource(corpus), DataConfig(workers=1))
     for _ in range(2 * DataConfig().prefetch):
         next(batches)
@@ -178,18 +178,18 @@ def _worker_rate(options: LoaderOptions, corpus: Path) -> float:
 def _batches(options: LoaderOptions, source: CorpusSource, loading: DataConfig, *, lanes: int = SHARDS) -> BatchLoader:
     vocabulary = Vocabulary.load(source.folder)
     special = special_ids(vocabulary)
-    where = BatchSource(source.folder, special, masking=MaskingConfig(), seed=0, address=source.address)
+    batches = BatchSource(source.folder, special, masking=MaskingConfig(), seed=0, address=source.address)
     share = BatchShare(global_batch=options.batch, micro_batch=options.batch)
-    return training_batches(where, lanes=lanes, share=share, loading=loading)
+    return training_batches(batches, lanes=lanes, share=share, loading=loading)
 
 
 def _epoch_rates(options: LoaderOptions, corpus: Path) -> dict[str, float]:
-    """Samples a second of an epoch from each place by each number of workers."""
+    """Samples a second of an epoch for each source and number of workers."""
     rates = {}
     with served(corpus) as address:
         for workers in options.workers:
             disk = DataConfig(workers=workers)
-            if _forget(corpus):
+            if _drop_from_page_cache(corpus):
                 rates[f"disk, cold, {workers} workers"] = _epoch_rate(options, CorpusSource(corpus), disk)
             rates[f"disk, warm, {workers} workers"] = _epoch_rate(options, CorpusSource(corpus), disk)
             with tempfile.TemporaryDirectory() as cache:
@@ -199,9 +199,11 @@ def _epoch_rates(options: LoaderOptions, corpus: Path) -> dict[str, float]:
 
 
 def _epoch_rate(options: LoaderOptions, source: CorpusSource, loading: DataConfig) -> float:
-    """From the first batch to the last."""
+    """Samples a second from the first batch of an epoch to the last."""
     count = Manifest.load(source.folder).splits["train"].samples // options.batch - 1
-    batches = _batches(options, source, loading, lanes=SHARDS // 4)  # three quarters of the shards are opened below
+    batches = _batches(
+        options, source, loading, lanes=SHARDS // 4
+    )  # fewer lanes than shards: most shards are opened below
     next(batches)
     start = time.perf_counter()
     for _ in range(count):
@@ -211,41 +213,41 @@ def _epoch_rate(options: LoaderOptions, source: CorpusSource, loading: DataConfi
     return rate
 
 
-def _forget(corpus: Path) -> bool:
-    """Make the kernel drop the shards from its memory (Linux); whether it did."""
-    forgotten = [_is_forgotten(path) for path in corpus.rglob("*.tar")]
-    return all(forgotten)
+def _drop_from_page_cache(corpus: Path) -> bool:
+    """Drop the shards from the kernel's page cache (Linux). Return True if none of them is in it afterwards."""
+    dropped = [_drop_file(path) for path in corpus.rglob("*.tar")]
+    return all(dropped)
 
 
-def _is_forgotten(path: Path) -> bool:
+def _drop_file(path: Path) -> bool:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         try:
             os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
         except BlockingIOError:
-            return True  # it would have to be read from the disk
+            return True  # the first byte is not cached
         except OSError:
-            pass  # a file system that cannot tell
+            pass  # the file system does not support RWF_NOWAIT
     return False
 
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The address of a web server of `folder`, a process of its own, while inside."""
+    """Run a web server for `folder` in a process of its own; yield its address."""
     command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout is not None
         try:
             port = re.search(r"port (\d+)", server.stdout.readline())
-            assert port is not None, "http.server says where it listens"
+            assert port is not None, "http.server prints its port"
             yield f"http://127.0.0.1:{port[1]}"
         finally:
             server.kill()
 
 
 def _data_wait_share(options: LoaderOptions) -> float:
-    """Seconds that steps of the tiny preset wait for their batches, over the seconds of these steps."""
+    """Fraction of the time of the tiny preset's steps that is spent waiting for batches."""
     with tempfile.TemporaryDirectory() as folder:
         corpus = options.demo or random_corpus(
             Path(folder), vocabulary_size=1000, samples=512, sequence_length=options.sequence_length
@@ -258,7 +260,7 @@ def _data_wait_share(options: LoaderOptions) -> float:
         job = PretrainJob(run)
         waited = started = 0.0
         for step in range(options.steps + 2):
-            if step == 2:  # workers have started by then
+            if step == 2:  # the workers have started
                 waited, started = 0.0, time.perf_counter()
             before = time.perf_counter()
             micro_batches = [next(batches) for _ in range(accumulation)]

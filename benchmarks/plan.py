@@ -1,10 +1,10 @@
-"""`pmlm plan` against what this machine does: memory and step time of the real training path at some shapes.
+"""`pmlm plan` compared with measurements: memory and step time of the real training path at some shapes.
 
-The plan gets the rates that it measures itself (`--device measure`), in the same processes and with the same threads.
-seconds       median step, and what was planned
-resident      the most that a rank's process holds in a step beyond what stood before the model was made, where freed
-              memory is given back (`--train.no-keep-freed-memory`); planned is what torch has to allocate
-kept          the same as trainings run on a CPU, freed memory kept: figure `heap`, by how much it is more
+The plan uses measured rates (`--device measure`), from the same processes and with the same threads.
+seconds       median time of a step, measured and planned
+resident      peak resident memory of a rank's process in a step beyond that before the model was built, where freed
+              memory is released (`--train.no-keep-freed-memory`); planned are torch's allocated bytes
+kept          the same with freed memory kept, the default on a CPU; figure `heap` is its ratio to `resident`
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import Held, Report
+from harness import MemoryMeter, Report
 from ranks import World
-from training_run import Shape, Training, giving_back, warm_up
+from training_run import Shape, Training, releasing_freed_memory, warm_up
 
 from pmlm_dist.config import ModelConfig, RunConfig
 from pmlm_dist.devices import Device
@@ -35,18 +35,18 @@ _ZERO_1 = {"stage": 1, "reduce_bucket_size": 2_000_000, "allgather_bucket_size":
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is planned and measured."""
+    """Shapes that are planned and measured."""
 
     batch: int = 4
-    """Sequences of a micro-batch of the larger shapes; the tiny preset takes four times as many."""
+    """Sequences of a micro-batch of the larger shapes; the tiny preset has four times as many."""
     sequence_length: int = 512
     """Tokens of a sequence of the larger shapes; the tiny preset's are 64."""
     vocabulary: int = 30_528
-    """Tokens of the vocabulary of the larger shapes; the tiny preset's are 8,192."""
+    """Size of the vocabulary of the larger shapes; the tiny preset's is 8,192."""
     ranks: int = 2
-    """Ranks of the last shape; 1 leaves it out."""
+    """Ranks of the last shape; 1 skips it."""
     repeats: int = 7
-    """Steps that count."""
+    """Measured steps."""
 
     def quick(self) -> PlanOptions:
         """A smoke run."""
@@ -54,11 +54,11 @@ class PlanOptions:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """By name."""
+        """The shapes by name."""
         bench = Shape(dataclasses.replace(_BENCH, vocab_size=self.vocabulary), self.sequence_length, self.batch)
         tiny = dataclasses.replace(PRESETS["tiny"]().model, vocab_size=min(8192, self.vocabulary))
         zero_1 = {"zero_optimization": _ZERO_1}
-        found = {
+        shapes = {
             "hidden 512, fp32": bench,
             "hidden 512, fp32, ZeRO 1, 2 micro-batches": dataclasses.replace(bench, engine=zero_1, accumulation=2),
             "hidden 512, bf16, ZeRO 1": dataclasses.replace(bench, engine={**zero_1, "bf16": {"enabled": True}}),
@@ -66,12 +66,12 @@ class PlanOptions:
         }
         if self.ranks > 1:
             name = f"tiny, fp32, ZeRO 1, {self.ranks} ranks"
-            found[name] = Shape(tiny, 64, 4 * self.batch, dp=self.ranks, engine=zero_1)
-        return found
+            shapes[name] = Shape(tiny, 64, 4 * self.batch, dp=self.ranks, engine=zero_1)
+        return shapes
 
 
 def run(options: PlanOptions) -> Report:
-    """One shape after the other; each world measures its device before it trains."""
+    """Measure one shape after the other; each world measures its device before it trains."""
     rows = {name: _row(options, shape) for name, shape in options.shapes.items()}
     figures = {
         "memory_error": max(abs(row["plan MB"] / row["resident MB"] - 1) for row in rows.values()),
@@ -85,9 +85,9 @@ def _row(options: PlanOptions, shape: Shape) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = shape.run_config(shape.write_corpus(Path(folder)))
         tokens = shape.micro_batch * shape.sequence_length
-        with World(_measuring, config, options.repeats, shape.precision, tokens, ranks=shape.dp) as world:
+        with World(_prepare_measurement, config, options.repeats, shape.precision, tokens, ranks=shape.dp) as world:
             ranks = world.call()
-        with World(_holding, giving_back(config), ranks=shape.dp) as world:
+        with World(_prepare_memory, releasing_freed_memory(config), ranks=shape.dp) as world:
             resident = max(world.call())
     first: dict[str, Any] = ranks[0]
     memory, estimate = shape.planned_memory(), shape.planned_time(first["device"])
@@ -96,51 +96,53 @@ def _row(options: PlanOptions, shape: Shape) -> dict[str, float]:
         "plan s": estimate.total,
         "resident MB": resident / 1e6,
         "plan MB": memory.allocated / 1e6,
-        "kept MB": max(rank["held"] for rank in ranks) / 1e6,
+        "kept MB": max(rank["peak"] for rank in ranks) / 1e6,
         "TFLOP/s": first["device"].peak[shape.precision] / 1e12,
         "GB/s": first["device"].bandwidth / 1e9,
     }
 
 
-def _measuring(config: RunConfig, repeats: int, precision: str, tokens: int) -> Callable[[], Mapping[str, Any]]:
+def _prepare_measurement(
+    config: RunConfig, repeats: int, precision: str, tokens: int
+) -> Callable[[], Mapping[str, Any]]:
     from pmlm_dist.parallel import groups
     from pmlm_dist.planning.measure import measure_device
 
     topology = groups.init_process_groups()
     device: Device = measure_device(precision, topology, model=config.model, tokens=tokens)
-    hold, training = _held_by_training(config)
+    step_peak, training = _memory_of_training(config)
 
     def measure() -> dict[str, Any]:
-        peak, seconds = hold(), []
+        peak, seconds = step_peak(), []
         for _ in range(repeats):
             topology.barrier()
             start = time.perf_counter()
             training.step()
             seconds.append(time.perf_counter() - start)
-        return {"device": device, "seconds": statistics.median(seconds), "held": peak}
+        return {"device": device, "seconds": statistics.median(seconds), "peak": peak}
 
     return measure
 
 
-def _holding(config: RunConfig) -> Callable[[], float]:
+def _prepare_memory(config: RunConfig) -> Callable[[], float]:
     from pmlm_dist.parallel import groups
 
     groups.init_process_groups()
-    return _held_by_training(config)[0]
+    return _memory_of_training(config)[0]
 
 
-def _held_by_training(config: RunConfig) -> tuple[Callable[[], float], Training]:
-    """What tells the bytes that the process holds in a step, and the training that it steps."""
+def _memory_of_training(config: RunConfig) -> tuple[Callable[[], float], Training]:
+    """A function that returns the peak bytes of the process in a step, and the training that it steps."""
     warm_up(config)
-    held = Held()
+    memory = MemoryMeter()
     training = Training(config)
 
-    def hold() -> float:
+    def step_peak() -> float:
         training.step()
         training.step()
         gc.collect()
-        held.reset_peak()
+        memory.reset_peak()
         training.step()
-        return held.peak()
+        return memory.peak()
 
-    return hold, training
+    return step_peak, training

@@ -1,11 +1,11 @@
-"""Text bytes a second from raw text to shards, beside the bare `tokenizers` batch encoder on the same text.
+"""Corpus preparation in text bytes a second, compared with the batch encoder of `tokenizers` on the same text.
 
-tokenizer alone      `encode_batch_fast` over the documents of the text, a thousand at a time, ids thrown away
+tokenizer alone      `encode_batch_fast` over the documents of the text, a thousand at a time, ids discarded
 R ranks, N x         `pmlm prepare-corpus` (scan, exact duplicates, tokens, samples, shuffle, shards) on R MPI ranks;
-                     the text N times, each copy's documents marked so that none is a duplicate
+                     the text N times, with a mark in each copy's documents so that none is a duplicate
 
 Text: the docstrings of the installed packages (real prose, 33 MB); vocabulary: BERT's 30,522 uncased tokens. Every rank
-has one core. What is timed follows a small preparation in the same processes, so that starting Python does not count.
+has one core. A small preparation in the same processes precedes the measurement, so that Python's start is excluded.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from pmlm_dist.corpus.prepare.settings import PrepareConfig
 from pmlm_dist.vocab import Vocabulary
 
 CORES = sorted(os.sched_getaffinity(0))
-_AT_ONCE = 1000
+_DOCUMENTS_PER_CALL = 1000
 _WARM_UP = 200
 _TIMEOUT_S = 1200
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare."""
+    """Text and sizes of the preparation."""
 
     text: Path | None = None
-    """A JSONL file in place of the docstrings, for example data/demo/python-docs.jsonl."""
+    """JSONL file with the text, for example data/demo/python-docs.jsonl. None: docstrings of installed packages."""
     packages: tuple[str, ...] = ()
-    """Docstrings of these packages only."""
+    """Packages whose docstrings are used. Empty: all."""
     copies: int = 6
-    """Size of the text that one and two ranks prepare; twice as many show the memory of a larger corpus."""
+    """Copies of the text for one and two ranks; twice as many show the memory of a larger corpus."""
     sequence_length: int = 512
     """Tokens of a sample."""
     repeats: int = 3
-    """Rounds that count."""
+    """Measured rounds."""
 
     def quick(self) -> PrepareOptions:
         """A smoke run."""
@@ -60,7 +60,7 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is timed in processes of its own: a preparation on `ranks` ranks, or, with none, the tokenizer alone."""
+    """A measurement in processes of its own: a preparation on `ranks` ranks, or with 0 ranks the tokenizer alone."""
 
     ranks: int
     copies: int
@@ -72,38 +72,38 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Result:
     seconds: float
     peak_bytes: float
     """Resident memory of the largest rank."""
 
 
 def run(options: PrepareOptions) -> Report:
-    """Time the tokenizer and the preparations in turn."""
+    """Time the tokenizer and the preparations in interleaved rounds."""
     alone, single = _Job(0, 1), _Job(1, 1)
     one, two, large = _Job(1, options.copies), _Job(2, options.copies), _Job(1, 2 * options.copies)
     with tempfile.TemporaryDirectory() as folder:
         size = _write_texts(Path(folder), options)
         jobs = list(dict.fromkeys([alone, single, one, two]))
         rounds = [{job: _timed(Path(folder), job, options) for job in jobs} for _ in range(options.repeats)]
-        found = {job: [results[job] for results in rounds] for job in jobs} | {
+        results = {job: [by_job[job] for by_job in rounds] for job in jobs} | {
             large: [_timed(Path(folder), large, options)]
         }
     figures = {
-        "vs_tokenizer": _ratio(found[alone], found[single]),
-        "two_ranks": _ratio(found[one], found[two]),
-        "memory_at_twice_the_text": found[large][0].peak_bytes / max(each.peak_bytes for each in found[one]),
+        "vs_tokenizer": _ratio(results[alone], results[single]),
+        "two_ranks": _ratio(results[one], results[two]),
+        "memory_at_twice_the_text": results[large][0].peak_bytes / max(each.peak_bytes for each in results[one]),
     }
-    rows = {job.name: _row(results, job.copies * size) for job, results in found.items()}
+    rows = {job.name: _row(of_job, job.copies * size) for job, of_job in results.items()}
     return Report("prepare", {**dataclasses.asdict(options), "text": str(options.text), "bytes": size}, rows, figures)
 
 
-def _ratio(first: list[_Found], second: list[_Found]) -> float:
+def _ratio(first: list[_Result], second: list[_Result]) -> float:
     """Median over the rounds of the time of the first over that of the second."""
     return statistics.median(a.seconds / b.seconds for a, b in zip(first, second, strict=True))
 
 
-def _row(results: list[_Found], size: int) -> dict[str, float]:
+def _row(results: list[_Result], size: int) -> dict[str, float]:
     seconds = statistics.median(each.seconds for each in results)
     return {"s": seconds, "MB/s": size / seconds / 1e6, "peak MiB": max(each.peak_bytes for each in results) / 2**20}
 
@@ -112,7 +112,7 @@ def _row(results: list[_Found], size: int) -> dict[str, float]:
 
 
 def _write_texts(folder: Path, options: PrepareOptions) -> int:
-    """A file for each number of copies, and a small one to warm up; bytes of text of one copy."""
+    """Write a file for each number of copies, and a small one for the warm-up; return the bytes of one copy."""
     source = options.text or folder / "docs.jsonl"
     if options.text is None:
         write_python_docs(source, folders=[_folder(name) for name in options.packages] or None)
@@ -126,10 +126,10 @@ def _write_texts(folder: Path, options: PrepareOptions) -> int:
 
 
 def _folder(package: str) -> Path:
-    found = importlib.util.find_spec(package)
-    assert found is not None
-    assert found.origin is not None
-    return Path(found.origin).parent
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def _text(folder: Path, copies: int) -> Path:
@@ -147,8 +147,8 @@ def _vocabulary() -> Path:
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
-def _timed(folder: Path, job: _Job, options: PrepareOptions) -> _Found:
-    """Run a job in processes of its own, a core each."""
+def _timed(folder: Path, job: _Job, options: PrepareOptions) -> _Result:
+    """Run a job in processes of its own, one core each."""
     settings = json.dumps([str(folder), job.ranks, job.copies, options.sequence_length])
     command = [sys.executable, __file__, settings]
     if job.ranks:
@@ -166,11 +166,11 @@ def _timed(folder: Path, job: _Job, options: PrepareOptions) -> _Found:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode:
         raise RuntimeError(f"{job.name}: {done.stderr[-2000:]}")
-    return _Found(**json.loads(done.stdout.splitlines()[-1]))
+    return _Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def _work(settings: str) -> None:
-    """In a process of its own: do a job and print what `_Found` holds."""
+    """In a process of its own: run a job and print the fields of `_Result` as JSON."""
     folder, ranks, copies, sequence_length = json.loads(settings)
     if ranks:
         _prepare(Path(folder), copies, sequence_length=sequence_length)
@@ -185,8 +185,8 @@ def _tokenize(text: Path) -> None:
     texts = [json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()]
     encoder.encode_batch_fast(texts[:_WARM_UP], add_special_tokens=False)
     start = time.perf_counter()
-    for at in range(0, len(texts), _AT_ONCE):
-        encoder.encode_batch_fast(texts[at : at + _AT_ONCE], add_special_tokens=False)
+    for start_of_call in range(0, len(texts), _DOCUMENTS_PER_CALL):
+        encoder.encode_batch_fast(texts[start_of_call : start_of_call + _DOCUMENTS_PER_CALL], add_special_tokens=False)
     _print(time.perf_counter() - start, _peak())
 
 

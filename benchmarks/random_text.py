@@ -1,4 +1,4 @@
-"""A corpus of random tokens: what it says does not matter to the clock."""
+"""A corpus of random tokens, whose content does not affect timings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def random_corpus(folder: Path, *, vocabulary_size: int, samples: int, sequence_length: int) -> Path:
-    """`samples` full-length training samples in 8 shards, and one shard of validation samples, in `folder`."""
+    """Write `samples` full-length training samples in 8 shards and one shard of validation samples to `folder`."""
     vocabulary = Vocabulary.from_tokens([*_SPECIAL, *(f"w{i}" for i in range(vocabulary_size - len(_SPECIAL)))])
     random = np.random.default_rng(0)
 
@@ -23,15 +23,15 @@ def random_corpus(folder: Path, *, vocabulary_size: int, samples: int, sequence_
         ids[[0, sequence_length // 2, sequence_length - 1]] = vocabulary.cls_id, vocabulary.sep_id, vocabulary.sep_id
         return ids
 
-    splits, a_shard = {}, -(-samples // SHARDS)
+    splits, per_shard = {}, -(-samples // SHARDS)
     for name, count in (("train", SHARDS), ("validation", 1)):
         shards = tuple(
             write_shard(
-                folder, shard_name(name, i), [sample() for _ in range(a_shard)], first=i * a_shard, dtype="uint16"
+                folder, shard_name(name, i), [sample() for _ in range(per_shard)], first=i * per_shard, dtype="uint16"
             )
             for i in range(count)
         )
-        splits[name] = Split(shards, count * a_shard, count * a_shard * sequence_length)
+        splits[name] = Split(shards, count * per_shard, count * per_shard * sequence_length)
     vocabulary.save(folder)
     Manifest(
         sequence_length=sequence_length,

@@ -1,10 +1,10 @@
-"""Ranks on this machine for benchmarks: processes that are told, in turn with others, to do their work once more.
+"""Worlds of ranks on this machine for benchmarks; several can exist at once and be called in turn.
 
-    with World(prepare, ranks=2, threads=1) as world:      prepare(*args) runs on every rank and returns its work
-        answers = world.call()                             the work, once, on every rank; the answers in order of rank
+    with World(prepare, ranks=2, threads=1) as world:      prepare(*args) runs on every rank and returns its function
+        results = world.call()                             calls that function once on every rank; results by rank
 
-Ranks are forked from a server that has imported torch and DeepSpeed; each has threads of its own, and is tied to cores
-of its own where there are as many. A world that fails or does not answer in time is killed.
+Ranks are forked from a server that has imported torch and DeepSpeed. Each has its own threads, and its own cores where
+there are enough. A world that fails or times out is killed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = ["pmlm_dist.training.run"]
 CORES = sorted(os.sched_getaffinity(0))
-"""Cores that this process was given."""
+"""Cores available to this process."""
 
 
 class World:
-    """`ranks` processes, the work of each prepared."""
+    """`ranks` processes with prepared functions."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class World:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        self._answers()  # prepared
+        self._results()  # of `prepare`
 
     def __enter__(self) -> World:
         return self
@@ -65,30 +65,30 @@ class World:
             process.join()
 
     def call(self) -> list[Any]:
-        """The work, once, on every rank at the same time. Raises `RuntimeError` when one of them fails or is silent."""
+        """Call the function once on every rank at the same time. Raises `RuntimeError` on a failure or a timeout."""
         for pipe in self._pipes:
             pipe.send(True)
-        return self._answers()
+        return self._results()
 
-    def _answers(self) -> list[Any]:
-        deadline, answers = time.monotonic() + self._timeout_s, []
+    def _results(self) -> list[Any]:
+        deadline, results = time.monotonic() + self._timeout_s, []
         for rank, pipe in enumerate(self._pipes):
-            text = "no answer in time"
+            timeout = (False, f"no result within {self._timeout_s} seconds")
             try:
-                ok, answer = pipe.recv() if pipe.poll(max(0.0, deadline - time.monotonic())) else (False, text)
+                ok, result = pipe.recv() if pipe.poll(max(0.0, deadline - time.monotonic())) else timeout
             except EOFError:
-                ok, answer = False, "the process ended"
+                ok, result = False, "the process exited"
             if not ok:
                 for process in self._processes:
                     process.kill()
-                raise RuntimeError(f"rank {rank} of {len(self._pipes)}: {answer}")
-            answers.append(answer)
-        return answers
+                raise RuntimeError(f"rank {rank} of {len(self._pipes)}: {result}")
+            results.append(result)
+        return results
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a rank is, and what it may use."""
+    """Position of a rank in its world, and its threads and cores."""
 
     rank: int
     ranks: int
@@ -120,7 +120,7 @@ def _serve(pipe: Connection, place: _Place, prepare: Callable[..., Any], args: t
         while pipe.recv():
             pipe.send((True, work()))
     except EOFError:
-        pass  # whoever asked is gone
+        pass  # the parent process has exited
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     os._exit(0)  # a finished ZeRO-3 run on gloo can abort in its destructors

@@ -1,4 +1,4 @@
-"""Benchmarks: ratios between things that are timed in turn in the same run.
+"""Benchmarks: ratios of times that are measured in interleaved rounds of one run.
 
 python benchmarks/run.py NAME [--json FILE] [--quick] [settings of the benchmark; --help lists them]
 """
@@ -27,7 +27,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    """Run one benchmark, print its report, write it as JSON if asked."""
+    """Run one benchmark, print its report, and write it to the file of `--json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(BENCHMARKS))
     parser.add_argument("--json", type=Path, help="file to write the report to")

@@ -1,14 +1,14 @@
-"""How the training scales over ranks of one machine, one thread each, and what DeepSpeed itself costs on one rank.
+"""Scaling of the training over ranks of one machine, one thread each, and the overhead of DeepSpeed on one rank.
 
 1 rank                  a batch on one rank, through the real training path
 2 ranks, dp weak        the same batch on each of two data-parallel ranks: twice the work
-2 ranks, dp strong      half of it on each
+2 ranks, dp strong      half the batch on each of two data-parallel ranks
 2 ranks, tp weak        twice the batch on two tensor-parallel ranks
 2 ranks, tp strong      the same batch on two tensor-parallel ranks
-plain torch             one rank, the same model, loader and loss: backward, AdamW, nothing else
+plain torch             one rank, the same model, loader and loss: backward and AdamW only
 
-All worlds stand at once and are called in turn. Efficiency is the time of one rank over that of two, by the work done.
-With fewer cores than ranks two ranks share one, and the figures say nothing about scaling.
+All worlds exist at once and are called in turn. Efficiency: time of one rank over that of two, times the ratio of the
+work per rank. With fewer cores than ranks two ranks share a core, and the figures are meaningless.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ScalingOptions:
-    """What is scaled."""
+    """Model, batch and engine."""
 
     hidden_size: int = 512
-    """Width of the model; heads of size 64, feed-forward network four times as wide."""
+    """Hidden size; heads have size 64, the feed-forward network is four times as wide."""
     num_layers: int = 4
-    """Layers of the model."""
+    """Number of layers."""
     vocabulary: int = 30_528
-    """Tokens of the vocabulary."""
+    """Size of the vocabulary."""
     batch: int = 4
     """Sequences of one rank's micro-batch; even."""
     accumulation: int = 4
-    """Micro-batches of a step. Ranks speak once a step, so with one alone it is mostly their talk that is measured."""
+    """Micro-batches of a step. Ranks communicate once a step, so with 1 mostly communication is measured."""
     sequence_length: int = 512
     """Tokens of a sequence."""
     engine: Literal["ZeRO 0", "ZeRO 1"] = "ZeRO 1"
-    """Which engine is scaled."""
+    """ZeRO stage of the engine."""
     repeats: int = 5
-    """Rounds that count."""
+    """Measured rounds."""
 
     def quick(self) -> ScalingOptions:
         """A smoke run."""
@@ -79,9 +79,9 @@ class ScalingOptions:
 
 
 def run(options: ScalingOptions) -> Report:
-    """Call all worlds in turn."""
-    cut = {"accumulation": options.accumulation, "engine": ENGINES[options.engine]}
-    one = Shape(options.model, options.sequence_length, options.batch, **cut)
+    """Time all worlds in interleaved rounds."""
+    common = {"accumulation": options.accumulation, "engine": ENGINES[options.engine]}
+    one = Shape(options.model, options.sequence_length, options.batch, **common)
     half, double = options.batch // 2, 2 * options.batch
     shapes = {
         "2 ranks, dp weak": dataclasses.replace(one, dp=2),
@@ -97,8 +97,8 @@ def run(options: ScalingOptions) -> Report:
             ranks = shape.dp * shape.tp
             return stack.enter_context(World(prepare, shape.run_config(corpus), ranks=ranks)).call
 
-        steps = {name: world(_stepping, shape) for name, shape in {**alone, **shapes}.items()}
-        steps["plain torch"] = world(_plain, one)
+        steps = {name: world(_real_training, shape) for name, shape in {**alone, **shapes}.items()}
+        steps["plain torch"] = world(_plain_torch, one)
         seconds = interleaved(steps, repeats=options.repeats)
     return _report(options, seconds)
 
@@ -123,12 +123,12 @@ def _report(options: ScalingOptions, seconds: dict[str, list[float]]) -> Report:
     return Report("scaling", shapes, rows, figures)
 
 
-def _stepping(config: RunConfig) -> Callable[[], object]:
+def _real_training(config: RunConfig) -> Callable[[], object]:
     return Training(config).step
 
 
-def _plain(config: RunConfig) -> Callable[[], object]:
-    """A loop as one writes it without DeepSpeed; model, data and loss are ours."""
+def _plain_torch(config: RunConfig) -> Callable[[], object]:
+    """A step of plain torch without DeepSpeed; model, data and loss are ours."""
     import torch
 
     from pmlm_dist.data.loader import training_batches

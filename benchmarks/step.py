@@ -1,16 +1,16 @@
-"""Training steps side by side: forward, backward, optimizer; each in a process of its own, called in turn.
+"""Training steps (forward, backward, optimizer) compared, each in a process of its own, in interleaved rounds.
 
-ours                    through the real training path: corpus, loader, DeepSpeed engine, `train_step`
+ours                    the real training path: corpus, loader, DeepSpeed engine, `train_step`
 ours, flex              the same with FlexAttention, on a GPU only
-two passes              an AE pass and a PAR pass, nothing shared, one optimizer step
+two passes              an AE pass and a PAR pass with nothing shared, one optimizer step
 one pass                the same loop with both objectives in one pass: ours without DeepSpeed
 naive                   one dense mask over all T slots, the head on every slot
 Hugging Face            `BertForMaskedLM` and `MPNetForMaskedLM` (relative bias), sdpa
-.. memory kept          the same where freed memory is kept as our training keeps it (engine/malloc.py), on a CPU
-limit                   nothing but matrix products, of the shape that is fastest here: the model FLOPs of our step
+.. memory kept          the same with freed memory kept, as our training does on a CPU (engine/malloc.py)
+limit                   only matrix products of the fastest shape on this device: the model FLOPs of our step
 
-What ours is compared with runs as plain torch runs it: a loop of forward, backward, fused AdamW (in bf16 on fp32
-masters, as ours), freed memory treated as the C library does unless told.
+All rows but ours are loops of plain torch: forward, backward, fused AdamW (in bf16 on fp32 masters, like ours). Freed
+memory is handled by the C library's default.
 """
 
 from __future__ import annotations
@@ -68,24 +68,24 @@ LIMIT = "limit"
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Which steps to time."""
+    """Model, data type and batch of the steps."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of weights and activations."""
+    """Data type of weights and activations."""
     preset: Literal["bench", "tiny", "base", "large"] = "bench"
-    """Shape of the model; `bench`: hidden 512."""
+    """Shape of the model; `bench`: hidden size 512."""
     layers: int = 4
-    """Layers of `bench`."""
+    """Layers of preset `bench`."""
     batch: int = 4
     """Sequences of a step."""
     sequence_length: int = 512
     """Tokens of a sequence."""
     vocabulary: int = 30_528
-    """Tokens of the vocabulary."""
+    """Size of the vocabulary."""
     threads: int = 2
-    """Threads of torch."""
+    """Torch threads."""
     repeats: int = 5
-    """Rounds that count."""
+    """Measured rounds."""
 
     def quick(self) -> StepOptions:
         """A smoke run."""
@@ -93,7 +93,7 @@ class StepOptions:
 
     @property
     def model(self) -> ModelConfig:
-        """The shape, without dropout."""
+        """The shape of the model, without dropout."""
         if self.preset == "bench":
             shape = ModelConfig(hidden_size=512, num_layers=self.layers, num_heads=8, ffn_size=2048)
         else:
@@ -122,11 +122,11 @@ class StepOptions:
 
 
 def run(options: StepOptions) -> Report:
-    """The memory of ours and of naive; then all rows timed in turn."""
+    """Measure the memory of ours and of naive; then time all rows in interleaved rounds."""
     if options.dtype == "bf16" and not has_fast_bf16(device()):
         raise SystemExit(
-            "this CPU has no bf16 products: a step takes many minutes and tells how torch does without; "
-            "`run.py update` times what a step in bf16 is beside its products"
+            "--dtype bf16: this CPU has no bf16 instructions, so a step takes many minutes and measures torch's "
+            "fallback; `run.py update` times the optimizer step in bf16 instead"
         )
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         corpus = random_corpus(
@@ -135,13 +135,13 @@ def run(options: StepOptions) -> Report:
             samples=4 * options.batch,
             sequence_length=options.sequence_length,
         )
-        # First the memory: those processes find the accelerator's free.
-        memory = {name: memory_of(_giving_back, name, options, corpus) for name in ("ours, AE+PAR", "naive")}
-        others = KEPT if device().type == "cuda" else FLEX
+        # Memory first, while no other process uses the accelerator.
+        memory = {name: memory_of(_prepare_for_memory, name, options, corpus) for name in ("ours, AE+PAR", "naive")}
+        skipped = KEPT if device().type == "cuda" else FLEX
         worlds = {
             name: stack.enter_context(World(prepare, name, options, corpus, ranks=1, threads=options.threads))
             for name in ROWS
-            if not name.endswith(others)
+            if not name.endswith(skipped)
         }
         seconds = interleaved({name: world.call for name, world in worlds.items()}, repeats=options.repeats)
     return _report(options, seconds, memory)
@@ -155,10 +155,10 @@ def _report(options: StepOptions, seconds: dict[str, list[float]], memory: dict[
         rows[name] |= {"TFLOP": count / 1e12, "mfu": count / flops[ours] * ratio(seconds, LIMIT, name)}
     for name, peak in memory.items():
         rows[name]["step MiB"] = peak / 2**20
-    against = {"hf_bert": "Hugging Face BERT", "hf_mpnet": "Hugging Face MPNet"}
-    against |= {"two_passes": "two passes", "naive": "naive"}
-    pairs = {f"vs_{short}": (ours, name) for short, name in against.items()}
-    pairs |= {f"vs_{short}_memory_kept": (ours, name + KEPT) for short, name in against.items()}
+    baselines = {"hf_bert": "Hugging Face BERT", "hf_mpnet": "Hugging Face MPNet"}
+    baselines |= {"two_passes": "two passes", "naive": "naive"}
+    pairs = {f"vs_{short}": (ours, name) for short, name in baselines.items()}
+    pairs |= {f"vs_{short}_memory_kept": (ours, name + KEPT) for short, name in baselines.items()}
     pairs |= {"one_pass_vs_two": ("one pass", "two passes")}
     pairs |= {"one_pass_vs_two_memory_kept": ("one pass" + KEPT, "two passes" + KEPT)}
     pairs |= {"vs_ae_only": (ours, ae), "vs_flex": (ours, FLEX)}
@@ -171,22 +171,22 @@ def _report(options: StepOptions, seconds: dict[str, list[float]], memory: dict[
 
 
 def prepare(row: str, options: StepOptions, corpus: Path) -> Callable[[], None]:
-    """The step of a row, ready to be called; it is over when it returns."""
+    """Prepare the step of a row; the returned function waits for the accelerator."""
     torch.set_num_threads(options.threads)
     groups.init_process_groups()
     if row.endswith(KEPT):
         keep_freed_memory()
     step = ROWS[row](options, corpus, row)
 
-    def whole() -> None:
+    def synchronized_step() -> None:
         step()
         synchronize()
 
-    return whole
+    return synchronized_step
 
 
-def _giving_back(row: str, options: StepOptions, corpus: Path) -> Callable[[], None]:
-    """The step of a row in a process that gives freed memory back: it holds what its tensors need."""
+def _prepare_for_memory(row: str, options: StepOptions, corpus: Path) -> Callable[[], None]:
+    """Prepare the step of a row in a process that releases freed memory, so that only its tensors are measured."""
     step = prepare(row, options, corpus)
     if device().type == "cpu":
         keep_freed_memory(keep=False)
@@ -215,7 +215,7 @@ def _ours(options: StepOptions, corpus: Path, row: str) -> Callable[[], object]:
 
 
 def _passes(options: StepOptions, corpus: Path, row: str) -> Callable[[], object]:
-    model, update, batch = _plain(options, corpus, options.model)
+    model, update, batch = _plain_torch(options, corpus, options.model)
     kinds: tuple[Any, ...] = ("ae", "par") if row.startswith("two") else ("ae+par",)
 
     def step() -> None:
@@ -229,7 +229,7 @@ def _passes(options: StepOptions, corpus: Path, row: str) -> Callable[[], object
 
 
 def adamw_on_masters(model: torch.nn.Module) -> Callable[[], None]:
-    """AdamW in fp32, whatever the weights are in, gradients clipped at 1 as by Hugging Face's Trainer; as ours."""
+    """AdamW on fp32 masters, with gradients clipped at 1 (the default of Hugging Face's Trainer, and ours)."""
     weights = list(model.parameters())
     masters = [
         weight.float().detach().requires_grad_() if weight.dtype != torch.float32 else weight for weight in weights
@@ -254,16 +254,16 @@ def adamw_on_masters(model: torch.nn.Module) -> Callable[[], None]:
 
 
 def _naive(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
-    model, update, batch = _plain(options, corpus, dataclasses.replace(options.model, attention="reference"))
-    inputs = batch.inputs._replace(predicted_BM=None)
+    model, update, batch = _plain_torch(options, corpus, dataclasses.replace(options.model, attention="reference"))
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.inputs.items() if name != "predicted_BM"}
     rows = torch.arange(len(batch.tokens_BT), device=batch.tokens_BT.device)[:, None]
     pseudo = slice(batch.num_context + batch.num_predictions, None)
 
     def step() -> None:
         hidden_TBE = model.encode(inputs)
         logits_BTV = model.head(hidden_TBE, model.embeddings.token.weight).transpose(0, 1)
-        read = [logits_BTV[rows, batch.predicted_BM], logits_BTV[:, pseudo]]
-        losses = [F.cross_entropy(logits.flatten(0, 1).float(), batch.targets_BM.flatten()) for logits in read]
+        predicted = [logits_BTV[rows, batch.predicted_BM], logits_BTV[:, pseudo]]
+        losses = [F.cross_entropy(logits.flatten(0, 1).float(), batch.targets_BM.flatten()) for logits in predicted]
         torch.stack(losses).sum().backward()
         update()
 
@@ -303,7 +303,7 @@ def _hugging_face(options: StepOptions, corpus: Path, row: str) -> Callable[[], 
 
 
 def _products(options: StepOptions, *_: object) -> Callable[[], object]:
-    """As many FLOPs as the model FLOPs of our step."""
+    """Matrix products with as many FLOPs as the model FLOPs of our step."""
     product = best_product(options.torch_dtype, device())
     times = round(options.batch * _flops(options, "ae+par") / product.flops)
 
@@ -349,7 +349,9 @@ def _batch(options: StepOptions, corpus: Path) -> Batch:
     return next(batches).to(device())
 
 
-def _plain(options: StepOptions, corpus: Path, shape: ModelConfig) -> tuple[PseudoMaskedLM, Callable[[], None], Batch]:
+def _plain_torch(
+    options: StepOptions, corpus: Path, shape: ModelConfig
+) -> tuple[PseudoMaskedLM, Callable[[], None], Batch]:
     padded = Vocabulary.load(corpus).padded_size()
     model = build_model(shape, padded_vocab_size=padded).to(device(), options.torch_dtype).train()
     return model, adamw_on_masters(model), _batch(options, corpus)

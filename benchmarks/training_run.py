@@ -1,4 +1,4 @@
-"""The real training path, ready to step, for benchmarks that vary model, engine and ranks."""
+"""Steps of the real training path, for benchmarks that vary model, engine and ranks."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ from pmlm_dist.training.pretraining import PretrainJob, build_engine
 from pmlm_dist.training.resolve import resolve
 
 HOST = Device("cpu", 0.0, {}, 1.0, 1.0, 1.0, is_accelerator=False, slack=0.0)
-"""A CPU of which only its memory is planned."""
+"""A CPU for plans of memory only; its rates are placeholders."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained, and how it is cut."""
+    """Model, batch and parallelism of a training."""
 
     model: ModelConfig
-    """With its vocabulary's size."""
+    """Must have a `vocab_size`."""
     sequence_length: int
     micro_batch: int
     dp: int = 1
@@ -68,7 +68,7 @@ class Shape:
         }
 
     def write_corpus(self, folder: Path) -> Path:
-        """A corpus of random text for this shape in `folder`."""
+        """Write a corpus of random tokens for this shape to `folder`."""
         assert self.model.vocab_size is not None
         return random_corpus(
             folder,
@@ -78,7 +78,7 @@ class Shape:
         )
 
     def run_config(self, corpus: Path) -> RunConfig:
-        """The settings of a run on `corpus`; DeepSpeed's JSON is written beside it."""
+        """The settings of a run on `corpus`; writes DeepSpeed's JSON to the folder of the corpus."""
         handle, ds_config = tempfile.mkstemp(dir=corpus, prefix="engine-", suffix=".json")
         with os.fdopen(handle, "w") as file:
             json.dump(self.engine_json, file)
@@ -95,21 +95,21 @@ class Shape:
 
     @property
     def precision(self) -> Precision:
-        """Of weights and activations."""
+        """Data type of weights and activations."""
         return self._engine_config().precision
 
     def planned_memory(self, device: Device = HOST) -> Memory:
-        """What `pmlm plan` says of a rank's memory."""
+        """Memory of a rank according to `pmlm plan`."""
         zero = Zero.from_engine(self._engine_config())
         return memory(self._workload(device), zero, dp=self.dp, accumulation=self.accumulation, device=device)
 
     def planned_time(self, device: Device) -> StepTime:
-        """What `pmlm plan` says of a step's time on ranks of one machine."""
+        """Time of a step on ranks of one machine according to `pmlm plan`."""
         work, zero = self._workload(device), Zero.from_engine(self._engine_config())
         machine = Cluster(device, nodes=1, gpus_per_node=self.dp * self.tp)
-        cut = {"dp": self.dp, "accumulation": self.accumulation}
-        sent = [traffic(collective, machine, tp=self.tp) for collective in collectives(work, zero, **cut)]
-        return step_time(work, zero, device, **cut, traffics=sent)
+        split = {"dp": self.dp, "accumulation": self.accumulation}
+        sent = [traffic(collective, machine, tp=self.tp) for collective in collectives(work, zero, **split)]
+        return step_time(work, zero, device, **split, traffics=sent)
 
     def _workload(self, device: Device) -> Workload:
         return Workload(
@@ -130,7 +130,7 @@ class Shape:
 
 
 class Training:
-    """A run on this rank that can be stepped; every rank of the world makes one."""
+    """A run on this rank with single steps; every rank of the world must construct one."""
 
     def __init__(self, config: RunConfig):
         topology = groups.init_process_groups(tp=config.parallel.tp)
@@ -152,13 +152,13 @@ class Training:
         self._state = pretrain_step(self._job, self.engine, self.batches, self._state, self._stopwatch)
 
 
-def giving_back(config: RunConfig) -> RunConfig:
-    """The run in a process that keeps no freed memory: what it holds is what the run needs."""
+def releasing_freed_memory(config: RunConfig) -> RunConfig:
+    """`config` with freed memory released, so that resident memory equals the memory in use."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, keep_freed_memory=False))
 
 
 def warm_up(config: RunConfig) -> None:
-    """Two steps of a small model with the same engine: libraries then hold what they will hold for good."""
+    """Run two steps of a small model with the same engine, so that libraries have allocated their own memory."""
     small = dataclasses.replace(config.model, hidden_size=128, num_layers=2, num_heads=2, ffn_size=256)
     training = Training(dataclasses.replace(config, model=small))
     for _ in range(2):

@@ -1,12 +1,12 @@
-"""What becomes of gradients that are there: summing, norm, clipping, AdamW, weights; on one rank, without any product.
+"""The optimizer step alone: gradient sums, norm, clipping, AdamW, weights; on one rank, without matrix products.
 
 plain torch             fp32 masters, `clip_grad_norm_`, fused AdamW: as in the plain loops of `step`
 ours                    the engine of our training
 DeepSpeed, ZeRO n       `deepspeed.initialize` with the same optimizer and the same JSON
-.., bf16 sums           the same without `grad_accum_dtype: fp32`, which is another class of DeepSpeed's
+.., bf16 sums           the same without `grad_accum_dtype: fp32`, which selects another class of DeepSpeed
 
-A backward pass hands each parameter a gradient that was drawn before, so that every row is given the same and nothing
-else is timed. All rows keep freed memory. So what a machine without bf16 products adds to a step in bf16 shows as well.
+The backward pass returns gradients that were drawn before, so that all rows have the same ones and nothing else is
+timed. All rows keep freed memory. A machine without bf16 instructions can run this in bf16, unlike `step`.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ OURS, PLAIN, OTHER_CLASS = "ours", "plain torch", "DeepSpeed, ZeRO 1, bf16 sums"
 
 @dataclass(frozen=True)
 class UpdateOptions:
-    """Which weights are updated."""
+    """Model and data type of the update."""
 
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Precision of weights and gradients."""
+    """Data type of weights and gradients."""
     layers: int = 4
-    """Layers of hidden 512, beside 15.6 M numbers of the token matrix."""
+    """Layers of hidden size 512; the token embedding has 15.6 M elements."""
     threads: int = 2
-    """Threads of torch."""
+    """Torch threads."""
     repeats: int = 20
-    """Rounds that count."""
+    """Measured rounds."""
 
     def quick(self) -> UpdateOptions:
         """A smoke run."""
@@ -66,7 +66,7 @@ class UpdateOptions:
 
 
 def run(options: UpdateOptions) -> Report:
-    """All rows in turn."""
+    """Time all rows in interleaved rounds."""
     deepspeed = f"DeepSpeed, ZeRO {options.engine(OURS)['zero_optimization']['stage']}"
     rows = [PLAIN, OURS, deepspeed, *([OTHER_CLASS] if options.dtype == "bf16" else [])]
     with ExitStack() as stack:
@@ -80,26 +80,26 @@ def run(options: UpdateOptions) -> Report:
 
 
 def prepare(row: str, options: UpdateOptions) -> Callable[[], None]:
-    """The update of a row, ready to be called; it is over when it returns."""
+    """Prepare the update of a row; the returned function waits for the accelerator."""
     groups.init_process_groups()
     keep_freed_memory()
     torch.manual_seed(0)
     model = build_model(options.step.model, padded_vocab_size=options.step.vocabulary)
-    make = {PLAIN: _plain, OURS: _ours}.get(row, _deepspeed)
+    make = {PLAIN: _plain_torch, OURS: _ours}.get(row, _deepspeed)
     backward, finish = make(model, row, options)
     weights = list(model.parameters())
     gradients = [1e-3 * torch.randn_like(weight) for weight in weights]
 
     def step() -> None:
-        backward(_Given.apply(gradients, *weights))
+        backward(_FixedGradients.apply(gradients, *weights))
         finish()
         synchronize()
 
     return step
 
 
-class _Given(torch.autograd.Function):
-    """A loss of which the parameters' gradients are given."""
+class _FixedGradients(torch.autograd.Function):
+    """A loss whose gradients are given tensors."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[torch.Tensor], *weights: torch.Tensor) -> torch.Tensor:
@@ -111,17 +111,16 @@ class _Given(torch.autograd.Function):
         return None, *ctx.gradients
 
 
-_Made = tuple[Callable[[Any], Any], Callable[[], Any]]
-"""Backward pass of a loss, and what comes after it."""
+_Row = tuple[Callable[[Any], Any], Callable[[], Any]]
+"""Backward pass of a loss, and the update after it."""
 
 
-def _plain(model: Any, _: str, options: UpdateOptions) -> _Made:
+def _plain_torch(model: Any, _: str, options: UpdateOptions) -> _Row:
     return torch.Tensor.backward, adamw_on_masters(model.to(device(), options.step.torch_dtype))
 
 
-def _ours(model: Any, row: str, options: UpdateOptions) -> _Made:
-    from pmlm_dist.engine.deepspeed_engine import initialize_engine
-    from pmlm_dist.training.step import optimizer_step
+def _ours(model: Any, row: str, options: UpdateOptions) -> _Row:
+    from pmlm_dist.engine.deepspeed_engine import initialize_engine, optimizer_step
 
     topology = groups.init_process_groups()
     with tempfile.TemporaryDirectory() as folder:
@@ -132,10 +131,10 @@ def _ours(model: Any, row: str, options: UpdateOptions) -> _Made:
     return engine.backward, lambda: optimizer_step(engine, config, topology, is_boundary=True)
 
 
-def _deepspeed(model: Any, row: str, options: UpdateOptions) -> _Made:
+def _deepspeed(model: Any, row: str, options: UpdateOptions) -> _Row:
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # not used, and it takes a minute to compile
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # unused, and its compilation takes a minute
     optimizer, config = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), options.engine(row)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine.backward, engine.step

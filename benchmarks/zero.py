@@ -1,14 +1,14 @@
-"""Memory of a rank by ZeRO stage and number of ranks, beside the theory and beside the plan.
+"""Memory of a rank by ZeRO stage and number of ranks, compared with the theory and with the plan.
 
-theory      bytes a parameter over D ranks in half precision: stage 0: 16, 1: 4 + 12 / D, 2: 2 + 14 / D, 3: 16 / D
-            (stage 0 is measured in fp32, where DeepSpeed trains rightly with it: 4 + 4 + 8 are 16 as well)
-standing    what a rank holds between two steps
-peak        the most that it holds in a step: with gradients, buckets, what the update needs for a moment, activations
-plan        what `pmlm plan` says of the peak
-offload     fp32 copy, moments and gradients in the host's memory: on a CPU that is the same memory
+theory          bytes a parameter over D ranks in half precision: stage 0: 16, 1: 4 + 12 / D, 2: 2 + 14 / D, 3: 16 / D
+                (stage 0 is measured in fp32, the only correct precision of DeepSpeed's stage 0: 4 + 4 + 8 is 16 too)
+between steps   memory of a rank between two steps
+peak            peak in a step, including gradients, buckets, temporary tensors of the update, activations
+plan            peak according to `pmlm plan`
+offload         fp32 copy, moments and gradients in the host's memory; on a CPU that is the same memory
 
-Memory is resident memory of each rank's process, which keeps no freed memory, beyond what stood before the model was
-made; ranks are real gloo processes and the highest of them counts.
+Memory: resident memory of each rank's process beyond that before the model was built, with freed memory released. Ranks
+are real gloo processes; the largest one counts.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import Held, Report
+from harness import MemoryMeter, Report
 from ranks import World
-from training_run import Shape, Training, giving_back, warm_up
+from training_run import Shape, Training, releasing_freed_memory, warm_up
 
 from pmlm_dist.config import ModelConfig, RunConfig
 
@@ -37,20 +37,20 @@ _STAGES: dict[int, dict[str, Any]] = {0: {}, 1: _BF16, 2: _BF16, 3: _BF16}
 
 @dataclass(frozen=True)
 class ZeroOptions:
-    """What is held."""
+    """Model and ranks."""
 
     hidden_size: int = 512
-    """Width of the model; heads of size 64, feed-forward network four times as wide."""
+    """Hidden size; heads have size 64, the feed-forward network is four times as wide."""
     num_layers: int = 8
-    """Layers of the model."""
+    """Number of layers."""
     vocabulary: int = 30_528
-    """Tokens of the vocabulary."""
+    """Size of the vocabulary."""
     sequence_length: int = 32
-    """Tokens of a sequence: few, so that the model and not its activations fill the memory."""
+    """Tokens of a sequence: few, so that activations are small compared with the model."""
     ranks: tuple[int, ...] = (1, 2, 4)
-    """Sizes of the world."""
+    """World sizes."""
     offload: bool = True
-    """Measure offloading as well; DeepSpeed compiles its update for that, once, in a minute or two."""
+    """Measure offloading as well; DeepSpeed compiles its CPU Adam for it, once, in one or two minutes."""
 
     def quick(self) -> ZeroOptions:
         """A smoke run."""
@@ -74,7 +74,7 @@ def theory(stage: int, *, ranks: int) -> float:
 
 
 def run(options: ZeroOptions) -> Report:
-    """One world after the other."""
+    """Measure one world after the other."""
     if options.offload:
         _compile_offloaded_update()
     rows: dict[str, dict[str, float]] = {}
@@ -84,7 +84,7 @@ def run(options: ZeroOptions) -> Report:
         for stage in (1, 2, 3) if options.offload else ():
             rows[f"ZeRO {stage} offload, {_count(ranks)}"] = _measure(options, stage, ranks=ranks, offload=True)
     most = max(options.ranks)
-    figures = {f"zero{stage}_standing_vs_theory": _against_theory(rows, stage, most) for stage in _STAGES}
+    figures = {f"zero{stage}_between_steps_vs_theory": _against_theory(rows, stage, most) for stage in _STAGES}
     figures["plan_error"] = max(abs(row["plan"] / row["peak"] - 1) for row in rows.values())
     return Report("zero", dataclasses.asdict(options), rows, figures)
 
@@ -95,7 +95,7 @@ def _count(ranks: int) -> str:
 
 def _against_theory(rows: dict[str, dict[str, float]], stage: int, ranks: int) -> float:
     row = rows[f"ZeRO {stage}, {_count(ranks)}"]
-    return row["standing"] / row["theory"]
+    return row["between steps"] / row["theory"]
 
 
 def _measure(options: ZeroOptions, stage: int, *, ranks: int, offload: bool = False) -> dict[str, float]:
@@ -105,42 +105,42 @@ def _measure(options: ZeroOptions, stage: int, *, ranks: int, offload: bool = Fa
     engine = {**_STAGES[stage], "zero_optimization": zero}
     shape = Shape(options.model, options.sequence_length, micro_batch=1, dp=ranks, engine=engine)
     with tempfile.TemporaryDirectory() as folder:
-        config = giving_back(shape.run_config(shape.write_corpus(Path(folder))))
-        with World(_holding, config, ranks=ranks) as world:
-            held = world.call()
-    parameters = held[0]["parameters"]
+        config = releasing_freed_memory(shape.run_config(shape.write_corpus(Path(folder))))
+        with World(_prepare, config, ranks=ranks) as world:
+            results = world.call()
+    parameters = results[0]["parameters"]
     row = {} if offload else {"theory": theory(stage, ranks=ranks)}
-    row |= {name: max(rank[name] for rank in held) / parameters for name in ("standing", "peak")}
+    row |= {name: max(rank[name] for rank in results) / parameters for name in ("between steps", "peak")}
     return {**row, "plan": shape.planned_memory().device / parameters}
 
 
-def _holding(config: RunConfig) -> Callable[[], dict[str, float]]:
+def _prepare(config: RunConfig) -> Callable[[], dict[str, float]]:
     from pmlm_dist.parallel import groups
     from pmlm_dist.parallel.layers import count_parameters
 
     groups.init_process_groups()
     warm_up(config)
-    held = Held()
+    memory = MemoryMeter()
     training = Training(config)
 
-    def hold() -> dict[str, float]:
+    def measure() -> dict[str, float]:
         training.step()
         training.step()
         gc.collect()
-        standing = held.now()
-        held.reset_peak()
+        between_steps = memory.now()
+        memory.reset_peak()
         training.step()
         return {
-            "standing": standing,
-            "peak": held.peak(),
+            "between steps": between_steps,
+            "peak": memory.peak(),
             "parameters": count_parameters(training.module, training.run.topology),
         }
 
-    return hold
+    return measure
 
 
 def _compile_offloaded_update() -> None:
-    """Before any rank waits for it: under a lock that the others would wait at."""
+    """Compile DeepSpeed's CPU Adam before the ranks start, which would wait for the lock of the compilation."""
     code = "from deepspeed.ops.op_builder import CPUAdamBuilder as b; b().load(verbose=False)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=900, env=_with_ninja(), stdout=subprocess.DEVNULL)
 

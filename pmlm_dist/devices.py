@@ -1,8 +1,8 @@
-"""What devices can do, as their makers' data sheets say it: the one home of peak rates. Standard library only.
+"""Peak rates, bandwidths and memory of devices, from their data sheets. Standard library only.
 
-Rates are those of dense products without sparsity, in FLOP/s; bandwidths are bytes a second; a link's bandwidth is that
-of one direction (data sheets add up both). Sources: NVIDIA's data sheets of V100, A100, H100 (SXM, PCIe, NVL), H200 and
-L40S. fp32 is the rate without TF32, which torch does not use by default.
+Rates: dense products without sparsity, in FLOP/s; fp32 without TF32, which torch does not use by default. Bandwidths:
+bytes a second; a link's in one direction (data sheets add up both). Sources: NVIDIA's data sheets of V100, A100, H100
+(SXM, PCIe, NVL), H200 and L40S.
 """
 
 from __future__ import annotations
@@ -12,51 +12,54 @@ from dataclasses import dataclass
 
 TERA, GIGA = 1e12, 1e9
 HEAP_SLACK = 0.4
-"""What glibc's heap keeps in pieces of what is freed (engine/malloc.py), as a share of what is in use, as
-measured (`benchmarks/run.py plan`): 0.23 to 0.43, and 0.65 with two ranks of the tiny model."""
+"""Fragmentation of glibc's heap when freed memory is kept (engine/malloc.py), as a fraction of the memory in use.
+Measured by `benchmarks/run.py plan`: 0.23 to 0.43, and 0.65 with two ranks of the tiny model."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, or one process' share of a CPU; what of its peaks is attained is a share, 1 where measured."""
+    """One accelerator, or one process' share of a CPU.
+
+    `*_share`: attained fraction of the peak; 1 for measured devices, whose rates are attained ones already.
+    """
 
     name: str
     memory: float
-    """Bytes, as advertised: boards have up to 6 % more, which is about what CUDA and NCCL take for themselves."""
+    """Bytes, as advertised. Boards have up to 6 % more, which is about what CUDA and NCCL use."""
     peak: Mapping[str, float]
-    """Rate of matrix products by precision (fp32, fp16, bf16); what is missing is not supported."""
+    """FLOP/s of matrix products by precision (fp32, fp16, bf16); a missing precision is not supported."""
     bandwidth: float
-    """Of the device's memory."""
+    """Bytes a second of the device's memory."""
     link: float
-    """Of the link to the other devices of the node, in one direction."""
+    """Bytes a second of the link to the other devices of the node, in one direction."""
     network: float
-    """Of the network to other nodes, for each device, in one direction."""
+    """Bytes a second of the network to other nodes, for each device, in one direction."""
     cuda_name: str = ""
-    """What `torch.cuda.get_device_name` contains."""
+    """Substring of `torch.cuda.get_device_name`."""
     matrix_share: float = 0.6
-    """Share of the peak rate that a Transformer's large products attain."""
+    """Attained by a Transformer's large matrix products."""
     bandwidth_share: float = 0.8
-    """Share of the memory bandwidth that passes over large tensors attain."""
+    """Attained by element-wise operations on large tensors."""
     link_share: float = 0.8
-    """Share of the link's bandwidth that collectives attain: NCCL reports 370 of H100's 450 GB/s with rings."""
+    """Attained by collectives inside a node: NCCL reports 370 of H100's 450 GB/s with rings."""
     network_share: float = 0.9
-    """Share of the network's bandwidth that collectives attain: NCCL expects 46 to 48 of 50 GB/s of an NDR port."""
+    """Attained by collectives between nodes: NCCL expects 46 to 48 of the 50 GB/s of an NDR port."""
     is_accelerator: bool = True
     """False for a CPU."""
     dispatch: float = 5e-6
-    """Seconds that the host needs to issue one operation."""
+    """Seconds for the host to launch one operation."""
     latency: float = 10e-6
-    """Seconds of a collective's round between two ranks."""
+    """Seconds of one round of a collective between two ranks."""
     host_link: float = 25 * GIGA
-    """To the host's memory, for offloading: what PCIe 4.0 x16 attains."""
+    """Bytes a second to the host's memory, for offloading: attained with PCIe 4.0 x16."""
     host_bandwidth: float = 20 * GIGA
-    """Of the host's memory, for each device: what offloaded optimizers update with."""
+    """Bytes a second of the host's memory for each device: limits the step of an offloaded optimizer."""
     slack: float = 0.06
-    """What the memory allocator holds beyond what it has handed out, as a share of that."""
+    """Memory that the allocator reserves beyond the allocated bytes, as a fraction of them."""
 
 
 def _gpu(name: str, cuda_name: str, gigabytes: float, *, tflops: Mapping[str, float], gbs: tuple[float, ...]) -> Device:
-    """A GPU by its data sheet; `gbs`: bandwidth of memory, link (one direction) and network in GB/s."""
+    """A GPU from its data sheet; `gbs`: bandwidth of memory, link (one direction) and network in GB/s."""
     memory, link, network = (GIGA * rate for rate in gbs)
     peak = {precision: TERA * rate for precision, rate in tflops.items()}
     return Device(name, GIGA * gigabytes, peak, memory, link, network, cuda_name=cuda_name)
@@ -67,7 +70,7 @@ _AMPERE = {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}
 _NDR, _HDR, _EDR = 50.0, 25.0, 12.5
 """InfiniBand ports of 400, 200 and 100 Gb/s, one for each GPU, in GB/s."""
 
-# The first whose `cuda_name` occurs in a device's name counts: longer names come first.
+# `device_named` returns the first match, so "H100 PCIe" must precede "H100".
 DEVICES = {
     device.name: device
     for device in (
@@ -84,5 +87,5 @@ DEVICES = {
 
 
 def device_named(cuda_name: str) -> Device | None:
-    """The device that torch calls `cuda_name`, if it is known."""
+    """The device that torch calls `cuda_name`; None if it is not in the table."""
     return next((device for device in DEVICES.values() if device.cuda_name in cuda_name), None)

@@ -1,81 +1,121 @@
-"""The launcher's environment: which rank a process is, before it joins its world. Standard library only.
+"""The launcher's environment: rank, world size and local ranks of a process before `torch.distributed` starts.
 
-`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT themselves. `srun` and `mpirun`
-set names of their own, which are translated here; a plain `python train.py` is a world of one.
+    deepspeed, torchrun | mpirun (Open MPI, MPICH) | srun | plain python
+      -> LAUNCHERS (the variables of each) -> rendezvous: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+                                           -> is_rank_zero, local_world_size, threads_per_rank
+
+Standard library only: the entry points import it before torch, which reads OMP_NUM_THREADS on import.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import select
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from pmlm_dist.config import ConfigError
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_FIRST_PORT, _PORTS = 20_000, 12_000  # below the ports that kernels hand out by themselves
+_FIRST_PORT, _PORTS = 20_000, 12_000  # below the range of ephemeral ports (32768 on Linux)
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Names of the variables that a launcher sets for each rank; of several names the first that is set counts."""
+
+    rank: str
+    world_size: tuple[str, ...]
+    local_rank: str
+    local_world_size: tuple[str, ...]
+    required: tuple[str, ...] = ()
+    """Variables that must be present besides `rank` for this launcher to be recognized."""
+    job: tuple[str, ...] = ()
+    """Variables with the job's identity, equal on all ranks."""
+    nodes: tuple[str, ...] = ()
+    node_list: tuple[str, ...] = ()
+    is_mpi: bool = False
+
+    def is_present(self, environ: Mapping[str, str]) -> bool:
+        """Return True if this launcher started the process."""
+        return all(name in environ for name in (self.rank, *self.required))
+
+
+# In the order of precedence. MPI precedes Slurm: `mpirun` in the shell of `srun --pty bash` inherits that step's
+# variables, and with them every rank would be a run of its own in the same folder.
+LAUNCHERS = (
+    Launcher(  # torchrun and deepspeed
+        rank="RANK",
+        world_size=("WORLD_SIZE",),
+        local_rank="LOCAL_RANK",
+        local_world_size=("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+        required=("WORLD_SIZE",),
+    ),
+    Launcher(  # Open MPI
+        rank="OMPI_COMM_WORLD_RANK",
+        world_size=("OMPI_COMM_WORLD_SIZE",),
+        local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
+        local_world_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
+        job=("PMIX_NAMESPACE",),
+        is_mpi=True,
+    ),
+    Launcher(  # MPICH
+        rank="PMI_RANK",
+        world_size=("PMI_SIZE",),
+        local_rank="MPI_LOCALRANKID",
+        local_world_size=("MPI_LOCALNRANKS",),
+        required=("MPI_LOCALRANKID",),  # `srun --mpi=pmi2` also sets PMI_RANK, but no local rank
+        is_mpi=True,
+    ),
+    Launcher(  # Slurm
+        rank="SLURM_PROCID",
+        world_size=("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+        local_rank="SLURM_LOCALID",
+        local_world_size=("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
+        required=("SLURM_STEP_ID",),  # sbatch sets SLURM_PROCID too, but only srun makes a step
+        job=("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),  # a requeued job gets another port
+        nodes=("SLURM_STEP_NUM_NODES", "SLURM_NNODES"),
+        node_list=("SLURM_STEP_NODELIST", "SLURM_NODELIST"),
+    ),
+)
 
 
 def rendezvous(environ: Mapping[str, str]) -> dict[str, str]:
-    """The five variables that `torch.distributed` reads, from whatever launcher set `environ`.
+    """The five variables that `torch.distributed` reads, from the launcher's variables in `environ`.
 
-    Looked for in this order: the variables themselves, Open MPI, MPICH, Slurm's step (`srun`), nothing (one process).
-    MPI comes before Slurm: `mpirun` typed into the shell of an `srun --pty bash` sees that step's variables as well.
-    MASTER_ADDR and MASTER_PORT in the environment always win. Raises `ConfigError` when a job spans several nodes and
-    the first one's address cannot be told.
+    Without a launcher: a world of one rank. MASTER_ADDR and MASTER_PORT in the environment take precedence. Raises
+    `ConfigError` when a job spans several nodes and the address of the first one is unknown.
     """
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        found = {name: environ[name] for name in RENDEZVOUS if name in environ}
-        return {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port("")), **found}
-    if "OMPI_COMM_WORLD_RANK" in environ:
-        return _mpi(environ, prefix="OMPI_COMM_WORLD_", job=environ.get("PMIX_NAMESPACE", ""))
-    if "PMI_RANK" in environ and "MPI_LOCALRANKID" in environ:  # srun can set PMI_RANK too, without a local rank
-        names = {
-            "RANK": "PMI_RANK",
-            "SIZE": "PMI_SIZE",
-            "LOCAL_RANK": "MPI_LOCALRANKID",
-            "LOCAL_SIZE": "MPI_LOCALNRANKS",
-        }
-        renamed = {new: environ[old] for new, old in names.items() if old in environ}
-        return _mpi({**environ, **renamed}, prefix="", job="")
-    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-        return _slurm(environ)
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-
-
-def _slurm(environ: Mapping[str, str]) -> dict[str, str]:
-    several_nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1"))) > 1
-    nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", ""))
-    address = environ.get("MASTER_ADDR") or (first_node(nodes) if several_nodes else "127.0.0.1")
-    job = f"{environ.get('SLURM_JOB_ID', '')}.{environ['SLURM_STEP_ID']}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+    launcher = next((launcher for launcher in LAUNCHERS if launcher.is_present(environ)), None)
+    if launcher is None:
+        return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": "0"}
+    job = ".".join(environ.get(name, "") for name in launcher.job)
     return {
-        "RANK": environ["SLURM_PROCID"],
-        "WORLD_SIZE": environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")),
-        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": environ.get("MASTER_PORT", str(_port(job))),
+        "RANK": environ[launcher.rank],
+        "WORLD_SIZE": _first_set(launcher.world_size, environ, default="1"),
+        "LOCAL_RANK": environ.get(launcher.local_rank, "0"),
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(launcher, environ),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(_port(job)),
     }
 
 
-def _mpi(environ: Mapping[str, str], *, prefix: str, job: str) -> dict[str, str]:
-    size = environ.get(f"{prefix}SIZE", "1")
-    several_nodes = environ.get(f"{prefix}LOCAL_SIZE", size) != size
-    if several_nodes and "MASTER_ADDR" not in environ:
+def _first_host(launcher: Launcher, environ: Mapping[str, str]) -> str:
+    if int(_first_set(launcher.nodes, environ, default="1")) > 1:
+        return first_node(next((environ[name] for name in launcher.node_list if name in environ), ""))
+    world_size = _first_set(launcher.world_size, environ, default="1")
+    if launcher.is_mpi and _first_set(launcher.local_world_size, environ, default=world_size) != world_size:
         raise ConfigError(
             ["MASTER_ADDR is not set and this MPI job spans several nodes: pass rank 0's host, "
              "`mpirun -x MASTER_ADDR=HOST ...`"]
         )  # fmt: skip
-    return {
-        "RANK": environ[f"{prefix}RANK"],
-        "WORLD_SIZE": size,
-        "LOCAL_RANK": environ.get(f"{prefix}LOCAL_RANK", "0"),
-        "MASTER_ADDR": environ.get("MASTER_ADDR", "127.0.0.1"),
-        "MASTER_PORT": environ.get("MASTER_PORT", str(_port(job))),
-    }
+    return _LOOPBACK
 
 
 def first_node(nodelist: str) -> str:
-    """First host of a Slurm node list: `gpu[003-010,012],login1` gives `gpu003`.
+    """First host of a Slurm node list. Raises `ConfigError` if the list has no host.
 
     >>> first_node("gpu[003-010,012],login1")
     'gpu003'
@@ -87,41 +127,55 @@ def first_node(nodelist: str) -> str:
 
 
 def _port(job: str) -> int:
-    """A port that all ranks of one job derive alike and two jobs of one host rarely share."""
+    """A port derived from the job's identity: equal on all its ranks, rarely equal for two jobs of one host.
+
+    Not `hash`, which differs from process to process.
+    """
     digest = 0
     for character in job:
         digest = (digest * 131 + ord(character)) % _PORTS
     return _FIRST_PORT + digest
 
 
-# Of torchrun and deepspeed, Open MPI, MPICH, srun: the first that is set counts (see launch_environment.py).
-_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-_RANKS_OF_THIS_HOST = (
-    *("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
-    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
-)
-
-
 def rank_in(environ: Mapping[str, str]) -> int:
-    """This process' rank as its launcher calls it, 0 without one."""
-    return int(_first_set(_RANK, environ, default="0"))
+    """Rank of this process according to its launcher, 0 without one."""
+    return int(_first_set([launcher.rank for launcher in LAUNCHERS], environ, default="0"))
 
 
 def is_rank_zero(environ: Mapping[str, str]) -> bool:
-    """Whether this process, before it has joined its world, is the one that prints."""
+    """Return True on the rank that prints; usable before process groups exist."""
     return rank_in(environ) == 0
 
 
 def threads_per_rank(environ: Mapping[str, str], *, cores: int) -> int:
-    """Threads of one rank when `cores` are divided among the ranks of this host."""
-    ranks = re.match(r"\d+", _first_set(_RANKS_OF_THIS_HOST, environ, default="1"))  # Slurm writes "8(x4)" for 4 hosts
-    return max(1, cores // max(1, int(ranks[0]) if ranks else 1))
+    """Threads of one rank when the ranks of this host share `cores` equally; at least 1."""
+    return max(1, cores // local_world_size(environ, default=1))
 
 
-def _first_set(names: tuple[str, ...], environ: Mapping[str, str], *, default: str) -> str:
+def local_world_size(environ: Mapping[str, str], *, default: int) -> int:
+    """Number of ranks on this host according to the launcher; `default` if no launcher has set it."""
+    names = [name for launcher in LAUNCHERS for name in launcher.local_world_size]
+    ranks = re.match(r"\d+", _first_set(names, environ, default=""))  # Slurm writes "8(x4)" for 4 hosts
+    return max(1, int(ranks[0])) if ranks else default
+
+
+def _first_set(names: Sequence[str], environ: Mapping[str, str], *, default: str) -> str:
     return next((environ[name] for name in names if environ.get(name)), default)
 
 
 def set_num_threads() -> None:
-    """Give this process its part of the host's cores, unless OMP_NUM_THREADS says otherwise; before torch's import."""
+    """Set OMP_NUM_THREADS to this rank's share of the host's cores unless it is set; call before importing torch."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(os.environ, cores=len(os.sched_getaffinity(0)))))
+
+
+def discard_broken_stdout() -> bool:
+    """Return True if the reader of standard output has closed it (`--help | head`); redirect it to /dev/null then.
+
+    Without the redirection Python's own flush at exit would fail and change the exit code.
+    """
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    is_broken = any(event & select.POLLERR for _, event in output.poll(0))
+    if is_broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_broken

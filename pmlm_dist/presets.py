@@ -1,7 +1,7 @@
-"""Named starting points for a run: the paper's base model, the large one, and a tiny one for the demo.
+"""Presets of a run: the paper's base model, the large model, and a tiny one for the demo.
 
-Shapes and training settings are those of UniLMv2 (Bao et al., 2020); `large`'s training settings are ours, the paper
-reports none. Batch sizes stand in `ds_configs/<preset>.json`. Standard library only.
+Shapes and training settings follow UniLMv2 (Bao et al., 2020). The training settings of `large` are ours, since the
+paper reports none. Batch sizes are in `ds_configs/<preset>.json`. Standard library only.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def large() -> RunConfig:
 def tiny() -> RunConfig:
     """4 layers, hidden 256: learns the demo corpus on two CPU cores in minutes.
 
-    A narrow network passes less of a token on at the same initial weights, so they are drawn wider than the paper's
-    0.02; with 0.02 the losses stay at the unigram entropy for the whole of so short a run.
+    Initial weights have a larger deviation than the paper's 0.02, because a narrow network attenuates its input more.
+    With 0.02 the losses stay at the unigram entropy for the whole of this short run.
     """
     return RunConfig(
         corpus=Path("data/demo"),

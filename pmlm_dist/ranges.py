@@ -1,11 +1,13 @@
 """Ranges of settings, declared on the fields of a dataclass and checked in one place. Standard library only.
 
-@dataclass(frozen=True)
-class TrainConfig:
-    steps: Annotated[int, Positive] = 1000
-    stop_at: Annotated[int | None, Positive] = None     # None always passes
+    @dataclass(frozen=True)
+    class TrainConfig:
+        steps: Annotated[int, Positive] = 1000
+        stop_at: Annotated[int | None, Positive] = None     # None always passes
 
-range_problems(config)    ["train.steps (0) must be positive"]
+    range_problems(RunConfig(train=TrainConfig(steps=0)))    ["train.steps (0) must be positive"]
+
+A constraint between two settings is no range: it is checked by a function beside the dataclass (`config.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ class Range:
     """A condition on the value of one setting."""
 
     constraint: str
-    """What must hold, after "must": "be positive"."""
+    """The condition in words, to follow "must": "be positive"."""
     holds: Callable[[Any], bool]
 
 
@@ -33,9 +35,9 @@ BelowOne = Range("be at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
 def range_problems(config: Any, *, prefix: str = "") -> list[str]:
-    """One sentence for each field of the dataclass `config`, or of those nested in it, whose value is out of range.
+    """One sentence for each out-of-range field of the dataclass `config` and of the dataclasses nested in it.
 
-    `prefix`: dotted path of `config` itself, "train." for example. NaN is in no range.
+    `prefix`: dotted path of `config` itself, "train." for example. NaN is out of every range.
     """
     problems: list[str] = []
     hints = typing.get_type_hints(type(config), include_extras=True)

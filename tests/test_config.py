@@ -1,4 +1,4 @@
-"""Settings: every mistake is found, all of them at once, and every way out that a message names works."""
+"""Settings: every mistake is reported, all of them at once, and every fix that a message suggests is valid."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ NUMBERS = leaves(RunConfig(), (int, float))
 REALS = leaves(RunConfig(), (float,))
 
 
-def test_the_lists_of_settings_are_not_empty():
+def test_lists_of_settings_are_not_empty():
     assert "train.stop_at" in NUMBERS
     assert "optim.beta2" in REALS
     assert len(NUMBERS) > 30
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_no_number_may_be_negative(name: str):
-    found = problems(changed(RunConfig(), name, -1))
-    assert any(problem.count(f"{name} (-1)") for problem in found), found
+def test_negative_number_is_reported(name: str):
+    reported = problems(changed(RunConfig(), name, -1))
+    assert any(problem.count(f"{name} (-1)") for problem in reported), reported
 
 
 @pytest.mark.parametrize("name", REALS)
-def test_not_a_number_is_refused(name: str):
-    found = problems(changed(RunConfig(), name, float("nan")))
-    assert any(problem.startswith(f"{name} (nan)") for problem in found), found
+def test_nan_is_reported(name: str):
+    reported = problems(changed(RunConfig(), name, float("nan")))
+    assert any(problem.startswith(f"{name} (nan)") for problem in reported), reported
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_not_a_number_is_refused(name: str):
         ("parallel.tp", 3, "must divide 128"),
     ],
 )
-def test_a_problem_names_setting_value_and_constraint(name: str, value: float, constraint: str):
+def test_problem_names_setting_value_and_constraint(name: str, value: float, constraint: str):
     (problem, *_) = problems(changed(RunConfig(), name, value))
     assert f"{name} ({value})" in problem
     assert constraint in problem
@@ -104,12 +104,12 @@ def test_a_problem_names_setting_value_and_constraint(name: str, value: float, c
 @pytest.mark.parametrize(
     ("name", "value"), [("masking.rate", 0.5), ("optim.warmup_steps", 0), ("train.stop_at", None), ("data.workers", 0)]
 )
-def test_the_edge_of_a_range_is_allowed(name: str, value: float | None):
+def test_edge_of_a_range_is_valid(name: str, value: float | None):
     assert problems(changed(RunConfig(), name, value)) == []
 
 
 @pytest.mark.parametrize(
-    ("kind", "ae_weight", "par_weight", "named"),
+    ("kind", "ae_weight", "par_weight", "reported"),
     [
         ("ae", 0.0, 1.0, {"ae"}),
         ("par", 1.0, 0.0, {"par"}),
@@ -121,30 +121,30 @@ def test_the_edge_of_a_range_is_allowed(name: str, value: float | None):
         ("ar", 0.0, 0.5, set()),
     ],
 )
-def test_something_must_be_learned(kind: Any, ae_weight: float, par_weight: float, named: set[str]):
+def test_objective_without_weight_is_reported(kind: Any, ae_weight: float, par_weight: float, reported: set[str]):
     objective = ObjectiveConfig(kind=kind, ae_weight=ae_weight, par_weight=par_weight)
-    found = problems(replace(RunConfig(), objective=objective))
-    assert len(found) == bool(named)
-    assert set(re.findall(r"objective\.(\w+)_weight \(0.0\)", "".join(found))) == named
+    messages = problems(replace(RunConfig(), objective=objective))
+    assert len(messages) == bool(reported)
+    assert set(re.findall(r"objective\.(\w+)_weight \(0.0\)", "".join(messages))) == reported
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(("name", "value"), [("parallel.tp", 5), ("parallel.tp", 7), ("model.num_heads", 7)])
-def test_every_way_out_that_a_message_lists_is_accepted(preset: str, name: str, value: int):
-    wrong = changed(PRESETS[preset](), name, value)
-    lists = [json.loads(found) for problem in problems(wrong) for found in re.findall(r"use one of (\[.*?\])", problem)]
+def test_every_value_that_a_message_suggests_is_valid(preset: str, name: str, value: int):
+    invalid = changed(PRESETS[preset](), name, value)
+    lists = [json.loads(text) for problem in problems(invalid) for text in re.findall(r"use one of (\[.*?\])", problem)]
     for usable in set.intersection(*(set(numbers) for numbers in lists)):
-        assert problems(changed(wrong, name, usable)) == []
+        assert problems(changed(invalid, name, usable)) == []
 
 
-def test_all_problems_are_listed_at_once_one_a_line():
-    wrong = RunConfig(
+def test_all_problems_are_raised_at_once_one_a_line():
+    invalid = RunConfig(
         model=ModelConfig(num_heads=7, relative_buckets=30, hidden_dropout=2.0),
         masking=MaskingConfig(rate=0.9, min_span=1),
         parallel=ParallelConfig(tp=3),
     )
-    wrong = changed(changed(wrong, "train.steps", 10), "data.prefetch", 0)
-    found = problems(wrong)
+    invalid = changed(changed(invalid, "train.steps", 10), "data.prefetch", 0)
+    reported = problems(invalid)
     expected = [
         "model.num_heads (7)",
         "model.relative_buckets (30)",
@@ -156,27 +156,27 @@ def test_all_problems_are_listed_at_once_one_a_line():
         "optim.warmup_steps (24000)",
         "data.prefetch (0)",
     ]
-    assert len(found) == len(expected)
+    assert len(reported) == len(expected)
     for start in expected:
-        assert sum(problem.startswith(start) for problem in found) == 1, start
+        assert sum(problem.startswith(start) for problem in reported) == 1, start
     with pytest.raises(ConfigError) as caught:
-        raise_if_any(found)
-    assert caught.value.problems == found
-    assert len(str(caught.value).splitlines()) == len(found)
+        raise_if_any(reported)
+    assert caught.value.problems == reported
+    assert len(str(caught.value).splitlines()) == len(reported)
 
 
-def test_nothing_is_raised_where_nothing_is_wrong():
+def test_no_problems_raise_nothing():
     raise_if_any([])
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_no_problems_and_their_files_exist(name: str):
+def test_preset_is_valid_and_its_engine_json_exists(name: str):
     preset = PRESETS[name]()
     assert problems(preset) == []
     assert (Path(__file__).parent.parent / preset.ds_config).is_file()
 
 
-def test_the_base_preset_is_the_published_recipe():
+def test_base_preset_equals_the_published_recipe():
     """UniLMv2, section 4.1 of the paper."""
     published = {
         "model.num_layers": 12,
@@ -200,7 +200,7 @@ def test_the_base_preset_is_the_published_recipe():
     assert {name: setting(base(), name) for name in published} == published
 
 
-def test_plain_values_are_json_and_name_every_setting():
+def test_as_dict_is_json_and_has_every_setting():
     plain = json.loads(json.dumps(as_dict(tiny())))
     for name in leaves(tiny(), (int, float, str, bool)):
         value = plain
@@ -222,7 +222,7 @@ def test_every_setting_has_a_help_text():
 
 
 def parameter_counts() -> dict[str, int]:
-    """Parameters of each preset with the vocabulary it is meant for; to be called in a world of one."""
+    """Parameters of each preset with the size of its usual vocabulary; runs in a world of one rank."""
     import torch
 
     from pmlm_dist.model.transformer import build_model
@@ -239,7 +239,7 @@ def parameter_counts() -> dict[str, int]:
 
 
 def bert_parameters(model: ModelConfig, *, vocabulary: int) -> int:
-    """Parameters of Hugging Face's BERT with a masked-LM head, of the shape of `model`."""
+    """Parameters of Hugging Face's BERT with a masked-LM head and the shape of `model`."""
     import torch
     from transformers import BertConfig, BertForMaskedLM
 
@@ -257,7 +257,7 @@ def bert_parameters(model: ModelConfig, *, vocabulary: int) -> int:
     return sum(parameter.numel() for parameter in bert.parameters())
 
 
-def test_presets_have_as_many_parameters_as_bert_but_for_padding_and_relative_positions():
+def test_parameter_count_equals_bert_plus_padding_and_relative_positions():
     (counts,) = run_world(parameter_counts, 1)
     for preset, vocabulary in ((base(), 30_522), (large(), 30_522), (tiny(), 8_192)):
         model = preset.model

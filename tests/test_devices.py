@@ -1,4 +1,4 @@
-"""The table of devices: names that torch gives, and figures that the data sheets' own arithmetic confirms."""
+"""The table of devices: lookup by torch's device names, and peak rates recomputed from clock and core counts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pmlm_dist.devices import DEVICES, device_named
         ("NVIDIA L40S", "l40s-48gb"),
     ],
 )
-def test_a_device_is_known_by_the_name_that_torch_gives(cuda_name: str, name: str):
+def test_device_is_found_by_its_cuda_name(cuda_name: str, name: str):
     device = device_named(cuda_name)
     assert device is not None
     assert device.name == name
 
 
-def test_an_unknown_one_is_not_guessed():
+def test_unknown_device_is_none():
     assert device_named("NVIDIA Imaginary 1") is None
 
 
@@ -38,11 +38,11 @@ def test_an_unknown_one_is_not_guessed():
         ("v100-32gb", 640, 1.530, 128),
     ],
 )
-def test_half_precision_is_cores_times_clock(name: str, cores: int, boost_ghz: float, flops_of_core: int):
-    """Tensor cores of the board, its boost clock, and FLOPs of a tensor core in a cycle (white papers of each chip)."""
+def test_half_precision_peak_is_cores_times_clock(name: str, cores: int, boost_ghz: float, flops_of_core: int):
+    """Tensor cores, boost clock, and FLOPs of a tensor core in a cycle, from the white paper of each chip."""
     assert DEVICES[name].peak["fp16"] == pytest.approx(cores * boost_ghz * 1e9 * flops_of_core, rel=0.01)
 
 
-def test_volta_has_no_bfloat16():
+def test_only_volta_has_no_bfloat16():
     assert set(DEVICES["v100-32gb"].peak) == {"fp16", "fp32"}
     assert all("bf16" in device.peak for name, device in DEVICES.items() if name != "v100-32gb")

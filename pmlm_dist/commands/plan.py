@@ -1,6 +1,6 @@
-"""`pmlm plan`: make the plan, measure this machine if asked, print, write.
+"""`pmlm plan`: make the plan, with `--device measure` from this machine's rates; print it and write it as JSON.
 
-pmlm plan --preset large --nodes 8 --gpus-per-node 8 --device h100-80gb --tp 2 --zero 1 --micro-batch 64
+pmlm plan --preset large --nodes 8 --gpus-per-node 8 --device h100-80gb --tp 2 --zero 1 --micro-batch 60
 torchrun --nproc_per_node 2 --no-python pmlm plan --preset tiny --device measure
 """
 
@@ -15,6 +15,7 @@ import torch
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.devices import Device
 from pmlm_dist.engine.deepspeed_config import load_engine_config
+from pmlm_dist.launch_environment import threads_per_rank
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.planning import report
@@ -24,9 +25,9 @@ from pmlm_dist.planning.settings import MEASURE, PlanConfig
 
 
 def run(config: PlanConfig) -> None:
-    """Plan `config`; print the plan and write it to `config.json`. Raises `ConfigError` where it cannot be laid out."""
+    """Plan `config`; print the plan and write it to `config.json`. Raises `ConfigError` for invalid settings."""
     if config.device != MEASURE:
-        _publish(make_plan(config))
+        _output(make_plan(config))
         return
     topology = groups.init_process_groups()
     if config.gpus_per_node is None:
@@ -34,10 +35,10 @@ def run(config: PlanConfig) -> None:
     raise_if_any(config.problems())
     plan = make_plan(config, measured=_measured(config, topology))
     if topology.is_rank_zero:
-        _publish(plan)
+        _output(plan)
 
 
-def _publish(plan: Plan) -> None:
+def _output(plan: Plan) -> None:
     report.show(plan)
     if plan.config.json:
         plan.config.json.parent.mkdir(parents=True, exist_ok=True)
@@ -45,9 +46,9 @@ def _publish(plan: Plan) -> None:
 
 
 def _measured(config: PlanConfig, topology: Topology) -> Device:
-    """This machine's device, with as many threads for a rank as the training gives it."""
+    """This machine's device, measured with as many threads per rank as the training uses."""
     if topology.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // topology.world_size))
+        torch.set_num_threads(threads_per_rank(os.environ, cores=len(os.sched_getaffinity(0))))
     has_accelerator = topology.device.type != "cpu"
     engine = load_engine_config(config.ds_config, has_accelerator=has_accelerator, overrides=config.overrides)
     tokens = engine.micro_batch * config.context
@@ -56,8 +57,8 @@ def _measured(config: PlanConfig, topology: Topology) -> Device:
         if config.assume.link_gb_per_s is None:
             raise ConfigError(
                 [
-                    f"device measure finds no link with one rank, and {config.gpus} are planned: start as many with "
-                    "torchrun --nproc_per_node N --no-python pmlm plan ..., or state --assume.link-gb-per-s"
+                    f"device measure cannot measure a link with one rank, and {config.gpus} ranks are planned: start "
+                    "as many with torchrun --nproc_per_node N --no-python pmlm plan ..., or set --assume.link-gb-per-s"
                 ]
             )
         device = dataclasses.replace(device, network=config.assume.link_gb_per_s * 1e9)

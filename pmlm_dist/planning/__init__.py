@@ -1,1 +1,1 @@
-"""What a run will need, before it is queued: memory, time, communication. Pure functions of settings."""
+"""Estimates of a run before it is queued: memory, step time, communication. Pure functions of settings."""

@@ -1,16 +1,16 @@
-"""Bytes of activations: what each part of the model keeps for its backward pass, and what it needs for a moment there.
+"""Bytes of activations: saved for the backward pass, and temporary during it, by part of the model.
 
-Counted tensor by tensor, as the layers in `model/` make them:
+Counted tensor by tensor, as the layers in `model/` allocate them:
 
     inner layer   norm inputs 2, norm outputs 2                       [T, B, E] each
-                  queries, keys, values, mixed values                 [T, B, E / t] each
+                  queries, keys, values, attention output             [T, B, E / t] each
                   GELU's input and output                             [T, B, F / t] each
-                  probabilities of all scored pairs                   [H / t, B, Q, K], and which dropout kept
-    last layer    keys and values for T slots, the rest for the R read ones
+                  attention probabilities                             [H / t, B, Q, K], and the dropout mask
+    last layer    keys and values for T slots, the rest for the R predicted slots
     head          three times [R, B, E] and one buffer of logits [R, B, V / t]
-    attention     biases of the scores and where they were looked up, shared by all layers
+    attention     biases of the scores and their indices into the bias table, shared by all layers
 
-With activation checkpointing a layer keeps its input alone and the rest lives while it is recomputed. Legend:
+With activation checkpointing a layer saves only its input; the rest exists while the layer is recomputed. Legend:
 `workload.py`.
 """
 
@@ -22,63 +22,63 @@ from pmlm_dist.planning.workload import Workload
 
 _INDEX, _FULL, _FLAG = 8, 4, 1
 """Bytes of an int64, of an fp32 number, of a bool."""
-# Numbers that attention and loss work on at a time (model/fused_attention.py, parallel/cross_entropy.py).
+# Elements that attention and loss process at a time (model/fused_attention.py, parallel/cross_entropy.py).
 _PART_ON_CPU, _LOGITS_ON_ACCELERATOR = 2**18, 2**27
-_SLACK_OF_NORM = 2 * _FULL  # mean and reciprocal deviation of a token
+_NORM_STATISTICS = 2 * _FULL  # mean and reciprocal deviation of a token
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch."""
+    """Bytes of one micro-batch. `*_work`: temporary bytes of a backward pass beyond the saved ones."""
 
     embedding: float
-    """Kept by the embeddings."""
+    """Saved by the embeddings."""
     bias: float
-    """The attention's biases, until the last layer is done."""
-    bias_kept: float
-    """What of them is kept for the backward pass."""
+    """Attention biases, until the last layer has run."""
+    bias_saved: float
+    """Part of the attention biases that is saved for the backward pass."""
     inner: float
-    """Kept by an inner layer, its output included."""
+    """Saved by an inner layer, its output included."""
     last: float
-    """Kept by the last layer."""
+    """Saved by the last layer."""
     head: float
-    """Kept by the head, without its logits."""
+    """Saved by the head, without its logits."""
     logits: float
-    """Kept of the logits."""
+    """Saved logits."""
     layer_input: float
-    """What of an inner layer stays under activation checkpointing."""
+    """Saved by an inner layer under activation checkpointing."""
     last_input: float
-    """What of the last layer stays under activation checkpointing."""
+    """Saved by the last layer under activation checkpointing."""
     loss_work: float
-    """Beyond what is kept, while the loss is taken."""
+    """Temporary, in the computation of the loss."""
     head_work: float
-    """Beyond what is kept, in the head's backward pass."""
+    """Of the head."""
     network_work: float
-    """Beyond what is kept, in the feed-forward network's backward pass; what is freed by then counts against it."""
+    """Of the feed-forward network; tensors freed by then are subtracted."""
     attention_work: float
-    """The same of attention, including the gradient of the bias."""
+    """Of attention, including the gradient of the bias; tensors freed by then are subtracted."""
     last_work: float
-    """The same of the last layer's attention."""
+    """Of the last layer's attention; tensors freed by then are subtracted."""
     embedding_work: float
-    """Beyond the embeddings' own, in their backward pass."""
+    """Of the embeddings."""
 
 
 def activations(work: Workload) -> Activations:
-    """What a micro-batch of `work` keeps and needs."""
+    """Saved and temporary bytes of a micro-batch of `work`."""
     model, a = work.model, work.element
     inner_layer, last_layer = (
         _Layer(work, work.tokens, work.inner_pairs),
         _Layer(work, work.predicted_tokens, work.last_pairs),
     )
-    last_kept = last_layer.kept + a * (2 * work.tokens * inner_layer.own + last_layer.wide)
+    last_saved = last_layer.saved + a * (2 * work.tokens * inner_layer.own + last_layer.wide)
     logits = a * work.predicted_tokens * work.vocabulary
     token_gradient = a * work.vocabulary * model.hidden_size
     return Activations(
         embedding=inner_layer.norm + a * inner_layer.wide + inner_layer.dropped,
         bias=_bias(work),
-        bias_kept=_bias_kept(work),
-        inner=inner_layer.kept + a * 2 * work.tokens * inner_layer.own,
-        last=last_kept,
+        bias_saved=_bias_saved(work),
+        inner=inner_layer.saved + a * 2 * work.tokens * inner_layer.own,
+        last=last_saved,
         head=last_layer.norm + 2 * a * last_layer.wide,
         logits=logits,
         layer_input=a * inner_layer.wide,
@@ -96,7 +96,7 @@ def activations(work: Workload) -> Activations:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer whose queries are `tokens` slots; keys and values are counted by the caller."""
+    """A layer with queries at `tokens` slots; keys and values are added by the caller."""
 
     work: Workload
     tokens: int
@@ -104,61 +104,64 @@ class _Layer:
 
     @property
     def own(self) -> int:
-        """Width of this rank's heads together: E / t."""
+        """Total width of this rank's heads: E / t."""
         return self.work.model.hidden_size // self.work.tp
 
     @property
     def wide(self) -> int:
-        """Numbers of a tensor [tokens, E]."""
+        """Elements of a tensor [tokens, E]."""
         return self.tokens * self.work.model.hidden_size
 
     @property
     def hidden(self) -> int:
-        """Numbers of a tensor [tokens, F / t]."""
+        """Elements of a tensor [tokens, F / t]."""
         return self.tokens * self.work.model.ffn_size // self.work.tp
 
     @property
     def norm(self) -> float:
-        """Bytes that a LayerNorm keeps: its input, mean and deviation of each token."""
-        return self.work.element * self.wide + _SLACK_OF_NORM * self.tokens
+        """Bytes that a LayerNorm saves: its input, mean and deviation of each token."""
+        return self.work.element * self.wide + _NORM_STATISTICS * self.tokens
 
     @property
     def dropped(self) -> float:
-        """Bytes that one dropout keeps: a flag a number, or on a CPU the factors."""
+        """Bytes that one dropout saves: a bool for each element, on a CPU the scale factors."""
         if not self.work.model.hidden_dropout:
             return 0.0
         return (_FLAG if self.work.on_accelerator else self.work.element) * self.wide
 
     @property
     def probabilities(self) -> float:
-        """Bytes that attention keeps of the scored pairs; FlexAttention keeps a number a query."""
+        """Bytes that attention saves of its probabilities; FlexAttention saves one fp32 number a query instead."""
         if self.work.model.attention == "flex":
             return _FULL * self.tokens * self.work.heads
-        kept = self.work.element
+        bytes_per_pair = self.work.element
         if self.work.model.attention_dropout:
-            kept += _FLAG if self.work.model.attention == "fused" else 2 * self.work.element
-        return kept * self.pairs
+            bytes_per_pair += _FLAG if self.work.model.attention == "fused" else 2 * self.work.element
+        return bytes_per_pair * self.pairs
 
     @property
-    def kept(self) -> float:
-        """Bytes kept, without keys and values."""
+    def saved(self) -> float:
+        """Saved bytes, without keys and values."""
         numbers = 2 * self.wide + 2 * self.tokens * self.own + 2 * self.hidden
         return self.work.element * numbers + 2 * self.norm + 2 * self.dropped + self.probabilities
 
 
 def _attention_work(work: Workload, layer: _Layer) -> float:
-    """Gradients of q, k, v and of the mixed values, each twice (by head and by slot), of the scores and of the bias.
+    """Gradients of q, k, v and of the attention output, each in two layouts (by head, by slot), and of the scores.
 
-    By then the feed-forward network has given back its tensors and the first norm its input.
+    The tensors of the feed-forward network and the input of the first norm are freed by then and are subtracted.
     """
     a, own = work.element, layer.tokens * layer.own
     gradients = a * (layer.wide + 2 * own + 2 * 3 * own)
-    given_back = 2 * layer.norm + a * (2 * layer.wide + own + 2 * layer.hidden) + 2 * layer.dropped
-    return gradients - given_back + _scores_work(work, layer.pairs)
+    freed = 2 * layer.norm + a * (2 * layer.wide + own + 2 * layer.hidden) + 2 * layer.dropped
+    return gradients - freed + _scores_work(work, layer.pairs)
 
 
 def _scores_work(work: Workload, pairs: int) -> float:
-    """Gradients of the scores that are worked on at a time; an accelerator takes a whole group, the larger of two."""
+    """Bytes of score gradients that exist at a time.
+
+    An accelerator processes a whole group of queries, the larger of two; a CPU a part that fits its cache.
+    """
     if work.model.attention == "flex":
         return 0.0
     copies = 2 if work.model.attention_dropout else 1
@@ -169,7 +172,7 @@ def _scores_work(work: Workload, pairs: int) -> float:
 
 
 def bias_numbers(work: Workload) -> tuple[float, float]:
-    """Numbers of the biases that want a gradient: what the samples share, and what they do not."""
+    """Elements of the attention biases that require a gradient: (shared by all samples, one for each sample)."""
     if work.model.attention == "flex" or not work.model.relative_bias:
         return 0.0, 0.0
     if work.model.attention == "reference":
@@ -178,31 +181,31 @@ def bias_numbers(work: Workload) -> tuple[float, float]:
 
 
 def _bias(work: Workload) -> float:
-    """All biases; without relative positions only what is forbidden, the same for all heads."""
+    """Bytes of all attention biases; without relative positions only the mask, which all heads share."""
     if work.model.attention == "flex":
         return 0.0
-    dense = work.model.attention == "reference"
+    is_reference = work.model.attention == "reference"
     if not work.model.relative_bias:
-        return work.element * work.micro_batch * (work.slots if dense else work.appended) * work.slots
-    rows = work.last_pairs if dense else work.heads * work.micro_batch * work.predictions * work.context
-    return work.element * (sum(bias_numbers(work)) + rows) + _looked_up(work)
+        return work.element * work.micro_batch * (work.slots if is_reference else work.appended) * work.slots
+    rows = work.last_pairs if is_reference else work.heads * work.micro_batch * work.predictions * work.context
+    return work.element * (sum(bias_numbers(work)) + rows) + _bias_indices(work)
 
 
-def _bias_kept(work: Workload) -> float:
-    """Where in the table the biases were looked up; activation checkpointing keeps the biases themselves as well."""
-    return _bias(work) if work.model.activation_checkpointing else _looked_up(work)
+def _bias_saved(work: Workload) -> float:
+    """Bytes of the indices into the bias table; activation checkpointing saves the biases themselves as well."""
+    return _bias(work) if work.model.activation_checkpointing else _bias_indices(work)
 
 
-def _looked_up(work: Workload) -> float:
+def _bias_indices(work: Workload) -> float:
     if work.model.attention == "flex" or not work.model.relative_bias:
         return 0.0
-    dense = work.model.attention == "reference"
-    keys = work.slots**2 if dense else work.predictions * (work.context + work.predictions)
+    is_reference = work.model.attention == "reference"
+    keys = work.slots**2 if is_reference else work.predictions * (work.context + work.predictions)
     return _INDEX * work.micro_batch * keys
 
 
 def _bias_gradient(work: Workload) -> float:
-    """The layers' sum so far, and an inner layer's own in fp32 and rounded."""
+    """Bytes of the sum over layers, and of one inner layer's gradient in fp32 and rounded."""
     return (work.element + _FULL + _rounded(work)) * sum(bias_numbers(work))
 
 

@@ -1,4 +1,4 @@
-"""A job and the ways to lay it out: what each takes in memory and time, and which of them fit.
+"""A job and its possible layouts: memory and time of each, and which of them fit.
 
 Job (model, batch, cluster)  +  Layout (tensor-parallel size, ZeRO stage, micro-batch, recomputation)  ->  Estimate
 """
@@ -20,7 +20,7 @@ from pmlm_dist.planning.workload import VOCABULARY_MULTIPLE, Workload
 
 @dataclass(frozen=True)
 class Layout:
-    """How a job is cut."""
+    """How a job is distributed over the ranks."""
 
     tp: int
     zero: int
@@ -31,14 +31,14 @@ class Layout:
 
     @property
     def options(self) -> str:
-        """As the command line says it."""
+        """The layout as options of `pmlm plan`."""
         text = f"--tp {self.tp} --zero {self.zero} --micro-batch {self.micro_batch}"
         return f"{text} --model.activation-checkpointing" if self.recompute else text
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be computed, and where."""
+    """Model, batch and cluster of a run."""
 
     model: ModelConfig
     context: int
@@ -47,7 +47,7 @@ class Job:
     engine: EngineConfig
     cluster: Cluster
 
-    def work(self, layout: Layout) -> Workload:
+    def workload(self, layout: Layout) -> Workload:
         """One micro-batch on one rank."""
         return Workload(
             model=replace(self.model, activation_checkpointing=layout.recompute),
@@ -61,10 +61,14 @@ class Job:
         )
 
     def estimate(self, layout: Layout) -> Estimate:
-        """What `layout` takes; a global batch that it does not divide is raised to the next multiple."""
+        """Memory and time of `layout`; a global batch that it does not divide is rounded up to the next multiple."""
         dp = self.cluster.gpus // layout.tp
         accumulation = math.ceil(self.engine.global_batch / (dp * layout.micro_batch))
-        work, zero, device = self.work(layout), Zero.from_engine(self.engine, stage=layout.zero), self.cluster.device
+        work, zero, device = (
+            self.workload(layout),
+            Zero.from_engine(self.engine, stage=layout.zero),
+            self.cluster.device,
+        )
         sent = tuple(
             traffic(collective, self.cluster, tp=layout.tp)
             for collective in collectives(work, zero, dp=dp, accumulation=accumulation)
@@ -83,12 +87,12 @@ class Job:
 
     def micro_batches(self, tp: int) -> list[int]:
         """Micro-batches that divide the global batch over the data-parallel ranks; empty when none does."""
-        share, rest = divmod(self.engine.global_batch, self.cluster.gpus // tp)
-        return [] if rest else divisors(share)
+        per_rank, rest = divmod(self.engine.global_batch, self.cluster.gpus // tp)
+        return [] if rest else divisors(per_rank)
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """ZeRO stages that train rightly: DeepSpeed's stage 0 does so in fp32 only."""
+        """ZeRO stages with correct training: DeepSpeed's stage 0 is correct in fp32 only."""
         return (0, 1, 2, 3) if self.engine.precision == "fp32" else (1, 2, 3)
 
     @property
@@ -98,18 +102,18 @@ class Job:
         return [tp for tp in divisors(self.cluster.gpus_per_node) if not any(size % tp for size in sizes)]
 
     def alternatives(self, layout: Layout) -> list[Estimate]:
-        """For each ZeRO stage the fastest way that fits, fastest first.
+        """The fastest fitting layout of each ZeRO stage, fastest first.
 
-        It is looked for where the least is changed: with the tensor-parallel size and the recomputation of `layout`,
-        else with recomputation, else with the smallest other tensor-parallel size that has one.
+        The search changes as little as possible: first with the tensor-parallel size and the recomputation of `layout`,
+        then with recomputation, then with other tensor-parallel sizes from the smallest. The first fit ends it.
         """
-        found = []
+        best = []
         for stage in self.stages:
-            ways = self._ways(replace(layout, zero=stage))
-            found += [best for best in (_fastest(estimates) for estimates in ways) if best][:1]
-        return sorted(found, key=lambda estimate: estimate.time.total)
+            candidates = self._candidates(replace(layout, zero=stage))
+            best += [fastest for fastest in (_fastest(estimates) for estimates in candidates) if fastest][:1]
+        return sorted(best, key=lambda estimate: estimate.time.total)
 
-    def _ways(self, layout: Layout) -> Iterator[list[Estimate]]:
+    def _candidates(self, layout: Layout) -> Iterator[list[Estimate]]:
         sizes = [layout.tp, *(tp for tp in self.tensor_parallel_sizes if tp != layout.tp)]
         for tp in sizes:
             for recompute in (True,) if layout.recompute else (False, True):
@@ -121,7 +125,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a layout of a job takes on every rank."""
+    """Memory and time of a layout of a job, on every rank."""
 
     job: Job
     layout: Layout
@@ -135,22 +139,22 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has the memory."""
+        """True if the device has enough memory."""
         return self.memory.device <= self.job.cluster.device.memory
 
     @property
     def global_batch(self) -> int:
-        """Sequences of a step: those of DeepSpeed's JSON, or the next multiple of what the ranks take at a time."""
+        """Sequences of a step: DeepSpeed's `train_batch_size`, rounded up to a multiple of dp * micro_batch."""
         return self.dp * self.accumulation * self.layout.micro_batch
 
     @property
     def flops(self) -> float:
-        """Model FLOPs of a step, over all ranks."""
+        """Model FLOPs of a step over all ranks, without recomputation."""
         return 3.0 * self.work.sample_flops * self.global_batch
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: of the devices' peak."""
+        """Model FLOPs utilization: fraction of the devices' peak."""
         cluster, precision = self.job.cluster, self.job.engine.precision
         return self.flops / self.time.total / (cluster.gpus * cluster.device.peak[precision])
 

@@ -1,10 +1,11 @@
-"""Peak memory of one rank: the moments of a step at which it can stand highest, and what is held at each.
+"""Peak memory of one rank: the moments of a step at which the peak can occur, and the bytes allocated at each.
 
     forward .. loss .. head .. last layer .. top inner layer .. bottom inner layer .. embeddings .. averaging .. update
-    activations grow      fall layer by layer, while gradients grow
+    activations grow      shrink layer by layer, while gradients grow
 
-Between two neighbouring inner layers a layer's activations go and its gradients come, so one of the two ends stands
-highest. Only what torch allocates is counted; `reserved` adds what the allocator and the device's libraries hold.
+From one inner layer to the next, a layer's activations are freed and its gradients are allocated. The bytes change
+linearly, so only the top and the bottom inner layer can be the peak. Only torch's allocations are counted; `reserved`
+adds the overhead of the allocator and of the device's libraries.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pmlm_dist.planning.workload import Workload
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes beyond weights and optimizer at one moment of a step."""
+    """Bytes beyond weights and optimizer states at one moment of a step."""
 
     name: str
     gradients: float = 0.0
@@ -31,13 +32,13 @@ class Moment:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all parts."""
         return self.gradients + self.activations + self.head + self.buffers
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at its highest moment."""
+    """Bytes of one rank at the peak of a step; `moment` names it."""
 
     moment: str
     weights: float
@@ -47,111 +48,112 @@ class Memory:
     head: float
     buffers: float
     reserved: float
-    """Held by allocator, fragmentation included."""
+    """Overhead of the allocator, including fragmentation."""
     host: float
     """In the host's memory, by offloading."""
-    standing: float
-    """What of the allocated bytes stands between steps."""
+    between_steps: float
+    """Part of the allocated bytes that exists between steps."""
 
     @property
     def allocated(self) -> float:
-        """What torch has handed out."""
+        """Bytes that torch allocates."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.buffers
 
     @property
     def device(self) -> float:
-        """What the device must have."""
+        """Bytes that the device needs."""
         return self.allocated + self.reserved
 
 
 def memory(work: Workload, zero: Zero, *, dp: int, accumulation: int, device: Device) -> Memory:
-    """Peak memory of a rank that works on micro-batches `work`, `accumulation` of them a step."""
+    """Peak memory of a rank with `accumulation` micro-batches `work` a step."""
     states = model_states(work, zero, dp=dp)
-    highest = max(moments(work, states, accumulation=accumulation), key=lambda moment: moment.total)
-    standing = states.weights + states.optimizer + states.gradients + states.buffers
-    allocated = states.weights + states.optimizer + highest.total
+    peak = max(moments(work, states, accumulation=accumulation), key=lambda moment: moment.total)
+    between_steps = states.weights + states.optimizer + states.gradients + states.buffers
+    allocated = states.weights + states.optimizer + peak.total
+    # On a CPU offloaded states are in the same memory as the rest.
     host, offloaded = (states.host, 0.0) if device.is_accelerator else (0.0, states.host)
     return Memory(
-        moment=highest.name,
+        moment=peak.name,
         weights=states.weights,
-        gradients=highest.gradients,
+        gradients=peak.gradients,
         optimizer=states.optimizer + offloaded,
-        activations=highest.activations,
-        head=highest.head,
-        buffers=highest.buffers,
+        activations=peak.activations,
+        head=peak.head,
+        buffers=peak.buffers,
         reserved=device.slack * (allocated + offloaded),
         host=host,
-        standing=standing + offloaded,
+        between_steps=between_steps + offloaded,
     )
 
 
 def moments(work: Workload, states: ModelStates, *, accumulation: int) -> Iterator[Moment]:
-    """What is held at each moment of a step's last micro-batch beyond weights and optimizer."""
-    act, gradients = activations(work), _Gradients(work, states, carried=accumulation > 1)
-    layers, kept = work.model.num_layers - 1, _kept_layers(work, act)
-    below = act.embedding + layers * kept.inner
-    encoded = below + kept.last
+    """Bytes beyond weights and optimizer states at each moment of a step's last micro-batch."""
+    act, gradients = activations(work), _Gradients(work, states, accumulates=accumulation > 1)
+    layers, saved = work.model.num_layers - 1, _saved_layers(work, act)
+    below = act.embedding + layers * saved.inner
+    encoded = below + saved.last
 
     def moment(name: str, *, gradients: float, activations: float, head: float = 0.0, buffers: float = 0.0) -> Moment:
         buffers += states.buffers + states.gathered
         return Moment(name, states.gradients + gradients, activations, head, buffers)
 
-    start, head, buckets = gradients.standing, act.head + act.logits, states.buckets
+    start, head, buckets = gradients.retained, act.head + act.logits, states.buckets
     yield moment("gathering", gradients=start, activations=act.embedding + act.bias, buffers=states.gathering)
     yield moment("encoding", gradients=start, activations=encoded + act.bias)
-    yield moment("loss", gradients=start, activations=encoded + act.bias_kept, head=head + act.loss_work)
-    yield moment("head", gradients=start, activations=encoded + act.bias_kept, head=head + act.head_work)
-    rest = below + act.bias_kept
+    yield moment("loss", gradients=start, activations=encoded + act.bias_saved, head=head + act.loss_work)
+    yield moment("head", gradients=start, activations=encoded + act.bias_saved, head=head + act.head_work)
+    rest = below + act.bias_saved
     yield moment("last layer", gradients=gradients.head, activations=rest + act.last + act.last_work, buffers=buckets)
     for name, done in (("top", 1), ("bottom", layers)) if layers else ():
-        rest = act.embedding + act.bias_kept + (layers - done) * kept.inner + act.inner
+        rest = act.embedding + act.bias_saved + (layers - done) * saved.inner + act.inner
         for part, needed in (("network", act.network_work), ("attention", act.attention_work)):
             yield moment(
                 f"{part} of the {name} inner layer",
                 gradients=gradients.inside(done, part=part),
-                activations=rest + needed + kept.again,
+                activations=rest + needed + saved.recomputed,
                 buffers=buckets,
             )
-    work_there = act.embedding + act.embedding_work
-    yield moment("embeddings", gradients=gradients.all, activations=work_there, buffers=buckets)
+    embedding = act.embedding + act.embedding_work
+    yield moment("embeddings", gradients=gradients.all, activations=embedding, buffers=buckets)
     yield moment("averaging", gradients=gradients.all, activations=0.0, buffers=states.buckets + states.averaging)
     yield Moment("update", states.gradients + states.updating, buffers=states.buffers)
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """Bytes of a layer that stand until its backward pass, and of its output where that was computed again."""
+class _SavedLayers:
+    """Bytes saved until a layer's backward pass, and of the recomputed output of an inner layer."""
 
     inner: float
     last: float
-    again: float
+    recomputed: float
 
 
-def _kept_layers(work: Workload, act: Activations) -> _Kept:
+def _saved_layers(work: Workload, act: Activations) -> _SavedLayers:
     if work.model.activation_checkpointing:
-        return _Kept(act.layer_input, act.last_input, act.layer_input)
-    return _Kept(act.inner, act.last, 0.0)
+        return _SavedLayers(act.layer_input, act.last_input, act.layer_input)
+    return _SavedLayers(act.inner, act.last, 0.0)
 
 
 class _Gradients:
-    """Bytes of gradients when the backward pass has come so far; from the second micro-batch on all of them stand."""
+    """Bytes of gradients by progress of the backward pass; from the second micro-batch on all of them exist."""
 
-    def __init__(self, work: Workload, states: ModelStates, *, carried: bool):
+    def __init__(self, work: Workload, states: ModelStates, *, accumulates: bool):
         size, inner = work.model.hidden_size, work.model.ffn_size
-        whole = model_parameters(work).on_rank(work.tp)
-        self.standing = states.carried if carried else 0.0
-        self._of_number = states.grown / whole
+        total = model_parameters(work).on_rank(work.tp)
+        self.retained = states.retained_gradients if accumulates else 0.0
+        self._bytes_per_number = states.backward_gradients / total
         self._layer = layer_parameters(work.model).on_rank(work.tp)
-        # The tied matrix gets its gradient first from the head.
+        # The head computes the first gradient of the tied matrix, before any layer.
         tied = work.vocabulary * size
         self._head = head_parameters(work).on_rank(work.tp) + tied
-        self._of_part = {"network": size * inner // work.tp, "attention": (2 * size * inner + size * size) // work.tp}
-        self.head = self._grown(self._head)
-        self.all = self._grown(whole - embedding_parameters(work).on_rank(work.tp) + tied)
+        self._parts = {"network": size * inner // work.tp, "attention": (2 * size * inner + size * size) // work.tp}
+        self.head = self._bytes(self._head)
+        self.all = self._bytes(total - embedding_parameters(work).on_rank(work.tp) + tied)
 
     def inside(self, done: int, *, part: str) -> float:
-        """Where the last layer and `done` - 1 inner ones are done, and the next is in the midst of `part`."""
-        return self._grown(self._head + done * self._layer + self._of_part[part])
+        """In the backward pass of `part` of an inner layer, after the last layer and `done` - 1 inner layers."""
+        return self._bytes(self._head + done * self._layer + self._parts[part])
 
-    def _grown(self, numbers: float) -> float:
-        return max(self.standing, self._of_number * numbers)
+    def _bytes(self, numbers: float) -> float:
+        return max(self.retained, self._bytes_per_number * numbers)

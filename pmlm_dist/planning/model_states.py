@@ -1,19 +1,19 @@
-"""What DeepSpeed holds of the model on one rank: weights, gradients, optimizer, buffers, by ZeRO stage and precision.
+"""Bytes of weights, gradients, optimizer states and buffers on one rank, by ZeRO stage and precision.
 
 Theory (Rajbhandari et al., ZeRO, 2020, section 3; bytes a parameter over D data-parallel ranks, half precision):
 
     stage 0: 16        stage 1: 4 + 12 / D        stage 2: 2 + 14 / D        stage 3: 16 / D
 
-DeepSpeed 0.19 differs from it, and the formulas here are what it does, read in its source and compared with what it
-allocates (tests/planning/test_memory.py). There are four keepers of the model:
+DeepSpeed 0.19 differs from the theory. The formulas here follow its source and are compared with its allocations in
+tests/planning/test_memory.py. It has four optimizer classes:
 
-    plain     stage 0, fp32: torch's AdamW; gradients are averaged through a flat copy
-    bf16      stage 1 in bf16 with fp32 accumulation: fp32 sums of *all* gradients stand between steps; a gradient goes
-              into its sum as soon as it is there. After the backward pass several ranks flatten the sums and round
-              them to the communication's precision to average them
-    cutting   other stages 1 and 2: a master copy even in fp32; two buckets where communication overlaps
-    stage 3   weights are gathered layer by layer, but a model that is smaller than `max_live_parameters` stays whole
-              from its first use to the end of the backward pass
+    plain           stage 0, fp32: torch's AdamW; gradients are averaged through a flat copy
+    bf16            stage 1 in bf16 with fp32 accumulation: keeps fp32 sums of *all* gradients between steps. A gradient
+                    is added to its sum as soon as it is computed. With D > 1 the sums are flattened after the backward
+                    pass and rounded to the precision of the communication to average them
+    stage 1 and 2   all other cases of these stages: a master copy even in fp32; two buckets with `overlap_comm`
+    stage 3         weights are gathered layer by layer, but a model below `stage3_max_live_parameters` stays gathered
+                    from its first use to the end of the backward pass
 
 Legend: P parameters of this tensor-parallel rank, D data-parallel ranks, w bytes of a weight.
 """
@@ -25,39 +25,41 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pmlm_dist.engine.deepspeed_config import EngineConfig
-from pmlm_dist.planning.parameters import largest_tensor, model_parameters, uncut_numbers
+from pmlm_dist.planning.parameters import largest_tensor, model_parameters, persistent_numbers
 from pmlm_dist.planning.workload import ELEMENT, Workload
 
 FULL = 4
 """Bytes of an fp32 number."""
-_FLATTENED = 500_000_000  # numbers that DeepSpeed flattens at a time where no bucket is set
+_FLATTENED = 500_000_000  # elements that DeepSpeed flattens at a time where no bucket size is set
 _DTYPES = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
 
-Keeper = Literal["plain", "bf16", "cutting", "stage 3"]
+OptimizerClass = Literal["plain", "bf16", "stage 1 and 2", "stage 3"]
 
 
 @dataclass(frozen=True)
 class Zero:
-    """What of DeepSpeed's JSON bears on memory and communication, with DeepSpeed's defaults filled in."""
+    """The settings of DeepSpeed's JSON that affect memory and communication, with DeepSpeed's defaults."""
 
     stage: int
     precision: str
     accumulated: int
-    """Bytes of an accumulated gradient."""
+    """Bytes of an element of the accumulated gradients."""
     communicated: int
-    """Bytes of a gradient while it is averaged."""
+    """Bytes of an element of the gradients while they are averaged."""
     offload: bool
     overlap: bool
     reduce_bucket: int
-    """Numbers in a bucket."""
+    """Elements of a bucket."""
     prefetch_bucket: int
+    """Elements that ZeRO-3 gathers ahead."""
     max_live: int
-    uncut: int
-    """Numbers up to which ZeRO-3 leaves a parameter whole."""
+    """Elements that ZeRO-3 keeps gathered at most."""
+    persistence_threshold: int
+    """Elements up to which ZeRO-3 does not partition a parameter."""
 
     @classmethod
     def from_engine(cls, engine: EngineConfig, *, stage: int | None = None) -> Zero:
-        """The settings of a checked DeepSpeed JSON, at another `stage` if one is given."""
+        """The settings of a validated DeepSpeed JSON; `stage` replaces its stage."""
         stage = engine.zero_stage if stage is None else stage
         zero: Mapping[str, Any] = engine.raw.get("zero_optimization", {})
         overlap = zero.get("overlap_comm")
@@ -73,59 +75,59 @@ class Zero:
             reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
             prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
             max_live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
-            uncut=int(zero.get("stage3_param_persistence_threshold", 100_000)),
+            persistence_threshold=int(zero.get("stage3_param_persistence_threshold", 100_000)),
         )
 
     @property
-    def keeper(self) -> Keeper:
-        """Which of DeepSpeed's optimizers keeps the model."""
+    def optimizer_class(self) -> OptimizerClass:
+        """DeepSpeed's optimizer class for these settings."""
         if self.stage == 0:
             return "plain"
         if self.stage == 3:
             return "stage 3"
         fp32_accumulation = self.precision == "bf16" and self.accumulated == FULL
-        return "bf16" if self.stage == 1 and fp32_accumulation and not self.offload else "cutting"
+        return "bf16" if self.stage == 1 and fp32_accumulation and not self.offload else "stage 1 and 2"
 
     @property
     def overlaps(self) -> bool:
-        """Whether gradients are averaged while the backward pass goes on."""
-        return self.overlap and self.keeper in ("cutting", "stage 3")
+        """True if gradients are averaged during the backward pass; the other classes ignore `overlap_comm`."""
+        return self.overlap and self.optimizer_class in ("stage 1 and 2", "stage 3")
 
 
 @dataclass(frozen=True)
 class ModelStates:
-    """Bytes on one rank's device, and in its host's memory."""
+    """Bytes on one rank's device, and in its host's memory. The first four are permanent, the others temporary."""
 
     weights: float
-    """Always there: what forward and backward multiply with."""
+    """Weights that forward and backward pass multiply with."""
     optimizer: float
-    """Always there: fp32 copy and both moments of what this rank updates."""
+    """fp32 copy and both moments of the parameters that this rank updates."""
     gradients: float = 0.0
-    """Always there."""
+    """Gradients that exist between steps."""
     buffers: float = 0.0
-    """Always there."""
+    """Buffers that exist between steps."""
     gathered: float = 0.0
-    """From forward to backward: weights of other ranks."""
+    """Weights of other ranks, from the forward to the end of the backward pass."""
     gathering: float = 0.0
-    """For a moment of the forward pass, beyond `gathered`."""
-    grown: float = 0.0
-    """Gradients at the end of a backward pass, beyond `gradients`; they grow with the layers that are done."""
-    carried: float = 0.0
-    """What of `grown` stands from one micro-batch to the next."""
+    """In the forward pass, beyond `gathered`."""
+    backward_gradients: float = 0.0
+    """Gradients at the end of a backward pass, beyond `gradients`; they grow layer by layer."""
+    retained_gradients: float = 0.0
+    """Part of `backward_gradients` that exists from one micro-batch to the next."""
     buckets: float = 0.0
     """During the backward pass."""
     averaging: float = 0.0
-    """At the end of the step's last backward pass, beyond gradients and buckets."""
+    """At the end of the last backward pass of a step, beyond gradients and buckets."""
     updating: float = 0.0
-    """In the update, beyond what is always there; gradients included."""
+    """In the optimizer step, beyond the permanent bytes; gradients included."""
     host: float = 0.0
     """In the host's memory, by offloading."""
 
 
 def model_states(work: Workload, zero: Zero, *, dp: int) -> ModelStates:
-    """What a rank of `dp` data-parallel ones holds of the model."""
-    makers = {"plain": _plain, "bf16": _bf16, "cutting": _cutting, "stage 3": _stage_3}
-    return makers[zero.keeper](work, zero, dp)
+    """Bytes of the model states on one of `dp` data-parallel ranks."""
+    formulas = {"plain": _plain, "bf16": _bf16, "stage 1 and 2": _stage_1_and_2, "stage 3": _stage_3}
+    return formulas[zero.optimizer_class](work, zero, dp)
 
 
 def _plain(work: Workload, zero: Zero, dp: int) -> ModelStates:
@@ -134,8 +136,8 @@ def _plain(work: Workload, zero: Zero, dp: int) -> ModelStates:
     return ModelStates(
         weights=FULL * numbers,
         optimizer=2 * FULL * numbers,
-        grown=FULL * numbers,
-        carried=FULL * numbers,
+        backward_gradients=FULL * numbers,
+        retained_gradients=FULL * numbers,
         averaging=flattened,
         updating=FULL * numbers,
     )
@@ -144,9 +146,10 @@ def _plain(work: Workload, zero: Zero, dp: int) -> ModelStates:
 def _bf16(work: Workload, zero: Zero, dp: int) -> ModelStates:
     numbers = model_parameters(work).on_rank(work.tp)
     rounded = zero.communicated if zero.communicated != FULL else 0
-    # All sums are flattened together, unless those of the matrices alone fill a bucket: that is averaged in place.
+    # All sums are flattened together, unless the matrices alone fill a bucket, which is then averaged in place.
     flattened = (rounded + (FULL if numbers <= _FLATTENED else 0)) * numbers if dp > 1 else 0
-    tied = work.element * work.vocabulary * work.model.hidden_size  # the head's gradient waits for the embedding's
+    # The gradient of the tied matrix from the head is kept until the embedding's is computed.
+    tied = work.element * work.vocabulary * work.model.hidden_size
     return ModelStates(
         weights=work.element * numbers,
         optimizer=3 * FULL * numbers / dp,
@@ -157,48 +160,50 @@ def _bf16(work: Workload, zero: Zero, dp: int) -> ModelStates:
     )
 
 
-def _cutting(work: Workload, zero: Zero, dp: int) -> ModelStates:
+def _stage_1_and_2(work: Workload, zero: Zero, dp: int) -> ModelStates:
     numbers, w = model_parameters(work).on_rank(work.tp), work.element
     share = numbers / dp
-    kept = FULL if zero.stage == 1 and zero.accumulated == FULL else w  # of a gradient until it is averaged
-    bucket = kept * zero.reduce_bucket
-    flattened = kept * min(zero.reduce_bucket, numbers) if dp > 1 else 0
-    averaged = zero.accumulated if zero.stage == 2 else kept  # of a gradient that this rank updates with
+    unaveraged = FULL if zero.stage == 1 and zero.accumulated == FULL else w  # bytes of an element before averaging
+    bucket = unaveraged * zero.reduce_bucket
+    flattened = unaveraged * min(zero.reduce_bucket, numbers) if dp > 1 else 0
+    averaged = zero.accumulated if zero.stage == 2 else unaveraged  # and after
     own = averaged * share
-    whole = zero.stage == 1 and not zero.overlap  # all gradients stand until they are averaged
+    keeps_all = zero.stage == 1 and not zero.overlap  # all gradients exist until they are averaged
     states = ModelStates(
         weights=w * numbers,
         optimizer=3 * FULL * share,
-        grown=kept * numbers if whole else own,
-        carried=kept * numbers if zero.stage == 1 else own,
+        backward_gradients=unaveraged * numbers if keeps_all else own,
+        retained_gradients=unaveraged * numbers if zero.stage == 1 else own,
         buckets=(2 if zero.overlap else 1) * bucket,
-        averaging=own + flattened if whole else flattened,
-        updating=max(own + _converted(kept, averaged) * share, _copied_to_gather(work, w * numbers, dp)),
+        averaging=own + flattened if keeps_all else flattened,
+        updating=max(own + _converted(unaveraged, averaged) * share, _copied_to_gather(work, w * numbers, dp)),
     )
     return _offloaded(states, work, share) if zero.offload else states
 
 
 def _copied_to_gather(work: Workload, weights: float, dp: int) -> float:
-    """Bytes of the copy into which gloo gathers updated weights: all of them, whatever the bucket; NCCL makes none."""
+    """Bytes of gloo's copy of all updated weights while it gathers them, for any bucket size; NCCL makes none."""
     return weights if dp > 1 and not work.on_accelerator else 0.0
 
 
-def _converted(kept: int, averaged: int) -> int:
-    """Bytes a number, beyond averaged gradients, of the flat fp32 one that the update reads."""
-    if kept != averaged:  # written flat and in fp32 as they are averaged
+def _converted(unaveraged: int, averaged: int) -> int:
+    """Bytes an element of the flat fp32 gradient that the optimizer step reads, beyond the averaged gradients."""
+    if unaveraged != averaged:  # averaging has written them flat and in fp32 already
         return 0
-    return FULL if kept == FULL else kept + FULL
+    return FULL if unaveraged == FULL else unaveraged + FULL
 
 
 def _offloaded(states: ModelStates, work: Workload, share: float) -> ModelStates:
-    """fp32 copy, moments and fp32 gradients move to the host; a bucket of the largest parameter stands on each side."""
+    """`states` with fp32 copy, moments and fp32 gradients in the host's memory, and a buffer of the largest parameter
+    on each side.
+    """
     largest = work.element * largest_tensor(work)
     return ModelStates(
         weights=states.weights,
         optimizer=0.0,
         buffers=largest,
-        grown=states.grown,
-        carried=states.carried,
+        backward_gradients=states.backward_gradients,
+        retained_gradients=states.retained_gradients,
         buckets=states.buckets,
         averaging=states.averaging,
         host=(4 * FULL + work.element) * share + largest,
@@ -207,18 +212,18 @@ def _offloaded(states: ModelStates, work: Workload, share: float) -> ModelStates
 
 def _stage_3(work: Workload, zero: Zero, dp: int) -> ModelStates:
     numbers, w = model_parameters(work).on_rank(work.tp), work.element
-    share, uncut = numbers / dp, uncut_numbers(work, threshold=zero.uncut)
-    live = max(0, min(numbers, zero.max_live) - uncut)
+    share, persistent = numbers / dp, persistent_numbers(work, threshold=zero.persistence_threshold)
+    live = max(0, min(numbers, zero.max_live) - persistent)
     bucket = zero.communicated * zero.reduce_bucket
     averaged = zero.accumulated * share
     masters = 3 * FULL * share
     return ModelStates(
-        weights=w * (share + uncut),
+        weights=w * (share + persistent),
         optimizer=0.0 if zero.offload else masters,
         gradients=0.0 if zero.offload else averaged,
         buffers=bucket,
         gathered=w * live,
-        gathering=(1 if work.on_accelerator else 2) * w * min(live, zero.prefetch_bucket),  # gloo makes a copy
+        gathering=(1 if work.on_accelerator else 2) * w * min(live, zero.prefetch_bucket),  # gloo copies
         buckets=w * min(zero.reduce_bucket, numbers) if dp > 1 else 0.0,
         updating=0.0 if zero.offload else _converted(w, w) * share,
         host=masters + averaged + FULL * share if zero.offload else 0.0,

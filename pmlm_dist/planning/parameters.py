@@ -1,7 +1,7 @@
-"""How many parameters the model has, and how they fall to the tensor-parallel ranks.
+"""Parameter counts of the model, sharded over or replicated on the tensor-parallel ranks.
 
 sharded      queries, keys, values, both products of the feed-forward network, vocabulary rows, relative positions
-replicated   LayerNorm, biases of what is summed over ranks, positions, segments, the head's dense layer
+replicated   LayerNorm, biases of row-parallel layers, positions, segments, the head's dense layer
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pmlm_dist.planning.workload import Workload
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters of some part of the model, over all tensor-parallel ranks."""
+    """Parameter count of a part of the model, over all tensor-parallel ranks."""
 
     sharded: int
     replicated: int
@@ -33,7 +33,7 @@ class Parameters:
 
 
 def layer_parameters(model: ModelConfig) -> Parameters:
-    """One Transformer layer: 4 E^2 + 2 E F of matrices, the rest biases and LayerNorm."""
+    """One Transformer layer: matrices of 4 E^2 + 2 E F, biases and LayerNorm."""
     size, inner = model.hidden_size, model.ffn_size
     queries_keys_values = 3 * (size * size + size)
     network_in = size * inner + inner
@@ -43,7 +43,7 @@ def layer_parameters(model: ModelConfig) -> Parameters:
 
 
 def embedding_parameters(work: Workload) -> Parameters:
-    """Tokens, positions, segments and LayerNorm; with them the relative positions."""
+    """Tokens, positions, segments, LayerNorm and the table of relative positions."""
     model = work.model
     relative = model.num_heads * model.relative_buckets if model.relative_bias else 0
     rows = model.max_positions + model.segment_types + 2
@@ -51,26 +51,29 @@ def embedding_parameters(work: Workload) -> Parameters:
 
 
 def head_parameters(work: Workload) -> Parameters:
-    """Dense layer, LayerNorm, bias over the vocabulary; the matrix is the token embedding's."""
+    """Dense layer, LayerNorm, bias over the vocabulary; the output matrix is tied to the token embedding."""
     size = work.model.hidden_size
     return Parameters(work.padded_vocabulary, size * size + 3 * size)
 
 
 def model_parameters(work: Workload) -> Parameters:
-    """The whole model, rows that pad the vocabulary included."""
+    """The whole model, including the rows that pad the vocabulary."""
     layers, layer = work.model.num_layers, layer_parameters(work.model)
     all_layers = Parameters(layers * layer.sharded, layers * layer.replicated)
     return embedding_parameters(work) + all_layers + head_parameters(work)
 
 
 def largest_tensor(work: Workload) -> int:
-    """Numbers in the largest parameter of a rank: the token embedding, or a matrix of the feed-forward network."""
+    """Elements of the largest parameter of a rank: the token embedding or a matrix of the feed-forward network."""
     size, inner = work.model.hidden_size, work.model.ffn_size
     return max(work.vocabulary * size, 2 * size * size // work.tp, size * inner // work.tp)
 
 
-def uncut_numbers(work: Workload, *, threshold: int) -> int:
-    """Numbers in parameters of at most `threshold` of them on a rank, which ZeRO-3 leaves whole on every rank."""
+def persistent_numbers(work: Workload, *, threshold: int) -> int:
+    """Elements in parameters of at most `threshold` elements a rank, which ZeRO-3 does not partition.
+
+    DeepSpeed calls them persistent (`stage3_param_persistence_threshold`).
+    """
     model, tp = work.model, work.tp
     size, inner = model.hidden_size, model.ffn_size // tp
     own = size // tp

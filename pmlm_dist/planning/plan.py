@@ -1,4 +1,4 @@
-"""The plan of a run: everything that `pmlm plan` says, warnings included.
+"""The plan of a run: everything that `pmlm plan` prints, including warnings.
 
 PlanConfig + DeepSpeed's JSON + device  ->  Job  ->  Estimate  ->  Plan
 """
@@ -26,13 +26,13 @@ DAY = 86_400
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs."""
+    """Memory, time, communication and checkpoints of a run; seconds, bytes and FLOPs."""
 
     config: PlanConfig
     cluster: Cluster
     estimate: Estimate
     parameters: int
-    """Of the whole model, rows that pad the vocabulary included."""
+    """Of the whole model, including the rows that pad the vocabulary."""
     checkpoints: Checkpoints
     alternatives: tuple[Estimate, ...]
     """For each ZeRO stage the fastest layout that fits, fastest first."""
@@ -40,12 +40,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of all steps, without failures."""
+        """Of all steps, without failures and checkpoints."""
         return self.config.steps * self.estimate.time.total
 
     @property
     def days(self) -> float:
-        """From start to end, with saving and failures."""
+        """From start to end, including failures and checkpoints; infinite if no step is ever completed."""
         return self.seconds / self.checkpoints.effective / DAY if self.checkpoints.effective else float("inf")
 
     @property
@@ -54,7 +54,7 @@ class Plan:
         return self.estimate.work.slots * self.estimate.global_batch
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values; bytes, seconds and FLOPs throughout."""
+        """The plan as JSON values; bytes, seconds and FLOPs."""
         estimate = self.estimate
         return {
             "nodes": self.cluster.nodes,
@@ -105,17 +105,17 @@ def _summary(estimate: Estimate) -> dict[str, Any]:
 def make_plan(config: PlanConfig, *, measured: Device | None = None) -> Plan:
     """The plan of `config`, on its device or on the `measured` one.
 
-    Raises `ConfigError` with everything that keeps the run from being laid out as asked.
+    Raises `ConfigError` with all problems of the settings.
     """
-    found = config.problems()
+    problems = config.problems()
     device = measured or DEVICES.get(config.device)
-    engine = _engine(config, found, has_accelerator=device is None or device.is_accelerator)
+    engine = _engine(config, problems, has_accelerator=device is None or device.is_accelerator)
     if engine is not None and device is not None and engine.precision not in device.peak:
-        found.append(
-            f"{device.name} has no {engine.precision} products: choose DeepSpeed's JSON with one of "
+        problems.append(
+            f"{device.name} has no {engine.precision} products: use a DeepSpeed JSON with one of "
             f"{', '.join(sorted(device.peak))} (--ds-config)"
         )
-    raise_if_any(found)
+    raise_if_any(problems)
     assert engine is not None
     assert device is not None
     job = _job(config, engine, config.assumed(device))
@@ -134,11 +134,12 @@ def make_plan(config: PlanConfig, *, measured: Device | None = None) -> Plan:
     )
 
 
-def _engine(config: PlanConfig, found: list[str], *, has_accelerator: bool) -> EngineConfig | None:
+def _engine(config: PlanConfig, problems: list[str], *, has_accelerator: bool) -> EngineConfig | None:
+    """The validated DeepSpeed JSON; None, and its problems added to `problems`, if it is invalid."""
     try:
         return load_engine_config(config.ds_config, has_accelerator=has_accelerator, overrides=config.overrides)
     except ConfigError as error:
-        found += error.problems
+        problems += error.problems
         return None
 
 

@@ -1,8 +1,8 @@
-"""How often to save against failures, and what share of the time then goes into training.
+"""Checkpoint interval that loses the least time to failures, and the fraction of time left for training.
 
-With delta seconds for a checkpoint and M seconds between failures of the whole job, saving every tau = sqrt(2 delta M)
-loses least (Young, 1974; Daly, 2006, first order). Of the time, delta / tau goes into saving, and every M seconds half
-an interval is done again and a restart waited for.
+With delta seconds for a checkpoint and M seconds between failures of the whole job, the best interval is
+tau = sqrt(2 delta M) (Young, 1974; Daly, 2006, first order). A fraction delta / tau of the time is lost to saving.
+Every M seconds a failure costs half an interval of repeated steps and a restart.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pmlm_dist.supervision.attempts import best_interval
 
 BYTES_OF_PARAMETER = 12
-"""fp32 weight and both moments, each once over all ranks (checkpoint/files.py)."""
+"""fp32 weight and both moments; each is saved by one rank only (checkpoint/files.py)."""
 
 
 @dataclass(frozen=True)
@@ -22,30 +22,30 @@ class Checkpoints:
     bytes: float
     """Of one checkpoint, over all ranks."""
     seconds: float
-    """To write it, every rank its part: an upper bound of what the training is held up, since it saves beside it."""
+    """To write one checkpoint, every rank its part. An upper bound of the lost time: training continues meanwhile."""
     between_failures: float
-    """Mean, of all devices together."""
+    """Mean time between failures of the whole job."""
     restart: float
-    """From a failure to the first new step."""
+    """From a failure to the first step after it."""
     interval: float
-    """Between two checkpoints, so that least is lost."""
+    """Best interval between two checkpoints."""
 
     def lost(self, interval: float) -> float:
-        """Share of the time that does not go into training, saving every `interval` seconds."""
+        """Fraction of the time lost to saving and failures with a checkpoint every `interval` seconds; at most 1."""
         return min(1.0, self.seconds / interval + (interval / 2 + self.restart) / self.between_failures)
 
     @property
     def effective(self) -> float:
-        """Share of the time that goes into training, with the best interval."""
+        """Fraction of the time left for training with the best interval."""
         return 1.0 - self.lost(self.interval)
 
 
 def checkpoints(
     parameters: int, *, gpus: int, gpu_hours: float, bytes_per_s: float, restart_s: float, step_s: float
 ) -> Checkpoints:
-    """Checkpoints of a run of `parameters` on `gpus` devices; each fails every `gpu_hours` and writes `bytes_per_s`.
+    """Checkpoints of a run of `parameters` on `gpus` devices. The interval is at least one step.
 
-    The interval is at least one step.
+    `gpu_hours`: mean hours between failures of one device. `bytes_per_s`: write rate of one rank.
     """
     size = float(BYTES_OF_PARAMETER * parameters)
     delta, between = size / gpus / bytes_per_s, 3600 * gpu_hours / gpus

@@ -1,4 +1,4 @@
-"""A plan as tables for people."""
+"""A plan as tables on the console."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def show(plan: Plan, console: Console | None = None) -> None:
     console = console or Console(width=120, highlight=False)
     console.print(
         Group(
-            _table("what", "", rows=_what(plan)),
+            _table("run", "", rows=_run(plan)),
             _table("memory per GPU", "GB", "", rows=_memory(plan)),
-            _table("a step", "seconds", "", rows=_step(plan)),
+            _table("step", "seconds", "", rows=_step(plan)),
             _communication(plan),
-            _table("the run", "", rows=_run(plan)),
+            _table("total", "", rows=_total(plan)),
             _alternatives(plan),
         )
     )
@@ -40,19 +40,19 @@ def _table(*columns: str, rows: Rows) -> Table:
     return table
 
 
-def _what(plan: Plan) -> Rows:
+def _run(plan: Plan) -> Rows:
     estimate, cluster, model = plan.estimate, plan.cluster, plan.config.model
     work, layout, engine = estimate.work, estimate.layout, estimate.job.engine
     shape = f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads, inner {model.ffn_size}"
     vocabulary = f"vocabulary {model.vocab_size:,}, padded to {work.padded_vocabulary:,}"
     ranks = f"{estimate.dp} data-parallel x {layout.tp} tensor-parallel"
     recompute = ", activation checkpointing" if layout.recompute else ""
-    cut = f"{estimate.dp} x {estimate.accumulation} micro-batches of {layout.micro_batch}"
+    split = f"{estimate.dp} x {estimate.accumulation} micro-batches of {layout.micro_batch}"
     return [
         ("model", f"{plan.parameters:,} parameters: {shape}"),
         ("samples", f"{work.context} tokens, {work.predictions} predicted, {work.slots} slots; {vocabulary}"),
         ("cluster", f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.device.name}: {ranks}"),
-        ("batch", f"{estimate.global_batch:,} = {cut}"),
+        ("batch", f"{estimate.global_batch:,} = {split}"),
         ("engine", f"{engine.precision}, ZeRO {layout.zero}, attention {model.attention}{recompute}"),
     ]
 
@@ -63,10 +63,10 @@ def _memory(plan: Plan) -> Rows:
         yield name, _gigabytes(getattr(memory, name)), ""
     device = plan.cluster.device
     fits = "fits" if plan.estimate.fits else "DOES NOT FIT"
-    yield "together", _gigabytes(memory.device), f"of {device.memory / 1e9:.1f}: {fits}; highest: {memory.moment}"
+    yield "total", _gigabytes(memory.device), f"of {device.memory / 1e9:.1f}: {fits}; peak: {memory.moment}"
     host = memory.host + plan.checkpoints.bytes / plan.cluster.gpus
-    in_node = f"{_gigabytes(host * plan.cluster.gpus_per_node)} per node, for offloading and the copy that is saved"
-    yield "in the host", _gigabytes(host), in_node
+    per_node = f"{_gigabytes(host * plan.cluster.gpus_per_node)} per node, for offloading and checkpoint staging"
+    yield "host memory", _gigabytes(host), per_node
 
 
 def _step(plan: Plan) -> Rows:
@@ -77,11 +77,11 @@ def _step(plan: Plan) -> Rows:
     tokens = estimate.work.context * batch
     return [
         ("matrix products", _seconds(time.products), products),
-        ("passes over memory", _seconds(time.passes), passes),
-        ("waiting for the host", _seconds(time.issuing), ""),
-        ("update", _seconds(time.update), ""),
-        ("communication", _seconds(time.exposed), f"{_seconds(time.hidden)} more beside the backward pass"),
-        ("together", _seconds(time.total), f"MFU {estimate.mfu:.1%}"),
+        ("element-wise operations", _seconds(time.passes), passes),
+        ("launch overhead", _seconds(time.issuing), ""),
+        ("optimizer step", _seconds(time.update), ""),
+        ("communication", _seconds(time.exposed), f"{_seconds(time.hidden)} more overlap with the backward pass"),
+        ("total", _seconds(time.total), f"MFU {estimate.mfu:.1%}"),
         ("work", "", f"{estimate.flops:.3e} FLOPs, {plan.slots:,} slots"),
         ("rate", "", f"{batch / time.total:,.4g} sequences/s, {tokens / time.total:,.4g} tokens/s"),
     ]
@@ -99,30 +99,30 @@ def _communication(plan: Plan) -> Table:
         )
         for sent in plan.estimate.traffics
     ]
-    columns = ("GB sent by a GPU in a step", "", "in the node", "network", "seconds", "overlaps")
+    columns = ("GB sent per GPU and step", "", "in the node", "network", "seconds", "overlaps")
     table = _table(*columns, rows=rows or [("none: one rank", *[""] * 5)])
     for column in table.columns[1:]:
         column.justify = "right"
     return table
 
 
-def _run(plan: Plan) -> Rows:
+def _total(plan: Plan) -> Rows:
     saving = plan.checkpoints
     return [
         ("steps", f"{plan.config.steps:,} in {plan.days:.2f} days"),
         ("checkpoint", f"{saving.bytes / 1e9:.2f} GB, {_seconds(saving.seconds)} s to write"),
-        ("failures", f"every {saving.between_failures / 3600:,.1f} hours expected"),
-        ("best interval", f"{saving.interval / 60:,.1f} minutes"),
+        ("failures", f"one every {saving.between_failures / 3600:,.1f} hours expected"),
+        ("best interval", f"{saving.interval / 60:,.1f} minutes between checkpoints"),
         ("effective time", f"{saving.effective:.2%}"),
     ]
 
 
 def _alternatives(plan: Plan) -> Table:
-    table = _table("what fits, fastest first", "GB", "seconds", "MFU", rows=[])
+    table = _table("fitting layouts, fastest first", "GB", "seconds", "MFU", rows=[])
     for estimate in plan.alternatives:
         table.add_row(*_alternative(estimate))
     if not plan.alternatives:
-        table.add_row("nothing", "", "", "")
+        table.add_row("none", "", "", "")
     return table
 
 

@@ -1,14 +1,23 @@
-"""The settings of `pmlm plan`: what of a preset and of DeepSpeed's JSON is planned, on which devices."""
+"""The settings of `pmlm plan`: a preset, changes to it and to DeepSpeed's JSON, and the devices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pmlm_dist.config import MaskingConfig, ModelConfig, ObjectiveConfig, ParallelConfig, RunConfig, divisors, problems
+from pmlm_dist.config import (
+    MaskingConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    RunConfig,
+    divisors,
+    relation_problems,
+)
 from pmlm_dist.devices import DEVICES, GIGA, Device
 from pmlm_dist.presets import PRESETS
+from pmlm_dist.ranges import Positive, range_problems
 from pmlm_dist.supervision.attempts import LLAMA_3_HOURS
 
 MEASURE = "measure"
@@ -19,52 +28,52 @@ UNCASED = 30_522
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no setting of the run says; the defaults are those of the device (`pmlm_dist/devices.py`)."""
+    """Rates that no other setting defines. None: the value of the device (`pmlm_dist/devices.py`)."""
 
-    matrix_share: float | None = None
-    """Share of the device's peak that large matrix products attain. None: the device's (0.6; measured: 1)."""
-    bandwidth_share: float | None = None
-    """Share of its memory bandwidth that passes over tensors attain. None: the device's (0.8; measured: 1)."""
-    link_gb_per_s: float | None = None
-    """Bandwidth between devices of a node in one direction. None: the device's."""
-    network_gbit_per_s: float | None = None
-    """Bandwidth of the network for each device. None: 400 for H100 and H200, 200 for A100 and L40S, 100 for V100."""
-    failure_hours: float = LLAMA_3_HOURS
-    """Mean hours between failures of one device. Default: that of Llama 3's training, 50,675."""
-    restart_minutes: float = 10.0
-    """From a failure to the first new step."""
-    storage_gb_per_s: float = 0.5
-    """Rate at which each rank writes its part of a checkpoint."""
+    matrix_share: Annotated[float | None, Positive] = None
+    """Fraction of the device's peak FLOP/s that large matrix products attain. None: 0.6; measured devices: 1."""
+    bandwidth_share: Annotated[float | None, Positive] = None
+    """Fraction of the memory bandwidth that element-wise operations attain. None: 0.8; measured devices: 1."""
+    link_gb_per_s: Annotated[float | None, Positive] = None
+    """Bandwidth in GB/s between devices of a node, in one direction. None: the device's."""
+    network_gbit_per_s: Annotated[float | None, Positive] = None
+    """Network bandwidth in Gb/s of each device. None: 400 for H100 and H200, 200 for A100 and L40S, 100 for V100."""
+    failure_hours: Annotated[float, Positive] = LLAMA_3_HOURS
+    """Mean hours between failures of one device. Default: 50,675, as in Llama 3's training."""
+    restart_minutes: Annotated[float, Positive] = 10.0
+    """Minutes from a failure to the first step after it."""
+    storage_gb_per_s: Annotated[float, Positive] = 0.5
+    """GB/s at which each rank writes its part of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What to plan."""
+    """The run to plan."""
 
-    nodes: int = 1
-    """Machines."""
-    gpus_per_node: int | None = None
-    """Devices of a machine, a rank each. None: 8; with device `measure`: the ranks that measure."""
+    nodes: Annotated[int, Positive] = 1
+    """Number of nodes."""
+    gpus_per_node: Annotated[int | None, Positive] = None
+    """Devices of a node, one rank each. None: 8; with device `measure`: the ranks of this call."""
     device: str = "h100-80gb"
-    """A device by name, or `measure`: what this machine attains (under torchrun: with all ranks)."""
-    tp: int = 1
+    """Name of a device, or `measure`: the rates that this machine attains (under torchrun: with all ranks)."""
+    tp: Annotated[int, Positive] = 1
     """Tensor-parallel size."""
     zero: Literal[0, 1, 2, 3] | None = None
-    """ZeRO stage. None: that of DeepSpeed's JSON."""
-    micro_batch: int | None = None
-    """Sequences of a forward pass on one rank. None: that of DeepSpeed's JSON."""
-    global_batch: int | None = None
-    """Sequences of a step. None: that of DeepSpeed's JSON."""
-    sequence_length: int | None = None
+    """ZeRO stage. None: from DeepSpeed's JSON."""
+    micro_batch: Annotated[int | None, Positive] = None
+    """Sequences of a forward pass on one rank. None: from DeepSpeed's JSON."""
+    global_batch: Annotated[int | None, Positive] = None
+    """Sequences of an optimizer step over all ranks. None: from DeepSpeed's JSON."""
+    sequence_length: Annotated[int | None, Positive] = None
     """Tokens of a sample. None: model.max_positions."""
-    steps: int = 500_000
-    """Steps of the run."""
-    checkpoint_every: int = 5_000
+    steps: Annotated[int, Positive] = 500_000
+    """Optimizer steps of the run."""
+    checkpoint_every: Annotated[int, Positive] = 5_000
     """Steps between checkpoints."""
     ds_config: Path = Path("ds_configs/base.json")
-    """DeepSpeed's JSON."""
+    """DeepSpeed's JSON: batch sizes, precision, ZeRO, offload."""
     json: Path | None = None
-    """File to write the plan to, as JSON."""
+    """File to write the plan to, as JSON. None: print it only."""
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -72,7 +81,7 @@ class PlanConfig:
 
     @classmethod
     def of_preset(cls, name: str) -> PlanConfig:
-        """The settings of a preset, with BERT's vocabulary where it names none."""
+        """The settings of a preset, with the size of BERT's vocabulary where it has none."""
         run = PRESETS[name]()
         return cls(
             tp=run.parallel.tp,
@@ -91,7 +100,7 @@ class PlanConfig:
 
     @property
     def in_node(self) -> int:
-        """Devices of a machine."""
+        """Devices of a node."""
         return _GPUS_PER_NODE if self.gpus_per_node is None else self.gpus_per_node
 
     @property
@@ -101,51 +110,44 @@ class PlanConfig:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """What replaces settings of DeepSpeed's JSON."""
-        given: dict[str, Any] = {
+        """Settings that replace those of DeepSpeed's JSON."""
+        settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "train_batch_size": self.global_batch,
             "zero_optimization": None if self.zero is None else {"stage": self.zero},
         }
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in settings.items() if value is not None}
 
     def assumed(self, device: Device) -> Device:
-        """`device` with what is assumed of it."""
+        """`device` with the rates of `assume` in place of its own."""
         assume = self.assume
-        given = {
+        rates = {
             "matrix_share": assume.matrix_share,
             "bandwidth_share": assume.bandwidth_share,
             "link": None if assume.link_gb_per_s is None else GIGA * assume.link_gb_per_s,
             "network": None if assume.network_gbit_per_s is None else GIGA * assume.network_gbit_per_s / 8,
         }
-        return replace(device, **{name: value for name, value in given.items() if value is not None})
+        return replace(device, **{name: value for name, value in rates.items() if value is not None})
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the settings by themselves, one sentence a problem."""
+        """One sentence for each invalid setting: setting, value, constraint, way out."""
         run = RunConfig(
             model=self.model, masking=self.masking, objective=self.objective, parallel=ParallelConfig(self.tp)
         )
-        return [*self._number_problems(), *self._place_problems(), *problems(run)]
+        return [*range_problems(self), *self._cluster_problems(), *relation_problems(run)]
 
-    def _number_problems(self) -> list[str]:
-        names = ("nodes", "steps", "checkpoint_every")
-        maybe = ("gpus_per_node", "sequence_length", "micro_batch", "global_batch")
-        found = [(name, getattr(self, name)) for name in (*names, *maybe)]
-        found += [(f"assume.{name}", value) for name, value in vars(self.assume).items()]
-        return [f"{name} ({value}) must be positive" for name, value in found if value is not None and not value > 0]
-
-    def _place_problems(self) -> list[str]:
-        found = []
+    def _cluster_problems(self) -> list[str]:
+        problems = []
         if self.device not in (MEASURE, *DEVICES):
-            found.append(f"device ({self.device}) must be {MEASURE} or one of {', '.join(sorted(DEVICES))}")
+            problems.append(f"device ({self.device}) must be {MEASURE} or one of {', '.join(sorted(DEVICES))}")
         if self.tp > 0 and self.in_node > 0 and self.in_node % self.tp:
-            found.append(
+            problems.append(
                 f"tp ({self.tp}) must divide gpus_per_node ({self.in_node}), so that its ranks lie inside a node: "
                 f"use one of {divisors(self.in_node)}"
             )
         if self.context > self.model.max_positions:
-            found.append(
+            problems.append(
                 f"sequence_length ({self.context}) exceeds model.max_positions ({self.model.max_positions}): "
                 "raise --model.max-positions"
             )
-        return found
+        return problems

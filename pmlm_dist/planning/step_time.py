@@ -1,14 +1,14 @@
-"""Seconds of an optimizer step, put together from what it computes, moves and sends.
+"""Seconds of an optimizer step from its FLOPs, its memory traffic and its communication.
 
-    step = accumulation * (matrix products + passes over memory) + exposed communication + update
+    step = accumulation * (matrix products + element-wise operations) + exposed communication + optimizer step
 
-Matrix products take their FLOPs at the attained matrix rate. Everything else between them (bias, dropout, residual
-sums, LayerNorm, GELU, softmax, copies) reads and writes tensors at the attained memory bandwidth and adds up, since
-eager operations run one after another (the roofline model of Williams et al., 2009, with the two roofs in turn). On an
-accelerator the host issues operations ahead; when it is slower than the device, it sets the pace. Communication is
-hidden where DeepSpeed overlaps it with a backward pass; tensor-parallel communication never is.
+Matrix products run at the attained matrix rate. The element-wise operations between them (bias, dropout, residual sums,
+LayerNorm, GELU, softmax, copies) run at the attained memory bandwidth. Their times add up, since eager operations run
+one after another (the roofline model of Williams et al., 2009, with one roof at a time). On an accelerator the host
+launches operations ahead; if it is slower than the device, it limits the step. Communication is hidden where DeepSpeed
+overlaps it with a backward pass; tensor-parallel communication is never hidden.
 
-How often a tensor is read or written was counted in `model/` and DeepSpeed's source, operation by operation.
+The reads and writes of each tensor were counted in the source of `model/` and DeepSpeed, operation by operation.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pmlm_dist.planning.model_states import FULL, Zero
 from pmlm_dist.planning.parameters import model_parameters
 from pmlm_dist.planning.workload import Workload
 
-# Reads and writes of a tensor in forward and backward together.
+# Reads and writes of a tensor, sum of forward and backward pass.
 _WIDE = 31  # [tokens, E]: residual sums, LayerNorm, bias gradients
-_OWN = 37  # [tokens, E / t]: queries, keys, values and mixed values, laid out by head and back
+_OWN = 37  # [tokens, E / t]: queries, keys, values and attention output, transposed by head and back
 _HIDDEN = 6  # [tokens, F / t]: GELU, bias gradient
 _PAIRS = 16  # [H / t, B, Q, K]: scores, softmax, gradients
-_EMBEDDING = 22  # [tokens, E]: three look-ups, their sum, LayerNorm, and back
+_EMBEDDING = 22  # [tokens, E]: three look-ups, their sum, LayerNorm, and their backward passes
 _HEAD = 20  # [R, B, E]
-_BIAS = 16  # bytes of a bias' number in each layer: fp32 gradient, its rounding, the sum over layers
+_BIAS = 16  # bytes of a bias element in each layer: fp32 gradient, its rounding, the sum over layers
 _WIDE_DROPOUT, _PAIRS_DROPOUT = 12, 10
 _LOGITS, _LOGITS_FULL = 6, 8  # reads and writes of the logits, and of their fp32 chunks
-_ADAM = 28  # bytes of a number: weight, gradient and both moments are read, all but the gradient written
-_OPERATIONS_OF_LAYER, _OPERATIONS_BESIDES = 130, 250
-_OPERATIONS_OF_PARAMETER = 4  # of DeepSpeed's hooks, in every backward pass
+_ADAM = 28  # bytes of a parameter: reads weight, gradient and both moments, writes all but the gradient
+_OPERATIONS_OF_LAYER, _OTHER_OPERATIONS = 130, 250  # forward and backward pass
+_OPERATIONS_OF_PARAMETER = 4  # DeepSpeed's hooks, in every backward pass
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class StepTime:
     products: float
     """Matrix products."""
     passes: float
-    """Passes over memory between the products."""
+    """Element-wise operations: passes over memory between the products."""
     issuing: float
-    """What the host needs beyond that to issue the operations."""
+    """Launch overhead: time that the host needs for launching operations beyond the two above."""
     update: float
-    """The optimizer's update, gradient copies and norm included."""
+    """Optimizer step, including gradient copies and norm."""
     exposed: float
-    """Communication that nothing hides."""
+    """Communication that does not overlap with computation."""
     hidden: float
-    """Communication beside the backward pass; no part of the total."""
+    """Communication that overlaps with the backward pass; not part of the total."""
 
     @property
     def total(self) -> float:
-        """From one step to the next."""
+        """Seconds from one step to the next."""
         return self.products + self.passes + self.issuing + self.update + self.exposed
 
 
@@ -69,12 +69,12 @@ def step_time(
     passes = moved_bytes(work) / (device.bandwidth * device.bandwidth_share)
     issue = device.dispatch * _operations(work)
     issuing = max(0.0, issue - products - passes) if device.is_accelerator else issue
-    # Two thirds of a micro-batch are its backward pass.
-    room = 2 / 3 * (products + passes)
+    # Two thirds of a micro-batch are its backward pass, the only part that communication overlaps with.
+    backward = 2 / 3 * (products + passes)
     hideable = sum(traffic.seconds for traffic in traffics if traffic.collective.is_hidden)
-    if zero.keeper == "stage 3" or zero.stage == 2:
-        room *= accumulation
-    hidden = min(hideable, room)
+    if zero.stage in (2, 3):  # these communicate in every micro-batch
+        backward *= accumulation
+    hidden = min(hideable, backward)
     exposed = sum(traffic.seconds for traffic in traffics) - hidden
     return StepTime(
         products=accumulation * products,
@@ -87,19 +87,19 @@ def step_time(
 
 
 def executed_flops(work: Workload) -> float:
-    """FLOPs of one micro-batch over all tensor-parallel ranks, recomputation included."""
-    again = work.layer_flops if work.model.activation_checkpointing else 0.0
-    return work.micro_batch * (3.0 * work.sample_flops + again)
+    """FLOPs of one micro-batch over all tensor-parallel ranks, including recomputation."""
+    recomputed = work.layer_flops if work.model.activation_checkpointing else 0.0
+    return work.micro_batch * (3.0 * work.sample_flops + recomputed)
 
 
 def moved_bytes(work: Workload) -> float:
-    """Bytes that a micro-batch reads and writes between its products on one rank, forward and backward."""
+    """Bytes that element-wise operations of a micro-batch read and write on one rank, forward and backward."""
     model, a = work.model, work.element
     inner = _layer_bytes(work, work.tokens, work.inner_pairs)
     last = _layer_bytes(work, work.predicted_tokens, work.last_pairs)
     layers = (model.num_layers - 1) * inner + last
     if model.activation_checkpointing:
-        layers *= 4 / 3  # a forward pass is about a third
+        layers *= 4 / 3  # a second forward pass, about a third of the whole
     logits = work.predicted_tokens * work.vocabulary * (_LOGITS * a + _LOGITS_FULL * FULL)
     ends = a * model.hidden_size * (_EMBEDDING * work.tokens + _HEAD * work.predicted_tokens)
     tables = 3 * a * work.vocabulary * model.hidden_size
@@ -117,7 +117,7 @@ def _layer_bytes(work: Workload, tokens: int, pairs: int) -> float:
 
 def _operations(work: Workload) -> float:
     parameters = 16 * work.model.num_layers + 11
-    return _OPERATIONS_OF_LAYER * work.model.num_layers + _OPERATIONS_BESIDES + _OPERATIONS_OF_PARAMETER * parameters
+    return _OPERATIONS_OF_LAYER * work.model.num_layers + _OTHER_OPERATIONS + _OPERATIONS_OF_PARAMETER * parameters
 
 
 def _update(work: Workload, zero: Zero, device: Device, *, dp: int, accumulation: int) -> float:
@@ -129,16 +129,16 @@ def _update(work: Workload, zero: Zero, device: Device, *, dp: int, accumulation
         return moved + over_link + (_ADAM + 2 * FULL + w) * share / device.host_bandwidth
     every_micro_batch, every_step = {
         "plain": (0.0, _ADAM * numbers),
-        # Into the fp32 sums. That the first micro-batch does not read them makes up for the norm, which does. Among
+        # Added to the fp32 sums. The first micro-batch does not read them, which offsets the pass of the norm. With
         # several ranks the sums are flattened, rounded, averaged and copied back.
         "bf16": (
             (w + 2 * FULL) * numbers,
             (6 * FULL + 2 * w if dp > 1 else 0) * numbers + (_ADAM + FULL + w) * share,
         ),
-        # Into the bucket, divided, flattened, copied back; then norm, flat fp32 copy, update, weights.
-        "cutting": (0.0, 8 * w * numbers + (_ADAM + 3 * FULL + 2 * w) * share),
+        # Copied to the bucket, divided, flattened, copied back; then norm, flat fp32 copy, update, weights.
+        "stage 1 and 2": (0.0, 8 * w * numbers + (_ADAM + 3 * FULL + 2 * w) * share),
         "stage 3": (8 * w * numbers, (_ADAM + 3 * FULL + 2 * w) * share),
-    }[zero.keeper]
+    }[zero.optimizer_class]
     if zero.stage == 2:
         every_micro_batch = 8 * w * numbers
         every_step -= 8 * w * numbers

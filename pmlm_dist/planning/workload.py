@@ -1,7 +1,7 @@
-"""One micro-batch on one rank, in numbers: the sizes that memory, time and communication are formulas of.
+"""Sizes of one micro-batch on one rank: the variables of the formulas for memory, time and communication.
 
-Legend: S context slots, M predictions, A = 2M appended slots, T = S + A slots, R read slots, B samples, E hidden size,
-F inner size, H heads, V padded vocabulary rows, t tensor-parallel size.
+Legend: S context slots, M predictions, A = 2M appended slots, T = S + A slots, R predicted slots, B samples, E hidden
+size, F inner size, H heads, V padded vocabulary rows, t tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VOCABULARY_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class Workload:
-    """Shape of the model and of the micro-batch that a rank works on."""
+    """Shape of the model and of a rank's micro-batch."""
 
     model: ModelConfig
     context: int
@@ -38,7 +38,7 @@ class Workload:
 
     @property
     def appended(self) -> int:
-        """A: slots of originals and pseudo masks; none where nothing reads them."""
+        """A: slots of original tokens and pseudo masks; 0 without the PAR objective."""
         return 2 * self.predictions if "par" in self.objectives else 0
 
     @property
@@ -48,7 +48,7 @@ class Workload:
 
     @property
     def predicted_slots(self) -> int:
-        """R: slots of a sample that the head reads."""
+        """R: slots of a sample whose tokens the head predicts."""
         return len(self.objectives) * self.predictions
 
     @property
@@ -58,12 +58,12 @@ class Workload:
 
     @property
     def predicted_tokens(self) -> int:
-        """R * B: read slots of the micro-batch."""
+        """R * B: predicted slots of the micro-batch."""
         return self.predicted_slots * self.micro_batch
 
     @property
     def heads(self) -> int:
-        """Heads of this rank."""
+        """H / t: heads of this rank."""
         return self.model.num_heads // self.tp
 
     @property
@@ -79,13 +79,13 @@ class Workload:
 
     @property
     def inner_pairs(self) -> int:
-        """Pairs of query and key that an inner layer scores, over the micro-batch and this rank's heads."""
+        """Query-key pairs of an inner layer, over the micro-batch and this rank's heads."""
         pairs = self.context**2 + self.appended * self.slots
         return self.heads * self.micro_batch * (self.slots**2 if self.model.attention == "reference" else pairs)
 
     @property
     def last_pairs(self) -> int:
-        """The same of the last layer, where only the read slots ask."""
+        """Query-key pairs of the last layer, whose queries are the predicted slots only."""
         keys = {"ae": self.slots if self.model.attention == "reference" else self.context, "par": self.slots}
         return self.heads * self.micro_batch * self.predictions * sum(keys[name] for name in self.objectives)
 
@@ -102,6 +102,6 @@ class Workload:
 
     @property
     def layer_flops(self) -> float:
-        """The same without the head."""
+        """FLOPs of one sample's forward pass without the head."""
         size = self.model.hidden_size
         return self.sample_flops - self.predicted_slots * 2.0 * size * (size + self.padded_vocabulary)

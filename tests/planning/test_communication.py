@@ -1,4 +1,4 @@
-"""Planned collectives against those that the real training path makes; bytes by link against cases worked by hand."""
+"""Planned collectives against those of the real training path; bytes by link against cases computed by hand."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ CASES = {
 
 
 def bytes_of_steps(configs: list[RunConfig]) -> list[Counter[str]]:
-    """For each run the bytes of the tensors that its second step's collectives work on, by operation."""
+    """For each run the tensor bytes of the collectives of its second step, by operation."""
     return [_bytes_of_a_step(config) for config in configs]
 
 
 def _bytes_of_a_step(config: RunConfig) -> Counter[str]:
-    """Of the longer side of a gather."""
+    """Bytes by operation; of a gather or scatter the larger of input and output."""
     import torch
     from support.small_runs import start_run, take_steps
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,19 +71,19 @@ def _bytes_of_a_step(config: RunConfig) -> Counter[str]:
 
 @pytest.fixture(scope="module")
 def sent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Counter[str], Counter[str]]]:
-    """Planned bytes and those that were sent, by case and kind; one world for all cases of its kind."""
+    """Planned and measured bytes by case and kind of collective; cases with equal ranks share a world."""
     folders = {name: tmp_path_factory.mktemp("run") for name in CASES}
-    found = {}
+    results = {}
     for dp, tp in sorted({(case.dp, case.tp) for case in CASES.values()}):
         names = [name for name, case in CASES.items() if (case.dp, case.tp) == (dp, tp)]
         configs = [CASES[name].write(folders[name]) for name in names]
         counted = run_world(bytes_of_steps, dp * tp, configs, timeout_s=300)[0]
         for name, operations in zip(names, counted, strict=True):
-            seen: Counter[str] = Counter()
+            measured: Counter[str] = Counter()
             for operation, size in operations.items():
-                seen[str(KINDS.get(operation, operation))] += size
-            found[name] = (planned_bytes(CASES[name], folders[name]), seen)
-    return found
+                measured[str(KINDS.get(operation, operation))] += size
+            results[name] = (planned_bytes(CASES[name], folders[name]), measured)
+    return results
 
 
 def planned_bytes(case: Case, folder: Path) -> Counter[str]:
@@ -96,24 +96,24 @@ def planned_bytes(case: Case, folder: Path) -> Counter[str]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_sends_what_is_planned(sent: dict[str, tuple[Counter[str], Counter[str]]], name: str):
-    planned, seen = sent[name]
-    for kind in KINDS.values():  # besides there are norms, losses and counts, a few numbers each
-        assert planned[kind] == pytest.approx(seen[kind], rel=0.01, abs=20_000), kind
+def test_bytes_of_a_step_equal_the_plan(sent: dict[str, tuple[Counter[str], Counter[str]]], name: str):
+    planned, measured = sent[name]
+    for kind in KINDS.values():  # norms, losses and counts, a few numbers each, are not planned
+        assert planned[kind] == pytest.approx(measured[kind], rel=0.01, abs=20_000), kind
 
 
 def all_reduce(size: float, group: Any = "data parallel", **settings: Any) -> Collective:
     return Collective("test", group, "all-reduce", size, times=1, **settings)
 
 
-def test_one_node_keeps_everything_inside():
+def test_one_node_sends_nothing_over_the_network():
     sent = traffic(all_reduce(8e9), Cluster(H100, nodes=1, gpus_per_node=8), tp=1)
     assert sent.outside == 0
     assert sent.inside == pytest.approx(2 * 7 / 8 * 8e9)
     assert sent.seconds == pytest.approx(14e9 / 450e9)
 
 
-def test_a_ring_over_nodes_crosses_the_network_once_for_each_device_of_a_node():
+def test_ring_over_two_nodes_sends_one_byte_in_eight_over_the_network():
     """16 ranks send 2 * 15/16 of 16 GB = 30 GB each; one of a node's 8 hops leaves it: 3.75 GB at 50 GB/s."""
     sent = traffic(all_reduce(16e9), Cluster(H100, nodes=2, gpus_per_node=8), tp=1)
     assert sent.outside == pytest.approx(3.75e9)
@@ -121,7 +121,7 @@ def test_a_ring_over_nodes_crosses_the_network_once_for_each_device_of_a_node():
     assert sent.seconds == pytest.approx(3.75 / 50)
 
 
-def test_tensor_parallelism_leaves_fewer_ports_to_each_ring():
+def test_tensor_parallelism_sends_a_larger_share_over_the_network():
     """A ring over 16 ranks visits 8 of a node, one over 4 of them visits 2: 2 * 15/16 / 8 against 2 * 3/4 / 2."""
     cluster = Cluster(H100, nodes=2, gpus_per_node=8)
     alone, shared = (traffic(all_reduce(1e9), cluster, tp=tp) for tp in (1, 4))
@@ -132,7 +132,7 @@ def test_tensor_parallelism_leaves_fewer_ports_to_each_ring():
     assert inner.inside == pytest.approx(2 * 3 / 4 * 1e9)
 
 
-def test_a_gather_sends_half_of_an_all_reduce_and_times_multiply():
+def test_gather_sends_half_of_an_all_reduce_at_each_repetition():
     cluster = Cluster(H100, nodes=4, gpus_per_node=8)
     reduced = traffic(all_reduce(1e9), cluster, tp=1)
     gathered = traffic(replace(all_reduce(1e9), kind="all-gather", times=3), cluster, tp=1)
@@ -140,7 +140,7 @@ def test_a_gather_sends_half_of_an_all_reduce_and_times_multiply():
     assert gathered.seconds == pytest.approx(1.5 * reduced.seconds)
 
 
-def test_every_call_waits_for_its_rounds():
+def test_every_call_adds_the_latency_of_its_rounds():
     slow = replace(H100, latency=1e-3)
     waiting = traffic(all_reduce(0.0, calls=5), Cluster(slow, nodes=2, gpus_per_node=8), tp=1)
     assert waiting.seconds == pytest.approx(5 * 4 * 1e-3)
@@ -149,7 +149,7 @@ def test_every_call_waits_for_its_rounds():
 ALONE = Workload(CASES["ZeRO 0"].shape, context=64, predictions=10, micro_batch=4)
 
 
-def test_nobody_to_talk_to_means_nothing_is_sent():
+def test_one_rank_sends_nothing():
     assert list(collectives(ALONE, zero_settings(1), dp=1, accumulation=4)) == []
 
 
@@ -157,20 +157,18 @@ def test_nobody_to_talk_to_means_nothing_is_sent():
     ("stage", "accumulated", "hidden"),
     [
         (1, 2, ["gradients"]),
-        (1, 4, []),  # DeepSpeed's bf16 optimizer averages when the backward pass is over
+        (1, 4, []),  # DeepSpeed's bf16 optimizer averages after the backward pass
         (2, 2, ["gradients"]),
         (2, 4, ["gradients"]),
         (3, 2, ["weights", "gradients"]),
     ],
 )
-def test_gradients_hide_behind_the_backward_pass_where_deepspeed_overlaps_them(
-    stage: int, accumulated: int, hidden: list[str]
-):
+def test_collectives_are_hidden_where_deepspeed_overlaps_them(stage: int, accumulated: int, hidden: list[str]):
     engine = zero_settings(stage, overlap=True, accumulated=accumulated, max_live=10**9)
     assert [c.purpose for c in collectives(ALONE, engine, dp=2, accumulation=1) if c.is_hidden] == hidden
 
 
-def test_weights_that_do_not_stay_are_gathered_twice():
+def test_weights_above_max_live_are_gathered_twice():
     times = [
         next(iter(collectives(ALONE, zero_settings(3, max_live=live), dp=2, accumulation=3))).times
         for live in (10**9, 1000)

@@ -1,4 +1,4 @@
-"""Measuring this machine: that there is something in every field, and that it is about what it should be."""
+"""The measured device: every field is set and has a plausible value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def measured(precision: str) -> Device:
     return measure_device(precision, groups.init_process_groups(), model=model, tokens=64, seconds=0.02)
 
 
-def test_one_rank_attains_what_it_attains():
+def test_one_rank_measures_plausible_rates():
     (device,) = run_world(measured, 1, "fp32")
     assert set(device.peak) == {"fp32"}
     assert device.matrix_share == device.bandwidth_share == device.link_share == 1.0
@@ -32,7 +32,7 @@ def test_one_rank_attains_what_it_attains():
 
 
 @pytest.mark.distributed
-def test_ranks_agree_on_the_slowest_of_them_and_measure_their_link():
+def test_two_ranks_agree_on_the_slowest_and_measure_their_link():
     one, two = run_world(measured, 2, "bf16")
     assert one.peak == two.peak
     assert one.bandwidth == two.bandwidth

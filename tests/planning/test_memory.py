@@ -1,9 +1,9 @@
-"""Planned bytes against those that torch hands out in the real training path, by model, engine and ranks.
+"""Planned bytes against those that torch allocates in the real training path, by model, engine and ranks.
 
-What stands between steps is the storage of all tensors that Python can reach. How far a step rises above that is known
-to the byte from torch's profiler, which reports every allocation, and every release but those by gloo's threads: what
-they release last seems to stand for ever. So a pause lets them release first, and the least rise of some steps counts.
-Python's collector runs between steps and never within one.
+Bytes between steps: the storage of all tensors reachable from Python. The rise within a step comes from torch's
+profiler, which reports every allocation to the byte, and every release except those by gloo's threads. A pause after
+each collective lets gloo release first, and the smallest rise of several steps counts. Python's garbage collector runs
+between steps only.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ CASES = {
 
 
 def most_allocated(configs: list[RunConfig]) -> list[float]:
-    """For each run the most bytes that torch has handed out at once in a step, those of the model included."""
+    """For each run the peak of the bytes that torch allocates in a step, including those of the model."""
     _wait_for_gloo()
-    kept: list[Any] = []  # else the engines of earlier runs would be released while a later one is counted
+    kept: list[Any] = []  # otherwise the engines of earlier runs could be released during a measurement
     return [_most_of_a_run(config, kept) for config in configs]
 
 
 def _wait_for_gloo() -> None:
-    """Gloo's thread lets go of what it worked on a moment after the collective: wait for that moment."""
+    """Wait after each collective, since gloo's thread releases its tensors shortly after the end."""
     import time
 
     import torch.distributed as dist
@@ -121,12 +121,12 @@ def _storage() -> float:
 
     import torch
 
-    storages = [found.untyped_storage() for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)]
     return float(sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
 
 
 def _rise(events: Any) -> float:
-    """The most that stood during an event `counted` above what stood at its begin; the least of all such events."""
+    """Peak bytes during an event `counted` minus those at its start; the smallest of all such events."""
     ordered = sorted(events, key=lambda event: event.start_ns())
     counted = [(event.start_ns(), event.end_ns()) for event in ordered if event.name() == "counted"]
     live, times, totals = 0, [], []
@@ -141,16 +141,16 @@ def _rise(events: Any) -> float:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
-    """Planned bytes and those that were handed out, by case; one world for all cases of its kind."""
+    """Planned and allocated bytes by case; cases with equal ranks share a world."""
     folders = {name: tmp_path_factory.mktemp("run") for name in CASES}
-    found = {}
+    results = {}
     for dp, tp in sorted({(case.dp, case.tp) for case in CASES.values()}):
         names = [name for name, case in CASES.items() if (case.dp, case.tp) == (dp, tp)]
         configs = [CASES[name].write(folders[name]) for name in names]
         by_rank = run_world(most_allocated, dp * tp, configs, timeout_s=600)
         for name, most in zip(names, map(max, zip(*by_rank, strict=True)), strict=True):
-            found[name] = (planned_memory(CASES[name], folders[name]).allocated, most)
-    return found
+            results[name] = (planned_memory(CASES[name], folders[name]).allocated, most)
+    return results
 
 
 def planned_memory(case: Case, folder: Path) -> Memory:
@@ -160,26 +160,28 @@ def planned_memory(case: Case, folder: Path) -> Memory:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
-def test_the_plan_is_what_torch_hands_out(runs: dict[str, tuple[float, float]], name: str):
-    planned, handed_out = runs[name]
-    assert planned == pytest.approx(handed_out, rel=CASES[name].tolerance)
+def test_planned_bytes_equal_allocated_bytes(runs: dict[str, tuple[float, float]], name: str):
+    planned, allocated = runs[name]
+    assert planned == pytest.approx(allocated, rel=CASES[name].tolerance)
 
 
 BASE = Workload(CASES["plain"].shape, context=64, predictions=10, micro_batch=4, precision="bf16")
 
 
 @pytest.mark.parametrize(("stage", "theory"), [(1, (2, 0, 12)), (2, (2, 0, 12)), (3, (0, 2, 14))])
-def test_what_always_stands_follows_the_theory(stage: int, theory: tuple[int, int, int]):
-    """ZeRO, section 3: what is whole on every rank and what is cut; gradients of stages 1 and 2 come and go."""
-    whole, cut_weights, cut = theory
+def test_permanent_bytes_follow_the_theory(stage: int, theory: tuple[int, int, int]):
+    """ZeRO, section 3: replicated and partitioned bytes; gradients of stages 1 and 2 are temporary."""
+    replicated, partitioned_weights, partitioned = theory
     parameters = model_states(BASE, zero_settings(stage), dp=1).weights / 2
     for dp in (1, 4, 64):
         states = model_states(BASE, zero_settings(stage), dp=dp)
-        standing = states.weights + states.optimizer + states.gradients
-        assert standing == pytest.approx(parameters * (whole + (cut if stage < 3 else cut_weights + 12 + 2) / dp))
+        permanent = states.weights + states.optimizer + states.gradients
+        assert permanent == pytest.approx(
+            parameters * (replicated + (partitioned if stage < 3 else partitioned_weights + 12 + 2) / dp)
+        )
 
 
-def test_offloading_moves_the_optimizer_to_the_host():
+def test_offload_moves_the_optimizer_to_the_host():
     for stage in (1, 2, 3):
         here = memory(BASE, zero_settings(stage), dp=2, accumulation=1, device=DEVICES["a100-40gb"])
         there = memory(BASE, zero_settings(stage, offload=True), dp=2, accumulation=1, device=DEVICES["a100-40gb"])
@@ -190,15 +192,15 @@ def test_offloading_moves_the_optimizer_to_the_host():
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_peak_is_the_highest_moment(stage: int):
+def test_peak_is_the_highest_moment(stage: int):
     states = model_states(BASE, zero_settings(stage), dp=2)
-    found = memory(BASE, zero_settings(stage), dp=2, accumulation=1, device=CPU)
+    planned = memory(BASE, zero_settings(stage), dp=2, accumulation=1, device=CPU)
     highest = max(moment.total for moment in moments(BASE, states, accumulation=1))
-    assert found.allocated == pytest.approx(states.weights + states.optimizer + states.host + highest)
-    assert found.standing < found.allocated
+    assert planned.allocated == pytest.approx(states.weights + states.optimizer + states.host + highest)
+    assert planned.between_steps < planned.allocated
 
 
-def test_memory_grows_with_the_batch_and_shrinks_with_what_is_meant_to_shrink_it():
+def test_memory_depends_on_batch_and_parallelism_as_expected():
     def needed(work: Workload, stage: int = 1, dp: int = 8) -> float:
         return memory(work, zero_settings(stage), dp=dp, accumulation=1, device=CPU).allocated
 

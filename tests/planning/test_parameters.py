@@ -8,7 +8,7 @@ import pytest
 from support.worlds import run_world
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.planning.parameters import largest_tensor, model_parameters, uncut_numbers
+from pmlm_dist.planning.parameters import largest_tensor, model_parameters, persistent_numbers
 from pmlm_dist.planning.workload import Workload
 from pmlm_dist.presets import PRESETS
 
@@ -17,11 +17,11 @@ SHAPES |= {f"{name}, no relative positions": replace(shape, relative_bias=False)
 SHAPES["odd"] = ModelConfig(
     vocab_size=130, hidden_size=40, num_layers=1, num_heads=4, ffn_size=52, max_positions=24, segment_types=3
 )
-UNCUT = 100_000
+PERSISTENT = 100_000
 
 
 def numbers_on_ranks(tp: int, shapes: dict[str, ModelConfig]) -> dict[str, list[int]]:
-    """For each shape the numbers in every parameter of this rank, of models that hold none."""
+    """For each shape the elements of every parameter of this rank, from models on the meta device."""
     import torch
 
     from pmlm_dist.model.transformer import build_model
@@ -47,22 +47,22 @@ def real() -> dict[int, dict[str, list[int]]]:
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_rank_holds_as_many_as_planned(real: dict[int, dict[str, list[int]]], name: str, tp: int):
+def test_parameters_of_a_rank_equal_the_model(real: dict[int, dict[str, list[int]]], name: str, tp: int):
     work = Workload(SHAPES[name], context=16, predictions=3, micro_batch=1, tp=tp)
     numbers = real[tp][name]
     assert model_parameters(work).on_rank(tp) == sum(numbers)
     assert largest_tensor(work) == max(numbers)
-    # The table of relative positions is small on every rank, and not worth a term of its own.
+    # The formula omits the table of relative positions, which is small on every rank.
     table = SHAPES[name].num_heads * 32 // tp if SHAPES[name].relative_bias else 0
-    assert uncut_numbers(work, threshold=UNCUT) == sum(n for n in numbers if n <= UNCUT) - table
+    assert persistent_numbers(work, threshold=PERSISTENT) == sum(n for n in numbers if n <= PERSISTENT) - table
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_whole_model_counts_replicated_ones_once(real: dict[int, dict[str, list[int]]], name: str):
+def test_total_counts_replicated_parameters_once(real: dict[int, dict[str, list[int]]], name: str):
     work = Workload(SHAPES[name], context=16, predictions=3, micro_batch=1, tp=4)
     assert model_parameters(work).total == sum(real[1][name])
 
 
-def test_the_presets_have_the_sizes_that_the_method_names():
+def test_presets_have_the_sizes_of_the_paper():
     sizes = {name: model_parameters(Workload(SHAPES[name], 512, 77, 1)).total / 1e6 for name in ("base", "large")}
     assert sizes == pytest.approx({"base": 109.5, "large": 335.0}, rel=0.01)

@@ -1,4 +1,4 @@
-"""The best interval against a search for it, and Llama 3's failures."""
+"""The best checkpoint interval against a search for it, and Llama 3's failures."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ def planned(**changes: float) -> Checkpoints:
     return checkpoints(10**10, **{**settings, **changes})  # pyright: ignore[reportArgumentType]
 
 
-def test_llama_3_fails_as_often_as_it_did():
-    found = planned(gpus=16_384)
-    assert found.between_failures == pytest.approx(54 * 86_400 / 419)  # every three hours
-    assert found.effective > 0.9  # as was reported
+def test_failures_of_llama_3_are_reproduced():
+    plan = planned(gpus=16_384)
+    assert plan.between_failures == pytest.approx(54 * 86_400 / 419)  # every three hours
+    assert plan.effective > 0.9  # as reported
 
 
-def test_the_interval_loses_least():
-    found = planned()
+def test_best_interval_loses_least():
+    plan = planned()
 
     def lost(interval: float) -> float:
-        return found.seconds / interval + (interval / 2 + 600.0) / found.between_failures
+        return plan.seconds / interval + (interval / 2 + 600.0) / plan.between_failures
 
-    assert found.effective == pytest.approx(1 - lost(found.interval))
-    tried = [found.interval * (1 + 0.01 * change) for change in range(-50, 100)]
-    assert min(map(lost, tried)) == pytest.approx(lost(found.interval), rel=1e-6)
-
-
-def test_a_checkpoint_holds_twelve_bytes_a_parameter_and_every_rank_writes_its_part():
-    found = planned()
-    assert found.bytes == 12e10
-    assert found.seconds == pytest.approx(12e10 / 1024 / 5e6)
+    assert plan.effective == pytest.approx(1 - lost(plan.interval))
+    intervals = [plan.interval * (1 + 0.01 * change) for change in range(-50, 100)]
+    assert min(map(lost, intervals)) == pytest.approx(lost(plan.interval), rel=1e-6)
 
 
-def test_nothing_is_saved_more_often_than_every_step():
+def test_checkpoint_is_twelve_bytes_a_parameter_and_every_rank_writes_a_part():
+    plan = planned()
+    assert plan.bytes == 12e10
+    assert plan.seconds == pytest.approx(12e10 / 1024 / 5e6)
+
+
+def test_interval_is_at_least_one_step():
     assert planned(step_s=1e5).interval == 1e5
 
 
-def test_what_fails_faster_than_it_saves_gets_nowhere():
+def test_failures_faster_than_saves_leave_no_time():
     assert planned(gpu_hours=1e-3).effective == 0

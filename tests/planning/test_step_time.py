@@ -1,4 +1,4 @@
-"""Seconds of a step, from rates that are given: what must hold whatever the rates are, and one step worked by hand."""
+"""Seconds of a step from given rates: properties for any rates, and cases computed by hand."""
 
 from __future__ import annotations
 
@@ -37,36 +37,36 @@ def planned(
     return step_time(work, engine, device, dp=dp, accumulation=accumulation, traffics=sent)
 
 
-def test_products_take_their_flops_at_the_attained_rate():
+def test_products_run_at_the_attained_rate():
     flops = training_flops(MODEL, context=512, predictions=77, vocab_rows=30_592)
     assert executed_flops(WORK) == pytest.approx(32 * flops)
     device = replace(H100, peak={"bf16": 1e15}, matrix_share=0.5)
     assert planned(device=device).products == pytest.approx(32 * flops / 5e14)
 
 
-def test_recomputation_costs_the_layers_once_more_and_no_model_flops():
-    again = replace(WORK, model=replace(MODEL, activation_checkpointing=True))
+def test_recomputation_repeats_the_layers_without_the_head():
+    recomputing = replace(WORK, model=replace(MODEL, activation_checkpointing=True))
     head = 2 * 77 * 2 * 768 * (768 + 30_592)
     forward = training_flops(MODEL, context=512, predictions=77, vocab_rows=30_592) / 3
-    assert executed_flops(again) - executed_flops(WORK) == pytest.approx(32 * (forward - head))
-    assert moved_bytes(again) > moved_bytes(WORK)
+    assert executed_flops(recomputing) - executed_flops(WORK) == pytest.approx(32 * (forward - head))
+    assert moved_bytes(recomputing) > moved_bytes(WORK)
 
 
-def test_passes_over_memory_take_a_bandwidth():
+def test_passes_scale_with_the_bandwidth():
     slow = planned(device=replace(H100, bandwidth=H100.bandwidth / 2))
     assert slow.passes == pytest.approx(2 * planned().passes)
     assert slow.update == pytest.approx(2 * planned().update)
     assert slow.products == planned().products
 
 
-def test_every_micro_batch_is_computed_and_the_update_is_not():
+def test_accumulation_repeats_micro_batches_but_not_the_update():
     once, often = planned(), planned(accumulation=5)
     assert often.products == pytest.approx(5 * once.products)
     assert often.passes == pytest.approx(5 * once.passes)
     assert often.update == once.update
 
 
-def test_fewer_pairs_dropouts_and_bytes_move_less():
+def test_moved_bytes_follow_pairs_dropouts_and_precision():
     less = [
         replace(WORK, model=replace(MODEL, attention="flex")),
         replace(WORK, tp=2),
@@ -83,7 +83,7 @@ def test_fewer_pairs_dropouts_and_bytes_move_less():
     assert all(moved_bytes(work) > moved_bytes(WORK) for work in more)
 
 
-def test_tensor_parallelism_cuts_products_and_adds_communication():
+def test_tensor_parallelism_divides_products_and_adds_communication():
     alone, two = planned(), planned(replace(WORK, tp=2))
     assert two.products == pytest.approx(alone.products / 2)
     assert alone.exposed == 0
@@ -91,7 +91,7 @@ def test_tensor_parallelism_cuts_products_and_adds_communication():
     assert two.hidden == 0
 
 
-def test_what_overlaps_is_hidden_as_far_as_there_is_room():
+def test_overlap_hides_communication_up_to_the_backward_pass():
     shown = planned(dp=16, nodes=2)
     overlapping = zero_settings(1, overlap=True)
     hidden = planned(engine=overlapping, dp=16, nodes=2)
@@ -103,7 +103,7 @@ def test_what_overlaps_is_hidden_as_far_as_there_is_room():
     assert stuck.exposed > stuck.hidden
 
 
-def test_a_slow_host_sets_the_pace_of_an_accelerator_and_adds_to_a_cpu():
+def test_slow_host_limits_an_accelerator_and_adds_to_a_cpu():
     slow = replace(H100, dispatch=1e-3)
     waiting = planned(device=slow)
     assert waiting.issuing > 0
@@ -113,13 +113,13 @@ def test_a_slow_host_sets_the_pace_of_an_accelerator_and_adds_to_a_cpu():
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_offloaded_update_is_slower(stage: int):
+def test_offloaded_update_is_slower(stage: int):
     assert (
         planned(engine=zero_settings(stage, offload=True), dp=2).update
         > planned(engine=zero_settings(stage), dp=2).update
     )
 
 
-def test_the_total_is_what_follows_one_another():
+def test_total_is_the_sum_of_sequential_parts():
     time = planned(dp=16, nodes=2)
     assert time.total == time.products + time.passes + time.issuing + time.update + time.exposed

@@ -1,4 +1,4 @@
-"""Runs of the real training path that are planned as well, to hold the plan against what they do."""
+"""Small runs of the real training path and their plans, to compare the two."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ BF16_SUMMED_IN_FP32: dict[str, Any] = {**BF16, "data_types": {"grad_accum_dtype"
 
 
 def zero(stage: int, **settings: Any) -> dict[str, Any]:
-    """The section of a ZeRO stage, with buckets that fill."""
+    """DeepSpeed's section of a ZeRO stage, with buckets small enough to be filled."""
     return {"zero_optimization": {"stage": stage, "reduce_bucket_size": 500_000, **settings}}
 
 
 def zero_settings(stage: int, **changes: Any) -> Zero:
-    """bf16 without buckets, so that formulas stand bare."""
+    """ZeRO in bf16 with buckets of one element, which the formulas can neglect."""
     common = {"accumulated": 2, "communicated": 2, "offload": False, "overlap": False}
-    numbers = {"reduce_bucket": 1, "prefetch_bucket": 1, "max_live": 0, "uncut": 0}
+    numbers = {"reduce_bucket": 1, "prefetch_bucket": 1, "max_live": 0, "persistence_threshold": 0}
     return Zero(**{"stage": stage, "precision": "bf16", **common, **numbers, **changes})
 
 
 @dataclass(frozen=True)
 class Case:
-    """A small run: what differs from a model of 4 layers and 1 M parameters on 64 tokens."""
+    """A small run, as changes to a model of 4 layers and 1 M parameters on 64 tokens."""
 
     model: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=lambda: zero(0))
@@ -63,7 +63,7 @@ class Case:
         return ModelConfig(**{**settings, **self.model})
 
     def write(self, folder: Path) -> RunConfig:
-        """Corpus, DeepSpeed's JSON and settings in `folder`."""
+        """Write corpus and DeepSpeed's JSON to `folder`; return the settings of the run."""
         raw = {
             "train_batch_size": self.micro_batch * self.accumulation * self.dp,
             "train_micro_batch_size_per_gpu": self.micro_batch,
@@ -84,7 +84,7 @@ class Case:
         )
 
     def planned(self, folder: Path) -> tuple[Workload, Zero]:
-        """Micro-batch and engine as the plan sees them, after `write`."""
+        """Micro-batch and engine for the plan; call `write` before."""
         engine = load_engine_config(folder / "engine.json", has_accelerator=False)
         work = Workload(
             model=self.shape,
