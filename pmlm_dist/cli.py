@@ -231,7 +231,7 @@ def fill(arguments: Sequence[str]) -> None:
     """Fill the masks of a text in any order: pmlm fill "text with [MASK] and [MASK:3]" --model DIR."""
     import tyro
 
-    from pmlm_dist.commands.generate import fill_masks
+    from pmlm_dist.commands.fill import fill_masks
 
     tyro.cli(
         fill_masks,
@@ -247,7 +247,7 @@ def extend_positions(arguments: Sequence[str]) -> None:
     """Give a model more positions, for longer sources and targets than it was pre-trained on."""
     import tyro
 
-    from pmlm_dist.commands.generate import extend_positions as write
+    from pmlm_dist.commands.extend_positions import extend_positions as write
 
     tyro.cli(write, prog="pmlm extend-positions", description=extend_positions.__doc__, args=arguments)
 

@@ -51,7 +51,7 @@ from pmlm_dist.downstream.settings import (
     optim_config,
     recipes,
 )
-from pmlm_dist.downstream.summary import FinetuneRun, summarise
+from pmlm_dist.downstream.summary import FinetuneRun, summarize
 from pmlm_dist.downstream.tasks.registry import TASKS
 from pmlm_dist.downstream.tasks.task import Task, TaskBatch
 from pmlm_dist.engine.deepspeed_config import EngineConfig, load_engine_config
@@ -172,7 +172,7 @@ def _finetune(config: FinetuneConfig, topology: Topology, attempt: Life) -> list
         (config.output / UNFINISHED).touch()
     trials = [_finished(learner) or learn(learner, attempt) for learner in learners]
     if len(learners) > 1:
-        summary = summarise(trials, split=session.scored[0].name, metric=session.task.metric)
+        summary = summarize(trials, split=session.scored[0].name, metric=session.task.metric)
         if topology.is_rank_zero:
             _write_json(config.output / SUMMARY, summary.as_json())
             print(summary.table(), flush=True)
@@ -232,7 +232,7 @@ def prepare(config: FinetuneConfig, topology: Topology) -> FinetuneData:
     train = _split(task, kind.train, rows, training=True)
     raise_if_any([] if train.features else [f"{source}: the split {kind.train} gives nothing to learn from"])
     scored = tuple(_split(task, name, read_rows(source, name)) for name in kind.validation)
-    raise_if_any(task.problems_of_choosing(scored[0].examples))
+    raise_if_any(task.metric_problems(scored[0].examples))
     reported = tuple(_whole_split(task, name, source) for name in config.report)
     return FinetuneData(config, topology, start, task, train, scored, reported, _digest(rows))
 
@@ -566,7 +566,7 @@ class FinetuneLoop:
     def _evaluate(self, split: Split) -> Evaluation:
         session, micro = self.learner.session, self.learner.engine.micro_batch
         between = self.attempt.stop.check
-        return evaluate(self.engine, session.task, split, session.topology, micro_batch=micro, between=between)
+        return evaluate(self.engine, session.task, split, session.topology, micro_batch=micro, before_batch=between)
 
     def report(self) -> FinetuneRun:
         """Go back to the best checkpoint, score with it what it has not been scored on; write scores, predictions."""
@@ -603,7 +603,7 @@ def _identity(learner: FinetuneJob) -> dict[str, Any]:
     start = session.start.folder
     return {
         "task": session.config.task,
-        "settings": session.task.saved(),
+        "settings": session.task.as_json(),
         "training data": session.digest,
         "model": dataclasses.asdict(learner.model),
         "weights": None if session.config.untrained else sha256_of(start / MANIFEST),
@@ -626,7 +626,7 @@ def _configuration(learner: FinetuneJob) -> dict[str, Any]:
         "started_from": None if config.untrained else str(session.start.folder),
         "task": {
             "kind": config.task,
-            "settings": session.task.saved(),
+            "settings": session.task.as_json(),
             "data": config.data or TASKS[config.task].hub,
         },
         "engine": learner.engine.raw,

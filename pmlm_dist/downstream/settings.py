@@ -79,8 +79,8 @@ class InputConfig:
     """Column of the class, the score, or the answers. None: what the data set calls it, else `label`."""
     max_tokens: int | None = None
     """Tokens of an input with [CLS] and [SEP]s. None: 128, for spans 384; never more than the model has positions."""
-    too_long: Literal["truncate", "refuse"] = "truncate"
-    """`truncate`: the longer text loses tokens at its end until the input fits; `refuse`: such an example is an error.
+    too_long: Literal["truncate", "raise"] = "truncate"
+    """`truncate`: the longer text loses tokens at its end until the input fits; `raise`: such an example is an error.
     Passages of spans are cut into windows instead."""
     stride: int = 128
     """Spans: tokens from the start of a window to the start of the next."""
