@@ -37,7 +37,9 @@ def test_classification_metrics_equal_longhand_definitions(seed: int):
     tp = pairs.count(("1", "1"))
     assert scores.accuracy(labels, predicted) == pytest.approx(sum(a == b for a, b in pairs) / 40)
     assert scores.matthews(labels, predicted) == pytest.approx(longhand_matthews(labels, predicted))
-    assert scores.f1_for_class("1")(labels, predicted) == pytest.approx(2 * tp / (labels.count("1") + predicted.count("1")))
+    assert scores.f1_for_class("1")(labels, predicted) == pytest.approx(
+        2 * tp / (labels.count("1") + predicted.count("1"))
+    )
 
 
 def test_metrics_when_one_class_is_predicted():
