@@ -245,7 +245,7 @@ def _digest(rows: Sequence[Any]) -> str:
 
 
 def _split(task: Task, name: str, rows: Sequence[Any], *, training: bool = False, labelled: bool = True) -> Split:
-    examples = task.read(rows, origin=f"split {name}", labelled=labelled)
+    examples = task.read(rows, origin=f"split {name}", labeled=labelled)
     return Split(name, examples, task.features(examples, training=training), labelled)
 
 

@@ -27,12 +27,12 @@ class Split:
     name: str
     examples: Sequence[Any]
     features: Sequence[Any]
-    labelled: bool = True
+    labeled: bool = True
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions and scores of a split; no scores if it is unlabelled."""
+    """Predictions and scores of a split; no scores if it is unlabeled."""
 
     predictions: list[dict[str, Any]]
     scores: dict[str, float]
@@ -56,7 +56,7 @@ def evaluate(
     outputs = _predict(engine, task, split, topology, micro_batch=micro_batch, before_batch=before_batch)
     engine.train(was_training)
     predictions = task.predictions(split.examples, split.features, outputs)
-    return Evaluation(predictions, task.scores(split.examples, predictions) if split.labelled else {})
+    return Evaluation(predictions, task.scores(split.examples, predictions) if split.labeled else {})
 
 
 @torch.no_grad()
@@ -80,6 +80,7 @@ def _predict(
         batch = task.collate([features[number] for number in ids], ids=ids, epoch=0, seed=0)
         outputs.update(zip(ids, task.predict(engine, batch.to(topology.device)), strict=True))
     per_rank = topology.all_gather_object(outputs)[:: topology.tp]  # tensor-parallel ranks have equal outputs
+    # Reversed: for a repeated feature, the output of the lowest rank wins.
     merged = {number: output for part in reversed(per_rank) for number, output in part.items()}
     return [merged[number] for number in range(len(features))]
 

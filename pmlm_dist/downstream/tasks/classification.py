@@ -103,7 +103,7 @@ class TextExample:
     id: Any
     texts: tuple[str, ...]
     label: str | float | None
-    """A class or a score; None if unlabelled."""
+    """A class or a score; None if unlabeled."""
     location: str
 
 
@@ -174,16 +174,16 @@ class Classification(Task[TextExample, TextFeature]):
         """Return False for a hidden test set: labels are missing, or -1 in all rows."""
         return not {str(row.get(self.settings.label)) for row in rows} <= {"None", "-1", "-1.0", ""}
 
-    def read(self, rows: Sequence[Row], *, origin: str, labelled: bool = True) -> list[TextExample]:
+    def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[TextExample]:
         """Validate texts and labels of all rows."""
         settings, problems, examples = self.settings, [], []
-        raise_if_missing([*settings.text_columns, *([settings.label] if labelled else [])], rows, origin=origin)
+        raise_if_missing([*settings.text_columns, *([settings.label] if labeled else [])], rows, origin=origin)
         for number, row in enumerate(rows, start=1):
             location = f"{origin}, row {number}"
             texts = tuple(
                 row_text(row, column, location=location, problems=problems) for column in settings.text_columns
             )
-            label = self._label(row.get(settings.label), location=location, problems=problems) if labelled else None
+            label = self._label(row.get(settings.label), location=location, problems=problems) if labeled else None
             examples.append(TextExample(row_id(row, number - 1), texts, label, location))
         raise_row_problems(problems)
         return examples

@@ -40,7 +40,7 @@ _INPUTS = ("tokens_BT", "positions_BT", "segments_BT", "order_BT", "valid_BT", "
 
 @dataclass(frozen=True)
 class PairExample:
-    """One validated row; no target if unlabelled."""
+    """One validated row; no target if unlabeled."""
 
     id: Any
     source: str
@@ -104,14 +104,14 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         """Return True if any row has a target."""
         return any(row.get(self.columns[1]) for row in rows)
 
-    def read(self, rows: Sequence[Row], *, origin: str, labelled: bool = True) -> list[PairExample]:
+    def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[PairExample]:
         """Validate sources and targets of all rows; neither may be empty."""
-        columns, problems, examples = self.columns[: 1 + labelled], [], []
+        columns, problems, examples = self.columns[: 1 + labeled], [], []
         raise_if_missing(columns, rows, origin=origin)
         for number, row in enumerate(rows, start=1):
             location = f"{origin}, row {number}"
             texts = [row_text(row, column, location=location, problems=problems) for column in columns]
-            examples.append(PairExample(row_id(row, number - 1), texts[0], texts[1] if labelled else None, location))
+            examples.append(PairExample(row_id(row, number - 1), texts[0], texts[1] if labeled else None, location))
         raise_row_problems(problems)
         return examples
 
@@ -242,7 +242,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
     def predictions(
         self, examples: Sequence[PairExample], features: Sequence[PairFeature], outputs: Sequence[Any]
     ) -> list[dict[str, Any]]:
-        """Return `prediction`; for labelled examples also `reference`, `reference_nll` and `reference_tokens`."""
+        """Return `prediction`; for labeled examples also `reference`, `reference_nll` and `reference_tokens`."""
         predictions = []
         for example, output in zip(examples, outputs, strict=True):
             reference = {}

@@ -64,7 +64,7 @@ class SpanSettings:
 
 @dataclass(frozen=True)
 class SpanExample:
-    """A question, its passage and the reference answers; no answers: unanswerable or unlabelled."""
+    """A question, its passage and the reference answers; no answers: unanswerable or unlabeled."""
 
     id: Any
     question: str
@@ -142,20 +142,20 @@ class Spans(Task[SpanExample, Window]):
         """Return True if any row has an answer."""
         return any(_answer_texts(row.get(self.settings.answers)) for row in rows)
 
-    def read(self, rows: Sequence[Row], *, origin: str, labelled: bool = True) -> list[SpanExample]:
+    def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[SpanExample]:
         """Validate questions and passages, and that each answer is at its offset in the passage."""
         settings, problems, examples = self.settings, [], []
-        columns = [settings.question, settings.passage, *([settings.answers] if labelled else [])]
+        columns = [settings.question, settings.passage, *([settings.answers] if labeled else [])]
         raise_if_missing(columns, rows, origin=origin)
         for number, row in enumerate(rows, start=1):
             location = f"{origin}, row {number}"
             question = row_text(row, settings.question, location=location, problems=problems)
             passage = row_text(row, settings.passage, location=location, problems=problems)
             answers = (
-                _answers(row.get(settings.answers), passage, location=location, problems=problems) if labelled else []
+                _answers(row.get(settings.answers), passage, location=location, problems=problems) if labeled else []
             )
             texts, starts = zip(*answers, strict=True) if answers else ((), ())
-            if labelled and not answers and not settings.has_unanswerable:
+            if labeled and not answers and not settings.has_unanswerable:
                 problems.append(f"{location}: no answer, and every question of the training split had one")
             examples.append(SpanExample(row_id(row, number - 1), question, passage, texts, starts))
         raise_row_problems(problems)
@@ -178,7 +178,7 @@ class Spans(Task[SpanExample, Window]):
     def _windows(
         self, number: int, example: SpanExample, question: list[int], ids: list[int], offsets: list[tuple[int, int]]
     ) -> Iterator[Window]:
-        size, first = self.settings.max_tokens - len(question) - 3, len(question) + 2
+        size, first = self.settings.max_tokens - len(question) - 3, len(question) + 2  # one [CLS] and two [SEP]
         answer = _answer_tokens(example, offsets)
         for at in range(0, max(1, len(ids) - size + self.settings.stride), self.settings.stride):
             part = ids[at : at + size]

@@ -67,10 +67,10 @@ class Task(ABC, Generic[Example, Feature]):
     """The score that selects the best checkpoint; higher is better."""
 
     @abstractmethod
-    def read(self, rows: Sequence[Row], *, origin: str, labelled: bool = True) -> list[Example]:
+    def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[Example]:
         """Validate `rows` and convert them to examples; `origin` names the data set in error messages.
 
-        With `labelled=False` (a hidden test set) labels may be missing, and `scores` is not called. Raises
+        With `labeled=False` (a hidden test set) labels may be missing, and `scores` is not called. Raises
         `ConfigError` with all problems: a missing column, a label unseen in training, a score that is NaN.
         """
 
@@ -110,14 +110,14 @@ class Task(ABC, Generic[Example, Feature]):
 
     @abstractmethod
     def scores(self, examples: Sequence[Example], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Return the metrics of labelled `examples`; `self.metric` is one of them."""
+        """Return the metrics of labeled `examples`; `self.metric` is one of them."""
 
     @abstractmethod
     def as_json(self) -> dict[str, Any]:
         """Return the JSON values from which `TaskKind.restore` rebuilds this task."""
 
     def metric_problems(self, examples: Sequence[Example]) -> list[str]:
-        """Return why `self.metric` is NaN on these labelled `examples` (the first validation split) for any model."""
+        """Return why `self.metric` is NaN on these labeled `examples` (the first validation split) for any model."""
         return []
 
     def notes(self) -> list[str]:

@@ -122,15 +122,15 @@ def test_every_split_is_read_with_the_columns_of_the_hub(name: str, tmp_path: Pa
         settings, rows, model.vocabulary, ModelConfig(vocab_size=model.vocabulary.size, max_positions=64)
     )
     for split in (kind.train, *kind.validation):
-        labelled = read_rows(kind.hub, split)
-        assert task.has_labels(labelled)
-        examples = task.read(labelled, origin=split)
-        assert [example.id for example in examples] == [row.get("idx", row.get("id")) for row in labelled]
+        labeled = read_rows(kind.hub, split)
+        assert task.has_labels(labeled)
+        examples = task.read(labeled, origin=split)
+        assert [example.id for example in examples] == [row.get("idx", row.get("id")) for row in labeled]
         assert task.features(examples, training=True)
     for split in (split for split in SPLITS.get(name, ()) if split.startswith("test")):
         hidden = read_rows(kind.hub, split)
         assert not task.has_labels(hidden) or name == "stsb"
-        assert len(task.read(hidden, origin=split, labelled=False)) == 9
+        assert len(task.read(hidden, origin=split, labeled=False)) == 9
     if name in GLUE and COLUMNS[name][1]:
         names = COLUMNS[name][1]
         labels = [task.settings.label_aliases.get(n, n) for n in (names[number % len(names)] for number in range(9))]

@@ -121,7 +121,7 @@ def test_hidden_test_set_has_no_labels():
     assert task.has_labels([{"sentence": "a", "label": "positive"}])
     for hidden in ({"sentence": "a", "label": None}, {"sentence": "a"}, {"sentence": "a", "label": -1}):
         assert not task.has_labels([hidden])
-        assert task.read([hidden], origin="here", labelled=False)[0].label is None
+        assert task.read([hidden], origin="here", labeled=False)[0].label is None
 
 
 def test_many_invalid_rows_are_counted_and_single_class_raises():
