@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Report
+from harness import Report, pretrain_step
 from random_text import random_corpus
 
 from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
@@ -33,7 +33,7 @@ from pmlm_dist.metrics.meter import Stopwatch
 from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.layers import count_parameters
-from pmlm_dist.training.loop import advance, build_engine, train_step
+from pmlm_dist.training.pretraining import PretrainJob, build_engine
 from pmlm_dist.training.resolve import resolve
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -155,7 +155,8 @@ class _Training:
         about = {"identity": self._run.identity(), "configuration": self._run.configuration()}
         engine_state = EngineState(self._engine, self._run.topology)
         self.checkpointer = AsyncCheckpointer(engine_state, self._checkpoints, log, about=about, timeout_s=600)
-        self._watch, self._saved_step = Stopwatch(self._run.topology.device), 0
+        self._job, self._stopwatch = PretrainJob(self._run), Stopwatch(self._run.topology.device)
+        self._saved_step = 0
 
     def save(self) -> None:
         """Start to save, our way."""
@@ -164,8 +165,7 @@ class _Training:
 
     def step(self) -> None:
         """One step of the training."""
-        train_step(self._run, self._engine, self._batches, self.state, self._watch)
-        self.state = advance(self.state, self._run)
+        self.state = pretrain_step(self._job, self._engine, self._batches, self.state, self._stopwatch)
 
     def is_writing(self) -> bool:
         """Whether the last checkpoint is neither on the disk nor given up."""

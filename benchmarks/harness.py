@@ -220,3 +220,12 @@ def best_product(dtype: Any, device: Any, *, seconds: float = 2.0) -> Product:
         shapes += [(8192, 8192, 8192), (16384, 4096, 4096)]
     products = [Product(*shape, dtype=dtype, device=device) for shape in shapes]
     return max(products, key=lambda product: product.rate(seconds / len(shapes)))
+
+
+def pretrain_step(job: Any, engine: Any, batches: Any, state: Any, stopwatch: Any) -> Any:
+    """Make the step of the pre-training `job` after `state`, with the next of `batches`; returns the new state."""
+    from pmlm_dist.training.step import train_step
+
+    micro_batches = [next(batches) for _ in range(job.engine_config.accumulation(job.topology.dp))]
+    train_step(job, engine, micro_batches, state, stopwatch)
+    return job.advance(state)

@@ -45,8 +45,9 @@ from pmlm_dist.data.stream import CorpusSource
 from pmlm_dist.metrics.meter import Stopwatch
 from pmlm_dist.parallel import groups
 from pmlm_dist.presets import tiny
-from pmlm_dist.training.loop import advance, build_engine, train_step
+from pmlm_dist.training.pretraining import PretrainJob, build_engine
 from pmlm_dist.training.resolve import resolve
+from pmlm_dist.training.step import train_step
 from pmlm_dist.vocab import Vocabulary
 
 TOKENS_PER_S = 300_000
@@ -253,7 +254,8 @@ def _data_wait_share(options: LoaderOptions) -> float:
         run = resolve(dataclasses.replace(tiny(), corpus=corpus, run_dir=Path(folder) / "run"), topology)
         engine = build_engine(run)
         batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=run.config.data)
-        watch, state, accumulation = Stopwatch(topology.device), RunState(), run.engine.accumulation(topology.dp)
+        stopwatch, state, accumulation = Stopwatch(topology.device), RunState(), run.engine.accumulation(topology.dp)
+        job = PretrainJob(run)
         waited = started = 0.0
         for step in range(options.steps + 2):
             if step == 2:  # workers have started by then
@@ -261,8 +263,8 @@ def _data_wait_share(options: LoaderOptions) -> float:
             before = time.perf_counter()
             micro_batches = [next(batches) for _ in range(accumulation)]
             waited += time.perf_counter() - before
-            train_step(run, engine, iter(micro_batches), state, watch)
-            state = advance(state, run)
+            train_step(job, engine, micro_batches, state, stopwatch)
+            state = job.advance(state)
         synchronize()
         share = waited / (time.perf_counter() - started)
         batches.close()

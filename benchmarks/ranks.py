@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOADED = ["pmlm_dist.training.loop"]
+_PRELOADED = ["pmlm_dist.training.run"]
 CORES = sorted(os.sched_getaffinity(0))
 """Cores that this process was given."""
 

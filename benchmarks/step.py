@@ -31,7 +31,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import torch.nn.functional as F
-from harness import Report, best_product, device, interleaved, memory_of, ratio, synchronize
+from harness import Report, best_product, device, interleaved, memory_of, pretrain_step, ratio, synchronize
 from random_text import random_corpus
 from ranks import World
 
@@ -55,7 +55,7 @@ from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.objectives import OBJECTIVES, loss_scales, target_weights
 from pmlm_dist.parallel import groups
 from pmlm_dist.presets import PRESETS
-from pmlm_dist.training.loop import advance, build_engine, train_step
+from pmlm_dist.training.pretraining import PretrainJob, build_engine
 from pmlm_dist.training.resolve import resolve
 from pmlm_dist.training.validation import forward_losses
 from pmlm_dist.vocab import Vocabulary
@@ -205,12 +205,11 @@ def _ours(options: StepOptions, corpus: Path, row: str) -> Callable[[], object]:
         loading=run.config.data,
         pin_memory=topology.device.type == "cuda",
     )
-    state, watch = RunState(), Stopwatch(topology.device)
+    job, state, stopwatch = PretrainJob(run), RunState(), Stopwatch(topology.device)
 
     def step() -> None:
         nonlocal state
-        train_step(run, engine, batches, state, watch)
-        state = advance(state, run)
+        state = pretrain_step(job, engine, batches, state, stopwatch)
 
     return step
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness import pretrain_step
 from random_text import random_corpus
 from torch import nn
 
@@ -36,7 +37,7 @@ from pmlm_dist.planning.memory import Memory, memory
 from pmlm_dist.planning.model_states import Zero
 from pmlm_dist.planning.step_time import StepTime, step_time
 from pmlm_dist.planning.workload import Precision, Workload
-from pmlm_dist.training.loop import advance, build_engine, train_step
+from pmlm_dist.training.pretraining import PretrainJob, build_engine
 from pmlm_dist.training.resolve import resolve
 
 HOST = Device("cpu", 0.0, {}, 1.0, 1.0, 1.0, is_accelerator=False, slack=0.0)
@@ -138,7 +139,7 @@ class Training:
         self.batches = training_batches(
             self.run.source, lanes=self.run.lanes, share=self.run.share, loading=self.run.config.data
         )
-        self._state, self._watch = RunState(), Stopwatch(topology.device)
+        self._job, self._state, self._stopwatch = PretrainJob(self.run), RunState(), Stopwatch(topology.device)
 
     @property
     def module(self) -> nn.Module:
@@ -148,8 +149,7 @@ class Training:
 
     def step(self) -> None:
         """One optimizer step."""
-        train_step(self.run, self.engine, self.batches, self._state, self._watch)
-        self._state = advance(self._state, self.run)
+        self._state = pretrain_step(self._job, self.engine, self.batches, self._state, self._stopwatch)
 
 
 def giving_back(config: RunConfig) -> RunConfig:

@@ -19,6 +19,8 @@ from typing import Any, Literal
 class ConfigError(ValueError):
     """Settings that a user can mend; the message lists every problem found, one a line."""
 
+    exit_code = 2  # ExitCode.BAD_CONFIGURATION
+
     def __init__(self, problems: list[str]):
         self.problems = problems
         super().__init__("\n".join(f"- {problem}" for problem in problems))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import select
-import sys
 from collections.abc import Mapping
 
 from pmlm_dist.config import ConfigError
@@ -122,16 +120,6 @@ def threads_per_rank(environ: Mapping[str, str], *, cores: int) -> int:
 
 def _first_set(names: tuple[str, ...], environ: Mapping[str, str], *, default: str) -> str:
     return next((environ[name] for name in names if environ.get(name)), default)
-
-
-def discard_broken_stdout() -> bool:
-    """Whether nobody reads standard output any more (`--help | head`); what is left of it then goes nowhere."""
-    output = select.poll()
-    output.register(sys.stdout, 0)
-    is_broken = any(event & select.POLLERR for _, event in output.poll(0))
-    if is_broken:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return is_broken
 
 
 def set_num_threads() -> None:

@@ -143,7 +143,7 @@ def _problems(config: GenerateConfig) -> list[str]:
     problems = decoding_problems(config.decoding)
     problems += range_problems(replace(config, decoding=DecodingConfig()), prefix="--")  # decoding: checked above
     if config.output.exists():
-        problems.append(f"--output ({config.output}) already exists, and nothing is overwritten: name another")
+        problems.append(f"--output ({config.output}) exists already, and nothing is overwritten: name another")
     elif not _is_writable(config.output.parent):
         problems.append(f"--output ({config.output}) cannot be written: {config.output.parent} cannot be a folder")
     if not config.input.is_file():
@@ -227,6 +227,6 @@ def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
         with open_atomically(path, replace=False) as out:
             out.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
     except FileExistsError as error:
-        raise ConfigError([f"--output ({path}) already exists, and nothing is overwritten: name another"]) from error
+        raise ConfigError([f"--output ({path}) exists already, and nothing is overwritten: name another"]) from error
     except OSError as error:
         raise ConfigError([f"--output ({path}) cannot be written: {error}; no part of it remains"]) from error

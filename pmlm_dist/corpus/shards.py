@@ -45,6 +45,8 @@ _WAY_OUT = "copy the shard anew, or remove the folder and run `pmlm prepare-corp
 class ShardError(ValueError):
     """A shard is missing or is not what the manifest says."""
 
+    exit_code = 1  # ExitCode.FAILED
+
     def __init__(self, message: str, *, shard: Shard | None = None, offset: int | None = None):
         super().__init__(message)
         self.shard = shard

@@ -90,3 +90,13 @@ def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None
     with path.open("x", encoding="utf-8") as out:
         for prediction in predictions:
             out.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+
+
+def predictions_file(folder: Path, split: str) -> Path:
+    """Return the path of the predictions of `split`."""
+    return folder / f"predictions-{split}.jsonl"
+
+
+def score_line(name: str, scores: dict[str, float]) -> str:
+    """Return a console line of the scores of split `name`."""
+    return f"{name}: " + (", ".join(f"{m} {v:.4f}" for m, v in scores.items()) or "no labels, predictions only")

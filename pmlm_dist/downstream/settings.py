@@ -1,7 +1,7 @@
-"""The settings of `pmlm finetune` and `pmlm evaluate`; their presets and what a grid is made of.
+"""Settings of `pmlm finetune` and `pmlm evaluate`, their presets and grids.
 
-Batch size and learning rate belong to the recipe here, because they are searched over; everything else of the engine
-(micro-batch, precision, ZeRO, clipping, offload) stays in DeepSpeed's JSON. Standard library only.
+Batch size and learning rate belong to the recipe, because grids search over them; the other settings of the engine
+(micro-batch, precision, ZeRO, clipping, offload) are in DeepSpeed's JSON. Standard library only.
 """
 
 from __future__ import annotations
@@ -11,31 +11,37 @@ import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, WatchdogConfig, raise_if_any
 from pmlm_dist.decoding.settings import DecodingConfig
+from pmlm_dist.ranges import BelowOne, NotNegative, Positive, Probability, Range, range_problems
 from pmlm_dist.supervision.run_lock import LOCK
 
 UNFINISHED = "UNFINISHED"
-"""A file in the folder of a fine-tuning that has not come to its end."""
+"""File in the folder of a fine-tuning that is not complete."""
+
+PositiveFinite = Range("be positive and finite", lambda value: 0 < value < math.inf)
+NotNegativeFinite = Range("be finite and not negative", lambda value: 0 <= value < math.inf)
+AtLeastTwo = Range("be at least 2", lambda value: value >= 2)
+AtLeastThree = Range("be at least 3", lambda value: value >= 3)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task is learned. Linear warm-up, linear decay to zero, AdamW."""
+    """Optimization of a fine-tuning: AdamW, linear warm-up, linear decay to zero."""
 
-    lr: float = 2e-5
+    lr: Annotated[float, PositiveFinite] = 2e-5
     """Peak learning rate."""
-    batch: int = 32
-    """Examples of one optimizer step over all ranks, whatever `train_batch_size` the DeepSpeed JSON names."""
-    epochs: int = 10
-    """How often every training example is read."""
-    warmup: float = 0.1
-    """Share of the steps in which the learning rate rises."""
-    weight_decay: float = 0.01
+    batch: Annotated[int, PositiveFinite] = 32
+    """Examples of one optimizer step over all ranks; replaces `train_batch_size` of the DeepSpeed JSON."""
+    epochs: Annotated[int, PositiveFinite] = 10
+    """Passes over the training examples."""
+    warmup: Annotated[float, BelowOne] = 0.1
+    """Share of the steps with rising learning rate."""
+    weight_decay: Annotated[float, NotNegativeFinite] = 0.01
     """Decoupled weight decay; never on biases and LayerNorm."""
-    dropout: float | None = 0.1
+    dropout: Annotated[float | None, BelowOne] = 0.1
     """Dropout of hidden states, attention probabilities and the task's head. None: as in pre-training."""
 
 
@@ -69,7 +75,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
 
 @dataclass(frozen=True)
 class InputConfig:
-    """How the examples of a task are read from rows."""
+    """How examples of a task are read from rows."""
 
     text: str | None = None
     """Column of the text (spans: of the question). None: what the task's data set calls it, else `text`."""
@@ -81,29 +87,29 @@ class InputConfig:
     """Tokens of an input with [CLS] and [SEP]s. None: 128, for spans 384; never more than the model has positions."""
     too_long: Literal["truncate", "raise"] = "truncate"
     """`truncate`: the longer text loses tokens at its end until the input fits; `raise`: such an example is an error.
-    Passages of spans are cut into windows instead."""
-    stride: int = 128
+    Passages of spans are split into windows instead."""
+    stride: Annotated[int, Positive] = 128
     """Spans: tokens from the start of a window to the start of the next."""
-    max_question_tokens: int = 64
+    max_question_tokens: Annotated[int, Positive] = 64
     """Spans: tokens of a question that are kept."""
-    max_answer_tokens: int = 30
-    """Spans: the longest answer that is predicted."""
+    max_answer_tokens: Annotated[int, Positive] = 30
+    """Spans: longest predicted answer, in tokens."""
     null_threshold: float = 0.0
     """Spans: a question is answered when its best span scores at least this much above [CLS], "no answer"."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Sources, targets and answers of `--task seq2seq`."""
+    """Sources, targets and decoding of `--task seq2seq`."""
 
-    max_source: int = 464
-    """Tokens of a source with [CLS] and [SEP]; more are cut off at the end."""
-    max_target: int = 48
-    """Tokens of a target with its [SEP]; more are cut off at the end."""
-    target_mask_prob: float = 0.5
-    """Probability that a token of the target is shown as what was drawn for its pseudo mask."""
-    label_smoothing: float = 0.1
-    """Share of the wanted probability that is spread over the whole vocabulary."""
+    max_source: Annotated[int, AtLeastThree] = 464
+    """Tokens of a source with [CLS] and [SEP]; longer ones are truncated at the end."""
+    max_target: Annotated[int, AtLeastTwo] = 48
+    """Tokens of a target with its [SEP]; longer ones are truncated at the end."""
+    target_mask_prob: Annotated[float, Probability] = 0.5
+    """Probability that a target token is replaced by the id drawn for its pseudo mask (against exposure bias)."""
+    label_smoothing: Annotated[float, Probability] = 0.1
+    """Share of the target probability spread uniformly over the vocabulary."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
 
@@ -123,32 +129,32 @@ class FinetuneConfig:
     """One fine-tuning."""
 
     task: str
-    """What is learned: `pmlm finetune --task list` shows all."""
+    """Name of the task; `pmlm finetune --task list` lists all."""
     model: Path
-    """The model to start from: a run's folder, one of its checkpoints, or what `pmlm import` wrote."""
+    """Pre-trained model: a run's folder, one of its checkpoints, or the output of `pmlm import`."""
     output: Path
-    """Folder to write, which must not be there yet: best checkpoint, vocabulary, scores, predictions. A fine-tuning
-    that did not come to its end there goes on."""
+    """Folder to write, which must not exist yet: best checkpoint, vocabulary, scores, predictions. An incomplete
+    fine-tuning in it is resumed."""
     data: str | None = None
     """Folder with train, validation and test files (.jsonl, .csv, .tsv; .json for SQuAD), a folder that Hugging Face
     `datasets` saved, or the name of a data set, NAME or NAME:CONFIG. None: the task's own on the Hugging Face hub."""
     untrained: bool = False
-    """Draw the weights anew instead of taking the model's: a baseline of the same shape and vocabulary."""
+    """Draw the weights from the seed instead of loading the model's: a baseline of the same shape and vocabulary."""
     vocabulary: Path | None = None
-    """Where the model's vocabulary lies. None: beside imported weights, else in the corpus of its run."""
+    """Folder of the model's vocabulary. None: beside imported weights, else in the corpus of its run."""
     ds_config: Path = Path("ds_configs/finetune.json")
     """DeepSpeed's JSON: micro-batch, precision, ZeRO, clipping, offload."""
-    seed: int = 0
+    seed: Annotated[int, NotNegative] = 0
     """Seed of the head's weights, the order of the examples and dropout."""
-    seeds: int = 1
-    """Repeat with this many seeds, from `seed` on, and give mean and deviation."""
+    seeds: Annotated[int, Positive] = 1
+    """Number of seeds, from `seed` on; mean and deviation are reported."""
     grid: tuple[str, ...] = ()
     """Settings of the recipe to search over, `lr=1e-5,3e-5 batch=16,32`, or `preset` for the preset's own grid."""
     report: tuple[str, ...] = ()
     """Further splits on which the best checkpoint is scored, `test` for example."""
-    evaluate_every: int | None = None
+    evaluate_every: Annotated[int | None, Positive] = None
     """Steps between evaluations. None: after every epoch."""
-    log_every: int = 50
+    log_every: Annotated[int, Positive] = 50
     """Steps between console lines."""
     recipe: Recipe = field(default_factory=Recipe)
     inputs: InputConfig = field(default_factory=InputConfig)
@@ -156,13 +162,13 @@ class FinetuneConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     preset: str = "glue"
     """Where the recipe's defaults come from: glue, squad, demo; cnn_dm, xsum, qg, demo_summary for seq2seq."""
-    max_skipped_steps: int = 20
-    """Steps in a row whose gradient is not finite, after which the run ends."""
+    max_skipped_steps: Annotated[int, Positive] = 20
+    """Number of consecutive steps with a gradient that is not finite, after which the run ends."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    grace_s: float = 120.0
-    """Seconds from a signal to stop (SIGTERM, SIGUSR1) until the process must be gone, its checkpoint saved."""
-    collective_timeout_s: int = 600
-    """Seconds after which a collective without an answer ends the run."""
+    grace_s: Annotated[float, Positive] = 120.0
+    """Seconds from a stop signal (SIGTERM, SIGUSR1) until the process exits; a save that takes longer is aborted."""
+    collective_timeout_s: Annotated[int, Positive] = 600
+    """Timeout of a collective in seconds; it ends the run."""
 
 
 @dataclass(frozen=True)
@@ -170,74 +176,44 @@ class EvaluateConfig:
     """One evaluation of a fine-tuned model."""
 
     model: Path
-    """What `pmlm finetune` wrote, or one of its checkpoints."""
+    """Output of `pmlm finetune`, or one of its checkpoints."""
     data: str | None = None
     """As for `pmlm finetune`. None: the data the model was fine-tuned on."""
     split: tuple[str, ...] = ()
     """Splits to evaluate. None: the task's validation splits."""
     predictions: Path | None = None
-    """Folder for predictions-SPLIT.jsonl, which must not hold such files yet."""
+    """Folder for predictions-SPLIT.jsonl, which must not exist in it yet."""
     vocabulary: Path | None = None
-    """Where the model's vocabulary lies. None: in its folder."""
+    """Folder of the model's vocabulary. None: the model's own folder."""
     ds_config: Path = Path("ds_configs/finetune.json")
     """DeepSpeed's JSON: micro-batch, precision, ZeRO."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    collective_timeout_s: int = 600
-    """Seconds after which a collective without an answer ends the run."""
+    collective_timeout_s: Annotated[int, Positive] = 600
+    """Timeout of a collective in seconds; it ends the run."""
 
 
 def problems(config: FinetuneConfig) -> list[str]:
-    """Everything that is wrong with `config` by itself, one sentence a problem."""
-    found = _recipe_problems(config.recipe)
-    if config.seed < 0:
-        found.append(f"seed ({config.seed}) must not be negative")
-    for name in ("seeds", "log_every", "max_skipped_steps", "collective_timeout_s"):
-        if getattr(config, name) < 1:
-            found.append(f"{name} ({getattr(config, name)}) must be positive")
-    if config.evaluate_every is not None and config.evaluate_every < 1:
-        found.append(f"evaluate_every ({config.evaluate_every}) must be positive, or None")
-    for limit in dataclasses.fields(config.watchdog):
-        if not getattr(config.watchdog, limit.name) > 0:
-            found.append(f"watchdog.{limit.name} ({getattr(config.watchdog, limit.name)}) must be positive")
-    for name in ("stride", "max_question_tokens", "max_answer_tokens"):
-        if getattr(config.inputs, name) < 1:
-            found.append(f"inputs.{name} ({getattr(config.inputs, name)}) must be positive")
-    if not config.grace_s > 0:
-        found.append(f"grace_s ({config.grace_s}) must be positive")
+    """Return everything that is wrong with `config` by itself, one sentence a problem."""
+    found = range_problems(config)
     if config.output.exists() and not is_finetune_unfinished(config.output):
-        found.append(f"--output ({config.output}) is there already, and nothing is overwritten: name another")
-    return found
-
-
-def _recipe_problems(recipe: Recipe) -> list[str]:
-    found = [
-        f"recipe.{n} ({getattr(recipe, n)}) must be positive and finite"
-        for n in ("lr", "batch", "epochs")
-        if not 0 < getattr(recipe, n) < math.inf
-    ]
-    if not 0.0 <= recipe.warmup < 1.0:
-        found.append(f"recipe.warmup ({recipe.warmup}) is a share of the steps: use at least 0 and less than 1")
-    if not 0 <= recipe.weight_decay < math.inf:
-        found.append(f"recipe.weight_decay ({recipe.weight_decay}) must be finite and not negative")
-    if recipe.dropout is not None and not 0.0 <= recipe.dropout < 1.0:
-        found.append(f"recipe.dropout ({recipe.dropout}) must be at least 0 and below 1, or None")
+        found.append(f"--output ({config.output}) exists already, and nothing is overwritten: name another")
     return found
 
 
 def is_finetune_unfinished(output: Path) -> bool:
-    """Whether a fine-tuning was started in `output` that did not come to its end; it may not even have begun."""
+    """Return True if `output` holds an incomplete fine-tuning, or only the lock of one."""
     return output.is_dir() and ((output / UNFINISHED).is_file() or [path.name for path in output.iterdir()] == [LOCK])
 
 
 def recipes(config: FinetuneConfig) -> list[Recipe]:
-    """The recipes to try: one, or every combination of the grid. Raises `ConfigError` for a grid that has none."""
+    """Return the recipes to try: one, or all combinations of the grid. Raises `ConfigError` for an empty grid."""
     grid: dict[str, tuple[float, ...]] = {}
     for entry in config.grid:
         grid |= GRIDS.get(config.preset, {}) if entry == "preset" else dict([_axis(entry)])
     if config.grid and not grid:
         raise ConfigError([f"--grid: the preset {config.preset} has no grid: name one, lr=1e-5,3e-5 for example"])
     names = list(grid)
-    axes = (dict.fromkeys(values) for values in grid.values())  # a value named twice is one run, not two of a mean
+    axes = (dict.fromkeys(values) for values in grid.values())  # a value named twice counts once
     return [dataclasses.replace(config.recipe, **dict(zip(names, v, strict=True))) for v in itertools.product(*axes)]
 
 
@@ -254,13 +230,13 @@ def _axis(entry: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def optim_config(recipe: Recipe, *, steps: int) -> OptimConfig:
-    """The optimizer's settings of a fine-tuning of `steps` steps; Adam's as in BERT's fine-tuning."""
+    """Return the optimizer's settings for `steps` steps; Adam's are those of BERT's fine-tuning."""
     warmup = min(steps - 1, round(recipe.warmup * steps))
     return OptimConfig(recipe.lr, warmup, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=recipe.weight_decay)
 
 
 def check(config: FinetuneConfig) -> None:
-    """Refuse settings that are wrong by themselves."""
+    """Raise `ConfigError` for settings that are wrong by themselves."""
     raise_if_any(problems(config))
     for recipe in recipes(config):
         raise_if_any(problems(dataclasses.replace(config, recipe=recipe)))

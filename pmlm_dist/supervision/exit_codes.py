@@ -7,9 +7,14 @@ The ranks' supervisors (`supervisor.py`) give every rank of a run the code of wh
 from __future__ import annotations
 
 import enum
+import os
 import re
+import signal
+import traceback
+from collections.abc import Callable
 
-from pmlm_dist.config import ConfigError
+from pmlm_dist.console import discard_broken_stdout, print_safely
+from pmlm_dist.launch_environment import is_rank_zero
 
 SIGNALLED = 128
 """Added to the number of the signal that ended a process, as shells and SLURM do."""
@@ -84,15 +89,13 @@ def describe(code: int) -> str:
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|no host memory", re.IGNORECASE)
 _NO_SCALE_LEFT = "loss scale already at minimum"
 _OF_PEERS = re.compile(
-    r"\b(gloo|nccl|TCPStore|torch\.distributed|ReadingError)\b|connection (closed|reset)|timed out waiting",
+    r"\b(gloo|nccl|TCPStore|torch\.distributed|CorpusReadError)\b|connection (closed|reset)|timed out waiting",
     re.IGNORECASE,
 )
 
 
 def exit_code_of(error: BaseException) -> ExitCode:
     """The code for an error that ends a rank; an error of this package may carry its own as `exit_code`."""
-    if isinstance(error, ConfigError):
-        return ExitCode.BAD_CONFIGURATION
     if isinstance(getattr(error, "exit_code", None), int):
         return _BY_CODE[error.exit_code]  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(error, MemoryError) or (
@@ -111,3 +114,60 @@ def blames_peers(error: BaseException) -> bool:
 
 def _matches(pattern: re.Pattern[str], error: BaseException) -> bool:
     return bool(pattern.search(f"{type(error).__module__}.{type(error).__name__}: {error}"))
+
+
+COLLECTIVE_ENDS = (ExitCode.DONE, ExitCode.BAD_CONFIGURATION, ExitCode.PREEMPTED, ExitCode.IN_USE)
+"""Ends that all ranks reach together: rank 0 prints the message, and no rank counts as the cause."""
+
+
+def run(
+    main: Callable[[], int | None], *, program: str, on_failure: Callable[[BaseException], None] | None = None
+) -> int:
+    """Call `main` and return the exit code of this process: the one mapping from exceptions to exit codes.
+
+    An exception that carries an `exit_code`, and lack of memory, is explained by its message; any other is printed with
+    its traceback. `on_failure` is called first with what is no collective end.
+    """
+    try:
+        return main() or int(ExitCode.DONE)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BrokenPipeError as error:
+        return int(ExitCode.DONE) if discard_broken_stdout() else _failed(error, program, on_failure)
+    except BaseException as error:
+        return _failed(error, program, on_failure)
+
+
+def _failed(error: BaseException, program: str, on_failure: Callable[[BaseException], None] | None) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        code, message = SIGNALLED + signal.SIGINT, "interrupted"
+    else:
+        code, message = int(exit_code_of(error)), _message(error)
+    if code in COLLECTIVE_ENDS:
+        if message and is_rank_zero(os.environ):
+            _print_message(program, message)
+        return code
+    if on_failure is not None:
+        on_failure(error)
+    if message:
+        _print_message(program, message)
+    else:
+        print_safely(traceback.format_exc(), to_stderr=True)
+    return code
+
+
+def _print_message(program: str, message: str) -> None:
+    is_list = message.startswith("- ")  # the problems of a ConfigError, one a line
+    print_safely(f"{program}:\n{message}" if is_list else f"{program}: {message}", to_stderr=True)
+
+
+def _message(error: BaseException) -> str:
+    """The message that explains `error` without a traceback; empty if there is none."""
+    code = exit_code_of(error)
+    if code in (ExitCode.DONE, ExitCode.PREEMPTED):  # logged where it happened
+        return ""
+    if code is ExitCode.OUT_OF_MEMORY:
+        return f"out of memory ({str(error).partition(chr(10))[0]}): use a smaller batch, more ranks or fewer beams"
+    if hasattr(error, "exit_code") or isinstance(error, FloatingPointError):
+        return str(error)
+    return ""

@@ -24,14 +24,14 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, NoReturn
 
 from pmlm_dist.launch_environment import rank_in
 from pmlm_dist.supervision import attempts, processes
-from pmlm_dist.supervision.exit_codes import SIGNALLED, ExitCode, describe
+from pmlm_dist.supervision.exit_codes import COLLECTIVE_ENDS, SIGNALLED, ExitCode, describe, run
 from pmlm_dist.supervision.failure_reports import (
     LOGS,
     Failure,
@@ -55,18 +55,16 @@ _ROOT_CAUSE_S = 3.0
 """How long an error that tells of other ranks waits for theirs."""
 _REPORTS_S = 3.0
 _TERM_S = 5.0
-_COLLECTIVE_ENDS = (ExitCode.DONE, ExitCode.BAD_CONFIGURATION, ExitCode.PREEMPTED, ExitCode.IN_USE)
-"""What all ranks end with together, which needs no cause."""
 
 
-def run_supervised(main: Callable[[Heartbeat], int]) -> int:
+def run_supervised(main: Callable[[Heartbeat], int | None], *, program: str = "train.py") -> int:
     """Exit code of `main`, which runs as the rank in a process of its own; to be called once, before any thread is.
 
     Returns in both processes; each is to end with it, by `leave`: a rank's destructors can abort a finished run.
     """
     heartbeat = Heartbeat()
     if os.environ.get(SUPERVISOR_VARIABLE) == "off":
-        return _run(main, heartbeat)
+        return run(partial(main, heartbeat), program=program, on_failure=heartbeat.fail)
     stacks = tempfile.TemporaryFile()  # noqa: SIM115  # the rank writes into it as long as it lives
     kills_before = processes.out_of_memory_kills()
     _flush()
@@ -82,7 +80,7 @@ def run_supervised(main: Callable[[Heartbeat], int]) -> int:
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR2, stacks)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return _run(main, heartbeat)
+    return run(partial(main, heartbeat), program=program, on_failure=heartbeat.fail)
 
 
 def exit_now(code: int) -> NoReturn:
@@ -95,27 +93,6 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # what a full disk did not take would be tried again, and raise
             stream.flush()
-
-
-def _run(main: Callable[[Heartbeat], int], heartbeat: Heartbeat) -> int:
-    """`main`, whose error is told to the supervisor before anything else."""
-    try:
-        return main(heartbeat)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException as error:
-        heartbeat.fail(error)
-        with contextlib.suppress(OSError, ValueError):
-            _print_error(error)
-        return heartbeat.status().code
-
-
-def _print_error(error: BaseException) -> None:
-    """What ended a rank; of a training that has diverged, which no line of code tells more of, its own words."""
-    if isinstance(error, FloatingPointError):
-        print(f"\nThis run cannot go on: {error}\n", file=sys.stderr, flush=True)
-    else:
-        traceback.print_exc()
 
 
 class Supervisor:
@@ -189,7 +166,7 @@ class Supervisor:
     def _own_failure(self) -> Failure | None:
         """Why the rank has ended; None where all ranks end alike."""
         words, code = self._heartbeat.status(), self._code
-        if code in _COLLECTIVE_ENDS:
+        if code in COLLECTIVE_ENDS:
             return None
         beat = self._heartbeat.read()
         self._last_beat = beat or self._last_beat

@@ -1,14 +1,13 @@
-"""What must hold across ranks, checked while training, and what happens to a step whose numbers are not finite.
+"""Consistency checks over ranks while training, and the handling of steps that are not finite.
 
-    check_engine     DeepSpeed knows which ranks are data-parallel
-    check_batches    tensor-parallel peers read the same batch, data-parallel ranks different samples
-    check_replicas   parameters that several ranks hold are equal bit for bit
-    find_causes      which rank's losses, activations, gradients or weights were not finite in a step
-    Skips            such a step changes no weight; it is counted, and too many in a row end the run
+    check_engine         DeepSpeed averages over the data-parallel ranks
+    check_batches        tensor-parallel peers hold the same batch, data-parallel ranks different samples
+    check_replicas       replicated parameters are equal bit for bit
+    diagnose_nonfinite   which rank's losses, activations, gradients or weights were not finite in a step
+    SkippedSteps         counts such steps, which change no weight; too many in a row end the run
 
-Batches and replicas are compared at the start of a run and every `train.guard_every` steps; they cost a hash of a
-batch, a pass over the weights and a small gather. Finite numbers are checked in every step, by the gradient's norm that
-is known anyway.
+Batches and replicas are compared at the first step of an attempt and every `train.guard_every` steps: a hash of a
+batch, a pass over the weights and a small gather. The gradient norm of every step shows whether it is finite.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.parallel.layers import is_sharded
 
 _SHOWN = 3
-"""Names that a sentence lists before it counts the others."""
+"""Names listed in a message before the rest is only counted."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class GuardError(RuntimeError):
-    """Ranks do not agree on what they must hold in common: going on would train another model than the one wanted."""
+    """Ranks disagree on batches or replicas: further steps would train another model than the one configured."""
 
 
 def check_engine(averages_over: int | None, topology: Topology) -> None:
@@ -47,23 +46,23 @@ def check_engine(averages_over: int | None, topology: Topology) -> None:
 
 
 def check_batches(micro_batches: Sequence[Batch], topology: Topology) -> None:
-    """Compare a step's batches over all ranks; every rank must call. Raises `GuardError` on all of them alike."""
+    """Compare a step's batches over all ranks; every rank calls. Raises `GuardError` on all alike."""
     own = [
         (batch.fingerprint(), list(zip(batch.epochs_B.tolist(), batch.sample_ids_B.tolist(), strict=True)))
         for batch in micro_batches
     ]
-    of_rank = topology.all_gather_object(own)
+    per_rank = topology.all_gather_object(own)
     places = [(rank // topology.tp, rank % topology.tp) for rank in range(topology.world_size)]
     for rank, (dp_rank, _) in enumerate(places):
         first = dp_rank * topology.tp
-        if [fingerprint for fingerprint, _ in of_rank[rank]] != [fingerprint for fingerprint, _ in of_rank[first]]:
+        if [fingerprint for fingerprint, _ in per_rank[rank]] != [fingerprint for fingerprint, _ in per_rank[first]]:
             raise GuardError(
-                f"ranks {first} and {rank} share one copy of the model (tensor parallel) but read different batches: "
-                "they see different corpora or settings; compare --corpus and the files behind it on their nodes"
+                f"ranks {first} and {rank} share one copy of the model (tensor parallel) but hold different batches: "
+                "their corpora or settings differ; compare --corpus and its files on their nodes"
             )
     readers: dict[tuple[int, int], int] = {}
     for rank, (_, tp_rank) in enumerate(places):
-        for sample in (sample for _, samples in of_rank[rank] for sample in samples if tp_rank == 0):
+        for sample in (sample for _, samples in per_rank[rank] for sample in samples if tp_rank == 0):
             if readers.setdefault(sample, rank) != rank:
                 epoch, number = sample
                 raise GuardError(
@@ -73,32 +72,34 @@ def check_batches(micro_batches: Sequence[Batch], topology: Topology) -> None:
 
 
 def check_replicas(model: nn.Module, topology: Topology) -> None:
-    """Compare the parameters that ranks hold in common; every rank must call. Raises `GuardError` on all alike.
+    """Compare the replicas of parameters; every rank calls. Raises `GuardError` on all alike.
 
-    Equal over data-parallel ranks: all of them, but with ZeRO-3, which cuts them. Equal over tensor-parallel peers: all
-    that are not sharded.
+    Data-parallel ranks hold equal parameters, except those that ZeRO-3 partitions. Tensor-parallel peers hold equal
+    parameters, except the sharded ones.
     """
     names = [name for name, _ in model.named_parameters()]
     parameters = [parameter for _, parameter in model.named_parameters()]
     checksums = torch.stack([_checksum(parameter) for parameter in parameters]).tolist()
-    of_rank = topology.all_gather_object(checksums)
-    found = []
+    per_rank = topology.all_gather_object(checksums)
+    problems = []
     for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-        for ranks in _holders(topology, over_dp=_zero3_shard(parameter) is None, over_tp=not is_sharded(parameter)):
-            values = Counter(of_rank[rank][number] for rank in ranks)
+        for ranks in _replica_groups(
+            topology, over_dp=_zero3_shard(parameter) is None, over_tp=not is_sharded(parameter)
+        ):
+            values = Counter(per_rank[rank][number] for rank in ranks)
             usual, _ = values.most_common(1)[0]
-            odd = [rank for rank in ranks if of_rank[rank][number] != usual]
+            odd = [rank for rank in ranks if per_rank[rank][number] != usual]
             if odd:
-                found.append(f"{name}: ranks {_some(odd)} differ from ranks {_some(sorted(set(ranks) - set(odd)))}")
-    if found:
+                problems.append(f"{name}: ranks {_some(odd)} differ from ranks {_some(sorted(set(ranks) - set(odd)))}")
+    if problems:
         raise GuardError(
-            f"parameters that ranks hold in common are not equal ({_some(found)}): memory or communication of a rank "
-            "is at fault; start again from the last checkpoint, without the node of the rank that stands alone"
+            f"replicas of parameters are not equal ({_some(problems)}): memory or communication of a rank is at fault; "
+            "restart from the last checkpoint, without the node of the rank that differs"
         )
 
 
-def _holders(topology: Topology, *, over_dp: bool, over_tp: bool) -> Iterator[list[int]]:
-    """Groups of ranks that hold the same values."""
+def _replica_groups(topology: Topology, *, over_dp: bool, over_tp: bool) -> Iterator[list[int]]:
+    """Yield the groups of ranks that hold the same values."""
     groups: dict[tuple[int, int], list[int]] = {}
     for rank in range(topology.world_size):
         dp_rank, tp_rank = divmod(rank, topology.tp)
@@ -107,61 +108,61 @@ def _holders(topology: Topology, *, over_dp: bool, over_tp: bool) -> Iterator[li
 
 
 def _zero3_shard(parameter: nn.Parameter) -> Tensor | None:
-    """This rank's part of a parameter that ZeRO-3 has cut, None for a whole one."""
+    """Return this rank's partition of a ZeRO-3 parameter, None for a whole one."""
     return getattr(parameter, "ds_tensor", None)
 
 
 def _checksum(parameter: nn.Parameter) -> Tensor:
-    """Sum of the values' bits as integers: any single flipped bit changes it."""
+    """Return the sum of the values' bits as integers: any single flipped bit changes it."""
     held = _local_values(parameter)
     return held.contiguous().view(_INTEGERS[held.element_size()]).sum(dtype=torch.int64)
 
 
 @dataclass
 class SkippedSteps:
-    """Steps that were left out since the run was started, because a rank's gradient was not finite."""
+    """Steps skipped in this attempt because a rank's gradient was not finite."""
 
     limit: int
     total: int = 0
     in_a_row: int = 0
 
     def count(self, *, skipped: bool, last_good: Path | None) -> None:
-        """Add a step. Raises `FloatingPointError`, with the checkpoint to go back to, after `limit` skips in a row."""
+        """Count a step. Raises FloatingPointError, naming the last good checkpoint, after `limit` skips in a row."""
         self.total += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if self.in_a_row >= self.limit:
             raise FloatingPointError(
-                f"{self.in_a_row} steps in a row had gradients that are not finite and were left out "
-                "(train.max_skipped_steps): lower --optim.peak-lr, set gradient_clipping, or look at what is named "
+                f"{self.in_a_row} steps in a row had gradients that are not finite and were skipped "
+                "(train.max_skipped_steps): lower --optim.peak-lr, set gradient_clipping, or check the causes named "
                 f"above; the last good checkpoint is {last_good or 'the start: none was written yet'}"
             )
 
 
 def diagnose_nonfinite(
     model: nn.Module,
-    micro_batches: Sequence[Batch],
+    sample_ids: Sequence[Sequence[int]],
     loss_of: Callable[[int], Tensor],
     topology: Topology,
     *,
     with_gradients: bool,
 ) -> list[str]:
-    """Compute a step's losses once more and say on which rank what was not finite; every rank must call.
+    """Compute a skipped step's losses again and return what was not finite, one line a rank; every rank calls.
 
-    `loss_of(i)` is the loss of micro-batch i to differentiate, without effect on the optimizer. `with_gradients` false:
-    gradients cannot be taken here (ZeRO-3, activation checkpointing), the activations have to do.
+    `sample_ids`: those of each micro-batch. `loss_of(i)`: the loss of micro-batch i, without effect on the optimizer.
+    `with_gradients` false: gradients cannot be taken (ZeRO-3, activation checkpointing); activations are checked only.
     """
-    found = [_names("weights", (name for name, p in model.named_parameters() if not _is_finite(_local_values(p))))]
-    for number, batch in enumerate(micro_batches):
+    problems = [_names("weights", (name for name, p in model.named_parameters() if not _is_finite(_local_values(p))))]
+    for number, ids in enumerate(sample_ids):
         with _recorded(model) as outputs, torch.set_grad_enabled(with_gradients):
             loss = loss_of(number)
         if not _is_finite(loss.detach()):
-            found.append(f"loss of micro-batch {number}, samples {_some(batch.sample_ids_B.tolist())}")
-            found.append(_names("outputs", outputs))
+            problems.append(f"loss of micro-batch {number}, samples {_some(ids)}")
+            problems.append(_names("outputs", outputs))
         if with_gradients:
-            found.append(_names("gradients", _bad_gradients(model, loss)))
-    of_rank = topology.all_gather_object([sentence for sentence in dict.fromkeys(found) if sentence])
-    causes = [f"rank {rank}: {'; '.join(sentences)}" for rank, sentences in enumerate(of_rank) if sentences]
-    return causes or ["computed once more, everything is finite: a fault of hardware or communication"]
+            problems.append(_names("gradients", _bad_gradients(model, loss)))
+    per_rank = topology.all_gather_object([sentence for sentence in dict.fromkeys(problems) if sentence])
+    causes = [f"rank {rank}: {'; '.join(sentences)}" for rank, sentences in enumerate(per_rank) if sentences]
+    return causes or ["computed again, everything is finite: a hardware or communication error"]
 
 
 def _bad_gradients(model: nn.Module, loss: Tensor) -> list[str]:
@@ -172,7 +173,7 @@ def _bad_gradients(model: nn.Module, loss: Tensor) -> list[str]:
 
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[list[str]]:
-    """Names of the modules whose output was not finite while inside, in order of computation."""
+    """Collect the names of modules whose output is not finite, in order of computation."""
     names: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:

@@ -1,13 +1,13 @@
-"""What is fixed for a run before its first step: settings, corpus, vocabulary, batch sizes, sample order.
+"""What is fixed before a run's first step: settings, corpus, vocabulary, batch sizes, sample order.
 
-RunConfig + DeepSpeed's JSON + corpus manifest + topology  ->  Run      (every problem is listed at once)
+    RunConfig + DeepSpeed's JSON + corpus manifest + topology [+ checkpoint]  ->  ResolvedRun
+
+All problems are reported together, on every rank, before anything is computed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,8 @@ import torch
 
 from pmlm_dist.checkpoint.initial_weights import initial_weights_problems
 from pmlm_dist.checkpoint.resume import differences
-from pmlm_dist.config import (
-    ConfigError,
-    MaskingConfig,
-    ModelConfig,
-    RunConfig,
-    as_dict,
-    divisors,
-    problems,
-    raise_if_any,
-)
+from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, as_dict, divisors, raise_if_any
+from pmlm_dist.config import problems as config_problems
 from pmlm_dist.corpus.shards import Manifest, misplaced
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.data.loader import BatchSource
@@ -37,18 +29,17 @@ from pmlm_dist.engine.deepspeed_config import EngineConfig, batch_problems, load
 from pmlm_dist.masking.blockwise import max_predictions
 from pmlm_dist.objectives import OBJECTIVES
 from pmlm_dist.parallel.groups import Topology, raise_on_all_ranks
-from pmlm_dist.supervision.run_lock import FolderInUse, RunLock
 from pmlm_dist.vocab import Vocabulary
 
-# Settings that may differ when a run goes on: they change how it is computed, read or logged, not what is learned.
+# Settings that may change on resume: they change how the model is computed, not what is learned.
 _FREE_MODEL_SETTINGS = ("attention", "activation_checkpointing")
 
-_SMALLEST_FLEX_HEAD = 16  # the smallest product that the kernel's language (Triton) has
+_SMALLEST_FLEX_HEAD = 16  # the smallest matrix product that Triton supports
 
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A run whose settings have been checked and completed from its corpus."""
+    """A run whose settings have been validated and completed from its corpus."""
 
     config: RunConfig
     engine: EngineConfig
@@ -56,9 +47,9 @@ class ResolvedRun:
     vocabulary: Vocabulary
     topology: Topology
     own_corpus: CorpusSource
-    """The corpus of vocabulary and validation."""
+    """The corpus that gives vocabulary and validation samples."""
     training: tuple[CorpusSource, ...]
-    """What training reads: `own`, or the sources of a mixture."""
+    """The corpora of the training samples: `own_corpus`, or the sources of a mixture."""
 
     @property
     def share(self) -> BatchShare:
@@ -72,7 +63,7 @@ class ResolvedRun:
 
     @property
     def source(self) -> BatchSource:
-        """Where batches come from."""
+        """What the loader builds batches from."""
         return BatchSource(
             corpus=self.own_corpus.folder,
             address=self.own_corpus.address,
@@ -95,22 +86,18 @@ class ResolvedRun:
 
     @property
     def num_slots(self) -> int:
-        """T: slots of a sequence that are computed, S + 2M, or S alone where nothing reads the appended ones."""
+        """T: slots of a sequence, S + 2M; S alone if no objective uses the appended ones."""
         appended = 2 * self.num_predictions if "par" in OBJECTIVES[self.config.objective.kind] else 0
         return self.manifest.sequence_length + appended
 
     @property
     def last_step(self) -> int:
-        """The step after which this start of the run ends."""
+        """The step after which this attempt ends."""
         return min(self.config.train.steps, self.config.train.stop_at or self.config.train.steps)
-
-    def is_logged(self, step: int) -> bool:
-        """Whether `step` gets a log line."""
-        return step == self.last_step or step % self.config.train.log_every == 0
 
     @property
     def masking(self) -> MaskingConfig:
-        """How samples are masked: as set, with spans of one token each where the objective is autoregressive."""
+        """The masking settings, with single-token spans if the objective is autoregressive."""
         masking = self.config.masking
         autoregressive = self.config.objective.kind in ("ar", "ae+ar")
         return dataclasses.replace(masking, span_probability=0.0) if autoregressive else masking
@@ -121,7 +108,7 @@ class ResolvedRun:
         return self.config.run_dir / "checkpoints"
 
     def configuration(self) -> dict[str, Any]:
-        """The resolved whole, as JSON values: settings, DeepSpeed's JSON, corpus, topology."""
+        """Return everything as resolved, as JSON values: settings, DeepSpeed's JSON, corpus, topology."""
         return {
             **as_dict(self.config),
             "engine": self.engine.raw,
@@ -138,9 +125,9 @@ class ResolvedRun:
         return {"data.sources": [[name, share] for name, share in zip(fingerprints, shares, strict=True)]}
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be gone on from: model, masks, data, order, precision.
+        """Return what must be equal for a checkpoint to be resumed: model, masks, data, order, precision.
 
-        Not how it is spread over ranks: a checkpoint opens on any topology.
+        The topology is not part of it: a checkpoint opens on any.
         """
         model = {
             f"model.{k}": v for k, v in dataclasses.asdict(self.config.model).items() if k not in _FREE_MODEL_SETTINGS
@@ -162,40 +149,40 @@ class ResolvedRun:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse settings that are wrong by themselves; needs no other rank and no file."""
-    raise_if_any(problems(config))
+    """Raise `ConfigError` for settings that are wrong by themselves; needs no other rank and no file."""
+    raise_if_any(config_problems(config))
 
 
 def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | None = None) -> ResolvedRun:
-    """Check `config` against its files, `topology` and the run it goes on with, and complete it from the corpus.
+    """Validate `config` against its files, `topology` and the checkpoint, and complete it from the corpus.
 
-    `saved`: the `state.json` of the checkpoint to go on from, if any; its lanes hold unless the settings name others.
-    Raises `ConfigError` with all problems on every rank, also on those that saw none: nobody waits for one that left.
+    `saved`: the `state.json` of the checkpoint to resume, if any; its lanes are used unless the settings name others.
+    Raises `ConfigError` with all problems on every rank, so that no rank waits for one that has left.
     """
-    found = _device_problems(config.model, topology.device)
+    problems = _device_problems(config.model, topology.device)
     saved_lanes = saved["identity"]["data.lanes"] if saved else None
     engine = _collect_problems(
-        found, lambda: load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
+        problems, lambda: load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
     )
-    own: CorpusSource | None = _collect_problems(found, lambda: CorpusSource.at(config.corpus, config.data))
-    manifest = None if own is None else _collect_problems(found, partial(Manifest.load, own.folder))
+    own: CorpusSource | None = _collect_problems(problems, lambda: CorpusSource.at(config.corpus, config.data))
+    manifest = None if own is None else _collect_problems(problems, partial(Manifest.load, own.folder))
     vocabulary = (
-        None if own is None or manifest is None else _collect_problems(found, partial(Vocabulary.load, own.folder))
+        None if own is None or manifest is None else _collect_problems(problems, partial(Vocabulary.load, own.folder))
     )
     training = () if own is None or manifest is None else (own,)
     if config.data.sources:
-        training = _mixture(found, config)
+        training = _mixture(problems, config)
     if engine is not None:
-        found += batch_problems(engine, dp=topology.dp)
+        problems += batch_problems(engine, dp=topology.dp)
     if own is not None and manifest is not None and vocabulary is not None:
-        found += _corpus_problems(config, manifest, vocabulary)
-        found += _mixture_problems(training, manifest)
-        if topology.local_rank == 0 and not saved:  # what is lost on the way goes into quarantine when it is met
-            found += [problem for source in dict.fromkeys([own, *training]) for problem in _misplaced(source)]
+        problems += _corpus_problems(config, manifest, vocabulary)
+        problems += _mixture_problems(training, manifest)
+        if topology.local_rank == 0 and not saved:  # a shard lost later is quarantined when it is read
+            problems += [problem for source in dict.fromkeys([own, *training]) for problem in _misplaced(source)]
     lanes = None
-    if engine is not None and manifest is not None and not found:
+    if engine is not None and manifest is not None and not problems:
         lanes = _collect_problems(
-            found,
+            problems,
             lambda: _choose_lanes(
                 config.data.lanes,
                 saved_lanes,
@@ -204,8 +191,8 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
                 dp=topology.dp,
             ),
         )
-        found += _cache_problems(config, training, lanes=lanes) if lanes else []
-    raise_on_all_ranks(found, topology)
+        problems += _cache_problems(config, training, lanes=lanes) if lanes else []
+    raise_on_all_ranks(problems, topology)
     assert engine is not None
     assert own is not None
     assert manifest is not None
@@ -217,80 +204,43 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     )
     run = ResolvedRun(completed, engine, manifest, vocabulary, topology, own, training)
     if saved:
-        found += _identity_problems(saved, run, lanes_are_set=config.data.lanes is not None)
-        raise_on_all_ranks(found, topology)
+        problems += _identity_problems(saved, run, lanes_are_set=config.data.lanes is not None)
+        raise_on_all_ranks(problems, topology)
     elif config.init is not None:
         if topology.local_rank == 0:
-            found += initial_weights_problems(config.init, completed.model, vocabulary)
-        raise_on_all_ranks(found, topology)
+            problems += initial_weights_problems(config.init, completed.model, vocabulary)
+        raise_on_all_ranks(problems, topology)
     return run
 
 
-@dataclass(frozen=True)
-class RunLease:
-    """What makes this start of a run the one that may write into its folder."""
-
-    attempt: str
-    """The name of this start."""
-    check: Callable[[], None]
-    """Raises `Superseded` when another start has taken over; asked on rank 0 before a checkpoint is committed."""
-
-
-@contextmanager
-def run_lease(run_dir: Path, topology: Topology) -> Iterator[RunLease]:
-    """Hold the lock of `run_dir` (`run_lock.py`), by rank 0 for all; every rank must call.
-
-    Raises on every rank `FolderInUse` when another start is at work there, ConfigError when nothing can be written.
-    """
-    lock, in_use, problems = None, "", []
-    if topology.is_rank_zero:
-        try:
-            lock = RunLock.acquire(run_dir)
-        except FolderInUse as error:
-            in_use = str(error)
-        except OSError as error:
-            problems = [f"the folder to write, {run_dir}, cannot be written to: {error}"]
-    attempt, in_use, problems = topology.broadcast_object((lock.attempt if lock else "", in_use, problems))
-    raise_if_any(problems)
-    if in_use:
-        raise FolderInUse(in_use)
-    try:
-        yield RunLease(attempt, check=lock.check if lock else _nothing)
-    finally:
-        if lock:
-            lock.release()
-
-
-def _nothing() -> None:
-    """The lock is rank 0's."""
-
-
-def _mixture(found: list[str], config: RunConfig) -> tuple[CorpusSource, ...]:
-    """The sources of a mixture whose manifests can be read."""
+def _mixture(problems: list[str], config: RunConfig) -> tuple[CorpusSource, ...]:
+    """Return the sources of a mixture whose manifests can be read."""
     sources = []
     for corpus, weight in config.data.sources.items():
-        sources.append(_collect_problems(found, partial(CorpusSource.at, corpus, config.data, weight=weight)))
+        sources.append(_collect_problems(problems, partial(CorpusSource.at, corpus, config.data, weight=weight)))
     return tuple(
-        s for s in sources if s is not None and _collect_problems(found, partial(Manifest.load, s.folder)) is not None
+        s
+        for s in sources
+        if s is not None and _collect_problems(problems, partial(Manifest.load, s.folder)) is not None
     )
 
 
 def _mixture_problems(training: tuple[CorpusSource, ...], manifest: Manifest) -> list[str]:
-    """What keeps the sources from being read as one corpus with that of `manifest`."""
-    found = []
+    """Return why the sources cannot be mixed with the corpus of `manifest`."""
+    problems = []
     for source in training:
         other = Manifest.load(source.folder)
         if other.vocabulary["fingerprint"] != manifest.vocabulary["fingerprint"]:
-            found.append(
+            problems.append(
                 f"data.sources: {source.name} was written with another vocabulary than --corpus: prepare it with "
                 "the tokenizer.json of --corpus"
             )
         if other.sequence_length != manifest.sequence_length:
-            found.append(
+            problems.append(
                 f"data.sources: {source.name} has sequences of {other.sequence_length} tokens, --corpus of "
                 f"{manifest.sequence_length}: prepare it with --sequence-length {manifest.sequence_length}"
             )
-    return found
+    return problems
 
 
 def _misplaced(source: CorpusSource) -> list[str]:
@@ -298,7 +248,7 @@ def _misplaced(source: CorpusSource) -> list[str]:
 
 
 def _cache_problems(config: RunConfig, training: tuple[CorpusSource, ...], *, lanes: int) -> list[str]:
-    """Room for what the lanes of one node may hold: of each the shard before, this one, and the one being fetched."""
+    """Return a problem if the cache cannot hold three shards a lane: the last, the current, the one being fetched."""
     remote = [Manifest.load(source.folder).splits["train"].shards for source in training if source.address]
     needed = 3 * lanes * sum(max(shard.bytes for shard in shards) for shards in remote) / 2**30
     if needed <= config.data.cache_gib:
@@ -310,7 +260,10 @@ def _cache_problems(config: RunConfig, training: tuple[CorpusSource, ...], *, la
 
 
 def _choose_lanes(wanted: int | None, saved: int | None, **fitting: int) -> int:
-    """`wanted` lanes, else those of the checkpoint. Where they do not fit it is another run's: `_other_run` says so."""
+    """Return `wanted` lanes, else those of the checkpoint, else the default for the sizes in `fitting`.
+
+    Lanes of a checkpoint that do not fit belong to another run, which `_identity_problems` reports.
+    """
     try:
         return choose_lanes(wanted or saved, **fitting)
     except ConfigError:
@@ -320,10 +273,10 @@ def _choose_lanes(wanted: int | None, saved: int | None, **fitting: int) -> int:
 
 
 def _identity_problems(saved: dict[str, Any], run: ResolvedRun, *, lanes_are_set: bool) -> list[str]:
-    found, before, now = [], saved["identity"], run.identity()
+    problems, before, now = [], saved["identity"], run.identity()
     lanes, dp = before["data.lanes"], run.topology.dp
     if lanes % dp and not lanes_are_set:
-        found.append(
+        problems.append(
             f"the run reads its corpus in {lanes} lanes, which {dp} data-parallel ranks cannot share: use one of "
             f"{divisors(lanes)} of them"
         )
@@ -331,17 +284,17 @@ def _identity_problems(saved: dict[str, Any], run: ResolvedRun, *, lanes_are_set
     others = differences(before, now)
     if others:
         others.append(
-            f"the checkpoints in {run.checkpoints} are of another run (above): go on with the settings they were "
+            f"the checkpoints in {run.checkpoints} belong to another run (above): use the settings they were "
             "written with, or choose another --run-dir"
         )
-    return found + others
+    return problems + others
 
 
-def _collect_problems(found: list[str], read: Any) -> Any:
+def _collect_problems(problems: list[str], read: Any) -> Any:
     try:
         return read()
     except ConfigError as error:
-        found += error.problems
+        problems += error.problems
         return None
 
 
@@ -362,24 +315,24 @@ def _device_problems(model: ModelConfig, device: torch.device) -> list[str]:
 
 
 def _corpus_problems(config: RunConfig, manifest: Manifest, vocabulary: Vocabulary) -> list[str]:
-    found = []
+    problems = []
     if manifest.sequence_length > config.model.max_positions:
-        found.append(
+        problems.append(
             f"the sequence length of corpus {config.corpus} ({manifest.sequence_length}) exceeds model.max_positions "
             f"({config.model.max_positions}): raise it, or prepare the corpus with a shorter --sequence-length"
         )
     if vocabulary.fingerprint != manifest.vocabulary["fingerprint"]:
-        found.append(
+        problems.append(
             f"the vocabulary in {config.corpus} is not the one its shards were written with: restore its "
-            "tokenizer.json, or prepare the corpus anew"
+            "tokenizer.json, or prepare the corpus again"
         )
     if config.model.vocab_size not in (None, vocabulary.size):
-        found.append(
+        problems.append(
             f"model.vocab_size ({config.model.vocab_size}) is not that of corpus {config.corpus} ({vocabulary.size}): "
             "leave it out, it is taken from the corpus"
         )
     if config.model.segment_types < 2:
-        found.append(
+        problems.append(
             f"model.segment_types ({config.model.segment_types}) must be at least 2: samples have two segments"
         )
-    return found
+    return problems

@@ -1,4 +1,4 @@
-"""Held-out losses over all ranks, and what the model writes into masked text."""
+"""Validation: held-out losses over all ranks, and masked texts filled in by the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pmlm_dist.vocab import Vocabulary
 
 @dataclass(frozen=True)
 class Validation:
-    """Means over the held-out samples, and some of them filled in (Markdown, one text a sample)."""
+    """Means over the held-out samples, and some samples filled in (Markdown, one text a sample)."""
 
     means: LossMeans
     fill_ins: list[str]
@@ -34,7 +34,7 @@ def validate(
     objective: ObjectiveConfig,
     fill_ins: int,
 ) -> Validation:
-    """Evaluate `batches` (as many on every rank) without dropout; `fill_ins` samples of the first one are filled in."""
+    """Evaluate `batches` (equally many on every rank) without dropout; fill in `fill_ins` samples of the first one."""
     engine.eval()
     counts = torch.zeros(NUM_COUNTS, dtype=torch.float64, device=topology.device)
     texts: list[str] = []
@@ -42,29 +42,31 @@ def validate(
         on_device = batch.to(topology.device)
         counts += forward_losses(engine, on_device, objective).counts
         if not texts and fill_ins:
-            likely_KMB = vocab_parallel_argmax(engine(**on_device.inputs, objectives=OBJECTIVES[objective.kind])).cpu()
+            predicted_KMB = vocab_parallel_argmax(
+                engine(**on_device.inputs, objectives=OBJECTIVES[objective.kind])
+            ).cpu()
             shown = range(min(fill_ins, len(batch.tokens_BT)))
-            texts = [fill_in(batch, likely_KMB, vocabulary, sample=i) for i in shown]
+            texts = [fill_in(batch, predicted_KMB, vocabulary, sample=i) for i in shown]
     engine.train()
     return Validation(LossMeans.from_counts(topology.all_reduce_dp(counts), objective), texts)
 
 
 def forward_losses(engine: torch.nn.Module, batch: Batch, objective: ObjectiveConfig) -> LossSums:
-    """The objectives' sums for `batch`, which lies on the engine's device."""
-    nll_KMB, right_KMB = engine(**batch.inputs, targets_BM=batch.targets_BM, objectives=OBJECTIVES[objective.kind])
+    """Return the objectives' sums for `batch`, which is on the engine's device."""
+    nll_KMB, correct_KMB = engine(**batch.inputs, targets_BM=batch.targets_BM, objectives=OBJECTIVES[objective.kind])
     weights_KBM = target_weights(objective, batch.weights_BM, batch.kept_BM)
-    return loss_sums(nll_KMB, right_KMB, weights_KBM, batch.masked_BM, objective=objective)
+    return loss_sums(nll_KMB, correct_KMB, weights_KBM, batch.masked_BM, objective=objective)
 
 
-def fill_in(batch: Batch, likely_KMB: torch.Tensor, vocabulary: Vocabulary, *, sample: int) -> str:
-    """Markdown: the text of `sample`, each predicted token as `truth -> AE / PAR` (what was read), bold where wrong."""
+def fill_in(batch: Batch, predicted_KMB: torch.Tensor, vocabulary: Vocabulary, *, sample: int) -> str:
+    """Return the text of `sample` as Markdown, each predicted token as `truth -> AE / PAR`, bold where wrong."""
     words = [vocabulary.token(int(id)) for id in batch.tokens_BT[sample, : batch.num_context]]
     for m in range(batch.num_predictions):
         if batch.weights_BM[sample, m] == 0:
             continue
         truth = vocabulary.token(int(batch.targets_BM[sample, m]))
-        guesses = [vocabulary.token(int(id)) for id in likely_KMB[:, m, sample]]
-        shown = " / ".join(guess if guess == truth else f"**{guess}**" for guess in guesses)
+        predictions = [vocabulary.token(int(id)) for id in predicted_KMB[:, m, sample]]
+        shown = " / ".join(token if token == truth else f"**{token}**" for token in predictions)
         words[int(batch.predicted_BM[sample, m])] = f"[{truth} → {shown}]"
     length = int(batch.valid_BT[sample, : batch.num_context].sum())
     return " ".join(words[:length]).replace(" ##", "")

@@ -52,7 +52,7 @@ class Training:
 
     def __init__(self, config: RunConfig, *, timeout_s: float = 60):
         from pmlm_dist.checkpoint.engine_state import EngineState
-        from pmlm_dist.training.loop import build_engine
+        from pmlm_dist.training.pretraining import build_engine
 
         self.run = start_run(config)
         self.engine = build_engine(self.run)
@@ -417,7 +417,7 @@ def test_a_real_disk_that_is_full_or_read_only(small_corpus: Path, tmp_path: Pat
 
 def pretrained(config: RunConfig) -> str:
     """Pre-train on this rank; what it printed."""
-    from pmlm_dist.training.loop import pretrain
+    from pmlm_dist.training.run import pretrain
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         pretrain(config)
@@ -456,7 +456,7 @@ def test_a_kill_during_a_save_costs_the_steps_since_the_one_before(
     assert sorted(path.name for path in (config.run_dir / "checkpoints").glob("step-*[0-9]")) != []
     assert checkpoint_problems(config.run_dir / "checkpoints/step-00000004") != []
     first, _ = run_world(pretrained, 2, config)
-    assert "going on after step 2" in first
+    assert "resuming after step 2" in first
     assert not list((config.run_dir / "checkpoints").glob("*.tmp*"))
     check_equal(straight.run_dir / "checkpoints/step-00000006", config.run_dir / "checkpoints/step-00000006")
 
@@ -478,7 +478,7 @@ def test_a_run_whose_last_checkpoint_fails_is_not_complete_and_can_be_started_ag
     assert all("the last checkpoint, of step 4, could not be written" in line for line in said)
     assert not (tmp_path / "COMPLETE").exists()
     assert read_metrics(tmp_path)[4]["checkpoint/failed"] == 1
-    assert "going on after step 2" in run_world(pretrained, 2, config)[0]
+    assert "resuming after step 2" in run_world(pretrained, 2, config)[0]
     assert json.loads((tmp_path / "COMPLETE").read_text())["step"] == 4
 
 
@@ -495,4 +495,4 @@ def test_a_run_keeps_the_newest_and_every_kth_and_removes_leftovers(small_corpus
     ]
     assert printed.count("checkpoint: ") == 7
     shutil.rmtree(folder / "step-00000007")
-    assert "going on after step 6" in run_world(pretrained, 1, config)[0]
+    assert "resuming after step 6" in run_world(pretrained, 1, config)[0]

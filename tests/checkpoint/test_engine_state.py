@@ -30,7 +30,7 @@ def built(config: RunConfig) -> tuple[Any, Any, EngineState]:
     from deepspeed.accelerator import get_accelerator
 
     from pmlm_dist.training import resolve as run_module
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     accelerator: Any = get_accelerator()
     with pytest.MonkeyPatch.context() as patch:

@@ -39,7 +39,7 @@ def start(config: RunConfig) -> dict[str, Any]:
     """This rank's weights before the first step, and the losses of two steps after it."""
     from pmlm_dist.checkpoint.engine_state import EngineState
     from pmlm_dist.checkpoint.initial_weights import load_initial_weights
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     run = start_run(config)
     engine = build_engine(run)
@@ -136,7 +136,7 @@ def test_damaged_or_missing_weights_are_refused(small_corpus, tmp_path):
 
 def go_on(config: RunConfig) -> str:
     """What the run says."""
-    from pmlm_dist.training.loop import pretrain
+    from pmlm_dist.training.run import pretrain
 
     with redirect_stdout(io.StringIO()) as said:
         pretrain(config)
@@ -152,7 +152,7 @@ def test_a_run_starts_from_another_ones_checkpoint_and_then_goes_on_from_its_own
     assert f"weights: from {tmp_path / 'first' / 'checkpoints' / 'step-00000003'}" in said
     (said,) = run_world(go_on, 1, second)
     assert "weights: from" not in said
-    assert "going on after step 2" in said
+    assert "resuming after step 2" in said
 
 
 @pytest.mark.distributed
@@ -165,7 +165,7 @@ def test_no_run_goes_on_from_weights_without_moments(small_corpus, tmp_path):
 def train_and_open(config: RunConfig, folder: Path) -> None:
     from pmlm_dist.checkpoint.engine_state import EngineState
     from pmlm_dist.checkpoint.files import CheckpointReader
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     run = start_run(config)
     state = EngineState(build_engine(run), run.topology)

@@ -132,7 +132,7 @@ def saver_of(run: Any, engine: Any) -> tuple[Any, Any]:
 def save_some(configs: list[RunConfig]) -> list[dict[str, np.ndarray]]:
     """On this rank: train each of `configs` for `BEFORE` steps, save it; what its engine then held."""
     from pmlm_dist.checkpoint.resume import RunState
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     answers = []
     for config in configs:
@@ -184,7 +184,7 @@ def open_all(configs: list[RunConfig], sources: list[Source], goes_on: list[list
     """
     from pmlm_dist.checkpoint.engine_state import EngineState
     from pmlm_dist.checkpoint.resume import load_checkpoint
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     answers: list[list[Any]] = []
     for config, trained in zip(configs, goes_on, strict=True):

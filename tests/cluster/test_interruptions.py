@@ -21,7 +21,7 @@ def steps_saved(run_dir: Path) -> list[int]:
 
 def starts(printed: str) -> list[int]:
     """The steps after which the lives of a job went on."""
-    return [int(step) for step in re.findall(r"going on after step (\d+);", printed)]
+    return [int(step) for step in re.findall(r"resuming after step (\d+);", printed)]
 
 
 @pytest.mark.fault("F80", "F81")
@@ -33,7 +33,7 @@ def test_signals_and_requeues_cost_no_step(submit: Submission, straight: Path, t
     cluster.ask("scancel", "--signal=USR1", job.number)
     job.wait_for_print("stopped by a signal to stop")
     job.wait_for_restart(1)
-    job.wait_for_print("going on after step")
+    job.wait_for_print("resuming after step")
     (first,) = starts(job.printed())
     assert first >= 20
     cluster.ask("scontrol", "requeue", job.number)
@@ -76,7 +76,7 @@ def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(
     cluster.ask("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
     try:
         job.wait_for_restart(1)
-        job.wait_for_print("going on after step")
+        job.wait_for_print("resuming after step")
         assert lost not in job.nodes()
     finally:
         cluster.ask("scontrol", "update", f"nodename={lost}", "state=resume")
@@ -101,7 +101,7 @@ def test_what_lives_on_without_its_nodes_daemon_changes_nothing(submit: Submissi
     cluster.kill_daemon(f"slurmd.{node}")
     try:
         job.wait_for_restart(1, timeout_s=120)
-        job.wait_for_print("going on after step")
+        job.wait_for_print("resuming after step")
         assert node not in job.nodes()
         still_there = [pid for pid in old if Path(f"/proc/{pid}").exists()]
         assert rank_0 in still_there, cluster.logs(node) + job.printed()
@@ -167,7 +167,7 @@ def test_a_chain_of_jobs_ends_when_training_is_done(submit: Submission, straight
     job = submit.pretrain(run_dir, options=("--array=1-4%1",))
     job.wait_for_print("step  20/")
     cluster.ask("scancel", "--signal=USR1", f"{job.number}_1.0")  # its step; of an array's job SLURM says: not now
-    job.wait_for_print("going on after step")
+    job.wait_for_print("resuming after step")
     wait_until(lambda: not cluster.ask("squeue", "-h", "-j", job.number).strip(), timeout_s=120, what=job.printed)
     printed = job.printed()
     assert len(re.findall(r" job \d+, life 0,", printed)) == 2, printed

@@ -129,7 +129,7 @@ def test_sentence_transformers_takes_the_mean_of_the_states(folders, format: str
 
 
 def write_run(config: Any) -> None:
-    from pmlm_dist.training.loop import pretrain
+    from pmlm_dist.training.run import pretrain
 
     pretrain(config)
 

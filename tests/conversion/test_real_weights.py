@@ -97,7 +97,7 @@ def english_corpus(folder: Path, vocabulary: Vocabulary) -> Path:
 def losses_from(config: RunConfig) -> list[float]:
     from pmlm_dist.checkpoint.engine_state import EngineState
     from pmlm_dist.checkpoint.initial_weights import load_initial_weights
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     run = start_run(config)
     engine = build_engine(run)

@@ -36,7 +36,7 @@ def learn(wanted: FinetuneConfig) -> list[FinetuneRun]:
 
 
 def score(wanted: EvaluateConfig) -> dict[str, Any]:
-    from pmlm_dist.downstream.finetune import evaluate_saved
+    from pmlm_dist.downstream.evaluate import evaluate_saved
 
     return {name: (found.scores, found.predictions) for name, found in evaluate_saved(wanted).items()}
 
@@ -91,7 +91,7 @@ def test_what_is_saved_gives_the_same_scores_again(single: tuple[Path, dict[int,
             for folder in (output, tmp_path / "said")
         )
         assert [(row["id"], row["label"]) for row in before] == [(row["id"], row["label"]) for row in after]
-    with pytest.raises(RankFailed, match=r"predictions-validation\.jsonl is there already"):
+    with pytest.raises(RankFailed, match=r"predictions-validation\.jsonl exists already"):
         run_world(score, 1, wanted.__class__(**{**vars(wanted), "parallel": ParallelConfig()}))
 
 
@@ -124,15 +124,17 @@ def orders(wanted: FinetuneConfig) -> list[list[str]]:
     from pmlm_dist.parallel import groups
 
     topology = groups.init_process_groups(tp=wanted.parallel.tp)
-    (learner,) = finetune._learners(finetune.prepare(wanted, topology))
-    steps = learner.steps_per_epoch
+    (job,) = finetune._jobs(finetune.prepare(wanted, topology))
+    steps = job.steps_per_epoch
     return [
         [
             str(row[valid].tolist())
-            for step in range(epoch * steps + 1, (epoch + 1) * steps + 1)
-            for batch in finetune.micro_batches_of(learner, step)
-            if batch.count
-            for row, valid in zip(batch.tensors["tokens_BT"], batch.tensors["valid_BT"], strict=True)
+            for step in range(epoch * steps, (epoch + 1) * steps)
+            for micro_batch in job.micro_batches(step)
+            if micro_batch.ids
+            for row, valid in zip(
+                micro_batch.batch.tensors["tokens_BT"], micro_batch.batch.tensors["valid_BT"], strict=True
+            )
         ]
         for epoch in range(2)
     ]
@@ -261,7 +263,7 @@ def test_what_does_not_fit_is_one_clear_message_and_nothing_is_written(
 
 def test_an_output_that_is_there_is_left_alone(model: Path, data: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="is there already, and nothing is overwritten"):
+    with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
         learn(config(model, data, tmp_path / "out"))
     assert not list((tmp_path / "out").iterdir())
 

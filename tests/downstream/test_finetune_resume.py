@@ -136,18 +136,19 @@ def test_a_run_that_was_killed_goes_on_from_its_last_evaluation(
 
 
 def killed(wanted: FinetuneConfig, step: int) -> None:
-    from pmlm_dist.downstream import finetune as driver
+    from pmlm_dist.downstream.finetune import finetune
+    from pmlm_dist.training import loop
 
-    original: Callable[..., Any] = driver.train_step
+    original: Callable[..., Any] = loop.train_step
 
-    def train_step(learner: Any, engine: Any, number: int) -> Any:
-        if number == step:
+    def train_step(job: Any, engine: Any, micro_batches: Any, state: Any, stopwatch: Any) -> Any:
+        if state.step + 1 == step:
             time.sleep(1.0)  # the checkpoint of the evaluation before is written meanwhile
             os._exit(9)
-        return original(learner, engine, number)
+        return original(job, engine, micro_batches, state, stopwatch)
 
-    driver.train_step = train_step
-    driver.finetune(wanted)
+    loop.train_step = train_step
+    finetune(wanted)
 
 
 def test_what_is_opened_of_an_unfinished_folder_is_the_best_so_far(model: Path, data: Path, tmp_path: Path):
@@ -165,7 +166,7 @@ def test_what_is_opened_of_an_unfinished_folder_is_the_best_so_far(model: Path, 
 
 
 def accuracy(wanted: EvaluateConfig) -> float:
-    from pmlm_dist.downstream.finetune import evaluate_saved
+    from pmlm_dist.downstream.evaluate import evaluate_saved
 
     return evaluate_saved(wanted)["validation"].scores["accuracy"]
 
@@ -252,9 +253,9 @@ def test_a_signal_ends_the_command_with_75_and_the_same_command_goes_on(model: P
             assert process.wait(timeout=60) == EXIT_PREEMPTED
         finally:
             process.kill()
-    assert "the same command goes on from" in rest
+    assert "a restart resumes from" in rest
     (saved,) = (wanted.output / "checkpoints").glob("step-*")
     (wanted.output / STOP_FILE).touch()
     again = subprocess.run(long, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
-    assert f"going on after step {read_state(saved)['step']}\n" in again.stdout
+    assert f"resuming after step {read_state(saved)['step']}\n" in again.stdout

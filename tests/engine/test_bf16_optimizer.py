@@ -22,7 +22,7 @@ def train_as_deepspeed_does(config: RunConfig) -> Trained:
 
     from pmlm_dist.engine import deepspeed_engine as engine_module
     from pmlm_dist.engine.deepspeed_config import EngineConfig
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "SummingBF16Optimizer", BF16_Optimizer)
@@ -67,7 +67,7 @@ def test_sums_are_those_of_deepspeed_bit_for_bit(
 def a_step_without_the_head(config: RunConfig) -> dict[str, float]:
     """Sums' largest number by parameter after a step of the whole model and a backward pass that reaches no head."""
     from pmlm_dist.engine.bf16_optimizer import SummingBF16Optimizer
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     run = start_run(config)
     engine: Any = build_engine(run)
@@ -97,15 +97,15 @@ def norms_around_a_broken_step(
     config: RunConfig,
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Norms of a step, one whose gradient is infinite, and one more; weights before and after the broken one."""
-    from pmlm_dist.training import loop
+    from pmlm_dist.training.pretraining import PretrainJob
 
     run = start_run(config)
-    engine = loop.build_engine(run)
+    engine = build_engine(run)
     state, _, first = take_steps(run, engine, RunState(), steps=1)
     before = whole_weights(engine.module)
-    scale = loop._loss_scale
+    scale = PretrainJob.loss_scale
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_loss_scale", lambda *args: scale(*args) * float("inf"))
+        patch.setattr(PretrainJob, "loss_scale", lambda *args: scale(*args) * float("inf"))
         state, _, broken = take_steps(run, engine, state, steps=1)
     after = whole_weights(engine.module)
     _, _, last = take_steps(run, engine, state, steps=1)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 def refusals(config: RunConfig) -> list[str]:
     """Why no engine can be built."""
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     run = start_run(config)
     with pytest.raises(ConfigError) as caught:
@@ -72,11 +72,12 @@ def test_a_wrong_setting_inside_a_section_is_named_on_every_rank(
 
 def said_at_the_start(config: RunConfig, *, has_products: bool) -> str:
     """What a run prints on a CPU that has bf16 products, or has not."""
-    from pmlm_dist.training import loop
+    from pmlm_dist.training import pretraining
+    from pmlm_dist.training.run import pretrain
 
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "has_fast_bf16", lambda device: has_products)
-        loop.pretrain(config)
+        patch.setattr(pretraining, "has_fast_bf16", lambda device: has_products)
+        pretrain(config)
     return printed.getvalue()
 
 

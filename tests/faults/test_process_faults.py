@@ -249,15 +249,15 @@ class Slow:
     """From now on every forward pass of this rank takes longer."""
 
     def __call__(self) -> None:
-        from pmlm_dist.training import loop
+        from pmlm_dist.training import pretraining
 
-        losses_of = loop.forward_losses
+        losses_of = pretraining.forward_losses
 
         def slowly(*args: Any) -> Any:
             time.sleep(0.3)
             return losses_of(*args)
 
-        loop.forward_losses = slowly
+        pretraining.forward_losses = slowly
 
 
 @pytest.mark.nightly
@@ -351,7 +351,7 @@ def test_a_signal_amid_a_save_costs_nothing_and_a_second_one_that_checkpoint(
     first, second = live_on(config, Fault(SignalAmidTheNextFile(times), step=8), *paced(0.1))
     assert first.codes == codes, first.printed
     assert second.codes == [0, 0], second.printed
-    (step,) = re.findall(r"going on after step (\d+);", second.printed)
+    (step,) = re.findall(r"resuming after step (\d+);", second.printed)
     assert int(step) == 5 if times == 2 else int(step) >= 10
     check_recovered(config, straight)
 
@@ -560,10 +560,10 @@ class TooFast:
         self.steps = range(first, first + 3)
 
     def __call__(self) -> None:
-        from pmlm_dist.training import loop
+        from pmlm_dist.training import step
 
-        rate = loop.learning_rate
-        loop.learning_rate = lambda step, **about: rate(step, **about) * (100 if step in self.steps else 1)
+        rate = step.learning_rate
+        step.learning_rate = lambda number, **about: rate(number, **about) * (100 if number in self.steps else 1)
 
 
 @pytest.mark.nightly
@@ -591,7 +591,7 @@ def test_after_a_spike_of_the_loss_the_run_book_leads_back_to_the_run_without_it
     assert list(aside.iterdir())
     ended = live(config)
     assert ended.codes == [0, 0], ended.printed
-    assert "going on after step 5;" in ended.printed
+    assert "resuming after step 5;" in ended.printed
     redone = check_recovered(config, straight)
     record_property(
         "lost",

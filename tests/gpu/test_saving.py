@@ -32,7 +32,7 @@ SETTINGS = [
 def started(config: RunConfig) -> tuple[Any, Any, Any]:
     """Run, engine and its state on this rank."""
     from pmlm_dist.checkpoint.engine_state import EngineState
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     run = start_run(config)
     engine = build_engine(run)

@@ -37,7 +37,7 @@ def pretrain_and_read(config: RunConfig) -> dict[int, dict[str, float]]:
     """The scalars of a whole run by step, and where the model was."""
     from pmlm_dist.metrics.run_log import read_metrics
     from pmlm_dist.parallel import groups
-    from pmlm_dist.training.loop import pretrain
+    from pmlm_dist.training.run import pretrain
 
     pretrain(config)
     assert groups.init_process_groups().device.type == "cuda"

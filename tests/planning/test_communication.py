@@ -49,7 +49,7 @@ def _bytes_of_a_step(config: RunConfig) -> Counter[str]:
     from torch.utils._pytree import tree_leaves
 
     from pmlm_dist.checkpoint.resume import RunState
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     counted: Counter[str] = Counter()
 

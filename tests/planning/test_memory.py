@@ -96,7 +96,7 @@ def _most_of_a_run(config: RunConfig, kept: list[Any]) -> float:
     from torch.profiler import ProfilerActivity, profile, record_function
 
     from pmlm_dist.checkpoint.resume import RunState
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     gc.disable()
     gc.collect()

@@ -24,13 +24,12 @@ from pmlm_dist.metrics.run_log import read_metrics
 from pmlm_dist.supervision.signals import (
     EXIT_PREEMPTED,
     STOP_FILE,
-    Prefetcher,
-    StopAgreement,
     Stopped,
     StopReason,
     StopSignals,
     stop_signals_blocked,
 )
+from pmlm_dist.training.stopping import Prefetcher, StopAgreement
 
 # ------------------------------------------------------------------------------------------------------- one process
 
@@ -41,7 +40,7 @@ signals = StopSignals(grace_s=float(sys.argv[1]))
 if len(sys.argv) > 2:
     signals.request()
     time.sleep(1.5)
-signals.listen()
+signals.install()
 print("listening", flush=True)
 while not signals.requested:
     time.sleep(0.01)
@@ -112,7 +111,7 @@ def test_when_the_time_after_a_signal_is_over_the_process_ends_wherever_it_is():
 
 
 def test_other_signals_are_none_of_it():
-    code = LISTENING.replace("signals.listen()", "signal.signal(signal.SIGCHLD, lambda *_: None); signals.listen()")
+    code = LISTENING.replace("signals.install()", "signal.signal(signal.SIGCHLD, lambda *_: None); signals.install()")
     process = subprocess.Popen([sys.executable, "-c", code, "600"], stdout=subprocess.PIPE, text=True)
     try:
         assert said(process) == "listening\n"
@@ -155,11 +154,11 @@ def test_children_do_not_see_signals_that_are_sent_to_all_processes_of_a_step():
 WORKERS = """
 import multiprocessing, os, signal, time
 from multiprocessing import forkserver, resource_tracker
-from pmlm_dist.supervision.signals import deaf_children
+from pmlm_dist.supervision.signals import stop_signals_blocked
 
 context = multiprocessing.get_context("forkserver")
 workers = [context.Process(target=time.sleep, args=(60,), daemon=True) for _ in range(2)]
-with deaf_children():
+with stop_signals_blocked():
     workers[0].start()
 servers = [forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid]
 for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -302,11 +301,14 @@ def test_a_rank_whose_data_do_not_come_keeps_none_from_stopping():
 
 
 def told_in(config: RunConfig, where: str, rank: int, at: int) -> tuple[int, str]:
-    """Pre-train; at the `at`-th call of the loop's function `where` this `rank` is sent a signal. Exit code, output."""
-    from pmlm_dist.training import loop
+    """Pre-train; at the `at`-th call of the function `where` this `rank` is sent a signal. Exit code, output."""
+    from pmlm_dist.training import attempt, loop, pretraining
+    from pmlm_dist.training.run import pretrain
 
     signals, calls = StopSignals(), 0
-    function = getattr(loop, where)
+    places = {"find_checkpoint": attempt, "train_step": loop, "_log_start": pretraining.PretrainJob}
+    place = places.get(where, pretraining)
+    function = getattr(place, where)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -316,9 +318,9 @@ def told_in(config: RunConfig, where: str, rank: int, at: int) -> tuple[int, str
         return function(*args, **kwargs)
 
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, where, counted)
+        patch.setattr(place, where, counted)
         try:
-            loop.pretrain(config, signals)
+            pretrain(config, signals)
         except Stopped as stopped:
             return stopped.exit_code, printed.getvalue()
     return 0, printed.getvalue()
@@ -348,7 +350,7 @@ def straight(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("where", "at", "saved"),
-    [("find_checkpoint", 1, []), ("build_engine", 1, []), ("train_step", 2, [2]), ("_validate", 1, [2])],
+    [("find_checkpoint", 1, []), ("build_engine", 1, []), ("train_step", 2, [2]), ("validate", 1, [2])],
 )
 @pytest.mark.fault("F81")
 def test_a_run_that_was_told_to_stop_goes_on_as_if_nothing_had_been(
@@ -358,8 +360,8 @@ def test_a_run_that_was_told_to_stop_goes_on_as_if_nothing_had_been(
     answers = run_world(told_in, 2, config, where, 1, at)
     assert [code for code, _ in answers] == [EXIT_PREEMPTED] * 2
     assert steps_saved(config) == saved
-    place = config.run_dir / "checkpoints" / "step-00000002" if saved else "the beginning"
-    assert answers[0][1].splitlines()[-1] == f"stopped by a signal to stop; started again, it goes on from {place}"
+    place = config.run_dir / "checkpoints" / "step-00000002" if saved else "the first step"
+    assert answers[0][1].splitlines()[-1] == f"stopped by a signal to stop; a restart resumes from {place}"
     assert [code for code, _ in run_world(told_in, 2, config, where, 1, 0)] == [0, 0]
     assert learned(config) == learned(straight)
     assert (config.run_dir / "COMPLETE").exists()
@@ -371,9 +373,9 @@ def test_a_step_that_is_saved_already_is_not_saved_again(straight: RunConfig, tm
     assert run_world(told_in, 2, config, "train_step", 0, 2)[0][0] == EXIT_PREEMPTED
     (checkpoint,) = (config.run_dir / "checkpoints").glob("step-*")
     written = checkpoint.stat().st_mtime_ns
-    code, printed = run_world(told_in, 2, config, "_announce", 0, 1)[0]  # again, before its first step
+    code, printed = run_world(told_in, 2, config, "_log_start", 0, 1)[0]  # again, before its first step
     assert code == EXIT_PREEMPTED
-    assert "going on after step 2" in printed
+    assert "resuming after step 2" in printed
     assert steps_saved(config) == [2]
     assert checkpoint.stat().st_mtime_ns == written
 
@@ -381,7 +383,7 @@ def test_a_step_that_is_saved_already_is_not_saved_again(straight: RunConfig, tm
 @pytest.mark.distributed
 def test_the_last_validation_is_seen_through(straight: RunConfig, tmp_path: Path):
     config = replace(straight, run_dir=tmp_path / "run")
-    assert [code for code, _ in run_world(told_in, 2, config, "_validate", 0, 1)] == [0, 0]
+    assert [code for code, _ in run_world(told_in, 2, config, "validate", 0, 1)] == [0, 0]
     assert "validation/total" in read_metrics(config.run_dir)[4]
     assert (config.run_dir / "COMPLETE").exists()
 
@@ -413,6 +415,7 @@ def interrupted(config: RunConfig, in_step: Callable[[int], None], **patches: An
     """Pre-train, with `in_step(n)` called in the n-th step and some of the saver's functions replaced."""
     from pmlm_dist.checkpoint import async_save
     from pmlm_dist.training import loop
+    from pmlm_dist.training.run import pretrain
 
     step, calls = loop.train_step, 0
 
@@ -427,7 +430,7 @@ def interrupted(config: RunConfig, in_step: Callable[[int], None], **patches: An
         for name, value in patches.items():
             patch.setattr(async_save, name, value)
         try:
-            loop.pretrain(config, PENDING)
+            pretrain(config, PENDING)
         except Stopped as stopped:
             return stopped.exit_code, printed.getvalue()
     return 0, printed.getvalue()

@@ -269,7 +269,7 @@ def test_what_is_started_again_follows_from_the_code():
 def test_errors_that_tell_of_other_ranks_are_known():
     assert blames_peers(RuntimeError("[third_party/gloo/pair.cc:525] Connection closed by peer [127.0.0.1]:2"))
     assert blames_peers(RuntimeError("NCCL communicator was aborted on rank 3"))
-    assert not blames_peers(RuntimeError("parameters that ranks hold in common are not equal"))
+    assert not blames_peers(RuntimeError("replicas of parameters are not equal"))
 
 
 STANDING = """

@@ -78,6 +78,7 @@ def _train(config: RunConfig, faults: Sequence[Fault], heartbeat: Any) -> int:
     from pmlm_dist.supervision.run_lock import FolderInUse
     from pmlm_dist.supervision.signals import Stopped, StopSignals
     from pmlm_dist.training import loop
+    from pmlm_dist.training.run import pretrain
 
     rank, step = int(os.environ["RANK"]), loop.train_step
     waiting = [fault for fault in faults if fault.rank == rank]
@@ -85,15 +86,14 @@ def _train(config: RunConfig, faults: Sequence[Fault], heartbeat: Any) -> int:
     signals.install()
     _strike(config, waiting, step=0)
 
-    def watched(run: Any, engine: Any, batches: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-        held = list(batches)
-        _write_ids(config, rank, state.step + 1, held)
+    def watched(job: Any, engine: Any, micro_batches: Any, state: Any, stopwatch: Any) -> Any:
+        _write_ids(config, rank, state.step + 1, micro_batches)
         _strike(config, waiting, step=state.step + 1)
-        return step(run, engine, iter(held), state, *args, **kwargs)
+        return step(job, engine, micro_batches, state, stopwatch)
 
     loop.train_step = watched
     try:
-        loop.pretrain(config, signals, heartbeat)
+        pretrain(config, signals, heartbeat)
     except Stopped as stopped:
         return stopped.exit_code
     except (ConfigError, FolderInUse) as error:
@@ -352,12 +352,13 @@ class Paced:
             begun[:] = [time.perf_counter()]
             start_step(meter, step)
 
-        def end(meter: Meter, step: int, *args: Any, **kwargs: Any) -> None:
+        def end(meter: Meter, step: int, result: Any) -> Any:
             time.sleep(more_s)
-            end_step(meter, step, *args, **kwargs)
-            if begun and path and meter._run.topology.is_rank_zero:
+            interval = end_step(meter, step, result)
+            if begun and path and os.environ["RANK"] == "0":
                 with path.open("a") as lines:
                     lines.write(json.dumps([step, time.perf_counter() - begun[0]]) + "\n")
+            return interval
 
         setattr(Meter, "start_step", start)  # noqa: B010
         setattr(Meter, "end_step", end)  # noqa: B010

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class Trained:
 def train(config: RunConfig) -> Trained:
     """Train without writing anything; to be called on every rank."""
     from pmlm_dist.checkpoint.resume import RunState
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     run = start_run(config)
     engine = build_engine(run)
@@ -122,7 +123,8 @@ def take_steps(run: Any, engine: Any, state: Any, *, steps: int) -> tuple[Any, l
     from pmlm_dist.data.loader import training_batches
     from pmlm_dist.metrics.meter import Stopwatch
     from pmlm_dist.objectives import LossMeans
-    from pmlm_dist.training.loop import advance, train_step
+    from pmlm_dist.training.pretraining import PretrainJob
+    from pmlm_dist.training.step import train_step
 
     batches = training_batches(
         run.source,
@@ -131,11 +133,12 @@ def take_steps(run: Any, engine: Any, state: Any, *, steps: int) -> tuple[Any, l
         samples_consumed=state.samples_consumed,
         loading=run.config.data,
     )
-    losses, norms = [], []
+    job, losses, norms = PretrainJob(run), [], []
     for _ in range(steps):
-        result = train_step(run, engine, batches, state, Stopwatch(run.topology.device))
-        state = advance(state, run)
-        counts = run.topology.sum_over_dp(result.counts)
+        micro_batches = list(islice(batches, run.engine.accumulation(run.topology.dp)))
+        result = train_step(job, engine, micro_batches, state, Stopwatch(run.topology.device))
+        state = job.advance(state)
+        counts = run.topology.all_reduce_dp(result.counts)
         losses.append(LossMeans.from_counts(counts, run.config.objective).total)
         norms.append(float(result.gradient_norm or 0.0))
     return state, losses, norms

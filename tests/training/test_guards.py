@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def failure_of_check_batches(tp: int, fault: str) -> str:
     [
         (1, "none", ""),
         (2, "none", ""),
-        (2, "token", "ranks 0 and 1 share one copy of the model (tensor parallel) but read different batches"),
+        (2, "token", "ranks 0 and 1 share one copy of the model (tensor parallel) but hold different batches"),
         (1, "sample of rank 0", "ranks 0 and 1 both read sample 1 of epoch 0"),
     ],
 )
@@ -57,7 +58,7 @@ def test_batches_are_compared(tp, fault, expected):
 
 def engine_of(config: RunConfig) -> tuple[Any, Any]:
     from pmlm_dist.parallel import groups
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
     from pmlm_dist.training.resolve import resolve
 
     topology = groups.init_process_groups(tp=config.parallel.tp)
@@ -110,10 +111,12 @@ def train_with_fault(config: RunConfig, step: int, fault: str) -> dict[str, Any]
     from pmlm_dist.checkpoint.resume import RunState
     from pmlm_dist.data.loader import training_batches
     from pmlm_dist.metrics.meter import Stopwatch
-    from pmlm_dist.training import loop
+    from pmlm_dist.training import pretraining
+    from pmlm_dist.training.step import train_step
 
     run, engine = engine_of(config)
-    losses_of, state = loop.forward_losses, RunState()
+    job = pretraining.PretrainJob(run)
+    losses_of, state = pretraining.forward_losses, RunState()
     faulty = run.topology.rank == run.topology.world_size - 1
 
     def wrong(module: Any, batch: Any, objective: Any) -> Any:
@@ -126,16 +129,17 @@ def train_with_fault(config: RunConfig, step: int, fault: str) -> dict[str, Any]
             nll_K = nll_K + 0.0 * torch.sqrt(nll_K.detach() * 0.0 + 0.0 * nll_K)  # derivative: infinity times zero
         return dataclasses.replace(sums, nll_K=nll_K)
 
-    loop.forward_losses = wrong
+    pretraining.forward_losses = wrong
     batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=config.data)
     results, weights = [], []
     try:
         for _ in range(config.train.steps):
-            results.append(loop.train_step(run, engine, batches, state, Stopwatch(run.topology.device)))
+            micro_batches = list(islice(batches, run.engine.accumulation(run.topology.dp)))
+            results.append(train_step(job, engine, micro_batches, state, Stopwatch(run.topology.device)))
             weights.append(whole_weights(engine.module))
-            state = loop.advance(state, run)
+            state = job.advance(state)
     finally:
-        loop.forward_losses = losses_of
+        pretraining.forward_losses = losses_of
     return {
         "skipped": [result.skipped for result in results],
         "causes": [result.causes for result in results],
@@ -192,28 +196,30 @@ def test_too_many_skips_in_a_row_end_the_run():
 
 def pretrain_with_broken_weights(config: RunConfig, step: int) -> tuple[str, list[str]]:
     """Pre-train while one weight becomes infinite before `step`; returns what ended the run and what was said."""
+    from pmlm_dist.metrics.run_log import RunLog
     from pmlm_dist.training import loop
+    from pmlm_dist.training.run import pretrain
 
-    train_step, said = loop.train_step, []
+    train_step, logged = loop.train_step, []
 
-    def say(self: loop.RunLog, text: str) -> None:
-        said.append(text)
+    def info(self: RunLog, text: str) -> None:
+        logged.append(text)
 
-    loop.RunLog.info = say
+    RunLog.info = info
 
-    def broken(run: Any, engine: Any, batches: Any, state: Any, watch: Any, **settings: Any) -> Any:
+    def broken(job: Any, engine: Any, micro_batches: Any, state: Any, stopwatch: Any) -> Any:
         if state.step + 1 == step:
             engine.module.layers[0].ffn_in.weight.data[0, 0] = math.inf
-        return train_step(run, engine, batches, state, watch, **settings)
+        return train_step(job, engine, micro_batches, state, stopwatch)
 
     loop.train_step = broken
     try:
-        loop.pretrain(config)
+        pretrain(config)
     except FloatingPointError as error:
-        return str(error), said
+        return str(error), logged
     finally:
         loop.train_step = train_step
-    return "", said
+    return "", logged
 
 
 @pytest.fixture
@@ -225,11 +231,11 @@ def breaking(small_corpus: Path, tmp_path: Path) -> RunConfig:
 
 @pytest.mark.fault("F72")
 def test_a_run_with_broken_weights_stops_and_names_them_and_its_last_good_checkpoint(breaking):
-    ((message, said),) = run_world(pretrain_with_broken_weights, 1, breaking, 4)
+    ((message, logged),) = run_world(pretrain_with_broken_weights, 1, breaking, 4)
     assert message.startswith("3 steps in a row")
     assert message.endswith(f"the last good checkpoint is {breaking.run_dir / 'checkpoints' / 'step-00000002'}")
-    told = "step 4 was left out, its gradient was not finite: rank 0: weights of layers.0.ffn_in.weight"
-    assert any(text.startswith(told) for text in said)
+    told = "step 4 was skipped, its gradient was not finite: rank 0: weights of layers.0.ffn_in.weight"
+    assert any(text.startswith(told) for text in logged)
 
 
 def test_broken_weights_are_not_saved_even_at_the_end(breaking):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 
 def pretrained(config: RunConfig) -> None:
-    from pmlm_dist.training.loop import pretrain
+    from pmlm_dist.training.run import pretrain
 
     pretrain(config)
 

@@ -19,7 +19,7 @@ from pmlm_dist.config import ConfigError, DataConfig, RunConfig
 from pmlm_dist.corpus.shards import TRAIN, VALIDATION, Manifest, ShardError
 from pmlm_dist.data.order import SampleOrder
 from pmlm_dist.metrics.run_log import read_metrics
-from pmlm_dist.training.batches import BadShard, load_quarantine, save_quarantine
+from pmlm_dist.training.batches import CorruptShard, load_quarantine, save_quarantine
 
 pytestmark = pytest.mark.distributed
 
@@ -29,7 +29,7 @@ FOUND_AT = 7
 
 
 def pretrained(config: RunConfig) -> None:
-    from pmlm_dist.training.loop import pretrain
+    from pmlm_dist.training.run import pretrain
 
     pretrain(config)
 
@@ -106,7 +106,7 @@ def test_a_run_that_begins_with_a_quarantine_never_opens_the_shard(corpus, tmp_p
     shard = Manifest.load(corpus).splits[TRAIN].shards[bad]
     config = configured(corpus, tmp_path / "run")
     config.run_dir.mkdir(exist_ok=True)
-    record = BadShard(str(corpus), shard.name, shard.sha256, shard.samples, None, "said so")
+    record = CorruptShard(str(corpus), shard.name, shard.sha256, shard.samples, None, "said so")
     save_quarantine(config.run_dir, (record,))
     run_world(pretrained, 1, config)
     assert load_quarantine(config.run_dir) == (record,)
@@ -131,7 +131,7 @@ def test_above_the_limit_all_ranks_stop_and_say_why(corpus, tmp_path, bad):
 def _with_a_bad_validation_shard(config: RunConfig) -> None:
     """Pre-train; rank 1, as if on another node, cannot read the validation shard."""
     from pmlm_dist.data import stream
-    from pmlm_dist.training.loop import pretrain
+    from pmlm_dist.training.run import pretrain
 
     opened = stream.open_shard
 
@@ -155,7 +155,7 @@ def test_a_validation_shard_that_one_rank_cannot_read_ends_all_at_once(corpus, t
         collective_timeout_s=900,
     )
     of_rank_0, of_rank_1 = failures_of_two_ranks(_with_a_bad_validation_shard, config)
-    assert "ReadingError: rank 1 cannot go on reading: " in of_rank_0
+    assert "CorpusReadError: rank 1 cannot read its batches: " in of_rank_0
     assert "validation/shard-000000.tar is broken on this node" in of_rank_0
     assert "ShardError: " in of_rank_1
     assert max(losses(config.run_dir)) == validated_at
@@ -164,6 +164,7 @@ def test_a_validation_shard_that_one_rank_cannot_read_ends_all_at_once(corpus, t
 def _with_a_killer(config: RunConfig) -> None:
     """Pre-train, with the loader worker of rank 1 killed after the first step."""
     from pmlm_dist.training import loop
+    from pmlm_dist.training.run import pretrain
 
     plain = loop.train_step
 
@@ -175,7 +176,7 @@ def _with_a_killer(config: RunConfig) -> None:
         return plain(run, *args, **kwargs)
 
     loop.train_step = train_step
-    loop.pretrain(config)
+    pretrain(config)
 
 
 @pytest.mark.fault("F56")
@@ -183,7 +184,7 @@ def test_a_killed_worker_ends_the_run_on_every_rank_with_its_name(corpus, tmp_pa
     config = configured(corpus, tmp_path / "run")
     config = replace(config, data=replace(config.data, workers=1))
     of_rank_0, of_rank_1 = failures_of_two_ranks(_with_a_killer, config)
-    assert "ReadingError: rank 1 cannot go on reading: loader worker 0" in of_rank_0
+    assert "CorpusReadError: rank 1 cannot read its batches: loader worker 0" in of_rank_0
     assert "WorkerError: loader worker 0" in of_rank_1
     assert "died by signal SIGKILL" in of_rank_1
 

@@ -34,7 +34,7 @@ def dropping_out(corpus: Path, run_dir: Path, **settings: Any) -> RunConfig:
 
 def pretrained(config: RunConfig) -> str:
     """Pre-train on this rank; what it printed."""
-    from pmlm_dist.training.loop import pretrain
+    from pmlm_dist.training.run import pretrain
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         pretrain(config)
@@ -121,8 +121,8 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not(
     run_world(pretrained, ranks, straight)
     resumed = interrupted_copy(straight, tmp_path / "resumed")
     printed = run_world(pretrained, ranks, resumed)
-    assert f"going on after step {N}" in printed[0]
-    assert not any("going on" in of_another_rank for of_another_rank in printed[1:])
+    assert f"resuming after step {N}" in printed[0]
+    assert not any("resuming" in of_another_rank for of_another_rank in printed[1:])
     assert losses(resumed) == losses(straight, after=N)
     assert len(losses(resumed)) == N
     check_equal_bits(checkpoint(straight, 2 * N), checkpoint(resumed, 2 * N))
@@ -281,7 +281,7 @@ def optimizer_settings(config: RunConfig) -> list[tuple[float, float]]:
 
     from pmlm_dist.checkpoint.engine_state import EngineState
     from pmlm_dist.checkpoint.resume import load_checkpoint
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     run = start_run(config)
     engine: Any = build_engine(run)
@@ -305,7 +305,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(finished
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     (printed,) = run_world(pretrained, 1, run)
-    assert f"going on after step {N}" in printed
+    assert f"resuming after step {N}" in printed
     assert losses(run) == losses(finished.straight)
     check_equal_bits(checkpoint(finished.straight, 2 * N), checkpoint(run, 2 * N))
 

@@ -69,7 +69,7 @@ class PackageTaskConfig:
 def write_package_task(config: PackageTaskConfig) -> dict[str, int]:
     """Write the data set; returns {split: examples}. Raises `ConfigError` if there are too few docstrings."""
     if config.output.exists():
-        raise ConfigError([f"--output ({config.output}) already exists, and nothing is overwritten: name another"])
+        raise ConfigError([f"--output ({config.output}) exists already, and nothing is overwritten: name another"])
     splits = _package_examples(_read(config.source), config)
     config.output.mkdir(parents=True)
     for name, examples in splits.items():

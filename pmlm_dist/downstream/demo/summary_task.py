@@ -63,7 +63,7 @@ class _Pair:
 def write_summary_task(config: SummaryTaskConfig) -> dict[str, int]:
     """Write the data set; returns {split: pairs}. Raises `ConfigError` if there are too few docstrings."""
     if config.output.exists():
-        raise ConfigError([f"--output ({config.output}) already exists, and nothing is overwritten: name another"])
+        raise ConfigError([f"--output ({config.output}) exists already, and nothing is overwritten: name another"])
     if not config.source.is_file():
         raise ConfigError([f"there is no {config.source}: make it with `pmlm prepare-corpus --source python-docs`"])
     with config.source.open(encoding="utf-8") as lines:

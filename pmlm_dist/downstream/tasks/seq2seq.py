@@ -85,7 +85,8 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         inputs, origin = config.inputs, f"--task {config.task}"
         source = find_column(rows, inputs.text, SOURCES, role="text", origin=origin)
         target = find_column(rows, inputs.label, TARGETS, role="label", origin=origin)
-        raise_if_any([*generation_problems(config.generation), *fitting_problems(config.generation, model)])
+        decoding = [f"generation.{problem}" for problem in decoding_problems(config.generation.decoding)]
+        raise_if_any([*decoding, *fitting_problems(config.generation, model)])
         return cls(config.generation, vocabulary, columns=(source, target), too_long=inputs.too_long)
 
     @classmethod
@@ -269,18 +270,6 @@ def generation_settings(saved: dict[str, Any]) -> GenerationConfig:
     """Return the settings in `Seq2Seq.as_json()`."""
     values = saved["generation"]
     return GenerationConfig(**{**values, "decoding": DecodingConfig(**values["decoding"])})
-
-
-def generation_problems(generation: GenerationConfig) -> list[str]:
-    """Return the problems of `generation`, independent of the model."""
-    problems = []
-    for name, smallest in (("max_source", 3), ("max_target", 2)):
-        if getattr(generation, name) < smallest:
-            problems.append(f"generation.{name} ({getattr(generation, name)}) must be at least {smallest}")
-    for name in ("target_mask_prob", "label_smoothing"):
-        if not 0.0 <= getattr(generation, name) <= 1.0:
-            problems.append(f"generation.{name} ({getattr(generation, name)}) must lie between 0 and 1")
-    return [*problems, *(f"generation.{problem}" for problem in decoding_problems(generation.decoding))]
 
 
 def fitting_problems(generation: GenerationConfig, model: ModelConfig) -> list[str]:

@@ -247,7 +247,7 @@ def test_generate_from_tsv_returns_several_sequences(tuned, tmp_path):
 def test_generate_overwrites_nothing_and_reports_invalid_input(tuned, tmp_path, capsys):
     (tmp_path / "out.jsonl").write_text("existing")
     assert run_generate(tuned[0], tmp_path)[0] == 2
-    assert "already exists, and nothing is overwritten" in capsys.readouterr().err
+    assert "exists already, and nothing is overwritten" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == "existing"
     (tmp_path / "out.jsonl").unlink()
     below_a_file = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "in.jsonl" / "out")]

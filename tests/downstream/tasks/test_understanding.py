@@ -243,7 +243,8 @@ def squad_rows(count: int) -> list[dict[str, Any]]:
 
 
 def learn(settings: FinetuneConfig) -> tuple[list[FinetuneRun], dict[str, Any]]:
-    from pmlm_dist.downstream.finetune import evaluate_saved, finetune
+    from pmlm_dist.downstream.evaluate import evaluate_saved
+    from pmlm_dist.downstream.finetune import finetune
 
     runs = finetune(settings)
     evaluations = evaluate_saved(EvaluateConfig(settings.output, ds_config=settings.ds_config))

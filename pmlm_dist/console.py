@@ -1,0 +1,26 @@
+"""Console output that must not end a run: the terminal may be gone, the log's disk full. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+
+
+def print_safely(text: str, *, to_stderr: bool = False) -> bool:
+    """Print `text` and flush; returns False if it could not be written."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+        print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+        return True
+    return False
+
+
+def discard_broken_stdout() -> bool:
+    """Return True if the reader of standard output is gone (`--help | head`); what is left of it is then discarded."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    is_broken = any(event & select.POLLERR for _, event in output.poll(0))
+    if is_broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_broken

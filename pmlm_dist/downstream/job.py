@@ -1,0 +1,349 @@
+"""The fine-tuning job: features of a task in an order given by (seed, epoch), and the best checkpoint by validation.
+
+Every feature is read once an epoch, whatever the number of ranks; the last step of an epoch reads what is left. The
+gradient of a step is that of sum(loss) / N, N = the targets it has read.
+
+    OUTPUT/checkpoints/step-N   the best so far and, until the job is complete, the newest
+    OUTPUT/scores.json, predictions-SPLIT.jsonl   of the best; scores.json marks the job as complete
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
+from pmlm_dist.checkpoint.files import MANIFEST, CheckpointReader, checkpoint_problems, read_state, sha256_of
+from pmlm_dist.checkpoint.folder import CheckpointFolder
+from pmlm_dist.checkpoint.resume import RunState, differences
+from pmlm_dist.config import ModelConfig, as_dict, raise_if_any
+from pmlm_dist.data.order import BatchShare, micro_batch_samples, permutation
+from pmlm_dist.downstream.prediction import (
+    Evaluation,
+    Split,
+    evaluate,
+    predictions_file,
+    score_line,
+    write_predictions,
+)
+from pmlm_dist.downstream.preparation import FinetuneData, build_task_engine
+from pmlm_dist.downstream.settings import Recipe, optim_config
+from pmlm_dist.downstream.summary import FinetuneRun
+from pmlm_dist.downstream.tasks.registry import TASKS
+from pmlm_dist.downstream.tasks.task import TaskBatch
+from pmlm_dist.engine.deepspeed_config import EngineConfig
+from pmlm_dist.engine.optimizer import learning_rate
+from pmlm_dist.files import write_atomically
+from pmlm_dist.metrics.meter import Interval, StepResult
+from pmlm_dist.model.task_model import TASK_HEAD
+from pmlm_dist.training.job import LoopSettings, TrainingJob, TrainingSession
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneBatch:
+    """A micro-batch of a task, with the numbers of its features in the training split."""
+
+    batch: TaskBatch
+    ids: list[int]
+
+    def to(self, device: torch.device) -> FinetuneBatch:
+        """Return the same micro-batch on `device`."""
+        return FinetuneBatch(self.batch.to(device), self.ids)
+
+
+@dataclass
+class FinetuneProgress:
+    """How far a fine-tuning is, beside its step: what a checkpoint's `state.json` holds under `progress`."""
+
+    evaluated: int = 0
+    """The step of the last evaluation."""
+    best_step: int = 0
+    best_value: float = -math.inf
+    evaluations: dict[str, Evaluation] = dataclasses.field(default_factory=dict)
+    """Those of the best step, if this attempt made them."""
+    kept: int = 0
+    """The best step whose checkpoint exists; it is kept until that of a better one exists."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        value = self.best_value if self.best_step else None
+        return {"evaluated": self.evaluated, "best_step": self.best_step, "best_value": value}
+
+    def restore(self, checkpoint: Path) -> None:
+        """Set it to that of `checkpoint`. Raises `ConfigError` if the best checkpoint so far is not valid."""
+        saved = read_state(checkpoint)["progress"]
+        self.evaluated, self.best_step = saved["evaluated"], saved["best_step"]
+        self.kept = self.best_step
+        if self.best_step:
+            self.best_value = saved["best_value"]
+            best = CheckpointFolder(checkpoint.parent, keep=1).folder(self.best_step)
+            problems = checkpoint_problems(best, thorough=False)
+            raise_if_any([f"{best}, the best checkpoint so far, is not valid: {problem}" for problem in problems])
+
+
+class FinetuneJob(TrainingJob[FinetuneBatch]):
+    """One fine-tuning: shared data with a recipe, a seed and a folder."""
+
+    def __init__(
+        self,
+        data: FinetuneData,
+        recipe: Recipe,
+        *,
+        seed: int,
+        output: Path,
+        engine_config: EngineConfig,
+        model_config: ModelConfig,
+    ):
+        self.data, self.recipe, self.seed, self.output = data, recipe, seed, output
+        self.topology, self.engine_config, self.model_config = data.topology, engine_config, model_config
+        self.progress = FinetuneProgress()
+        self.steps_per_epoch = -(-len(data.train.features) // recipe.batch)
+        """Steps in which every feature is read once."""
+        steps, config = self.steps_per_epoch * recipe.epochs, data.config
+        self.settings = LoopSettings(
+            steps=steps,
+            last_step=steps,
+            optim=optim_config(recipe, steps=steps),
+            seed=seed,
+            log_every=config.log_every,
+            max_skipped_steps=config.max_skipped_steps,
+            watchdog=config.watchdog,
+        )
+        self._is_save_due = False
+
+    @property
+    def share(self) -> BatchShare:
+        """This rank's part of every global batch."""
+        engine = self.engine_config
+        return BatchShare(engine.global_batch, engine.micro_batch, self.topology.dp_rank, self.topology.dp)
+
+    # ------------------------------------------------------------------------------------------------------- set-up
+
+    def build_engine(self) -> DeepSpeedEngine:
+        """See `TrainingJob`."""
+        return build_task_engine(
+            self.data.task,
+            self.model_config,
+            engine=self.engine_config,
+            optim=self.settings.optim,
+            topology=self.topology,
+            seed=self.seed,
+        )
+
+    def load_initial_weights(self, session: TrainingSession) -> None:
+        """Load the pre-trained model's weights, unless the network is to stay untrained."""
+        if not self.data.config.untrained:
+            with CheckpointReader(self.data.start.folder) as reader:
+                session.engine_state.load_weights(reader, fresh=TASK_HEAD)
+
+    def start(self, session: TrainingSession, state: RunState) -> None:
+        """See `TrainingJob`."""
+        data, topology, log = self.data, self.topology, session.log
+        origin = "drawn from the seed" if data.config.untrained else f"from {data.start.folder}"
+        sizes = [f"{len(split.examples):,} {split.name}" for split in (data.train, *data.scored, *data.reported)]
+        log.info(
+            f"task: {data.config.task}; examples: {', '.join(sizes)}; training features: {len(data.train.features):,}\n"
+            f"weights: {origin}\n"
+            f"ranks: {topology.dp} data-parallel x {topology.tp} tensor-parallel on {topology.device.type}\n"
+            f"recipe: {json.dumps(dataclasses.asdict(self.recipe))}, seed {self.seed}, {self.settings.steps} steps"
+        )
+        for note in data.task.notes():
+            log.info(f"note: {note}")
+        if state.step:
+            log.info(f"resuming after step {state.step}")
+        if topology.is_rank_zero:
+            data.start.vocabulary.save(self.output)
+
+    def check_identity(self, checkpoint: Path) -> None:
+        """Raise `ConfigError` if `checkpoint` belongs to another fine-tuning."""
+        problems = differences(read_state(checkpoint)["identity"], json.loads(json.dumps(self.identity())))
+        if problems:
+            problems.append(
+                f"{self.output} holds another fine-tuning (above): use the settings it was started with, or another "
+                "--output"
+            )
+        raise_if_any(problems)
+
+    def identity(self) -> dict[str, Any]:
+        """See `TrainingJob`."""
+        data = self.data
+        return {
+            "task": data.config.task,
+            "settings": data.task.as_json(),
+            "training data": data.digest,
+            "model": dataclasses.asdict(self.model_config),
+            "weights": None if data.config.untrained else sha256_of(data.start.folder / MANIFEST),
+            "evaluate_every": data.config.evaluate_every,
+            "vocabulary": data.start.vocabulary.fingerprint,
+            "seed": self.seed,
+            "recipe": dataclasses.asdict(self.recipe),
+            "precision": self.engine_config.precision,
+        }
+
+    def configuration(self) -> dict[str, Any]:
+        """See `TrainingJob`."""
+        data, config = self.data, self.data.config
+        return {
+            **json.loads(json.dumps(as_dict(config))),
+            "recipe": dataclasses.asdict(self.recipe),
+            "seed": self.seed,
+            "model": dataclasses.asdict(self.model_config),
+            "started_from": None if config.untrained else str(data.start.folder),
+            "task": {
+                "kind": config.task,
+                "settings": data.task.as_json(),
+                "data": config.data or TASKS[config.task].hub,
+            },
+            "engine": self.engine_config.raw,
+        }
+
+    # ------------------------------------------------------------------------------------------------------- a step
+
+    def loss_scale(self, micro_batches: Sequence[FinetuneBatch]) -> float:
+        """See `TrainingJob`."""
+        count = torch.tensor(float(sum(batch.batch.count for batch in micro_batches)), device=self.topology.device)
+        count = float(self.topology.all_reduce_dp(count))
+        return len(micro_batches) * self.topology.dp / count
+
+    def loss(
+        self, model: torch.nn.Module, batch: FinetuneBatch, scale: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `TrainingJob`; the count is this micro-batch's share of the step's mean loss."""
+        loss = self.data.task.loss(model, batch.batch)
+        loss = loss if batch.batch.count else 0.0 * loss  # a placeholder: every rank runs equally many forward passes
+        scaled = loss * scale
+        factor = self.engine_config.accumulation(self.topology.dp) * self.topology.dp
+        return scaled, (scaled.detach().double() / factor)[None]
+
+    def sample_ids(self, batch: FinetuneBatch) -> list[int]:
+        """See `TrainingJob`."""
+        return batch.ids
+
+    def advance(self, state: RunState) -> RunState:
+        """See `TrainingJob`."""
+        features = len(self.data.train.features) * self.recipe.epochs
+        return RunState(step=state.step + 1, samples_consumed=min((state.step + 1) * self.recipe.batch, features))
+
+    # ----------------------------------------------------------------------------------------------------- the loop
+
+    def next_micro_batches(self, session: TrainingSession, state: RunState) -> list[FinetuneBatch]:
+        """See `TrainingJob`."""
+        session.attempt.stop.check()
+        return self.micro_batches(state.step)
+
+    def micro_batches(self, step: int) -> list[FinetuneBatch]:
+        """Return this rank's micro-batches after `step` steps; where no feature is left, a placeholder of count 0."""
+        share, features = self.share, self.data.train.features
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = _order(len(features), seed=self.seed, epoch=epoch)
+        micro_batches = []
+        for number in range(share.accumulation):
+            places = micro_batch_samples(within * share.global_batch, number, share=share)
+            ids = [int(order[place]) for place in places if place < len(features)]
+            read = ids or [0]
+            batch = self.data.task.collate([features[i] for i in read], ids=read, epoch=epoch, seed=self.seed)
+            micro_batches.append(FinetuneBatch(batch if ids else TaskBatch(batch.tensors, 0), ids))
+        return micro_batches
+
+    def log_step(
+        self,
+        session: TrainingSession,
+        state: RunState,
+        result: StepResult,
+        interval: Interval,
+        *,
+        skipped_steps: int,
+    ) -> None:
+        """Log the mean loss of the interval's steps, learning rate, gradient norm and time."""
+        step, steps, seconds = state.step, self.settings.steps, interval.seconds_per_step
+        loss = float(self.topology.all_reduce_dp(interval.counts)) / interval.steps
+        rate = learning_rate(step, steps=steps, optim=self.settings.optim)
+        scalars = {"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": result.gradient_norm}
+        session.log.scores({**scalars, "seconds/step": seconds}, step=step)
+        eta_s = (steps - step) * seconds
+        session.log.info(
+            f"step {step}/{steps}  loss {loss:.4f}  lr {rate:.2e}  {seconds:.3f} s a step  ETA {eta_s:.0f} s"
+            + (f"  skipped {skipped_steps}" if skipped_steps else "")
+        )
+
+    def is_evaluation_due(self, state: RunState) -> bool:
+        """See `TrainingJob`: after every epoch or `evaluate_every` steps, and after the last step."""
+        every = self.data.config.evaluate_every or self.steps_per_epoch
+        due = state.step > 0 and (state.step % every == 0 or state.step == self.settings.last_step)
+        return due and self.progress.evaluated < state.step
+
+    def evaluate(self, session: TrainingSession, state: RunState) -> None:
+        """Evaluate the validation splits and keep the evaluation if it is the best; NaN never is."""
+        data, progress, log = self.data, self.progress, session.log
+        evaluations = {split.name: self._evaluate(session, split) for split in data.scored}
+        for name, evaluation in evaluations.items():
+            values = evaluation.scores.items()
+            log.scores({f"{name}/{metric}": value for metric, value in values}, step=state.step)
+            log.info(f"step {state.step}: {score_line(name, evaluation.scores)}")
+        value = evaluations[data.scored[0].name].scores[data.task.metric]
+        progress.evaluated, self._is_save_due = state.step, True
+        if value > progress.best_value:
+            progress.best_step, progress.best_value, progress.evaluations = state.step, value, evaluations
+
+    def _evaluate(self, session: TrainingSession, split: Split) -> Evaluation:
+        return evaluate(
+            session.engine,
+            self.data.task,
+            split,
+            self.topology,
+            micro_batch=self.engine_config.micro_batch,
+            before_batch=session.attempt.stop.check,
+        )
+
+    def is_save_due(self, state: RunState) -> bool:
+        """See `TrainingJob`: after every evaluation."""
+        return self._is_save_due
+
+    def prepare_save(self, checkpointer: AsyncCheckpointer) -> dict[str, Any]:
+        """See `TrainingJob`; waits for the last save, since the best checkpoint must not go before the next exists."""
+        checkpointer.close()
+        self.progress.kept, self._is_save_due = self.progress.best_step, False
+        return {"progress": self.progress.as_json()}
+
+    def finish(self, session: TrainingSession, state: RunState) -> FinetuneRun:
+        """Score the best checkpoint on the splits it has not been scored on; write scores and predictions."""
+        data, progress, log = self.data, self.progress, session.log
+        if not progress.best_step:
+            raise FloatingPointError(
+                f"no evaluation gave a number for {data.task.metric}: the training has diverged, lower --recipe.lr"
+            )
+        best = session.folder.folder(progress.best_step)
+        missing = [split for split in (*data.scored, *data.reported) if split.name not in progress.evaluations]
+        if missing:
+            with CheckpointReader(best) as reader:
+                session.engine_state.load_weights(reader)
+        progress.evaluations |= {split.name: self._evaluate(session, split) for split in missing}
+        scores = {name: evaluation.scores for name, evaluation in progress.evaluations.items()}
+        if self.topology.is_rank_zero:
+            for name, evaluation in progress.evaluations.items():
+                predictions_file(self.output, name).unlink(missing_ok=True)  # of an attempt that ended right here
+                write_predictions(predictions_file(self.output, name), evaluation.predictions)
+            session.folder.keep_only(progress.best_step)
+            summary = {"step": progress.best_step, "scores": scores}
+            write_atomically(self.output / SCORES, json.dumps(summary, indent=2) + "\n")  # now it is complete
+        for name, values in scores.items():
+            log.info(f"best, step {progress.best_step}: {score_line(name, values)}")
+        log.info(f"written: {best}")
+        return FinetuneRun(dataclasses.asdict(self.recipe), self.seed, scores, str(self.output))
+
+
+@functools.lru_cache(maxsize=1)
+def _order(count: int, *, seed: int, epoch: int) -> np.ndarray:
+    return permutation(count, seed=seed, epoch=epoch)

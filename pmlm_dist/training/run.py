@@ -1,0 +1,87 @@
+"""The pre-training run, and what every training job shares around the loop.
+
+pretrain    open_attempt -> newest checkpoint -> resolve (all problems at once) -> PretrainJob -> train_job
+train_job   engine -> weights of the checkpoint, or initial ones -> loop.py::train -> the job's conclusion
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pmlm_dist.checkpoint.engine_state import EngineState
+from pmlm_dist.checkpoint.files import read_state
+from pmlm_dist.checkpoint.folder import CheckpointFolder
+from pmlm_dist.checkpoint.resume import RunState, load_checkpoint
+from pmlm_dist.config import RunConfig
+from pmlm_dist.metrics.run_log import RunLog
+from pmlm_dist.supervision.heartbeat import START_UP, Heartbeat, phase_limits
+from pmlm_dist.supervision.signals import Stopped, StopSignals
+from pmlm_dist.training.attempt import Attempt, open_attempt
+from pmlm_dist.training.job import TrainingJob, TrainingSession
+from pmlm_dist.training.loop import train
+from pmlm_dist.training.pretraining import PretrainJob, complete
+from pmlm_dist.training.resolve import check, resolve
+
+
+def pretrain(config: RunConfig, signals: StopSignals | None = None, heartbeat: Heartbeat | None = None) -> None:
+    """Start or resume the pre-training run of `config` and train to its last step; every rank calls.
+
+    Raises `ConfigError` on every rank, before anything is computed, if settings, corpus or checkpoint do not fit;
+    `FolderInUse` if another attempt is active; `Stopped`, with a checkpoint saved, after a signal or a file `STOP`.
+    """
+    check(config)
+    settings = config.train
+    with open_attempt(
+        config.run_dir,
+        tp=config.parallel.tp,
+        collective_timeout_s=settings.collective_timeout_s,
+        grace_s=settings.grace_s,
+        watchdog=config.watchdog,
+        checkpoint_every=settings.checkpoint_every,
+        signals=signals,
+        heartbeat=heartbeat,
+    ) as attempt:
+        folder, newest = attempt.open_checkpoints(
+            config.run_dir, keep=settings.keep_checkpoints, keep_every=settings.keep_every
+        )
+        saved = read_state(newest) if newest else None
+        run = resolve(config, attempt.topology, saved=saved)
+        if newest and saved and saved["step"] >= run.last_step:
+            complete(run, step=saved["step"], checkpoint=newest)
+            return
+        train_job(PretrainJob(run), attempt, folder=folder, newest=newest)
+
+
+def train_job(job: TrainingJob[Any], attempt: Attempt, *, folder: CheckpointFolder, newest: Path | None) -> Any:
+    """Train `job` to its last step, from the checkpoint `newest` or from its initial weights; every rank calls.
+
+    Returns what the job's `finish` returns.
+    """
+    attempt.heartbeat.set_limits(phase_limits(job.settings.watchdog, warm=False))
+    attempt.heartbeat.enter(START_UP, step=0)
+    first_step = read_state(newest)["step"] if newest else 0
+    log = RunLog(job.output, enabled=attempt.topology.is_rank_zero, first_step=first_step)
+    try:
+        attempt.stop.check()
+        engine = job.build_engine()
+        attempt.stop.check()
+        engine_state = EngineState(engine, attempt.topology)
+        session = TrainingSession(attempt, engine, engine_state, log, folder)
+        state = load_checkpoint(engine_state, newest) if newest else RunState()
+        if newest is None:
+            job.load_initial_weights(session)
+        log.write_configuration(job.configuration())
+        job.start(session, state)
+        state = train(job, session, state)
+        return job.finish(session, state)
+    except Stopped as stopped:
+        log.info(f"stopped by {stopped}; a restart resumes from {newest_of(folder) or 'the first step'}")
+        raise
+    finally:
+        log.close()
+
+
+def newest_of(folder: CheckpointFolder) -> Path | None:
+    """Return the newest checkpoint in `folder`."""
+    return next(reversed(folder.steps()), None)
