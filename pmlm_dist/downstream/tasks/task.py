@@ -9,11 +9,11 @@
        | task.predictions  one JSON object per example, in the order of the examples
        | task.scores       {metric: value}
 
-**Division of labor.** The fine-tuning driver (`finetune.py`) owns data order, ranks, schedule, engine, checkpoints and
-files; a task is independent of all of them. The driver draws the feature order of epoch e from (seed, e), shards it
-over the data-parallel ranks and scales the loss. The gradient of a step is that of sum(loss) / N, where N is the sum
-of `TaskBatch.count` over all micro-batches and data-parallel ranks. Random draws in `collate` (noise in a target, for
-example) depend on (seed, epoch, ids) only, so that they are equal on any topology.
+**Division of labor.** The fine-tuning job (`job.py`) and the training loop own data order, ranks, schedule, engine,
+checkpoints and files; a task is independent of all of them. The job draws the feature order of epoch e from (seed, e),
+shards it over the data-parallel ranks and scales the loss. The gradient of a step is that of sum(loss) / N, where N is
+the sum of `TaskBatch.count` over all micro-batches and data-parallel ranks. Random draws in `collate` (noise in a
+target, for example) depend on (seed, epoch, ids) only, so that they are equal on any topology.
 
 **Model.** `task.build_model` returns a `PseudoMaskedLM`, or a subclass with a task head (`model/task_model.py`). `loss`
 and `predict` receive the engine and call it like the module, because ZeRO hooks need that. A task may also train the
@@ -51,7 +51,7 @@ class TaskBatch:
     """Collated features."""
 
     tensors: dict[str, Tensor]
-    """Task-specific tensors by name; the driver moves them to the device."""
+    """Task-specific tensors by name; the job moves them to the device."""
     count: int
     """Number of losses in the sum: examples, or target tokens."""
 
