@@ -1,5 +1,5 @@
-# make train   set up, build the demo corpus, train the tiny preset on it; run again: goes on
-# make test    set up, run every test that needs no cluster, but for the faults that ranks are injected with
+# make train   set up, build the demo corpus, train the tiny preset on it; run again: resumes
+# make test    set up, run all tests but those of faults and of a cluster
 # make test-cluster   set up, install SLURM from Debian if need be (as root), run the tests that submit jobs to it
 # make test-faults   inject the faults of docs/reliability.md that take seconds; make test-faults-all: all, and write its table
 # make test-soak   half an hour of faults of seven kinds, one every 20 to 40 seconds
@@ -16,7 +16,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := data/demo
 
-# Open MPI refuses root unless told twice; a container's root is an ordinary user.
+# Open MPI runs as root only with both variables; a container's root is an ordinary user.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
@@ -43,7 +43,7 @@ pretrain = $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $$($(BIN)/python -
 LONGER := --run-dir runs/demo-tasks --train.steps 6000 --train.validate-every 250 --train.checkpoint-every 500
 TASKS  := data/demo-tasks
 
-# A fine-tuning that stands is not repeated: remove runs/demo-package for another.
+# A complete fine-tuning is not repeated: remove runs/demo-package to repeat it.
 demo-tasks: $(DEMO)/manifest.json
 	$(BIN)/pmlm demo-tasks data
 	$(call prepare,$(DEMO)/python-docs.jsonl --decontaminate $(TASKS)/held-out.jsonl,$(TASKS)/corpus)
@@ -97,6 +97,7 @@ checks: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
+	.ci/check_words
 	$(BIN)/shellcheck -x .ci/run slurm/*.sh tests/cluster/install.sh docker/test.sh
 	$(BIN)/hadolint docker/Dockerfile
 

@@ -16,6 +16,7 @@ import torch
 from harness import Report, device, interleaved, ratio
 
 from pmlm_dist.engine.malloc import keep_freed_memory
+from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.model.attention import ATTENTION_BACKENDS, Slots
 from pmlm_dist.model.relative_position import RelativeBias
 
@@ -73,7 +74,7 @@ def _step(name: str, length: int, options: AttentionOptions, *, forward_only: bo
     batch, predictions = max(1, options.slots // length), -(-15 * length // 100)
     slots = _slots(batch, length, predictions)
     settings: dict[str, Any] = {"device": device(), "dtype": options.torch_dtype}
-    shape = (slots.order_BT.shape[1], batch, options.num_heads)
+    shape = (slots.num_slots, batch, options.num_heads)
     q_QBHD, kv_TBH2D = torch.randn(*shape, 64, **settings), torch.randn(*shape, 2, 64, **settings)
     gradient_QBHD = torch.randn_like(q_QBHD)
     table = RelativeBias(options.num_heads, buckets=32, max_distance=128, std=0.02).to(**settings)
@@ -101,10 +102,12 @@ def _slots(batch: int, length: int, predictions: int) -> Slots:
     context_S = torch.arange(length, device=device())
     order_T = torch.cat([torch.zeros_like(context_S), steps_M, -steps_M])
     positions_T = torch.cat([context_S, predicted_M, predicted_M])
-    return Slots(
-        order_T.expand(batch, -1),
-        torch.ones(batch, len(order_T), dtype=torch.bool, device=device()),
-        positions_T.expand(batch, -1),
-        num_context=length,
+    inputs = SlotInputs(
+        tokens_BT=torch.zeros(batch, len(order_T), dtype=torch.int64, device=device()),
+        positions_BT=positions_T.expand(batch, -1),
+        segments_BT=torch.zeros(batch, len(order_T), dtype=torch.int64, device=device()),
+        order_BT=order_T.expand(batch, -1),
+        valid_BT=torch.ones(batch, len(order_T), dtype=torch.bool, device=device()),
         predicted_BM=predicted_M.expand(batch, -1),
     )
+    return Slots(inputs, num_context=length)

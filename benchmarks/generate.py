@@ -25,7 +25,7 @@ import torch
 from harness import Report, device, interleaved, ratio
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.decoding.batch_generation import generate_batches, search_of
+from pmlm_dist.decoding.batch_generation import build_search, generate_batches
 from pmlm_dist.decoding.settings import DecodingConfig
 from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.masking.blockwise import SpecialIds
@@ -123,7 +123,7 @@ def _ours(options: GenerateOptions, *, method: Literal["beam", "greedy"]) -> Row
         no_repeat_ngram=0,
         length_penalty=1.0,
     )
-    search = search_of(decoding, special)
+    search = build_search(decoding, special)
     sources = list(_sources(options).numpy())
 
     def step() -> None:

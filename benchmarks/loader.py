@@ -39,7 +39,7 @@ from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import DataConfig, MaskingConfig
 from pmlm_dist.corpus.shards import MANIFEST, Manifest, ShardReader
 from pmlm_dist.data.batch import build_batch, special_ids
-from pmlm_dist.data.loader import Batches, BatchSource, training_batches
+from pmlm_dist.data.loader import BatchLoader, BatchSource, training_batches
 from pmlm_dist.data.order import BatchShare
 from pmlm_dist.data.stream import CorpusSource
 from pmlm_dist.metrics.meter import Stopwatch
@@ -175,7 +175,7 @@ def _worker_rate(options: LoaderOptions, corpus: Path) -> float:
     return rate
 
 
-def _batches(options: LoaderOptions, source: CorpusSource, loading: DataConfig, *, lanes: int = SHARDS) -> Batches:
+def _batches(options: LoaderOptions, source: CorpusSource, loading: DataConfig, *, lanes: int = SHARDS) -> BatchLoader:
     vocabulary = Vocabulary.load(source.folder)
     special = special_ids(vocabulary)
     where = BatchSource(source.folder, special, masking=MaskingConfig(), seed=0, address=source.address)
@@ -194,7 +194,7 @@ def _epoch_rates(options: LoaderOptions, corpus: Path) -> dict[str, float]:
             rates[f"disk, warm, {workers} workers"] = _epoch_rate(options, CorpusSource(corpus), disk)
             with tempfile.TemporaryDirectory() as cache:
                 remote = DataConfig(workers=workers, cache=cache)
-                rates[f"http, {workers} workers"] = _epoch_rate(options, CorpusSource.at(address, remote), remote)
+                rates[f"http, {workers} workers"] = _epoch_rate(options, CorpusSource.open(address, remote), remote)
     return rates
 
 

@@ -255,12 +255,12 @@ def adamw_on_masters(model: torch.nn.Module) -> Callable[[], None]:
 
 def _naive(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
     model, update, batch = _plain(options, corpus, dataclasses.replace(options.model, attention="reference"))
-    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.inputs.items() if name != "predicted_BM"}
+    inputs = batch.inputs._replace(predicted_BM=None)
     rows = torch.arange(len(batch.tokens_BT), device=batch.tokens_BT.device)[:, None]
     pseudo = slice(batch.num_context + batch.num_predictions, None)
 
     def step() -> None:
-        hidden_TBE = model.encode(**inputs)
+        hidden_TBE = model.encode(inputs)
         logits_BTV = model.head(hidden_TBE, model.embeddings.token.weight).transpose(0, 1)
         read = [logits_BTV[rows, batch.predicted_BM], logits_BTV[:, pseudo]]
         losses = [F.cross_entropy(logits.flatten(0, 1).float(), batch.targets_BM.flatten()) for logits in read]

@@ -1,10 +1,13 @@
 """Autoencoding (AE) and partially autoregressive (PAR) losses on the same predicted positions.
 
-AE reads position m at its [M] slot in the corrupted text; PAR reads it at its pseudo mask, which sees the originals of
-earlier factorization steps. Each is the mean negative log-likelihood over the predicted positions of the whole step;
-the loss is their weighted sum, both weights 1 in the paper (UniLMv2, equation 6). Pure: tensors in, tensors out.
+AE predicts the token of position m at its base slot in the corrupted text. PAR predicts it at its pseudo mask, which
+attends to the originals of earlier factorization steps. Each loss is the mean negative log-likelihood over the
+predicted positions of the whole step. The total is their weighted sum; both weights are 1 in the paper (UniLMv2,
+equation 6). Pure functions of tensors.
 
-Legend: B batch, M predictions a sample, K objectives read (AE before PAR).
+    nll, correct [K, M, B] --weights--> LossSums --summed over micro-batches and ranks--> LossMeans
+
+Legend: B batch, M predictions a sample, K objectives (AE before PAR).
 """
 
 from __future__ import annotations
@@ -17,16 +20,17 @@ from torch import Tensor
 from pmlm_dist.config import ObjectiveConfig
 
 OBJECTIVES = {"ae+par": ("ae", "par"), "ae": ("ae",), "par": ("par",), "ar": ("par",), "ae+ar": ("ae", "par")}
-"""What each objective reads: AR is PAR over spans of one token."""
+"""Losses of each kind of objective. AR is PAR over spans of one token."""
 
 NUM_COUNTS = 9
+"""Length of `LossSums.counts`."""
 
 
 def target_weights(objective: ObjectiveConfig, weights_BM: Tensor, kept_BM: Tensor) -> Tensor:
     """1 for every target that counts, else 0: [K, B, M].
 
-    `weights_BM` is 0 for unused prediction slots; `kept_BM` tells where the [M] slot shows the original token, targets
-    that PAR leaves out with `drop_kept`.
+    `weights_BM` is 0 for unused prediction slots. `kept_BM` is True where the base slot holds the original token; PAR
+    skips these targets with `drop_kept`.
     """
     par_BM = weights_BM * ~kept_BM if objective.drop_kept else weights_BM
     by_name = {"ae": weights_BM, "par": par_BM}
@@ -37,27 +41,26 @@ def loss_scales(objective: ObjectiveConfig, targets_K: Tensor) -> Tensor:
     """Factor [K] of each objective's summed negative log-likelihood: its weight / its number of targets `targets_K`."""
     by_name = {"ae": objective.ae_weight, "par": objective.par_weight}
     weights_K = torch.tensor([by_name[name] for name in OBJECTIVES[objective.kind]], device=targets_K.device)
+    # A step without targets has a sum of 0; dividing by 0 would make it NaN.
     return weights_K / targets_K.clamp(min=1.0)
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over the targets of some micro-batches, in fp32.
-
-    `nll_K` [K] are the negative log-likelihoods by objective, to differentiate. `counts` [9] are the detached sums
-    that `LossMeans.from_counts` reads.
-    """
+    """Sums over the targets of some micro-batches, in fp32."""
 
     nll_K: Tensor
+    """Negative log-likelihood of each objective, differentiable."""
     counts: Tensor
+    """Detached sums [9], the argument of `LossMeans.from_counts`."""
 
 
 @dataclass(frozen=True)
 class LossMeans:
-    """Means per target: losses in nats, accuracies as shares; None for an objective that was not read.
+    """Means per target: losses in nats, accuracies as shares; None for an objective that is not trained.
 
-    PAR reads the answer of a kept token, so `par_masked*`, on slots that hold [MASK] alone, tell learning. `total` is
-    the weighted sum that is minimised.
+    PAR can copy a kept token from its base slot. The `par_masked*` values, over base slots that hold [MASK], measure
+    prediction alone. `total` is the weighted sum that training minimizes.
     """
 
     total: float
@@ -70,17 +73,17 @@ class LossMeans:
 
     @classmethod
     def from_counts(cls, counts: Tensor, objective: ObjectiveConfig) -> LossMeans:
-        """Means from a vector [9] of sums (see `LossSums.counts`), added up over micro-batches and ranks."""
-        ae, par, ae_right, par_right, ae_n, par_n, masked, masked_right, masked_n = counts.double().tolist()
+        """Means from `LossSums.counts`, summed over micro-batches and ranks."""
+        ae, par, ae_correct, par_correct, ae_n, par_n, masked, masked_correct, masked_n = counts.double().tolist()
         weighted = objective.ae_weight * ae / max(ae_n, 1.0) + objective.par_weight * par / max(par_n, 1.0)
         return cls(
             total=weighted,
             ae=_mean(ae, ae_n),
             par=_mean(par, par_n),
-            ae_accuracy=_mean(ae_right, ae_n),
-            par_accuracy=_mean(par_right, par_n),
+            ae_accuracy=_mean(ae_correct, ae_n),
+            par_accuracy=_mean(par_correct, par_n),
             par_masked=_mean(masked, masked_n),
-            par_masked_accuracy=_mean(masked_right, masked_n),
+            par_masked_accuracy=_mean(masked_correct, masked_n),
         )
 
 
@@ -89,26 +92,28 @@ def _mean(total: float, count: float) -> float | None:
 
 
 def loss_sums(
-    nll_KMB: Tensor, right_KMB: Tensor, weights_KBM: Tensor, masked_BM: Tensor, *, objective: ObjectiveConfig
+    nll_KMB: Tensor, correct_KMB: Tensor, weights_KBM: Tensor, masked_BM: Tensor, *, objective: ObjectiveConfig
 ) -> LossSums:
-    """The objectives' sums for one micro-batch.
+    """Sums of the objectives for one micro-batch.
 
-    `nll_KMB` are the targets' losses, `right_KMB` tells which targets won; `weights_KBM` as `target_weights` gives
-    them; `masked_BM` tells which [M] slots hold [MASK].
+    `nll_KMB` are the losses of the targets, `correct_KMB` is True where argmax is the target, `weights_KBM` is the
+    result of `target_weights`, and `masked_BM` is True where the base slot holds [MASK].
     """
     weights_KMB = weights_KBM.transpose(1, 2)
-    right_KMB = right_KMB * weights_KMB
+    correct_KMB = correct_KMB * weights_KMB
     nll_KMB = nll_KMB * weights_KMB
     nll_K = nll_KMB.sum(dim=(1, 2))
     names = OBJECTIVES[objective.kind]
     by_name = {
-        name: torch.stack([nll_K[k].detach(), right_KMB[k].sum(), weights_KMB[k].sum()]) for k, name in enumerate(names)
+        name: torch.stack([nll_K[k].detach(), correct_KMB[k].sum(), weights_KMB[k].sum()])
+        for k, name in enumerate(names)
     }
-    nothing = torch.zeros(3, device=nll_K.device)
-    masked = nothing
+    # One vector for all counts needs a single all-reduce; it has zeros for an objective that is not trained.
+    zeros_3 = torch.zeros(3, device=nll_K.device)
+    masked_3 = zeros_3
     if "par" in names:
         masked_MB = masked_BM.t()
-        par = [nll_KMB[-1].detach(), right_KMB[-1], weights_KMB[-1]]
-        masked = torch.stack([(values * masked_MB).sum() for values in par])
-    pairs_32 = torch.stack([by_name.get("ae", nothing), by_name.get("par", nothing)], dim=1)
-    return LossSums(nll_K=nll_K, counts=torch.cat([pairs_32.flatten(), masked]))
+        par = [nll_KMB[-1].detach(), correct_KMB[-1], weights_KMB[-1]]
+        masked_3 = torch.stack([(values * masked_MB).sum() for values in par])
+    pairs_32 = torch.stack([by_name.get("ae", zeros_3), by_name.get("par", zeros_3)], dim=1)
+    return LossSums(nll_K=nll_K, counts=torch.cat([pairs_32.flatten(), masked_3]))

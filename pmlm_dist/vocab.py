@@ -2,9 +2,9 @@
 
     vocab.txt | tokenizer.json | texts  ->  Vocabulary  ->  token ids
 
-The only module that knows the `tokenizers` library. The whole state is the text of a `tokenizer.json`, so a vocabulary
-travels between processes as a string. Raw text never yields a special token: a literal "[SEP]" in a document is read
-as bracket, word, bracket.
+Only this module uses the `tokenizers` library. The whole state is the text of a `tokenizer.json`, so processes can send
+a vocabulary as a string. Raw text never gives a special token: a literal "[SEP]" in a document is tokenized as bracket,
+word, bracket.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _ALPHABET_LIMIT = 1000
 
 
 class Vocabulary:
-    """WordPiece tokens 0 .. size-1 and the way from text to their ids and back.
+    """WordPiece tokens 0 .. size-1, and their tokenizer.
 
-    Build one with `load` or `train`. Equal vocabularies have equal `fingerprint`s, whichever file they came from.
+    Created by `load`, `train` or `from_tokens`. Equal tokens give an equal `fingerprint`, from any kind of file.
     """
 
     def __init__(self, tokenizer_json: str, *, origin: str = "vocabulary"):
@@ -51,9 +51,9 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
-        """Read a folder with `tokenizer.json`, a `tokenizer.json`, or a BERT `vocab.txt` (a token a line).
+        """Read a folder with `tokenizer.json`, a `tokenizer.json`, or a BERT `vocab.txt` (one token per line).
 
-        Raises ConfigError if there is no such file, if it is not WordPiece, or if a special token is missing.
+        Raises ConfigError for a missing file, a model other than WordPiece, or a missing special token.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -69,7 +69,7 @@ class Vocabulary:
 
     @classmethod
     def from_tokens(cls, tokens: Sequence[str], *, origin: str = "vocabulary") -> Vocabulary:
-        """The uncased BERT tokenizer over `tokens`, whose ids are their positions."""
+        """Create the uncased BERT tokenizer over `tokens`, whose ids are their positions."""
         repeated = [token for token, count in Counter(tokens).items() if count > 1]
         if repeated:
             raise_if_any(
@@ -81,13 +81,13 @@ class Vocabulary:
     def train(cls, texts: Iterable[str], size: int) -> Vocabulary:
         """Train at most `size` tokens on `texts`; the same texts in any order give the same vocabulary.
 
-        The special tokens take the ids 0 to 4. `texts` are kept in memory. At most `size` / 16 characters (and never
-        more than 1000) are in the alphabet; words with others become [UNK].
+        The special tokens have the ids 0 to 4. `texts` are kept in memory. The alphabet has at most `size` / 16
+        characters (at least 64, at most 1000); a word with any other character becomes [UNK].
         """
         texts = list(texts)
         alphabet = _alphabet(texts, limit=min(_ALPHABET_LIMIT, max(64, size // 16)))
         # The library numbers the "##c" tokens in the order of a randomly seeded hash table, and breaks ties between
-        # equally frequent pairs by these numbers. Handing them over in sorted order makes the outcome reproducible.
+        # equally frequent pairs by these numbers. Sorted "##c" tokens as input make the result reproducible.
         pieces = _train(texts, size=0, alphabet=alphabet, first=SPECIAL_TOKENS)
         continuations = sorted(token for token in pieces if token.startswith(CONTINUATION) and len(token) == 3)
         tokens = _train(texts, size=size, alphabet=alphabet, first=(*SPECIAL_TOKENS, *continuations))
@@ -109,7 +109,7 @@ class Vocabulary:
         return len(self._tokens)
 
     def padded_size(self, multiple: int = 128) -> int:
-        """`size` rounded up to a multiple, as the embedding rows are for tensor parallelism."""
+        """Return `size` rounded up to a multiple: the rows of the embedding, which tensor parallelism divides."""
         return -(-self.size // multiple) * multiple
 
     @property
@@ -139,7 +139,7 @@ class Vocabulary:
 
     @cached_property
     def special_ids(self) -> tuple[int, ...]:
-        """Sorted ids of the five special tokens and of every `[unusedN]`: what is no text."""
+        """Sorted ids of the five special tokens and of every `[unusedN]`: all tokens that are not text."""
         special = {self._ids[token] for token in SPECIAL_TOKENS}
         return tuple(sorted(special | {i for token, i in self._ids.items() if _UNUSED.fullmatch(token)}))
 
@@ -153,14 +153,14 @@ class Vocabulary:
         """All tokens in the order of their ids."""
         return tuple(self._tokens)
 
-    def with_ids_exchanged(self, a: int, b: int) -> Vocabulary:
-        """The same tokens, but two of them with each other's ids."""
+    def with_ids_swapped(self, a: int, b: int) -> Vocabulary:
+        """Return the same tokens with the ids `a` and `b` swapped."""
         ids = dict(self._ids)
         ids[self._tokens[a]], ids[self._tokens[b]] = b, a
         return self._with_ids(ids)
 
     def renamed(self, names: Mapping[str, str]) -> Vocabulary:
-        """The same ids, with other names for the tokens in `names`; what the tokenizer does to text stays as it is."""
+        """Return the same ids with other names for the tokens in `names`; the text processing is unchanged."""
         return self._with_ids({names.get(token, token): id for token, id in self._ids.items()}, names)
 
     def _with_ids(self, ids: dict[str, int], names: Mapping[str, str] | None = None) -> Vocabulary:
@@ -172,8 +172,8 @@ class Vocabulary:
         return Vocabulary(json.dumps(specification, ensure_ascii=False))
 
     @property
-    def published(self) -> str:
-        """A `tokenizer.json` for other programs: texts get [CLS] and [SEP], special tokens in them are read as such."""
+    def exported_json(self) -> str:
+        """`tokenizer.json` for other programs: it adds [CLS] and [SEP], and recognizes special tokens in texts."""
         specification = json.loads(self._json)
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         special = sorted(SPECIAL_TOKENS, key=self._ids.__getitem__)
@@ -188,27 +188,27 @@ class Vocabulary:
         return json.dumps(specification, ensure_ascii=False)
 
     def token(self, id: int) -> str:
-        """The token with this id."""
+        """Return the token with this id."""
         return self._tokens[id]
 
     @cached_property
-    def reads_words_alone(self) -> bool:
-        """Whether the ids of a text are those of its words between spaces, one after another: BERT's tokenizers."""
+    def tokenizes_words_independently(self) -> bool:
+        """Whether the ids of a text are those of its space-separated words, one after another: BERT's tokenizers."""
         specification = json.loads(self._json)
         steps = [(specification.get(step) or {}).get("type") for step in ("normalizer", "pre_tokenizer")]
         return steps == ["BertNormalizer", "BertPreTokenizer"]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens around or in them."""
+        """Return the token ids of each text, without special tokens around or in them."""
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """The ids of `encode_batch`, and for each the characters [start, stop) of the text that it stands for."""
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Return the ids of `encode_batch`, and for each id its characters [start, stop) of the text."""
         encoded = self._encoder.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Readable text of `ids`; special tokens are written out."""
+        """Return the text of `ids`, with special tokens."""
         return self._encoder.decode([int(id) for id in ids], skip_special_tokens=False)
 
     @cached_property
@@ -216,7 +216,7 @@ class Vocabulary:
         from tokenizers import Tokenizer
 
         specification = json.loads(self._json)
-        # Without added tokens, a literal "[MASK]" in the text is ordinary text.
+        # Without added tokens, a literal "[MASK]" in a text is ordinary text.
         specification.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
         return Tokenizer.from_str(json.dumps(specification))
 
@@ -240,7 +240,7 @@ def _ordered_tokens(specification: dict[str, Any], *, origin: str) -> list[str]:
 
 
 def _tokenizer_json(tokens: Sequence[str]) -> str:
-    """A `tokenizer.json` of the uncased BERT tokenizer over `tokens`."""
+    """Return the `tokenizer.json` of the uncased BERT tokenizer over `tokens`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
     ids = {token: number for number, token in enumerate(tokens)}
@@ -267,7 +267,7 @@ def _pre_tokenizer() -> Any:
 
 
 def _alphabet(texts: Sequence[str], *, limit: int) -> list[str]:
-    """The `limit` most frequent characters of the normalised texts; ties go to the lower code point."""
+    """Return the `limit` most frequent characters of the normalized texts; for equal counts the lower code point."""
     normalizer, counts = _normalizer(), Counter()
     for text in texts:
         counts.update(normalizer.normalize_str(text))
@@ -276,7 +276,7 @@ def _alphabet(texts: Sequence[str], *, limit: int) -> list[str]:
 
 
 def _train(texts: Sequence[str], *, size: int, alphabet: list[str], first: Sequence[str]) -> list[str]:
-    """The library's trainer; `first` take the lowest ids."""
+    """Train with the library; the tokens of `first` have the lowest ids."""
     from tokenizers import Tokenizer, models, trainers
 
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))

@@ -4,7 +4,7 @@
 #   SOURCE='texts/*.jsonl' sbatch slurm/prepare_corpus.sh
 #   SOURCE='texts/*.txt.gz' OUTPUT=/data/corpus sbatch --nodes=8 slurm/prepare_corpus.sh --vocabulary vocab.txt
 #
-# A job that is killed leaves no manifest; submitted again, it goes on where it stopped. One that is done does nothing.
+# A killed job leaves no manifest; submitted again, it resumes. If the corpus is complete, the job does nothing.
 
 #SBATCH --job-name=pmlm-corpus
 #SBATCH --nodes=2

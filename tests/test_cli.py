@@ -11,7 +11,7 @@ from pmlm_dist.corpus.shards import ShardError
 ROOT = Path(__file__).parent.parent
 
 
-def test_help_names_every_command_and_imports_nothing_heavy():
+def test_help_lists_every_command_and_imports_nothing_heavy():
     program = (
         "import sys; from pmlm_dist import cli; code = cli.main(['--help']);"
         "print([m for m in ('torch', 'numpy', 'tyro', 'mpi4py', 'webdataset', 'tokenizers') if m in sys.modules]);"
@@ -22,13 +22,13 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     assert all(f"  {name} " in found.stdout for name in cli.COMMANDS)
 
 
-def test_unknown_commands_are_refused_with_the_closest(capsys: pytest.CaptureFixture[str]):
+def test_unknown_command_exits_2_with_the_closest(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["prepare-corpse"]) == 2
     assert "did you mean 'prepare-corpus'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ConfigError(["seed (-1) is wrong"]), ShardError("seed (-1) is wrong")])
-def test_errors_of_the_user_are_messages(monkeypatch, capsys: pytest.CaptureFixture[str], error: Exception):
+def test_user_errors_print_a_message(monkeypatch, capsys: pytest.CaptureFixture[str], error: Exception):
     def fail(arguments):
         raise error
 
@@ -37,7 +37,7 @@ def test_errors_of_the_user_are_messages(monkeypatch, capsys: pytest.CaptureFixt
     assert "seed (-1) is wrong" in capsys.readouterr().err
 
 
-def test_errors_of_the_program_keep_their_traceback(monkeypatch):
+def test_program_errors_print_a_traceback(monkeypatch):
     def fail(arguments):
         raise ValueError("a bug")
 
@@ -47,7 +47,7 @@ def test_errors_of_the_program_keep_their_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["export", "import", "extend-positions"])
-def test_what_writes_a_folder_from_one_process_is_refused_on_several_ranks(
+def test_single_process_commands_exit_2_on_several_ranks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
@@ -57,7 +57,7 @@ def test_what_writes_a_folder_from_one_process_is_refused_on_several_ranks(
 
 
 @pytest.mark.parametrize("program", ["train.py", "-m pmlm_dist.cli plan", "-m pmlm_dist.cli finetune"])
-def test_a_reader_who_has_enough_of_the_help_gets_no_traceback(program: str):
+def test_closed_pipe_of_help_gives_no_traceback(program: str):
     command = [sys.executable, *program.split(), "--help"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -69,7 +69,7 @@ def test_a_reader_who_has_enough_of_the_help_gets_no_traceback(program: str):
     assert "supervisor" not in errors
 
 
-def test_settings_are_listed_all_at_once(capsys: pytest.CaptureFixture[str]):
+def test_all_setting_problems_are_listed_together(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["prepare-corpus", "--sequence-length", "4"]) == 2
     message = capsys.readouterr().err
     assert "sequence_length (4)" in message

@@ -1,4 +1,4 @@
-"""Losses and accuracies against a loop over every prediction, for every objective of the paper's Table 6."""
+"""Losses and accuracies against a loop over all predictions, for every objective of the paper's Table 6."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def sums_of(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, 
     )
 
 
-def by_hand(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, masked_BM, kept_BM) -> LossMeans:
+def longhand_means(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, masked_BM, kept_BM) -> LossMeans:
     """A loop over objectives, samples and predictions."""
     found: dict[str, list[tuple[float, bool, bool]]] = {}
     for k, name in enumerate(OBJECTIVES[objective.kind]):
@@ -77,9 +77,9 @@ def by_hand(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, 
 
 @pytest.mark.parametrize("objective", CASES, ids=str)
 @pytest.mark.parametrize("seed", range(2))
-def test_means_equal_a_loop_over_predictions(objective, seed):
+def test_means_equal_longhand(objective, seed):
     tensors = example(objective, seed)
-    expected = by_hand(objective, **tensors)
+    expected = longhand_means(objective, **tensors)
     found = LossMeans.from_counts(sums_of(objective, **tensors).counts, objective)
     for name, value in vars(expected).items():
         if value is None:
@@ -89,14 +89,14 @@ def test_means_equal_a_loop_over_predictions(objective, seed):
 
 
 @pytest.mark.parametrize("objective", CASES, ids=str)
-def test_the_scaled_sums_are_the_weighted_sum_of_means_and_have_its_gradient(objective):
+def test_scaled_sums_equal_weighted_means_in_value_and_gradient(objective):
     tensors = example(objective)
     logits = tensors["logits_KMBV"].requires_grad_()
     targets_K = target_weights(objective, tensors["weights_BM"], tensors["kept_BM"]).sum(dim=(1, 2))
     sums = sums_of(objective, **tensors)
     loss = (sums.nll_K * loss_scales(objective, targets_K)).sum()
     loss.backward()
-    assert math.isclose(float(loss.detach()), by_hand(objective, **tensors).total, rel_tol=1e-5)
+    assert math.isclose(float(loss.detach()), longhand_means(objective, **tensors).total, rel_tol=1e-5)
     probabilities = logits.detach().softmax(-1)
     one_hot = F.one_hot(tensors["targets_BM"].t().expand(len(logits), -1, -1), V)
     for k, name in enumerate(OBJECTIVES[objective.kind]):
@@ -110,7 +110,7 @@ def test_the_scaled_sums_are_the_weighted_sum_of_means_and_have_its_gradient(obj
 
 
 @pytest.mark.parametrize("objective", CASES, ids=str)
-def test_sums_of_parts_add_up_to_the_sums_of_the_whole(objective):
+def test_sums_of_micro_batches_add_up_to_sums_of_batch(objective):
     tensors = example(objective)
     halves = [
         {name: tensor[..., part, :] if name == "logits_KMBV" else tensor[part] for name, tensor in tensors.items()}

@@ -17,7 +17,7 @@ from support.corpora import write_corpus
 from pmlm_dist.config import ConfigError, DataConfig
 from pmlm_dist.conversion.files import read_tensors
 from pmlm_dist.corpus.shards import MANIFEST, Manifest
-from pmlm_dist.data.remote_files import address_of
+from pmlm_dist.data.remote_files import parse_address
 from pmlm_dist.data.stream import CorpusSource
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +118,7 @@ def test_foreign_weights_that_hold_code_are_refused(tmp_path: Path, monkeypatch:
 
 def opened(corpus: Path, cache: Path) -> Manifest:
     """The manifest of a corpus at an address."""
-    return Manifest.load(CorpusSource.at(f"file://{corpus}", DataConfig(cache=str(cache))).folder)
+    return Manifest.load(CorpusSource.open(f"file://{corpus}", DataConfig(cache=str(cache))).folder)
 
 
 @pytest.mark.fault("F63")
@@ -140,16 +140,16 @@ def test_a_manifest_from_an_address_names_no_place_outside_the_cache(tmp_path: P
     plain = json.loads((corpus / MANIFEST).read_text())
     plain["splits"]["train"]["shards"][0].update(change)
     (corpus / MANIFEST).write_text(json.dumps(plain))
-    with pytest.raises(ConfigError, match=r"is no path below the corpus|is none"):
+    with pytest.raises(ConfigError, match=r"is not a path below the corpus|is not a sha256"):
         opened(corpus, cache)
     assert not list(tmp_path.rglob("*outside*"))
 
 
 def test_an_address_with_a_password_is_refused_before_it_can_be_written_down():
     with pytest.raises(ConfigError, match="would be written into logs and checkpoints") as caught:
-        address_of("https://me:hunter2@host/corpus")
+        parse_address("https://me:hunter2@host/corpus")
     assert "hunter2" not in str(caught.value)
-    assert address_of("s3://bucket/a@b") == "s3://bucket/a@b"
+    assert parse_address("s3://bucket/a@b") == "s3://bucket/a@b"
 
 
 def test_the_document_names_tests_and_modules_that_there_are():

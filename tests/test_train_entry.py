@@ -24,7 +24,7 @@ from pmlm_dist.presets import PRESETS, base, tiny
 from pmlm_dist.supervision.exit_codes import ExitCode
 
 ROOT = Path(__file__).parent.parent
-SECRET = "a-token-that-nobody-may-read"
+SECRET = "a-secret-token"
 PYTHON = sys.executable
 BESIDE_PYTHON = Path(sys.executable).parent
 
@@ -39,16 +39,16 @@ SMALL = [
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def test_no_argument_means_the_base_preset():
+def test_default_preset_is_base():
     assert train.parse([]) == base()
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_chosen_by_name(name: str):
+def test_preset_is_selected_by_name(name: str):
     assert train.parse(["--preset", name]) == train.parse([f"--preset={name}"]) == PRESETS[name]()
 
 
-def test_overrides_change_what_they_name_and_nothing_else():
+def test_overrides_change_the_named_settings_only():
     arguments = ["--preset", "tiny", "--train.steps", "7", "--model.no-relative-bias", "--data.lanes", "4"]
     expected = replace(
         tiny(),
@@ -62,7 +62,7 @@ def test_overrides_change_what_they_name_and_nothing_else():
 @pytest.mark.parametrize(
     "flags", [["--local_rank=3"], ["--local-rank", "3"], ["--local_rank", "3", "--preset", "base"]]
 )
-def test_the_flag_that_the_deepspeed_launcher_appends_is_ignored(flags: list[str]):
+def test_local_rank_flag_of_deepspeed_is_ignored(flags: list[str]):
     assert train.parse(flags) == base()
 
 
@@ -78,7 +78,7 @@ def test_the_flag_that_the_deepspeed_launcher_appends_is_ignored(flags: list[str
         (["--masking.rate"], "--masking.rate"),
     ],
 )
-def test_a_mistake_ends_with_exit_code_2_and_the_setting_that_is_meant(
+def test_unknown_setting_exits_2_and_suggests_the_closest(
     arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit) as caught:
@@ -89,12 +89,12 @@ def test_a_mistake_ends_with_exit_code_2_and_the_setting_that_is_meant(
     assert arguments[-1] in printed.out + printed.err
 
 
-def test_an_unknown_preset_is_refused_with_those_there_are():
+def test_unknown_preset_raises_with_known_ones():
     with pytest.raises(ConfigError, match=r"--preset \(bas\) .* base, large, tiny"):
         train.parse(["--preset", "bas"])
 
 
-def test_ranks_but_the_first_say_nothing_about_a_mistake(capsys: pytest.CaptureFixture[str]):
+def test_ranks_other_than_zero_print_nothing_about_settings(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         train.parse(["--train.stepz", "3"], quiet=True)
     printed = capsys.readouterr()
@@ -114,13 +114,13 @@ LAUNCHERS: dict[str, list[dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_one_rank_speaks_and_the_cores_are_shared(launcher: str):
+def test_one_rank_prints_and_cores_are_shared(launcher: str):
     ranks = LAUNCHERS[launcher]
     assert [is_rank_zero(environ) for environ in ranks] == [True, False]
     assert [threads_per_rank(environ, cores=12) for environ in ranks] == [6, 6]
 
 
-def test_a_process_alone_speaks_and_takes_all_cores():
+def test_single_process_prints_and_uses_all_cores():
     assert is_rank_zero({})
     assert threads_per_rank({}, cores=12) == 12
     assert threads_per_rank({"LOCAL_WORLD_SIZE": "64"}, cores=12) == 1
@@ -244,7 +244,7 @@ def test_every_launcher_starts_the_same_run(launcher: str, small_corpus: Path, f
 
 
 @pytest.mark.distributed
-def test_python_alone_learns_the_same_on_one_rank(small_corpus: Path, folder: Path, by_torchrun: dict):
+def test_python_without_launcher_gives_the_same_losses(small_corpus: Path, folder: Path, by_torchrun: dict):
     alone = launched("python", small_corpus, folder)
     assert alone.keys() == by_torchrun.keys()
     for step, expected in by_torchrun.items():
@@ -252,7 +252,7 @@ def test_python_alone_learns_the_same_on_one_rank(small_corpus: Path, folder: Pa
 
 
 @pytest.mark.distributed
-def test_a_missing_corpus_ends_all_ranks_with_one_message_that_names_the_remedy(tmp_path: Path):
+def test_missing_corpus_ends_all_ranks_with_one_message(tmp_path: Path):
     port = free_port()
     command = [PYTHON, ROOT / "train.py", "--corpus", tmp_path / "nowhere", "--run-dir", tmp_path / "run"]
     with contextlib.ExitStack() as stack:
@@ -268,8 +268,8 @@ def test_a_missing_corpus_ends_all_ranks_with_one_message_that_names_the_remedy(
     assert not (tmp_path / "run").exists()
 
 
-def refused_on(config: RunConfig, missing: Path) -> str:
-    """Why a run is refused whose corpus is missing on rank 1 alone."""
+def error_on(config: RunConfig, missing: Path) -> str:
+    """Return the error of a run whose corpus is missing on rank 1 alone."""
     from pmlm_dist.training.run import pretrain
 
     with pytest.raises(ConfigError) as caught:
@@ -278,7 +278,7 @@ def refused_on(config: RunConfig, missing: Path) -> str:
 
 
 @pytest.mark.distributed
-def test_what_is_missing_on_another_node_is_said_by_the_rank_that_speaks(small_corpus: Path, tmp_path: Path):
-    first, second = run_world(refused_on, 2, run_config(small_corpus, tmp_path / "run"), tmp_path / "nowhere")
+def test_problem_on_another_node_is_printed_by_rank_zero(small_corpus: Path, tmp_path: Path):
+    first, second = run_world(error_on, 2, run_config(small_corpus, tmp_path / "run"), tmp_path / "nowhere")
     assert second.startswith(f"- no corpus in {tmp_path / 'nowhere'}")
     assert first == f"- on rank 1: {second.removeprefix('- ')}"

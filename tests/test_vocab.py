@@ -12,8 +12,8 @@ WORDS = ["the", "model", "reads", "masked", "spans", "transformers", "tokenizati
 
 
 def sentences(count: int) -> list[str]:
-    choose = random.Random(0)
-    return [" ".join(choose.choices(WORDS, k=20)) for _ in range(count)]
+    rng = random.Random(0)
+    return [" ".join(rng.choices(WORDS, k=20)) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -21,33 +21,33 @@ def vocabulary() -> Vocabulary:
     return Vocabulary.train(sentences(200), 200)
 
 
-def test_specials_take_the_first_ids(vocabulary: Vocabulary):
+def test_special_tokens_have_the_first_ids(vocabulary: Vocabulary):
     assert [vocabulary.token(id) for id in range(5)] == list(SPECIAL_TOKENS)
     ids = (vocabulary.pad_id, vocabulary.unk_id, vocabulary.cls_id, vocabulary.sep_id, vocabulary.mask_id)
     assert ids == vocabulary.special_ids == (0, 1, 2, 3, 4)
 
 
-def test_training_does_not_depend_on_the_order_of_texts_or_on_chance():
+def test_training_is_deterministic_and_independent_of_text_order():
     texts = [path.read_text(encoding="utf-8") for path in sorted(Path(random.__file__).parent.glob("a*.py"))]
     fingerprints = set()
-    for turn in range(4):
-        random.Random(turn).shuffle(texts)
+    for attempt in range(4):
+        random.Random(attempt).shuffle(texts)
         fingerprints.add(Vocabulary.train(texts, 1000).fingerprint)
     assert len(fingerprints) == 1
 
 
-def test_size_is_kept_and_padded():
+def test_trained_size_is_exact_and_padded_to_a_multiple():
     vocabulary = Vocabulary.train(sentences(50), 90)
     assert vocabulary.size == 90
     assert (vocabulary.padded_size(), vocabulary.padded_size(30), vocabulary.padded_size(8)) == (128, 90, 96)
 
 
-def test_too_small_a_size_is_refused():
+def test_too_small_size_raises():
     with pytest.raises(ConfigError, match=r"vocabulary_size \(10\) is below"):
         Vocabulary.train(sentences(5), 10)
 
 
-def test_both_files_give_the_same_vocabulary(vocabulary: Vocabulary, tmp_path: Path):
+def test_saved_files_load_equal(vocabulary: Vocabulary, tmp_path: Path):
     vocabulary.save(tmp_path)
     texts = ["Reads MASKED spans", "unknown ☃ don't"]
     for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "vocab.txt"):
@@ -56,7 +56,7 @@ def test_both_files_give_the_same_vocabulary(vocabulary: Vocabulary, tmp_path: P
         assert loaded.encode_batch(texts) == vocabulary.encode_batch(texts)
 
 
-def test_agrees_with_the_bert_tokenizer_of_transformers(vocabulary: Vocabulary, tmp_path: Path):
+def test_encoding_equals_the_bert_tokenizer_of_transformers(vocabulary: Vocabulary, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     vocabulary.save(tmp_path)
     reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
@@ -65,18 +65,18 @@ def test_agrees_with_the_bert_tokenizer_of_transformers(vocabulary: Vocabulary, 
         assert reference(text)["input_ids"] == [2, *vocabulary.encode_batch([text])[0], 3]
 
 
-def test_special_tokens_in_the_text_are_text(vocabulary: Vocabulary):
+def test_special_tokens_in_a_text_are_ordinary_text(vocabulary: Vocabulary):
     ids = vocabulary.encode_batch(["[SEP] reads [MASK] [CLS][PAD]"])[0]
     assert not {vocabulary.sep_id, vocabulary.mask_id, vocabulary.cls_id, vocabulary.pad_id} & set(ids)
 
 
-def test_decode_undoes_encode(vocabulary: Vocabulary):
+def test_decode_inverts_encode(vocabulary: Vocabulary):
     ids = vocabulary.encode_batch(["The Model reads masked spans"])[0]
     assert vocabulary.decode(ids) == "the model reads masked spans"
     assert vocabulary.decode([2, *ids, 3]) == "[CLS] the model reads masked spans [SEP]"
 
 
-def test_survives_pickling_after_use(vocabulary: Vocabulary):
+def test_used_vocabulary_can_be_pickled(vocabulary: Vocabulary):
     before = vocabulary.encode_batch(["masked spans"])
     assert pickle.loads(pickle.dumps(vocabulary)).encode_batch(["masked spans"]) == before
 
@@ -102,18 +102,18 @@ def test_missing_special_tokens_are_named(tmp_path: Path):
         (json.dumps({"model": {"type": "WordPiece", "vocab": {"a": 0, "b": 2}}}), "without gaps"),
     ],
 )
-def test_other_files_are_refused(tmp_path: Path, content: str, message: str):
+def test_unsupported_files_raise(tmp_path: Path, content: str, message: str):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
         Vocabulary.load(tmp_path)
 
 
-def test_missing_file_is_refused(tmp_path: Path):
+def test_missing_file_raises(tmp_path: Path):
     with pytest.raises(ConfigError, match="no such file"):
         Vocabulary.load(tmp_path / "nothing.txt")
 
 
-def test_repeated_tokens_are_refused(tmp_path: Path):
+def test_repeated_tokens_raise(tmp_path: Path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nword\nword\n")
     with pytest.raises(ConfigError, match="'word'"):
         Vocabulary.load(tmp_path / "vocab.txt")

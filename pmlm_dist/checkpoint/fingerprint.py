@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.parallel.groups import Topology
 
 _SAMPLES, _CONTEXT, _PREDICTIONS, _VALUES = 1, 4, 2, 4  # few: the training stands still for it at every save
@@ -35,7 +36,7 @@ def fingerprint(
     was_training = engine.training
     engine.eval()
     inputs = _probe_batch(vocab_size, context=min(_CONTEXT, max_positions), device=topology.device)
-    logits_KMBV = engine(**inputs, objectives=_READS)
+    logits_KMBV = engine(inputs=inputs, objectives=_READS)
     engine.train(was_training)
     return {
         "statistics": dict(zip(_READS, _statistics(logits_KMBV, topology, vocab_size=vocab_size), strict=True)),
@@ -69,7 +70,7 @@ def fingerprint_differences(saved: dict[str, Any], now: dict[str, Any], *, preci
     return found
 
 
-def _probe_batch(vocab_size: int, *, context: int, device: torch.device) -> dict[str, Tensor]:
+def _probe_batch(vocab_size: int, *, context: int, device: torch.device) -> SlotInputs[Tensor]:
     """Tokens spread over the vocabulary in a context of which two positions are predicted, one after the other."""
     slots = context + 2 * _PREDICTIONS
     predicted = [context // 3, 2 * context // 3]
@@ -84,7 +85,7 @@ def _probe_batch(vocab_size: int, *, context: int, device: torch.device) -> dict
         "valid_BT": torch.ones(_SAMPLES, slots, dtype=torch.bool),
         "predicted_BM": torch.tensor([predicted] * _SAMPLES),
     }
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return SlotInputs(**{name: tensor.to(device) for name, tensor in inputs.items()})
 
 
 def _statistics(logits_KMBV: Tensor, topology: Topology, *, vocab_size: int) -> list[dict[str, float]]:

@@ -20,7 +20,7 @@ import torch
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.conversion.pretrained import PretrainedWeights, build_pretrained, find_pretrained, open_pretrained
 from pmlm_dist.data.batch import special_ids
-from pmlm_dist.decoding.batch_generation import generate_batches, search_of
+from pmlm_dist.decoding.batch_generation import build_search, generate_batches
 from pmlm_dist.decoding.beam_search import Hypothesis, ScoresNotFinite
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.downstream.rows import read_file
@@ -104,11 +104,11 @@ def _generate_all(config: GenerateConfig, inputs: _Inputs, topology: Topology) -
     own, special = order[topology.rank :: topology.world_size], special_ids(pretrained.vocabulary)
 
     def generate_own() -> dict[int, list[Hypothesis]]:
-        model, search = load_model(pretrained, config.precision), search_of(config.decoding, special)
+        model, search = load_model(pretrained, config.precision), build_search(config.decoding, special)
         own_sources = [sources[number] for number in own]
         try:
             hypotheses = generate_batches(
-                model, own_sources, search=search, special=special, batch=config.batch, numbers=own
+                model, own_sources, search=search, special=special, batch=config.batch, sample_ids=own
             )
         except ScoresNotFinite as error:
             raise ConfigError([f"{pretrained.facts['folder']}: {error}"]) from error

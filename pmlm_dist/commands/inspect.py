@@ -144,7 +144,7 @@ def _batch_of_one(config: InspectConfig, vocabulary: Vocabulary) -> Batch:
     reader = SplitReader(config.corpus, split=TRAIN)
     if not 0 <= config.sample < len(reader):
         raise_if_any([f"sample ({config.sample}) must lie between 0 and {len(reader) - 1}, the last training sample"])
-    sample = reader.numbered(config.sample)._replace(epoch=config.epoch)
+    sample = reader.sample(config.sample)._replace(epoch=config.epoch)
     reader.close()
     source = BatchSource(config.corpus, special=special_ids(vocabulary), masking=config.masking, seed=config.seed)
     return source.batch([sample], seed=config.seed)

@@ -1,13 +1,13 @@
-"""The model card of an export: what was trained, on what, how far, and what the format could not hold."""
+"""Model card of an export: training data, settings and progress, and limitations of the format."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pmlm_dist.conversion.huggingface import Exported
+from pmlm_dist.conversion.huggingface import ExportedModel
 from pmlm_dist.conversion.pretrained import PretrainedWeights
 
-_FRONT = """---
+_FRONT_MATTER = """---
 language: en
 library_name: {library}
 pipeline_tag: fill-mask
@@ -17,28 +17,29 @@ tags:
 - {kind}
 ---
 """
-_PURPOSE = """
+_SUMMARY = """
 # Pseudo-masked language model
 
-Pre-trained as UniLMv2 (arXiv 2002.12804) describes: autoencoding and partially autoregressive prediction in one forward
-pass, one network for both. This folder holds it as `{kind}`, a bidirectional encoder with a masked-LM head; for
-sentence vectors take the mean of the last hidden states. There is no trained pooler.
+Pre-trained as described in UniLMv2 (arXiv 2002.12804): autoencoding and partially autoregressive prediction in one
+forward pass of one network. This folder holds the model as `{kind}`, a bidirectional encoder with a masked-LM head. It
+has no trained pooler: for sentence vectors, use the mean of the last hidden states.
 """
 
 
-def model_card(pretrained: PretrainedWeights, exported: Exported, *, difference: float) -> str:
-    """Markdown with the front matter that hubs read."""
+def model_card(pretrained: PretrainedWeights, exported: ExportedModel, *, difference: float) -> str:
+    """Return Markdown with the front matter of a model hub."""
     kind = exported.settings["model_type"]
     library = "unilm" if kind == "unilm" else "transformers"
     parts = [
-        _FRONT.format(kind=kind, library=library) + _PURPOSE.format(kind=kind),
+        _FRONT_MATTER.format(kind=kind, library=library) + _SUMMARY.format(kind=kind),
         "## Training\n" + _table(_training_facts(pretrained)),
         "## Model\n" + _table(_model_facts(pretrained)),
         "## Export\n"
-        f"Loaded back, its logits differed from the checkpoint's by at most {difference:.1e} (fp32, random texts).\n",
+        f"Largest difference of the logits from the checkpoint's after reloading: {difference:.1e} (fp32, random "
+        "texts).\n",
     ]
-    if exported.lost:
-        parts.append("What this format cannot hold:\n" + "".join(f"- {sentence}\n" for sentence in exported.lost))
+    if exported.limitations:
+        parts.append("Limitations of the format:\n" + "".join(f"- {text}\n" for text in exported.limitations))
     return "\n".join(parts)
 
 
@@ -51,7 +52,7 @@ def _training_facts(pretrained: PretrainedWeights) -> dict[str, Any]:
     facts, run = pretrained.facts, pretrained.facts.get("configuration", {})
     imported = run.get("imported")
     if imported:
-        return {"imported from": f"{imported.get('format')}, not trained further"}
+        return {"imported from": f"{imported.get('format')}, without further training"}
     objective, masking, optim = (run.get(name, {}) for name in ("objective", "masking", "optim"))
     identity = facts.get("identity", {})
     return {
@@ -66,7 +67,7 @@ def _training_facts(pretrained: PretrainedWeights) -> dict[str, Any]:
         "precision": identity.get("precision"),
         "corpus (sha256)": identity.get("corpus"),
         "vocabulary (sha256)": identity.get("vocabulary"),
-        "started from": run.get("init"),
+        "initial weights": run.get("init"),
     }
 
 

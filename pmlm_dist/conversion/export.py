@@ -1,8 +1,8 @@
-"""`pmlm export`: a checkpoint as a folder of another program's, which is loaded back and asked before it counts.
+"""`pmlm export`: a checkpoint in another format, reloaded and compared before it gets its name.
 
-checkpoint --open--> Pretrained --as_bert | as_mpnet | as_unilm--> temporary folder
-                         |                                              | loaded by transformers (UniLM: by import)
-                         '--- logits, states, ids ----- compared with --'      --> folder, with a model card
+checkpoint --open_pretrained--> PretrainedWeights --to_bert | to_mpnet | to_unilm--> temporary folder
+                                    |                               | loaded by transformers (UniLM: by import)
+                                    '-- logits, states, token ids --'  compared  --> folder, with a model card
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from pmlm_dist.config import ConfigError, raise_if_any
+from pmlm_dist.conversion.bert import to_bert
 from pmlm_dist.conversion.card import model_card
 from pmlm_dist.conversion.files import CONFIG, OLD_WEIGHTS, write_settings
 from pmlm_dist.conversion.huggingface import (
-    Exported,
+    ExportedModel,
     ModelOutputs,
-    as_bert,
-    as_mpnet,
-    ids_of_folder,
     load_transformers,
-    outputs_of_folder,
+    transformers_outputs,
+    transformers_token_ids,
     write_folder,
 )
 from pmlm_dist.conversion.importing import read_pretrained
+from pmlm_dist.conversion.mpnet import to_mpnet
 from pmlm_dist.conversion.pretrained import (
     PretrainedWeights,
     build_pretrained,
@@ -37,18 +37,22 @@ from pmlm_dist.conversion.pretrained import (
     new_folder,
     open_pretrained,
 )
-from pmlm_dist.conversion.unilm import as_unilm
+from pmlm_dist.conversion.unilm import to_unilm
 from pmlm_dist.vocab import Vocabulary
 
-LARGEST_DIFFERENCE = 1e-4
-"""Between logits of the checkpoint and of its export, in fp32."""
+MAX_DIFFERENCE = 1e-4
+"""Between the logits of checkpoint and export, in fp32."""
 Format = Literal["mpnet", "bert", "unilm"]
-_FORMATS: dict[str, Callable[[PretrainedWeights], Exported]] = {"mpnet": as_mpnet, "bert": as_bert, "unilm": as_unilm}
+_FORMATS: dict[str, Callable[[PretrainedWeights], ExportedModel]] = {
+    "mpnet": to_mpnet,
+    "bert": to_bert,
+    "unilm": to_unilm,
+}
 
 
 @dataclass(frozen=True)
 class ProbeInputs:
-    """Texts to compare two models by: ids of the checkpoint's vocabulary [B, T], segments, which are no padding."""
+    """Texts that two models are compared on: token ids of the checkpoint's vocabulary, segments, validity [B, T]."""
 
     ids_BT: Tensor
     segments_BT: Tensor
@@ -57,7 +61,7 @@ class ProbeInputs:
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest differences found, in fp32."""
+    """Largest absolute differences, in fp32."""
 
     logits: float
     states: float
@@ -66,33 +70,33 @@ class Difference:
 def export(
     folder: Path, /, *, format: Format, output: Path | None = None, vocabulary: Path | None = None, onnx: bool = False
 ) -> None:
-    """Write the newest whole checkpoint in a folder for Hugging Face `transformers` (mpnet, bert), or as UniLM's.
+    """Export the newest valid checkpoint in a folder to Hugging Face `transformers` (mpnet, bert) or UniLM.
 
-    The result is loaded back, and its logits are compared with the checkpoint's, before it gets its name.
+    The result is reloaded and its logits are compared with the checkpoint's before it gets its name.
 
     Args:
-        folder: A run's folder, its checkpoints, one of them, or what `pmlm import` wrote.
-        format: `mpnet` for models with relative position bias, `bert` for those without, `unilm` for either.
-        output: The folder to write, which must not be there yet. None: RUN_DIR/export/FORMAT-STEP.
-        vocabulary: Where the vocabulary lies. None: in the run's corpus, or beside imported weights.
+        folder: A run folder, its checkpoints, one of them, or a folder written by `pmlm import`.
+        format: `mpnet` for models with relative position bias, `bert` for those without, `unilm` for both.
+        output: The folder to write, which must not exist. None: RUN_DIR/export/FORMAT-STEP.
+        vocabulary: Path of the vocabulary. None: in the corpus of the run, or beside imported weights.
         onnx: Also write the encoder as onnx/model.onnx, checked with onnxruntime (extra `onnx`).
     """
     if onnx and format == "unilm":
-        raise ConfigError(["--onnx is written from what transformers loads, which --format unilm is not: use another"])
+        raise ConfigError(["--onnx requires a format that transformers can load, not --format unilm: use another"])
     if format != "unilm":
         load_transformers()
     pretrained = open_pretrained(folder, vocabulary=vocabulary)
     target = output or _default_output(pretrained, format)
     exported = _FORMATS[format](pretrained)
     with new_folder(target) as temporary:
-        found = _write_and_compare(pretrained, exported, temporary, onnx=onnx)
-        card = model_card(pretrained, exported, difference=found.logits)
+        difference = _write_and_compare(pretrained, exported, temporary, onnx=onnx)
+        card = model_card(pretrained, exported, difference=difference.logits)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-    for sentence in exported.lost:
-        print(f"note: {sentence}")
+    for limitation in exported.limitations:
+        print(f"note: {limitation}")
     print(
-        f"written: {target} ({format}, step {pretrained.facts.get('step', 0)}); loaded back, logits differ by at most "
-        f"{found.logits:.1e}, last hidden states by {found.states:.1e}"
+        f"written: {target} ({format}, step {pretrained.facts.get('step', 0)}); largest differences after reloading: "
+        f"logits {difference.logits:.1e}, last hidden states {difference.states:.1e}"
     )
 
 
@@ -101,23 +105,26 @@ def _default_output(pretrained: PretrainedWeights, format: str) -> Path:
     return checkpoint.parent.parent / "export" / f"{format}-{checkpoint.name.removeprefix('step-')}"
 
 
-def _write_and_compare(pretrained: PretrainedWeights, exported: Exported, folder: Path, *, onnx: bool) -> Difference:
-    questions = compute_outputs(pretrained)
-    expected = outputs_of(pretrained, questions, one_segment=exported.settings["model_type"] == "mpnet")
+def _write_and_compare(
+    pretrained: PretrainedWeights, exported: ExportedModel, folder: Path, *, onnx: bool
+) -> Difference:
+    probe = probe_inputs(pretrained)
+    expected = compute_outputs(pretrained, probe, one_segment=exported.settings["model_type"] == "mpnet")
     if exported.settings["model_type"] == "unilm":
         _write_unilm(exported, folder)
-        found = outputs_of(read_pretrained(folder, format="unilm"), questions)
+        actual = compute_outputs(read_pretrained(folder, format="unilm"), probe)
     else:
         write_folder(exported, folder, max_positions=pretrained.model.max_positions)
-        raise_if_any(_tokenization_differences(pretrained.vocabulary, exported.vocabulary, folder))
-        found = _outputs_of_export(pretrained, exported, folder, questions)
+        raise_if_any(_tokenization_problems(pretrained.vocabulary, exported.vocabulary, folder))
+        actual = _exported_outputs(pretrained, exported, folder, probe)
     difference = Difference(
-        logits=_largest(expected.logits_NV, found.logits_NV), states=_largest(expected.states_NE, found.states_NE)
+        logits=_max_difference(expected.logits_NV, actual.logits_NV),
+        states=_max_difference(expected.states_NE, actual.states_NE),
     )
-    if not difference.logits <= LARGEST_DIFFERENCE:
+    if not difference.logits <= MAX_DIFFERENCE:  # this way round, NaN fails too
         raise ConfigError(
-            [f"the export's logits differ by {difference.logits:.1e} from the checkpoint's, more than the "
-             f"{LARGEST_DIFFERENCE:.0e} of rounding: nothing was written; this is an error of this program"]
+            [f"the logits of the export differ from the checkpoint's by {difference.logits:.1e}, more than rounding "
+             f"errors ({MAX_DIFFERENCE:.0e}): nothing was written; this is a bug of pmlm export"]
         )  # fmt: skip
     if onnx:
         from pmlm_dist.conversion.onnx import write_onnx
@@ -126,60 +133,62 @@ def _write_and_compare(pretrained: PretrainedWeights, exported: Exported, folder
     return difference
 
 
-def _write_unilm(exported: Exported, folder: Path) -> None:
+def _write_unilm(exported: ExportedModel, folder: Path) -> None:
+    # Cloned: torch.save writes the whole storage of a view.
     torch.save({name: tensor.clone() for name, tensor in exported.tensors.items()}, folder / OLD_WEIGHTS)
     write_settings(folder / CONFIG, exported.settings)
     exported.vocabulary.save(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------------------------------------------------- comparison
 
 
-def compute_outputs(pretrained: PretrainedWeights) -> ProbeInputs:
-    """Two random texts of two segments, one as long as the model takes and one of a third of that."""
-    generator, longest = torch.Generator().manual_seed(0), pretrained.model.max_positions
-    words = pretrained.vocabulary
-    lengths = torch.tensor([longest, max(4, longest // 3)])
-    ids_BT = torch.randint(words.size - 1, (2, longest), generator=generator)
-    ids_BT += ids_BT >= words.pad_id  # any token but padding, which no text contains
-    ids_BT[:, 0] = words.cls_id
-    valid_BT = torch.arange(longest) < lengths[:, None]
-    segments_BT = (torch.arange(longest) >= lengths[:, None] // 2).long() * min(1, pretrained.model.segment_types - 1)
-    ids_BT[torch.arange(2), lengths - 1] = words.sep_id
-    return ProbeInputs(ids_BT.where(valid_BT, torch.tensor(words.pad_id)), segments_BT, valid_BT)
+def probe_inputs(pretrained: PretrainedWeights) -> ProbeInputs:
+    """Return two random texts of two segments: one of maximum length and one, padded, of a third of it."""
+    generator, length = torch.Generator().manual_seed(0), pretrained.model.max_positions
+    vocabulary = pretrained.vocabulary
+    lengths = torch.tensor([length, max(4, length // 3)])
+    ids_BT = torch.randint(vocabulary.size - 1, (2, length), generator=generator)
+    ids_BT += ids_BT >= vocabulary.pad_id  # any token but [PAD], which occurs in no text
+    ids_BT[:, 0] = vocabulary.cls_id
+    valid_BT = torch.arange(length) < lengths[:, None]
+    segments_BT = (torch.arange(length) >= lengths[:, None] // 2).long() * min(1, pretrained.model.segment_types - 1)
+    ids_BT[torch.arange(2), lengths - 1] = vocabulary.sep_id
+    return ProbeInputs(ids_BT.where(valid_BT, torch.tensor(vocabulary.pad_id)), segments_BT, valid_BT)
 
 
-def outputs_of(pretrained: PretrainedWeights, questions: ProbeInputs, *, one_segment: bool = False) -> ModelOutputs:
-    """What the model itself says to `questions`."""
+def compute_outputs(pretrained: PretrainedWeights, probe: ProbeInputs, *, one_segment: bool = False) -> ModelOutputs:
+    """Return the outputs of our implementation; `one_segment` sets every segment to 0."""
     model = build_pretrained(pretrained)
-    segments_BT = torch.zeros_like(questions.segments_BT) if one_segment else questions.segments_BT
-    states_BTE = hidden_states(model, questions.ids_BT, segments_BT=segments_BT, valid_BT=questions.valid_BT)
-    return ModelOutputs(states_BTE[questions.valid_BT], logits(model, states_BTE)[questions.valid_BT])
+    segments_BT = torch.zeros_like(probe.segments_BT) if one_segment else probe.segments_BT
+    states_BTE = hidden_states(model, probe.ids_BT, segments_BT=segments_BT, valid_BT=probe.valid_BT)
+    return ModelOutputs(states_BTE[probe.valid_BT], logits(model, states_BTE)[probe.valid_BT])
 
 
-def _outputs_of_export(
-    pretrained: PretrainedWeights, exported: Exported, folder: Path, questions: ProbeInputs
+def _exported_outputs(
+    pretrained: PretrainedWeights, exported: ExportedModel, folder: Path, probe: ProbeInputs
 ) -> ModelOutputs:
-    """What the export says, its logits in the order of the checkpoint's vocabulary."""
+    """Return the outputs of the export, its logits in the token order of the checkpoint."""
     ids = {token: id for id, token in enumerate(exported.vocabulary.tokens)}
-    moved_V = torch.tensor([ids[token] for token in pretrained.vocabulary.tokens])
-    found = outputs_of_folder(
-        folder, ids_BT=moved_V[questions.ids_BT], segments_BT=questions.segments_BT, valid_BT=questions.valid_BT
+    exported_id_V = torch.tensor([ids[token] for token in pretrained.vocabulary.tokens])
+    outputs = transformers_outputs(
+        folder, ids_BT=exported_id_V[probe.ids_BT], segments_BT=probe.segments_BT, valid_BT=probe.valid_BT
     )
-    return ModelOutputs(found.states_NE, found.logits_NV[:, moved_V])
+    return ModelOutputs(outputs.states_NE, outputs.logits_NV[:, exported_id_V])
 
 
-def _largest(a: Tensor, b: Tensor) -> float:
+def _max_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def _tokenization_differences(own: Vocabulary, exported: Vocabulary, folder: Path) -> list[str]:
-    """Texts that the export's tokenizer cuts into other tokens than the checkpoint's vocabulary does."""
-    words = [token for id, token in enumerate(own.tokens) if id not in own.special_ids and token.isalnum()]
+def _tokenization_problems(original: Vocabulary, exported: Vocabulary, folder: Path) -> list[str]:
+    """Return the texts that the tokenizer of the export splits differently than the checkpoint's vocabulary."""
+    words = [token for id, token in enumerate(original.tokens) if id not in original.special_ids and token.isalnum()]
     texts = [" ".join(words[start::7][:40]) for start in range(7)] + ["Ünïcödé, UPPER case; don't: 1,024 (x) 北京!", ""]
-    found = []
-    for text, expected, ids in zip(texts, own.encode_batch(texts), ids_of_folder(folder, texts), strict=True):
-        wanted = [own.token(id) for id in (own.cls_id, *expected, own.sep_id)]
-        if [exported.token(id) for id in ids] != wanted:
-            found.append(f"the export's tokenizer reads {text!r} otherwise than the checkpoint's: nothing was written")
-    return found
+    problems = []
+    exported_ids = transformers_token_ids(folder, texts)
+    for text, original_ids, ids in zip(texts, original.encode_batch(texts), exported_ids, strict=True):
+        expected = [original.token(id) for id in (original.cls_id, *original_ids, original.sep_id)]
+        if [exported.token(id) for id in ids] != expected:
+            problems.append(f"the export tokenizes {text!r} differently than the checkpoint: nothing was written")
+    return problems

@@ -1,8 +1,8 @@
-"""The files of other programs' models: tensors, settings, tokenizers; nothing in them is ever run.
+"""Files of foreign models: tensors, settings, tokenizers. Code in them is never executed.
 
 model.safetensors | pytorch_model.bin    tensors by name
 config.json                              settings
-tokenizer.json | vocab.txt               vocabulary, its special tokens renamed to ours
+tokenizer.json | vocab.txt               vocabulary, special tokens renamed to ours
 """
 
 from __future__ import annotations
@@ -22,72 +22,73 @@ from pmlm_dist.conversion.tensors import Tensors
 from pmlm_dist.vocab import CLS, MASK, PAD, SEP, UNK, Vocabulary
 
 WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
-CONFIG, TOKENIZER, WORDS = "config.json", "tokenizer.json", "vocab.txt"
+CONFIG, TOKENIZER, WORD_LIST = "config.json", "tokenizer.json", "vocab.txt"
 TOKENIZER_CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:
-    """A JSON file."""
+    """Write a JSON file."""
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_tensors(path: Path) -> Tensors:
-    """The tensors of a safetensors file, or of one that torch saved; code in the latter is never run."""
+    """Return the tensors of a safetensors file, or of a file of `torch.save`, without executing code in it."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
         raise ConfigError([f"{path} cannot be read: {error}"]) from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ConfigError([f"{path} does not hold tensors by name"])
-    return dict(found)
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ConfigError([f"{path} is not a mapping from names to tensors"])
+    return dict(tensors)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A file with settings."""
+    """Return the object in a JSON file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError([f"{path} cannot be read: {error}"]) from error
-    if not isinstance(found, dict):
-        raise ConfigError([f"{path} cannot be read: it holds no settings"])
-    return found
+    if not isinstance(settings, dict):
+        raise ConfigError([f"{path} cannot be read: it is not a JSON object"])
+    return settings
 
 
-def read_vocabulary(place: Path) -> Vocabulary:
-    """The WordPiece vocabulary of a folder or a list of words, its special tokens under the names that corpora use.
+def read_vocabulary(path: Path) -> Vocabulary:
+    """Return the WordPiece vocabulary of a folder or a word list, special tokens renamed to those of corpora.
 
-    MPNet's are `<s> </s> <pad> <mask>`, beside the BERT tokens of these names, which it does not use; such tokens that
-    have no part to play become `[unusedN]`, for a text cannot contain them.
+    MPNet's special tokens are `<s> </s> <pad> <mask>`; its vocabulary also has BERT's names for them, unused. Unused
+    special tokens become `[unusedN]`, so that two tokens never have the same name.
     """
-    file = place / TOKENIZER
+    file = path / TOKENIZER
     if not file.is_file():
-        return _uncased(place if place.is_file() else place / WORDS)
-    roles = {**_optional(place / SPECIAL), **_optional(place / TOKENIZER_CONFIG)}
-    parts = {"pad_token": PAD, "unk_token": UNK, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
-    played = {part: _content(roles.get(role)) or part for role, part in parts.items()}
-    vocabulary = Vocabulary.load(place)
-    return vocabulary.renamed(_renames(vocabulary.tokens, played, _added(file)))
+        return _read_word_list(path if path.is_file() else path / WORD_LIST)
+    settings = {**_optional(path / SPECIAL), **_optional(path / TOKENIZER_CONFIG)}
+    roles = {"pad_token": PAD, "unk_token": UNK, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
+    their_names = {ours: _content(settings.get(role)) or ours for role, ours in roles.items()}
+    vocabulary = Vocabulary.load(path)
+    return vocabulary.renamed(_renames(vocabulary.tokens, their_names, _added(file)))
 
 
-def _uncased(words: Path) -> Vocabulary:
-    """The vocabulary in a list of words, which does not say how text is read but by its capitals."""
+def _read_word_list(words: Path) -> Vocabulary:
+    """Return the vocabulary of an uncased word list. A word list has no settings: capitals show that it is cased."""
     vocabulary = Vocabulary.load(words)
     capital = next((token for token in vocabulary.tokens if token.isalpha() and token != token.lower()), None)
     if capital is not None:
         raise ConfigError(
-            [f"{words} is cased (it has {capital!r}): save its {TOKENIZER} beside it, which says how to read text"]
+            [f"{words} is cased (it has {capital!r}): save its {TOKENIZER} beside it, which defines the tokenization"]
         )
     return vocabulary
 
 
-def _renames(tokens: tuple[str, ...], played: dict[str, str], added: list[str]) -> dict[str, str]:
-    """New names: of the tokens that play a part (part -> token), and of the special ones that play none."""
-    idle = [token for token in dict.fromkeys([*added, *played]) if token in tokens and token not in played.values()]
-    free = (name for number in range(len(tokens)) if (name := f"[unused{number}]") not in tokens)
-    renames = {token: part for part, token in played.items() if token != part}
-    return renames | {token: next(free) for token in idle}
+def _renames(tokens: tuple[str, ...], their_names: dict[str, str], added: list[str]) -> dict[str, str]:
+    """Return new names of the special tokens in use (`their_names`: ours -> theirs) and of the unused ones."""
+    used = their_names.values()
+    unused = [token for token in dict.fromkeys([*added, *their_names]) if token in tokens and token not in used]
+    free_names = (name for number in range(len(tokens)) if (name := f"[unused{number}]") not in tokens)
+    renames = {theirs: ours for ours, theirs in their_names.items() if theirs != ours}
+    return renames | {token: next(free_names) for token in unused}
 
 
 def _added(file: Path) -> list[str]:

@@ -1,6 +1,6 @@
-"""`pmlm import`: BERT, MPNet and UniLM checkpoints as weights that `train.py --init` starts from.
+"""`pmlm import`: BERT, MPNet and UniLM checkpoints as initial weights for `train.py --init`.
 
-config.json, tensors, vocabulary  --read_pretrained: strict about names and shapes-->  Pretrained  -->  folder
+config.json, tensors, vocabulary  --read_pretrained: strict names and shapes-->  PretrainedWeights  -->  folder
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import Any, Literal
 
 from pmlm_dist.checkpoint.initial_weights import COMPUTED, flag_of
 from pmlm_dist.config import ConfigError, ModelConfig
+from pmlm_dist.conversion.bert import from_bert
 from pmlm_dist.conversion.files import (
     CONFIG,
     OLD_WEIGHTS,
     TOKENIZER,
     WEIGHTS,
-    WORDS,
+    WORD_LIST,
     read_json_object,
     read_tensors,
     read_vocabulary,
 )
-from pmlm_dist.conversion.huggingface import from_bert, from_mpnet
+from pmlm_dist.conversion.mpnet import from_mpnet
 from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
 from pmlm_dist.conversion.tensors import Tensors
 from pmlm_dist.conversion.unilm import from_unilm, is_unilm
@@ -34,14 +35,14 @@ _FORMATS: dict[str, Callable[..., PretrainedWeights]] = {"bert": from_bert, "mpn
 
 
 def import_weights(path: Path, /, *, output: Path, vocabulary: Path | None = None, format: Format = "auto") -> None:
-    """Read a BERT, MPNet (Hugging Face) or UniLM checkpoint, for `train.py --init` to go on pre-training from.
+    """Import a BERT, MPNet (Hugging Face) or UniLM checkpoint as initial weights for `train.py --init`.
 
     Args:
         path: A folder with config.json, model.safetensors or pytorch_model.bin, and tokenizer.json or vocab.txt; or a
             UniLM file NAME.bin beside NAME-config.json and NAME-vocab.txt.
-        output: The folder to write, which must not be there yet.
-        vocabulary: A corpus whose vocabulary has the same tokens under other ids: the weights take its order.
-        format: `auto` looks at the settings and the names of the tensors.
+        output: The folder to write, which must not exist.
+        vocabulary: A corpus whose vocabulary has the same tokens in another order: the weights are reordered to it.
+        format: Format of the checkpoint; `auto` detects it from the settings and the names of the tensors.
     """
     pretrained = read_pretrained(path, format=format)
     if vocabulary is not None:
@@ -49,33 +50,30 @@ def import_weights(path: Path, /, *, output: Path, vocabulary: Path | None = Non
     save_pretrained(pretrained, output)
     for note in pretrained.facts["notes"]:
         print(f"note: {note}")
+    parameters = sum(weight.numel() for weight in pretrained.weights.values())
     print(
-        f"written: {output} ({pretrained.facts['format']}, {sum(map(_numel, pretrained.weights.values())):,} numbers)\n"
-        f"a corpus for it: pmlm prepare-corpus --vocabulary {shlex.quote(str(output))} ...\n"
-        f"to go on: train.py --init {shlex.quote(str(output))} {' '.join(needed_flags(pretrained.model))}"
+        f"written: {output} ({pretrained.facts['format']}, {parameters:,} parameters)\n"
+        f"to prepare a corpus: pmlm prepare-corpus --vocabulary {shlex.quote(str(output))} ...\n"
+        f"to train: train.py --init {shlex.quote(str(output))} {' '.join(needed_flags(pretrained.model))}"
     )
 
 
-def _numel(tensor: Any) -> int:
-    return tensor.numel()
-
-
 def needed_flags(model: ModelConfig) -> list[str]:
-    """The settings of a run of `model` that differ from the base preset's."""
+    """Return the command line flags of `model` that differ from the base preset."""
     default = ModelConfig()
     names = [name for name in COMPUTED if name != "vocab_size"]
     return [flag_of(name, getattr(model, name)) for name in names if getattr(model, name) != getattr(default, name)]
 
 
 def read_pretrained(path: Path, *, format: Format = "auto") -> PretrainedWeights:
-    """The model at `path`, nothing of it left unread without a word. Raises `ConfigError` with what does not fit."""
-    files = _find(path)
+    """Load the model at `path`. Raises `ConfigError` with every problem; dropped tensors are in `facts["notes"]`."""
+    files = _find_files(path)
     settings, tensors = read_json_object(files.settings), read_tensors(files.tensors)
-    name = _recognised(settings, tensors, path) if format == "auto" else format
+    name = _detect_format(settings, tensors, path) if format == "auto" else format
     return _FORMATS[name](settings, tensors, read_vocabulary(files.vocabulary), origin=str(path))
 
 
-def _recognised(settings: dict[str, Any], tensors: Tensors, path: Path) -> str:
+def _detect_format(settings: dict[str, Any], tensors: Tensors, path: Path) -> str:
     kind = settings.get("model_type")
     if kind in (None, "bert", "unilm") and is_unilm(settings, tensors):
         return "unilm"
@@ -83,7 +81,7 @@ def _recognised(settings: dict[str, Any], tensors: Tensors, path: Path) -> str:
         return "mpnet"
     if kind == "bert" or (kind is None and any("token_type_embeddings" in name for name in tensors)):
         return "bert"
-    raise ConfigError([f"{path} holds a {kind or 'nameless'} model; what can be imported: bert, mpnet, unilm"])
+    raise ConfigError([f"{path}: model_type ({kind}) cannot be imported: must be bert, mpnet or unilm"])
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -96,23 +94,23 @@ class _Files:
     vocabulary: Path
 
 
-def _find(path: Path) -> _Files:
+def _find_files(path: Path) -> _Files:
     if path.is_dir():
         tensors = _first([path / WEIGHTS, path / OLD_WEIGHTS], "weights")
         folder, stem = path, None
     elif path.is_file():
         tensors, folder, stem = path, path.parent, path.stem
     else:
-        raise ConfigError([f"there is no file or folder {path}"])
-    named = [folder / f"{stem}-{CONFIG}"] if stem else []
-    words = [folder / f"{stem}-{WORDS}"] if stem else []
-    settings = _first([*named, folder / CONFIG], "settings")
-    vocabulary = _first([*words, folder / TOKENIZER, folder / WORDS], "vocabulary")
-    return _Files(settings, tensors, vocabulary if vocabulary in words else folder)
+        raise ConfigError([f"{path} does not exist"])
+    stem_settings = [folder / f"{stem}-{CONFIG}"] if stem else []
+    stem_words = [folder / f"{stem}-{WORD_LIST}"] if stem else []
+    settings = _first([*stem_settings, folder / CONFIG], "settings")
+    vocabulary = _first([*stem_words, folder / TOKENIZER, folder / WORD_LIST], "vocabulary")
+    return _Files(settings, tensors, vocabulary if vocabulary in stem_words else folder)
 
 
-def _first(candidates: list[Path], what: str) -> Path:
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise ConfigError([f"no {what} found: there is no {' and no '.join(str(path) for path in candidates)}"])
-    return found
+def _first(candidates: list[Path], content: str) -> Path:
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ConfigError([f"no {content} found: none of {', '.join(map(str, candidates))} exists"])

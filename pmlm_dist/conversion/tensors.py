@@ -1,12 +1,11 @@
-"""Our tensors and those of other post-LN Transformers: renaming, and taking queries, keys and values apart (pure).
+"""Tensors of this model and of other post-LN Transformers: renaming, and splitting of queries, keys and values (pure).
 
-    ours, E hidden size                     BERT, MPNet                          UniLM
+    this model, E hidden size               BERT, MPNet                          UniLM
     layers.I.attention.query      [E, E]    query [E, E]                         qkv_linear [3E, E]: query | key | value
     layers.I.attention.key_value  [2E, E]   key, value [E, E]
       rows: head, key | value, head size
 
-Whatever is read is taken by name and shape; what is missing, of another shape or left over is a problem, and all of
-them are told at once.
+Tensors are read by name and shape. All missing, unknown and mismatched ones are reported in one error.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ RELATIVE_BIAS, HEAD_BIAS = "relative_bias.weight", "head.bias"
 
 @dataclass(frozen=True)
 class NameScheme:
-    """Where another implementation keeps what both have alike; `{}` stands for the layer.
+    """Module names of another implementation; `{}` stands for the layer index.
 
-    `encoder` and `head`: own module -> its module, each with a weight and a bias. `attention`: query, key and value.
+    `encoder` and `head`: our module -> theirs, each with a weight and a bias. `attention`: query, key and value.
     """
 
     prefix: str
@@ -38,8 +37,8 @@ class NameScheme:
     attention: dict[str, str]
 
 
-def own_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model by name, whole and without rows that pad the vocabulary."""
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the full shape of every parameter by name, without the rows that pad the vocabulary."""
     size, inner = config.hidden_size, config.ffn_size
     assert config.vocab_size is not None
     shapes = {
@@ -53,7 +52,7 @@ def own_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.relative_bias:
         shapes[RELATIVE_BIAS] = (config.num_heads, config.relative_buckets)
-    for layer in (f"layers.{number}" for number in range(config.num_layers)):
+    for layer in (f"layers.{index}" for index in range(config.num_layers)):
         shapes |= _module(f"{layer}.attention.query", size, size)
         shapes |= _module(f"{layer}.attention.key_value", 2 * size, size)
         shapes |= _module(f"{layer}.attention.output", size, size)
@@ -66,114 +65,118 @@ def _module(name: str, *weight: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
 
 
-# ------------------------------------------------------------------------------------------------------------ to others
-
-
-def to_scheme(weights: Tensors, dialect: NameScheme, config: ModelConfig) -> Tensors:
-    """What the dialect has alike, under its names: all but the embedding tables and the head's bias."""
-    found = {other: weights[own] for own, other in _renamed(dialect.encoder | dialect.head, config)}
-    for number in range(config.num_layers):
-        for kind in ("weight", "bias"):
-            attention = f"layers.{number}.attention"
-            key, value = split_key_value(weights[f"{attention}.key_value.{kind}"], config)
-            parts = {"query": weights[f"{attention}.query.{kind}"], "key": key, "value": value}
-            found |= {f"{dialect.attention[part].format(number)}.{kind}": tensor for part, tensor in parts.items()}
-    return {name: tensor.contiguous() for name, tensor in found.items()}
-
-
-def split_key_value(both: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Keys and values [E, ...] of [2E, ...], which has them in turn by head."""
-    by_head = both.unflatten(0, (config.num_heads, 2, config.head_dim))
+def split_key_value(key_value: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Split [2E, ...] into keys and values [E, ...]; rows of the input alternate between the two by head."""
+    by_head = key_value.unflatten(0, (config.num_heads, 2, config.head_dim))
     return by_head[:, 0].flatten(0, 1), by_head[:, 1].flatten(0, 1)
 
 
 def join_key_value(key: Tensor, value: Tensor, config: ModelConfig) -> Tensor:
-    """The inverse of `split_key_value`."""
+    """Join keys and values; the inverse of `split_key_value`."""
+    # By head, so that tensor parallelism can split the rows between heads in one contiguous block per rank.
     by_head = [part.unflatten(0, (config.num_heads, config.head_dim)) for part in (key, value)]
     return torch.stack(by_head, dim=1).flatten(0, 2)
 
 
 def _renamed(modules: dict[str, str], config: ModelConfig) -> Iterable[tuple[str, str]]:
-    for own, other in modules.items():
-        for number in range(config.num_layers if "{}" in own else 1):
+    """Yield (our name, their name) of every parameter of `modules`."""
+    for ours, theirs in modules.items():
+        for index in range(config.num_layers if "{}" in ours else 1):
             for kind in ("weight", "bias"):
-                yield f"{own.format(number)}.{kind}", f"{other.format(number)}.{kind}"
+                yield f"{ours.format(index)}.{kind}", f"{theirs.format(index)}.{kind}"
 
 
-# ---------------------------------------------------------------------------------------------------------- from others
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+def to_scheme(weights: Tensors, scheme: NameScheme, config: ModelConfig) -> Tensors:
+    """Return the parameters under the names of `scheme`: all but the embedding tables and the bias of the head."""
+    tensors = {theirs: weights[ours] for ours, theirs in _renamed(scheme.encoder | scheme.head, config)}
+    for index in range(config.num_layers):
+        for kind in ("weight", "bias"):
+            attention = f"layers.{index}.attention"
+            key, value = split_key_value(weights[f"{attention}.key_value.{kind}"], config)
+            parts = {"query": weights[f"{attention}.query.{kind}"], "key": key, "value": value}
+            tensors |= {f"{scheme.attention[part].format(index)}.{kind}": tensor for part, tensor in parts.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- import
 
 
 class StrictTensors:
-    """Somebody else's tensors, each to be taken once."""
+    """Tensors of another implementation, each to be taken or dropped exactly once."""
 
     def __init__(self, tensors: Tensors, *, origin: str):
-        self._left, self._origin = dict(tensors), origin
+        self._remaining, self._origin = dict(tensors), origin
         self._missing: list[str] = []
         self._problems: list[str] = []
 
-    def has(self, start: str) -> bool:
-        """Whether a name that is left starts with `start`."""
-        return any(name.startswith(start) for name in self._left)
+    def has(self, prefix: str) -> bool:
+        """Return True if a remaining name starts with `prefix`."""
+        return any(name.startswith(prefix) for name in self._remaining)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor in fp32; zeros, and a problem to be told later, where it is missing or not of `shape`."""
-        found = self._left.pop(name, None)
-        if found is None:
+        """Return a tensor in fp32; if it is missing or does not have `shape`, record a problem and return zeros."""
+        tensor = self._remaining.pop(name, None)
+        if tensor is None:
             self._missing.append(f"{name} {list(shape)}")
-        elif not found.is_floating_point():
-            self._problems.append(f"{self._origin}: {name} holds {found.dtype}, not floating point numbers")
-        elif tuple(found.shape) != shape:
+        elif not tensor.is_floating_point():
+            self._problems.append(f"{self._origin}: {name} has type {tensor.dtype}, which is not floating point")
+        elif tuple(tensor.shape) != shape:
             self._problems.append(
-                f"{self._origin}: {name} has shape {list(found.shape)}, its configuration says {list(shape)}"
+                f"{self._origin}: {name} has shape {list(tensor.shape)}, its configuration requires {list(shape)}"
             )
         else:
-            return found.float().contiguous()
+            return tensor.float().contiguous()
         return torch.zeros(shape)
 
     def drop(self, *names: str) -> list[str]:
-        """Leave out tensors that the model has no place for; those that were there."""
-        return [name for name in names if self._left.pop(name, None) is not None]
+        """Drop tensors without a counterpart in this model; return the names that existed."""
+        return [name for name in names if self._remaining.pop(name, None) is not None]
 
-    def drop_copy(self, name: str, original: Tensor) -> None:
-        """Leave out a tensor that only repeats `original`; one that does not is a problem."""
-        found = self._left.pop(name, None)
-        if found is not None and not torch.equal(found.float(), original):
-            self._problems.append(f"{self._origin}: {name} is not tied to what it should repeat; this model ties them")
+    def drop_tied(self, name: str, original: Tensor) -> None:
+        """Drop a copy of the tied tensor `original`; record a problem if it differs."""
+        copy = self._remaining.pop(name, None)
+        if copy is not None and not torch.equal(copy.float(), original):
+            self._problems.append(
+                f"{self._origin}: {name} is not tied to its counterpart; this model requires tied weights"
+            )
 
     def finish(self) -> None:
-        """Raise one `ConfigError` with everything that did not fit."""
-        found = list(self._problems)
+        """Raise one `ConfigError` for all recorded problems, missing and unknown tensors."""
+        problems = list(self._problems)
         if self._missing:
-            found.append(f"{self._origin} lacks tensors: {', '.join(self._missing)}")
-        if self._left:
-            found.append(
-                f"{self._origin} has tensors that this model has no place for: {', '.join(sorted(self._left))}"
+            problems.append(f"{self._origin}: missing tensors: {', '.join(self._missing)}")
+        if self._remaining:
+            problems.append(
+                f"{self._origin}: tensors without a counterpart in this model: {', '.join(sorted(self._remaining))}"
             )
-        raise_if_any(found)
+        raise_if_any(problems)
 
 
 def from_scheme(source: StrictTensors, modules: dict[str, str], config: ModelConfig) -> Tensors:
-    """Own tensors of the `modules` (own -> its) of a dialect."""
-    shapes = own_shapes(config)
-    return {own: source.take(other, shapes[own]) for own, other in _renamed(modules, config)}
+    """Take the parameters of `modules` (our name -> theirs)."""
+    shapes = parameter_shapes(config)
+    return {ours: source.take(theirs, shapes[ours]) for ours, theirs in _renamed(modules, config)}
 
 
-def attention_from_scheme(source: StrictTensors, dialect: NameScheme, config: ModelConfig) -> Tensors:
-    """Own queries, keys and values of all layers."""
-    found, size = {}, config.hidden_size
-    for number in range(config.num_layers):
+def attention_from_scheme(source: StrictTensors, scheme: NameScheme, config: ModelConfig) -> Tensors:
+    """Take queries, keys and values of all layers."""
+    tensors, size = {}, config.hidden_size
+    for index in range(config.num_layers):
         for kind, shape in (("weight", (size, size)), ("bias", (size,))):
             query, key, value = (
-                source.take(f"{dialect.attention[part].format(number)}.{kind}", shape)
+                source.take(f"{scheme.attention[part].format(index)}.{kind}", shape)
                 for part in ("query", "key", "value")
             )
-            found[f"layers.{number}.attention.query.{kind}"] = query
-            found[f"layers.{number}.attention.key_value.{kind}"] = join_key_value(key, value, config)
-    return found
+            tensors[f"layers.{index}.attention.query.{kind}"] = query
+            tensors[f"layers.{index}.attention.key_value.{kind}"] = join_key_value(key, value, config)
+    return tensors
 
 
 def initial_head(config: ModelConfig) -> Tensors:
-    """A head for a checkpoint without one, drawn as the model draws it, from a fixed seed."""
+    """Return a newly initialized head for a checkpoint without one, from the model's distribution and a fixed seed."""
     size, generator = config.hidden_size, torch.Generator().manual_seed(0)
     assert config.vocab_size is not None
     return {

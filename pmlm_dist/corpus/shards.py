@@ -1,13 +1,13 @@
-"""The corpus on disk: WebDataset shards and the manifest that vouches for them.
+"""The corpus on disk: WebDataset shards, and the manifest with their sizes and checksums.
 
     corpus/
       manifest.json  tokenizer.json  vocab.txt
-      train/shard-000000.tar  ...                a tar member a sample: 000000000.u16, 000000001.u16, ...
+      train/shard-000000.tar  ...                one tar member per sample: 000000000.u16, 000000001.u16, ...
       validation/shard-000000.tar  ...
 
-A member holds a sample's token ids, little-endian, special tokens included and padding not: `[CLS] S1 [SEP] S2 [SEP]`,
-so the second segment begins after the first [SEP]. Its name is the sample's number in its split. Any WebDataset reader
-can read the shards; ours trusts nothing: size, sha256, names, types and bounds are checked before a sample is given.
+A member holds the token ids of a sample, little-endian, with special tokens and without padding: `[CLS] S1 [SEP] S2
+[SEP]`. The second segment begins after the first [SEP]. The name is the number of the sample in its split. Any
+WebDataset reader can read the shards. `ShardReader` checks size, sha256, names, types and bounds before the first read.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 
 from pmlm_dist.config import ConfigError
+from pmlm_dist.files import open_atomically, write_atomically
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -39,24 +40,24 @@ EXTENSIONS: dict[TokenDtype, str] = {"uint16": "u16", "uint32": "u32"}
 _BLOCK = 512
 _READ_BYTES = 1 << 20
 _REGULAR = (ord("0"), 0)
-_WAY_OUT = "copy the shard anew, or remove the folder and run `pmlm prepare-corpus` again"
+_REMEDY = "copy the shard again, or remove the folder and run `pmlm prepare-corpus` again"
 
 
 class ShardError(ValueError):
-    """A shard is missing or is not what the manifest says."""
+    """A shard is missing or does not match the manifest."""
 
     exit_code = 1  # ExitCode.FAILED
 
     def __init__(self, message: str, *, shard: Shard | None = None, offset: int | None = None):
         super().__init__(message)
         self.shard = shard
-        """Its entry in the manifest, where one shard is at fault."""
+        """Manifest entry of the shard, if the error is about one shard."""
         self.offset = offset
-        """Byte at which the file breaks, where that can be told."""
+        """First corrupt byte of the file, if known."""
 
 
 def token_dtype(vocabulary_size: int) -> TokenDtype:
-    """The narrower type that holds every id."""
+    """Return the narrowest type that holds every id."""
     return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
 
 
@@ -84,15 +85,15 @@ class Split:
     shards: tuple[Shard, ...]
     samples: int
     tokens: int
-    """Stored ids: the content and three special tokens a sample."""
+    """Stored ids: content tokens, and three special tokens per sample."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a corpus folder holds."""
+    """Contents of a corpus folder."""
 
     sequence_length: int
-    """Tokens of a full sample, special tokens included; no sample is longer."""
+    """Maximum tokens of a sample, special tokens included."""
     token_dtype: TokenDtype
     vocabulary: Mapping[str, Any]
     """`size` and `fingerprint` of the vocabulary."""
@@ -100,50 +101,43 @@ class Manifest:
     splits: Mapping[str, Split]
     """`train` and `validation`."""
     unigram_entropy: float
-    """Nats: entropy of the training split's content tokens, the loss of the best guess that reads nothing."""
+    """Entropy of the content tokens of the training split, in nats: the least loss of a model without context."""
     counts: Mapping[str, Any]
-    """Documents, characters, content tokens, and what was skipped by reason."""
+    """Documents, characters, content tokens, and skipped records by reason."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The settings it was prepared with."""
+    """Settings of the preparation."""
     version: int = VERSION
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Read `folder`/manifest.json. Raises ConfigError if it is missing, not JSON, or of another version."""
         path = Path(folder) / MANIFEST
-        again = f"run `pmlm prepare-corpus --source 'texts/*.jsonl' --output {folder} --vocabulary-size 30522`"
+        remedy = f"run `pmlm prepare-corpus --source 'texts/*.jsonl' --output {folder} --vocabulary-size 30522`"
         try:
             plain = json.loads(path.read_bytes())
             version = plain.get("version")
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise ConfigError([f"no corpus in {folder} ({path} is missing): {again}"]) from error
+            raise ConfigError([f"no corpus in {folder} ({path} is missing): {remedy}"]) from error
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-            raise ConfigError([f"{path} is not a manifest ({error}): remove {folder} and {again}"]) from error
+            raise ConfigError([f"{path} is not a manifest ({error}): remove {folder} and {remedy}"]) from error
         if version != VERSION:
             raise ConfigError(
-                [f"{path} has version {version}, this program reads {VERSION}: remove {folder} and {again}"]
+                [f"{path} has version {version}, this program reads {VERSION}: remove {folder} and {remedy}"]
             )
         try:
             splits = {name: _split(split) for name, split in plain.pop("splits").items()}
             return cls(splits=splits, **plain)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ConfigError([f"{path} is not a whole manifest ({error}): remove {folder} and {again}"]) from error
+            raise ConfigError([f"{path} is not a complete manifest ({error}): remove {folder} and {remedy}"]) from error
 
     def save(self, folder: Path) -> None:
-        """Write `folder`/manifest.json: under a temporary name, to the disk, then renamed."""
-        path = Path(folder) / MANIFEST
-        temporary = path.with_name(f".{MANIFEST}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as out:
-            json.dump(dataclasses.asdict(self), out, indent=1, sort_keys=True)
-            out.write("\n")
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        """Write `folder`/manifest.json, atomically and durably."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+        write_atomically(Path(folder) / MANIFEST, f"{text}\n")
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hexadecimal) of the canonical JSON without `settings`: equal corpora from other paths are equal."""
+        """sha256 (hexadecimal) of the canonical JSON without `settings`, which contain paths."""
         plain = dataclasses.asdict(self)
         del plain["settings"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -157,65 +151,55 @@ def _split(plain: dict[str, Any]) -> Split:
 
 
 def _check_name(shard: Shard) -> None:
-    """Refuse what would lead out of a folder or be an option: a manifest may come from an address, and both become
-    paths, or arguments of a program."""
+    """Raise ValueError for a name outside the corpus.
+
+    A manifest can come from a URL. Names and checksums become paths, and arguments of a program.
+    """
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", shard.name, flags=re.ASCII):
-        raise ValueError(f"the name of a shard, {shard.name!r}, is no path below the corpus")
+        raise ValueError(f"the name of a shard, {shard.name!r}, is not a path below the corpus")
     if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
-        raise ValueError(f"the sha256 of {shard.name}, {shard.sha256!r}, is none")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise ValueError(f"the sha256 of {shard.name}, {shard.sha256!r}, is not a sha256")
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
 def shard_name(split: str, number: int) -> str:
-    """Name of a shard relative to the corpus folder."""
+    """Return the path of a shard relative to the corpus folder."""
     return f"{split}/shard-{number:06d}.tar"
 
 
-class _HashingFile(FileIO):
-    """A file that takes the sha256 of what is written to it."""
+class _HashingWriter:
+    """Pass writes on to `file`; compute their sha256 and size."""
 
-    def __init__(self, path: Path):
-        super().__init__(path, "wb")
+    def __init__(self, file: BinaryIO):
+        self._file = file
         self.sha256 = hashlib.sha256()
         self.size = 0
 
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        written = 0
-        while written < len(view):
-            written += super().write(view[written:]) or 0
-        self.sha256.update(view)
-        self.size += written
-        return written
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.size += len(data)
+        return self._file.write(data)
 
 
 def write_shard(folder: Path, name: str, samples: Iterable[np.ndarray], *, first: int, dtype: TokenDtype) -> Shard:
-    """Write the tar `folder`/`name`; `first` is the number of its first sample. Equal samples give equal bytes."""
-    os.environ["WDS_SECURE"] = "1"  # read when webdataset is imported: no shell commands as addresses
+    """Write the tar `folder`/`name` atomically; `first`: number of its first sample. Equal samples give equal bytes."""
+    os.environ["WDS_SECURE"] = "1"  # webdataset reads it on import: it then runs no shell commands from URLs
     import webdataset.writer
 
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with _HashingFile(path) as file:
-        with webdataset.writer.TarWriter(file, user="pmlm", group="pmlm", mtime=0, encoder=False) as tar:
+    with open_atomically(path) as file:
+        writer = _HashingWriter(file)
+        output = cast(BinaryIO, writer)  # the tar stream only writes
+        with webdataset.writer.TarWriter(output, user="pmlm", group="pmlm", mtime=0, encoder=False) as tar:
             for ids in samples:
                 data = ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
                 tar.write({"__key__": f"{first + count:09d}", EXTENSIONS[dtype]: data})
                 count += 1
-        os.fsync(file.fileno())
-    return Shard(name=name, samples=count, bytes=file.size, sha256=file.sha256.hexdigest())
+    return Shard(name=name, samples=count, bytes=writer.size, sha256=writer.sha256.hexdigest())
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -224,9 +208,9 @@ def write_shard(folder: Path, name: str, samples: Iterable[np.ndarray], *, first
 class ShardReader:
     """Random access to the samples of one verified shard: `len(reader)`, `reader[i]` -> ids, shape [tokens].
 
-    The whole file is read once to check its sha256 and stays open. `folder` is the corpus folder; `file`: the shard,
-    opened already, wherever it lies; `longest`: most tokens of a sample. Raises ShardError, naming file, expected and
-    found, if anything differs from the manifest. Nothing is ever unpacked: a member is a range of bytes.
+    The whole file is read once to check its sha256, and stays open. `folder`: the corpus folder. `file`: the open
+    shard, if it is elsewhere. `longest`: maximum tokens of a sample. Raises ShardError, with file, expected and actual
+    value, for any difference from the manifest. No member is extracted: a member is a range of bytes.
     """
 
     def __init__(
@@ -258,7 +242,7 @@ class ShardReader:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has samples 0 to {len(self) - 1}, not {index}")
         offset, length = int(self._offsets[index]), int(self._lengths[index])
-        # Not through a mapping: where a file was cut after it was opened, that would end the process (SIGBUS).
+        # Not memory-mapped: if the file is truncated while it is open, a mapped read kills the process (SIGBUS).
         data = _read_at(self._file, offset, length, shard=self._shard)
         return np.frombuffer(data, self._dtype).astype(self._native)
 
@@ -274,25 +258,25 @@ class ShardReader:
 
 
 def open_shard(path: Path, shard: Shard) -> FileIO:
-    """The file of a shard, for reading. Raises ShardError where it is missing or anything but a file (a pipe, ...)."""
+    """Open the file of a shard for reading. Raises ShardError if it is missing or not a regular file (a pipe, ...)."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would block
     except OSError as error:
-        raise ShardError(f"shard {path} cannot be opened: {error.strerror}; {_WAY_OUT}", shard=shard) from error
+        raise ShardError(f"shard {path} cannot be opened: {error.strerror}; {_REMEDY}", shard=shard) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ShardError(f"shard {path} is not a file; {_WAY_OUT}", shard=shard)
+        raise ShardError(f"shard {path} is not a file; {_REMEDY}", shard=shard)
     file = FileIO(descriptor, "rb")
     file.name = str(path)  # pyright: ignore[reportAttributeAccessIssue]
     return file
 
 
 def _verified(file: FileIO, shard: Shard, *, extension: str, most: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Check size, sha256 and members; offset and size in bytes of every member."""
+    """Check size, sha256 and members; return offset and size in bytes of every member, each [samples]."""
     path, size = file.name, os.fstat(file.fileno()).st_size
     if size != shard.bytes:
         raise ShardError(
-            f"shard {path}: expected {shard.bytes} bytes, found {size}; {_WAY_OUT}",
+            f"shard {path}: expected {shard.bytes} bytes, found {size}; {_REMEDY}",
             shard=shard,
             offset=min(size, shard.bytes),
         )
@@ -301,21 +285,21 @@ def _verified(file: FileIO, shard: Shard, *, extension: str, most: int | None) -
         while chunk := file.read(_READ_BYTES):
             digest.update(chunk)
     except OSError as error:
-        message = f"shard {path} cannot be read at byte {file.tell()}: {error.strerror}; {_WAY_OUT}"
+        message = f"shard {path} cannot be read at byte {file.tell()}: {error.strerror}; {_REMEDY}"
         raise ShardError(message, shard=shard, offset=file.tell()) from error
     if digest.hexdigest() != shard.sha256:
-        offset = _break(file, shard, extension=extension, most=most)
+        offset = _first_invalid_member(file, shard, extension=extension, most=most)
         where = "inside its samples" if offset is None else f"at byte {offset} first"
         raise ShardError(
-            f"shard {path}: expected sha256 {shard.sha256}, found {digest.hexdigest()}, damaged {where}; {_WAY_OUT}",
+            f"shard {path}: expected sha256 {shard.sha256}, found {digest.hexdigest()}, corrupt {where}; {_REMEDY}",
             shard=shard,
             offset=offset,
         )
     return _index(file, shard, extension=extension, most=most)
 
 
-def _break(file: FileIO, shard: Shard, *, extension: str, most: int | None) -> int | None:
-    """Where the members of a damaged shard stop to make sense, None if they do not."""
+def _first_invalid_member(file: FileIO, shard: Shard, *, extension: str, most: int | None) -> int | None:
+    """Return the offset of the first invalid member of a corrupt shard; None if all members are valid."""
     try:
         _index(file, shard, extension=extension, most=most)
     except ShardError as error:
@@ -327,58 +311,58 @@ def _read_at(file: FileIO, offset: int, length: int, *, shard: Shard) -> bytes:
     try:
         data = os.pread(file.fileno(), length, offset)
     except OSError as error:
-        message = f"shard {file.name} cannot be read at byte {offset}: {error.strerror}; {_WAY_OUT}"
+        message = f"shard {file.name} cannot be read at byte {offset}: {error.strerror}; {_REMEDY}"
         raise ShardError(message, shard=shard, offset=offset) from error
     if len(data) != length:
-        message = f"shard {file.name} was cut while it was read, at byte {offset + len(data)}; {_WAY_OUT}"
+        message = f"shard {file.name} was truncated while it was read, at byte {offset + len(data)}; {_REMEDY}"
         raise ShardError(message, shard=shard, offset=offset + len(data))
     return data
 
 
 def misplaced(folder: Path, manifest: Manifest, *, most: int = 5) -> list[str]:
-    """Which shards are missing or have another size than the manifest says, one sentence each, `most` at most.
+    """Return one sentence for each shard that is missing or has another size than in the manifest, at most `most`.
 
-    Looks at names and sizes only: what a run can check at its start. Checksums are checked when a shard is opened.
+    For the start of a run: names and sizes only. `ShardReader` verifies checksums when it opens a shard.
     """
-    found = []
+    problems = []
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         path = folder / shard.name
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
-            seen = "is missing" if size is None else f"has {size} bytes, expected {shard.bytes}"
-            found.append(f"shard {path} {seen}; {_WAY_OUT}")
-    rest = [f"and {len(found) - most} more shards like these"] if len(found) > most else []
-    return found[:most] + rest
+            state = "is missing" if size is None else f"has {size} bytes, expected {shard.bytes}"
+            problems.append(f"shard {path} {state}; {_REMEDY}")
+    rest = [f"and {len(problems) - most} more shards like these"] if len(problems) > most else []
+    return problems[:most] + rest
 
 
 def _index(file: FileIO, shard: Shard, *, extension: str, most: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Offset and size in bytes of every member of a plain tar whose members are samples in order and nothing else."""
+    """Return offset and size in bytes of every member, each [samples]; the members must be samples in order."""
     pattern = re.compile(rb"(\d{9})\." + extension.encode())
     offsets, sizes = [], []
-    first, at, end = None, 0, shard.bytes
-    while at + _BLOCK <= end:
-        header = _read_at(file, at, _BLOCK, shard=shard)
+    first, offset, end = None, 0, shard.bytes
+    while offset + _BLOCK <= end:
+        header = _read_at(file, offset, _BLOCK, shard=shard)
         if not header[0]:
             break
         name, folder, size = header[:100].rstrip(b"\0"), header[345:500].rstrip(b"\0"), _octal(header[124:136])
         match = pattern.fullmatch(name)
-        wrong = None
+        problem = None
         if not match or folder or header[156] not in _REGULAR or size is None:
-            wrong = f"expected a sample NNNNNNNNN.{extension}, found {folder + b'/' + name if folder else name!r}"
+            problem = f"expected a sample NNNNNNNNN.{extension}, found {folder + b'/' + name if folder else name!r}"
         elif int(match[1]) != (first := int(match[1]) if first is None else first) + len(offsets):
-            wrong = f"expected sample {first + len(offsets)}, found {name!r}"
-        elif at + _BLOCK + size > end:
-            wrong = f"sample {name!r} of {size} bytes reaches past the end"
+            problem = f"expected sample {first + len(offsets)}, found {name!r}"
+        elif offset + _BLOCK + size > end:
+            problem = f"sample {name!r} of {size} bytes reaches past the end"
         elif most is not None and size > most:
-            wrong = f"sample {name!r} has {size} bytes, the corpus' sequence length allows {most}"
-        if wrong or size is None:
-            raise ShardError(f"shard {file.name}: {wrong}, at byte {at}; {_WAY_OUT}", shard=shard, offset=at)
-        offsets.append(at + _BLOCK)
+            problem = f"sample {name!r} has {size} bytes, the sequence length of the corpus allows {most}"
+        if problem or size is None:
+            raise ShardError(f"shard {file.name}: {problem}, at byte {offset}; {_REMEDY}", shard=shard, offset=offset)
+        offsets.append(offset + _BLOCK)
         sizes.append(size)
-        at += _BLOCK + -(-size // _BLOCK) * _BLOCK
+        offset += _BLOCK + -(-size // _BLOCK) * _BLOCK
     if len(offsets) != shard.samples:
-        message = f"shard {file.name}: expected {shard.samples} samples, found {len(offsets)}; {_WAY_OUT}"
-        raise ShardError(message, shard=shard, offset=at)
+        message = f"shard {file.name}: expected {shard.samples} samples, found {len(offsets)}; {_REMEDY}"
+        raise ShardError(message, shard=shard, offset=offset)
     return np.array(offsets, np.int64), np.array(sizes, np.int64)
 
 
@@ -388,11 +372,11 @@ def _octal(digits: bytes) -> int | None:
 
 
 def _check_sizes(path: Path, shard: Shard, offsets: np.ndarray, lengths: np.ndarray, *, item: int) -> None:
-    wrong = np.flatnonzero((lengths % item != 0) | (lengths == 0))
-    if len(wrong):
+    invalid = np.flatnonzero((lengths % item != 0) | (lengths == 0))
+    if len(invalid):
         raise ShardError(
-            f"shard {path}: expected a multiple of {item} bytes in every sample, found {lengths[wrong[0]]} bytes in "
-            f"the sample at position {wrong[0]}; {_WAY_OUT}",
+            f"shard {path}: expected a multiple of {item} bytes in every sample, found {lengths[invalid[0]]} bytes in "
+            f"the sample at position {invalid[0]}; {_REMEDY}",
             shard=shard,
-            offset=int(offsets[wrong[0]]),
+            offset=int(offsets[invalid[0]]),
         )

@@ -1,12 +1,12 @@
-"""`pmlm corpus verify DIR`: does the corpus hold every token of every document exactly once, and nothing else?
+"""`pmlm corpus verify DIR`: check that a corpus holds every token of every document exactly once, and nothing else.
 
     every shard   size, sha256, members in order, numbered through the split                    (shards.py)
     every sample  [CLS] S1 [SEP] S2 [SEP], both segments with text, not too long, ids of the vocabulary
-    every split   samples and tokens as the manifest says; the digest of the documents, taken before they were packed,
-                  is that of the samples                                                        (proof.py)
+    every split   samples and tokens match the manifest; the digest of the samples is that of the documents, computed
+                  before packing                                                                (stream_digest.py)
 
-The shards are read twice, the second time for the digest, which needs to know how long every sample is. Memory: some
-hundred samples, and about 50 bytes for each sample of a split.
+The shards are read twice: the digest requires the lengths of all samples. Memory: some hundred samples, and about 50
+bytes for each sample of a split.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import numpy as np
 
 from pmlm_dist.config import raise_if_any
 from pmlm_dist.corpus.packing.packer import SPECIAL_TOKENS_PER_SAMPLE
-from pmlm_dist.corpus.packing.stream_digest import ORIGINS, base, digest, places_in_streams
+from pmlm_dist.corpus.packing.stream_digest import UNIT_SAMPLES, locate_in_streams, stream_hash, token_digest
 from pmlm_dist.corpus.shards import SPLITS, Manifest, Shard, ShardError, ShardReader, open_shard
 from pmlm_dist.vocab import Vocabulary
 
-_SAMPLES_AT_ONCE = 256
-_NAMED = 20
+_BATCH_SAMPLES = 256
+_MAX_PROBLEMS = 20
 
 
 def verify(folder: Path, /) -> None:
-    """Prove that a corpus holds every token of every document exactly once; says all that is wrong otherwise.
+    """Verify that a corpus holds every token of every document exactly once. Raises ConfigError with all problems.
 
-    A corpus without the digests of its documents (written by another program, or an older one) is checked in all else.
+    A corpus without digests of its documents (from another program, or an older one) gets all other checks.
     """
     corpus = _Corpus(folder, Manifest.load(folder), Vocabulary.load(folder))
-    found = corpus.check()
-    more = [f"and {len(found) - _NAMED} more like these"] if len(found) > _NAMED else []
-    raise_if_any([f"{folder}: {problem}" for problem in found[:_NAMED] + more])
-    print(f"{folder}: {corpus.said()}")
+    problems = corpus.check()
+    more = [f"and {len(problems) - _MAX_PROBLEMS} more like these"] if len(problems) > _MAX_PROBLEMS else []
+    raise_if_any([f"{folder}: {problem}" for problem in problems[:_MAX_PROBLEMS] + more])
+    print(f"{folder}: {corpus.summary()}")
 
 
 @dataclass
@@ -45,114 +45,120 @@ class _Corpus:
     manifest: Manifest
     vocabulary: Vocabulary
     lengths: dict[str, np.ndarray] = field(default_factory=dict)
-    """Content tokens of every sample, by split."""
+    """Split -> content tokens of every sample, shape [samples]."""
 
     def check(self) -> list[str]:
-        """What is wrong; the digests are looked at if nothing else is."""
-        found = []
+        """Return all problems. Digests are compared only if there is no other problem."""
+        problems = []
         if self.manifest.vocabulary["fingerprint"] != self.vocabulary.fingerprint:
-            found.append("the vocabulary is not the one that the manifest names")
+            problems.append("the vocabulary differs from that of the manifest")
         for name in self.manifest.splits:
-            found += self._shards(name)
-        found = found or self._counts()
-        return found or [problem for name in self._proved() for problem in self._digest(name)]
+            problems += self._check_shards(name)
+        problems = problems or self._check_counts()
+        return problems or [problem for name in self._splits_with_digest() for problem in self._check_digest(name)]
 
-    def _proved(self) -> list[str]:
-        """Splits whose documents' digests are known."""
-        known = "digests" in self.manifest.counts and (self.folder / ORIGINS).is_file()
-        return [name for name in SPLITS if known]
+    def _splits_with_digest(self) -> list[str]:
+        has_digests = "digests" in self.manifest.counts and (self.folder / UNIT_SAMPLES).is_file()
+        return [name for name in SPLITS if has_digests]
 
-    def said(self) -> str:
-        samples = {name: f"{split.samples:,} {name} samples" for name, split in self.manifest.splits.items()}
-        proof = "every token of every document is in exactly one sample, in its place"
-        unproved = "checked in itself; that it holds every document cannot be proved: it has no digests of them"
-        return f"{', '.join(samples.values())}: {proof if self._proved() else unproved}"
+    def summary(self) -> str:
+        samples = ", ".join(f"{split.samples:,} {name} samples" for name, split in self.manifest.splits.items())
+        if self._splits_with_digest():
+            return f"{samples}: every token of every document is in exactly one sample, at its position"
+        return (
+            f"{samples}: shards and samples are valid; without digests of the documents, their completeness is unknown"
+        )
 
-    def _shards(self, name: str) -> list[str]:
-        """Check all shards of a split; note the lengths of its samples."""
-        found, number, lengths = [], 0, [np.empty(0, np.int64)]
+    def _check_shards(self, name: str) -> list[str]:
+        """Check all shards of a split; record the lengths of its samples."""
+        problems, number, lengths = [], 0, [np.empty(0, np.int64)]
         for shard in self.manifest.splits[name].shards:
             try:
-                found += self._numbered(shard, number)
+                problems += self._check_first_key(shard, number)
                 for ids, sizes in self._samples(shard):
-                    found += [f"{shard.name}: {problem}" for problem in self._faults(ids, sizes, number)]
+                    problems += [f"{shard.name}: {problem}" for problem in self._check_samples(ids, sizes, number)]
                     lengths.append(sizes - SPECIAL_TOKENS_PER_SAMPLE)
                     number += len(sizes)
             except ShardError as error:
-                found.append(str(error))
+                problems.append(str(error))
                 number += shard.samples
         self.lengths[name] = np.concatenate(lengths)
-        return found
+        return problems
 
-    def _numbered(self, shard: Shard, number: int) -> list[str]:
-        """Whether the first key of a shard goes on where the last shard ended: keys are unique in a split."""
+    def _check_first_key(self, shard: Shard, number: int) -> list[str]:
+        """Check that the first key of a shard follows the last of the previous shard: keys are unique in a split."""
         with open_shard(self.folder / shard.name, shard) as file:
             key = file.read(9)
         return [] if key == b"%09d" % number else [f"{shard.name} begins with key {key!r}, expected {number:09d}"]
 
     def _samples(self, shard: Shard) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Some hundred samples at a time: their ids one after another, and the length of each."""
+        """Yield batches of samples: their concatenated ids, [tokens], and the length of each, [samples]."""
         longest = self.manifest.sequence_length
         with ShardReader(self.folder, shard, self.manifest.token_dtype, longest=longest) as reader:
-            for start in range(0, len(reader), _SAMPLES_AT_ONCE):
-                samples = [reader[index] for index in range(start, min(start + _SAMPLES_AT_ONCE, len(reader)))]
+            for start in range(0, len(reader), _BATCH_SAMPLES):
+                samples = [reader[index] for index in range(start, min(start + _BATCH_SAMPLES, len(reader)))]
                 yield np.concatenate(samples), np.array([len(sample) for sample in samples])
 
-    def _faults(self, ids: np.ndarray, sizes: np.ndarray, number: int) -> list[str]:
-        """The first sample that is not [CLS] S1 [SEP] S2 [SEP] over the vocabulary; `number` is that of the first."""
+    def _check_samples(self, ids: np.ndarray, sizes: np.ndarray, number: int) -> list[str]:
+        """Find the first sample that is not [CLS] S1 [SEP] S2 [SEP] over the vocabulary; `number`: of the first one."""
         stops = np.cumsum(sizes)
         starts = stops - sizes
         cls, sep = ids == self.vocabulary.cls_id, ids == self.vocabulary.sep_id
-        inside = sep.copy()
-        inside[np.concatenate([starts, starts + 1, stops - 2, stops - 1])] = False  # where no first [SEP] may be
-        right = (sizes >= SPECIAL_TOKENS_PER_SAMPLE + 2) & cls[starts] & sep[stops - 1]
-        right &= (np.add.reduceat(cls, starts, dtype=int) == 1) & (np.add.reduceat(sep, starts, dtype=int) == 2)
-        right &= np.add.reduceat(inside, starts, dtype=int) == 1
-        right &= np.maximum.reduceat(ids, starts) < self.vocabulary.size
-        wrong = np.flatnonzero(~right)
-        return [f"sample {number + wrong[0]:09d} is not [CLS] S1 [SEP] S2 [SEP]"] if len(wrong) else []
+        inner_sep = sep.copy()
+        inner_sep[np.concatenate([starts, starts + 1, stops - 2, stops - 1])] = False  # there, a segment would be empty
+        is_valid = (sizes >= SPECIAL_TOKENS_PER_SAMPLE + 2) & cls[starts] & sep[stops - 1]
+        is_valid &= (np.add.reduceat(cls, starts, dtype=int) == 1) & (np.add.reduceat(sep, starts, dtype=int) == 2)
+        is_valid &= np.add.reduceat(inner_sep, starts, dtype=int) == 1
+        is_valid &= np.maximum.reduceat(ids, starts) < self.vocabulary.size
+        invalid = np.flatnonzero(~is_valid)
+        return [f"sample {number + invalid[0]:09d} is not [CLS] S1 [SEP] S2 [SEP]"] if len(invalid) else []
 
-    def _counts(self) -> list[str]:
-        """Whether what was found is what the manifest counts."""
-        found, counts = [], self.manifest.counts
+    def _check_counts(self) -> list[str]:
+        """Compare the counts of the manifest with those of the shards."""
+        problems, counts = [], self.manifest.counts
         for name, split in self.manifest.splits.items():
-            content = int(self.lengths[name].sum())
-            expected = {
-                "samples": (split.samples, len(self.lengths[name])),
-                "tokens": (split.tokens, content + SPECIAL_TOKENS_PER_SAMPLE * len(self.lengths[name])),
+            samples, content = len(self.lengths[name]), int(self.lengths[name].sum())
+            compared = {
+                "samples": (split.samples, samples),
+                "tokens": (split.tokens, content + SPECIAL_TOKENS_PER_SAMPLE * samples),
                 "content tokens": (counts.get("content_tokens", {}).get(name, content), content),
             }
-            found += [
-                f"{name} holds {had} {what}, the manifest says {said}"
-                for what, (said, had) in expected.items()
-                if said != had
+            problems += [
+                f"{name} holds {actual} {what}, the manifest says {expected}"
+                for what, (expected, actual) in compared.items()
+                if expected != actual
             ]
         if "records" in counts:
             kept, skipped = sum(counts["documents"].values()), sum(counts["skipped"].values())
             if counts["records"] != kept + skipped:
-                found.append(f"{counts['records']} records were read, but {kept} are kept and {skipped} left out")
-        return found
+                problems.append(f"{counts['records']} records were read, but {kept} are kept and {skipped} skipped")
+        return problems
 
-    def _digest(self, name: str) -> list[str]:
-        """Whether the digest of the samples is that of the documents."""
-        place = {"seed": self.manifest.seed, "split": SPLITS.index(name)}
+    def _check_digest(self, name: str) -> list[str]:
+        """Compare the digest of the samples of a split with that of its documents."""
+        stream = {"seed": self.manifest.seed, "split": SPLITS.index(name)}
         try:
-            origins = np.load(self.folder / ORIGINS)[:, SPLITS.index(name)]
+            unit_samples = np.load(self.folder / UNIT_SAMPLES)[:, SPLITS.index(name)]
         except (OSError, ValueError, EOFError, IndexError, TypeError) as error:
-            return [f"{ORIGINS} cannot be read ({type(error).__name__}: {error}): restore it, or prepare it anew"]
-        if origins.sum() != len(self.lengths[name]):
-            return [f"{ORIGINS} speaks of {origins.sum()} samples of {name}, there are {len(self.lengths[name])}"]
-        units, begins = places_in_streams(origins, self.lengths[name], **place)
-        bases = np.array([base(**place, unit=unit) for unit in range(len(origins))], np.uint64)
+            reason = f"{type(error).__name__}: {error}"
+            return [f"{UNIT_SAMPLES} cannot be read ({reason}): restore it, or prepare the corpus again"]
+        lengths = self.lengths[name]
+        if unit_samples.sum() != len(lengths):
+            return [f"{UNIT_SAMPLES} lists {unit_samples.sum()} samples of {name}, the shards hold {len(lengths)}"]
+        units, begins = locate_in_streams(unit_samples, lengths, **stream)
+        hashes = np.array([stream_hash(**stream, unit=unit) for unit in range(len(unit_samples))], np.uint64)
         total, number = 0, 0
         for ids, sizes in self._all_samples(name):
-            here = slice(number, number := number + len(sizes))
-            content = self.lengths[name][here]
-            kept = (ids != self.vocabulary.cls_id) & (ids != self.vocabulary.sep_id)
-            positions = np.arange(content.sum()) - np.repeat(np.cumsum(content) - content - begins[here], content)
-            total += digest(ids[kept], np.repeat(bases[units[here]], content), positions)
-        found, said = f"{total % (1 << 64):016x}", self.manifest.counts["digests"][name]
-        return [] if found == said else [f"the samples of {name} have the digest {found}, its documents have {said}"]
+            batch = slice(number, number := number + len(sizes))
+            content = lengths[batch]
+            is_content = (ids != self.vocabulary.cls_id) & (ids != self.vocabulary.sep_id)
+            # Position in the sample, shifted by that of the sample in its stream.
+            positions = np.arange(content.sum()) - np.repeat(np.cumsum(content) - content - begins[batch], content)
+            total += token_digest(ids[is_content], np.repeat(hashes[units[batch]], content), positions)
+        actual, expected = f"{total % (1 << 64):016x}", self.manifest.counts["digests"][name]
+        if actual == expected:
+            return []
+        return [f"the samples of {name} have the digest {actual}, its documents have {expected}"]
 
     def _all_samples(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for shard in self.manifest.splits[name].shards:

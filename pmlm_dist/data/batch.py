@@ -1,4 +1,4 @@
-"""Batch: what one forward pass reads, as named tensors of static shape.
+"""Batch: the input of one forward pass, as named tensors of static shape.
 
     samples (token ids) --masking/--> Layout (arrays) --> Batch (tensors)
 
@@ -23,7 +23,7 @@ from pmlm_dist.vocab import Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Samples after masking and layout; see `masking/layout.py` for what stands in which slot."""
+    """Samples after masking and layout; `masking/layout.py` describes the slots."""
 
     tokens_BT: torch.Tensor
     """Input ids, int64; the pad id in slots that are not valid."""
@@ -34,23 +34,23 @@ class Batch:
     order_BT: torch.Tensor
     """Signed factorization step, int32: 0 context, +k originals, -k pseudo masks; 0 in slots that are not valid."""
     valid_BT: torch.Tensor
-    """Whether a slot may be seen as a key, bool: neither padding nor unused."""
+    """Whether a slot can be attended to as a key, bool: neither padding nor unused."""
     predicted_BM: torch.Tensor
     """Index of each predicted position in the context, int64, in factorization order; 0 in unused slots."""
     targets_BM: torch.Tensor
     """Original ids at the predicted positions, int64; the pad id in unused slots."""
     weights_BM: torch.Tensor
-    """1.0 for a prediction that counts, 0.0 for one that does not, float32."""
+    """Weight of each prediction in the loss, float32: 1.0, or 0.0 in unused slots and padding rows."""
     masked_BM: torch.Tensor
     """Whether the base slot holds [MASK] (rather than a random or the original token), bool."""
     sample_ids_B: torch.Tensor
     """Number of each sample in its split, int64."""
     epochs_B: torch.Tensor
-    """Epoch in which each sample was read, int64."""
+    """Epoch in which each sample is read, int64."""
 
     @property
     def num_context(self) -> int:
-        """S: slots of the context."""
+        """S: context slots of a sample."""
         return self.tokens_BT.shape[1] - 2 * self.num_predictions
 
     @property
@@ -60,7 +60,7 @@ class Batch:
 
     @property
     def kept_BM(self) -> torch.Tensor:
-        """Whether the base slot of a prediction shows the original token, bool."""
+        """Whether the base slot of a prediction holds the original token, bool."""
         return self.tokens_BT.gather(1, self.predicted_BM) == self.targets_BM
 
     @property
@@ -70,24 +70,24 @@ class Batch:
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`; copies from pinned memory do not block."""
+        """Copy the batch to `device`; copies from pinned memory are asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory."""
+        """Copy the batch to page-locked memory."""
         return self._map(torch.Tensor.pin_memory)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The tensors as arrays that share their memory, by name; the batch must lie on the CPU."""
+        """Return the tensors by name as NumPy arrays that share their memory; CPU only."""
         return {name: tensor.numpy() for name, tensor in self._tensors().items()}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Batch:
-        """The batch whose `arrays` these are."""
+        """Return the batch of `arrays`, which share its memory."""
         return cls(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
     def fingerprint(self) -> int:
-        """A signed 64-bit hash of shapes, types and contents, for comparing ranks and runs; copies to the CPU."""
+        """Return a signed 64-bit hash of names, types, shapes and contents; copies to the CPU."""
         digest = hashlib.blake2b(digest_size=8)
         for name, tensor in self._tensors().items():
             array = np.ascontiguousarray(tensor.cpu().numpy())
@@ -98,12 +98,12 @@ class Batch:
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return Batch(**{name: change(tensor) for name, tensor in self._tensors().items()})
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(**{name: function(tensor) for name, tensor in self._tensors().items()})
 
 
 def special_ids(vocabulary: Vocabulary) -> SpecialIds:
-    """What masking needs to know of a vocabulary."""
+    """Return the special ids and the size of `vocabulary` for masking."""
     return SpecialIds(
         pad=vocabulary.pad_id,
         cls=vocabulary.cls_id,
@@ -124,14 +124,14 @@ def build_batch(
     special: SpecialIds,
     seed: int,
 ) -> Batch:
-    """Mask and lay out `samples` (token ids [n], n <= `sequence_length`, with [CLS] and [SEP]) on the CPU.
+    """Mask and lay out `samples` on the CPU.
 
-    The masks of a sample depend on (`seed`, its epoch, its id) alone, not on the batch around it. Raises ValueError for
-    a sample that is too long.
+    `samples`: token ids [n] with [CLS] and [SEP], n <= `sequence_length`. The masks of a sample are a function of
+    (`seed`, epoch, sample id), independent of the rest of the batch. Raises ValueError for a sample that is too long.
     """
     if not len(samples) == len(sample_ids) == len(epochs) > 0:
         raise ValueError(
-            f"{len(samples)} samples, {len(sample_ids)} sample ids and {len(epochs)} epochs: give one of each"
+            f"{len(samples)} samples, {len(sample_ids)} sample ids and {len(epochs)} epochs: one of each per sample"
         )
     ids_B, epochs_B = np.array(sample_ids, dtype=np.int64), np.array(epochs, dtype=np.int64)
     layout = empty_layout(

@@ -1,12 +1,13 @@
-"""Shards from elsewhere: fetched once for a node, kept in a folder of bounded size, shared by all its processes.
+"""Cache of remote shards: each is fetched once per node, into a folder of bounded size shared by all processes.
 
-    http:// s3:// gs://  --one process fetches-->  <sha256>.part  --checked, renamed-->  <sha256>.tar  <-- all read
+    http:// s3:// gs://  --one process fetches-->  SHA256.part  --verify, rename-->  SHA256.tar  <-- all read
 
-Every promise rests on a lock that the kernel takes back when a process ends, however it ends:
-- who fetches holds <sha256>.part alone; others wait, and find the shard there or fetch it themselves
-- who reads shares <sha256>.tar; what is shared is not thrown out, so the size of the folder is the space it takes
-- who makes room holds `lock`; the space of a transfer is reserved before its first byte comes
-A .part that nobody holds was left by a crash and goes like any other file. How bytes come: `transfer.py`.
+All guarantees rest on `flock`, which the kernel releases when a process ends, even by SIGKILL:
+- the fetching process holds SHA256.part exclusively; the others wait, then find SHA256.tar or fetch it themselves
+- readers hold SHA256.tar shared; a file that is held is never evicted, so the folder size is the disk space in use
+- evicting processes hold `lock` exclusively; the space of a transfer is reserved before its first byte
+A .part that no process holds was left by a crash, and is evicted like any other file. `remote_files.py` transfers the
+bytes.
 """
 
 from __future__ import annotations
@@ -22,65 +23,71 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from pmlm_dist.config import raise_if_any
+from pmlm_dist.config import ConfigError
 from pmlm_dist.corpus.shards import MANIFEST, Shard, ShardError, open_shard
-from pmlm_dist.data.remote_files import TransferError, chunks, read_whole, url_of
+from pmlm_dist.data.remote_files import TransferError, iter_chunks, read_small_file, url_of
+from pmlm_dist.files import write_atomically
 
 _POLL_S = 0.02
 
 
 class CacheError(RuntimeError):
-    """The cache has no room: no shard's fault."""
+    """The cache has no space for a shard; the shard itself is not at fault."""
 
 
-def mirror(address: str, cache: Path, *, timeout_s: float) -> Path:
-    """A local folder with manifest and vocabulary of the corpus at `address`, fetched anew; ConfigError without."""
+def fetch_metadata(address: str, cache: Path, *, timeout_s: float) -> Path:
+    """Fetch manifest and vocabulary of the corpus at `address`; return their folder in `cache`.
+
+    Always fetched again, since a corpus may change. Raises ConfigError if the transfer fails.
+    """
     folder = cache / "corpora" / hashlib.sha256(address.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     for name in (MANIFEST, "tokenizer.json"):
-        temporary = folder / f".{name}.{os.getpid()}"
         try:
-            temporary.write_bytes(read_whole(address, name, timeout_s=timeout_s))
-            temporary.replace(folder / name)  # other ranks of this node write the same
+            content = read_small_file(address, name, timeout_s=timeout_s)
         except TransferError as error:
-            raise_if_any([f"corpus {address}: {error}; check the address, the network and the rights"])
+            raise ConfigError(
+                [f"corpus {address}: {error}; check the address, the network and the permissions"]
+            ) from error
+        # Atomically: the other ranks of this node write and read the same files at the same time.
+        write_atomically(folder / name, content, durable=False)
     return folder
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """The cache folder of a node."""
+    """The shard cache of a node."""
 
     folder: Path
     limit: int
-    """Bytes that it may hold."""
+    """Maximum size in bytes."""
     timeout_s: float
-    """Seconds without a byte after which a transfer is given up."""
+    """Seconds without a byte after which a transfer fails."""
 
     def open(self, address: str, shard: Shard) -> FileIO:
-        """The file of `shard` of the corpus at `address`, fetched if it is not there; kept until it is closed.
+        """Return the open file of `shard` of the corpus at `address`, fetched if necessary; not evicted until closed.
 
-        Raises ShardError where it cannot be fetched or is not what the manifest says, CacheError without room for it.
+        Raises ShardError if the transfer fails or differs from the manifest, CacheError if there is no space.
         """
         while True:
-            file = self._opened(shard)
+            file = self._open_cached(shard)
             if file is not None:
                 return file
             self._fetch(address, shard, wait=True)
 
-    def fetch_ahead(self, address: str, shard: Shard) -> None:
-        """Fetch `shard` unless it is there or another process fetches it."""
+    def prefetch(self, address: str, shard: Shard) -> None:
+        """Fetch `shard` unless it is cached or another process is fetching it."""
         if not self._path(shard).exists():
             self._fetch(address, shard, wait=False)
 
     def drop(self, shard: Shard) -> None:
-        """Forget a shard that is damaged: the next `open` fetches it anew. Whoever reads it can go on."""
+        """Remove a corrupt shard, so that the next `open` fetches it again; current readers keep their file."""
         self._path(shard).unlink(missing_ok=True)
 
     def _path(self, shard: Shard) -> Path:
         return self.folder / f"{shard.sha256}.tar"
 
-    def _opened(self, shard: Shard) -> FileIO | None:
+    def _open_cached(self, shard: Shard) -> FileIO | None:
         path = self._path(shard)
         if not path.exists():
             return None
@@ -89,67 +96,74 @@ class ShardCache:
         except ShardError:
             if path.exists():
                 raise
-            return None  # thrown out just now
+            return None  # evicted between the two calls
         fcntl.flock(file.fileno(), fcntl.LOCK_SH)
+        # Another process can evict the file after it is opened here and before it is locked. Its space then counts as
+        # free: reading it would exceed the limit.
         if os.fstat(file.fileno()).st_nlink == 0:
             file.close()
             return None
-        os.utime(path)
+        os.utime(file.fileno())  # the order of eviction; not by path, from which `drop` may remove the file
         return file
 
     def _fetch(self, address: str, shard: Shard, *, wait: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self._path(shard).with_suffix(".part")
-        with _locked(part, wait=wait) as out:
+        with _exclusive_lock(part, wait=wait) as out:
             if out is None:
                 return
-            if self._path(shard).exists():  # another process has fetched it meanwhile
+            # The previous holder of the lock may have finished: its rename made this process create a new, empty .part.
+            if self._path(shard).exists():
                 part.unlink()
                 return
             try:
                 self._reserve(shard, out)
                 self._transfer(address, shard, out)
-                part.rename(self._path(shard))
+                part.rename(self._path(shard))  # still locked, so that it is not evicted before it is complete
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
 
     def _reserve(self, shard: Shard, out: FileIO) -> None:
-        """Throw out what was not read for longest until `shard` fits, and take its space."""
-        with _locked(self.folder / "lock", wait=True):
+        """Evict the least recently read files until `shard` fits, and allocate its space.
+
+        The lock makes check and allocation one operation: two transfers must not both count the same free space.
+        """
+        with _exclusive_lock(self.folder / "lock", wait=True):
             out.truncate(0)
-            while self._held() + shard.bytes > self.limit:
+            while self._size() + shard.bytes > self.limit:
                 if not self._evict():
                     raise CacheError(
-                        f"the cache {self.folder} has no room for {shard.name} of {shard.bytes:,} bytes: its "
-                        f"{self.limit:,} are taken by shards that are being read: raise data.cache_gib"
+                        f"cache {self.folder}: no space for {shard.name} ({shard.bytes:,} bytes), since open shards "
+                        f"use the limit of {self.limit:,} bytes: raise data.cache_gib"
                     )
-            while not _allocated(out, shard.bytes):
+            while not _allocate(out, shard.bytes):
                 if not self._evict():
                     raise CacheError(
-                        f"the disk of the cache {self.folder} is full and nothing in it can be thrown out: "
-                        f"{shard.name} takes {shard.bytes:,} bytes; make room, or choose another data.cache"
+                        f"cache {self.folder}: the disk is full and no file of the cache can be evicted for "
+                        f"{shard.name} ({shard.bytes:,} bytes): free some space, or choose another data.cache"
                     )
 
-    def _held(self) -> int:
+    def _size(self) -> int:
         return sum(size for _, size, _ in self._files())
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """Time of last reading, bytes and path of everything in the cache."""
-        found = []
+        """Return (time of last read, bytes, path) of all files of the cache, least recently read first."""
+        files = []
         for path in [*self.folder.glob("*.tar"), *self.folder.glob("*.part")]:
             try:
                 status = path.stat()
-            except FileNotFoundError:  # renamed or thrown out meanwhile
+            except FileNotFoundError:  # renamed or removed since it was listed
                 continue
-            found.append((status.st_mtime, status.st_size, path))
-        return sorted(found)
+            files.append((status.st_mtime, status.st_size, path))
+        return sorted(files)
 
     def _evict(self) -> bool:
-        """Remove one file that nobody holds; whether there was one."""
+        """Remove one file that no process holds; return False if there is none."""
         for _, size, path in self._files():
-            with _locked(path, wait=False, create=False) as held:
-                if size and held is not None:
+            with _exclusive_lock(path, wait=False, create=False) as file:
+                # An empty file is a .part that another process has created but not locked yet.
+                if size and file is not None:
                     path.unlink(missing_ok=True)
                     return True
         return False
@@ -157,34 +171,35 @@ class ShardCache:
     def _transfer(self, address: str, shard: Shard, out: FileIO) -> None:
         url, digest, size = url_of(address, shard.name), hashlib.sha256(), 0
         try:
-            with closing(chunks(address, shard.name, size=shard.bytes, timeout_s=self.timeout_s)) as stream:
-                for chunk in stream:
+            with closing(iter_chunks(address, shard.name, size=shard.bytes, timeout_s=self.timeout_s)) as chunks:
+                for chunk in chunks:
                     size += len(chunk)
-                    if size > shard.bytes:
+                    if size > shard.bytes:  # stop here: an endless transfer must not fill the disk
                         break
                     digest.update(chunk)
                     _write(out, chunk)
         except TransferError as error:
             raise ShardError(f"shard {error}", shard=shard, offset=size) from error
         if size != shard.bytes:
-            found = f"more than {shard.bytes}" if size > shard.bytes else str(size)
-            message = f"shard {url}: expected {shard.bytes} bytes, got {found}"
+            received = f"more than {shard.bytes}" if size > shard.bytes else str(size)
+            message = f"shard {url}: expected {shard.bytes} bytes, received {received}"
             raise ShardError(message, shard=shard, offset=min(size, shard.bytes))
         if digest.hexdigest() != shard.sha256:
-            raise ShardError(f"shard {url}: expected sha256 {shard.sha256}, got {digest.hexdigest()}", shard=shard)
+            message = f"shard {url}: expected sha256 {shard.sha256}, received {digest.hexdigest()}"
+            raise ShardError(message, shard=shard)
 
 
 @contextmanager
-def _locked(path: Path, *, wait: bool, create: bool = True) -> Iterator[FileIO | None]:
-    """`path`, opened for writing and locked for this process alone; None if another holds it, or it is not there.
+def _exclusive_lock(path: Path, *, wait: bool, create: bool = True) -> Iterator[FileIO | None]:
+    """Open `path` for writing and lock it exclusively; None if another process holds it, or it does not exist.
 
-    `wait` looks again and again: who slept on the lock itself could go on sleeping after the file was renamed, on a
-    shard that another process reads for as long as it waits for this one.
+    `wait` polls instead of blocking in `flock`. A blocked process would keep waiting on the inode after its rename to
+    .tar, now for the shared lock of a reader. That reader may itself be waiting for this process: a deadlock.
     """
-    file = _lock(path, create=create)
+    file = _try_lock(path, create=create)
     while wait and file is None:
         time.sleep(_POLL_S)
-        file = _lock(path, create=create)
+        file = _try_lock(path, create=create)
     try:
         yield file
     finally:
@@ -192,14 +207,15 @@ def _locked(path: Path, *, wait: bool, create: bool = True) -> Iterator[FileIO |
             file.close()
 
 
-def _lock(path: Path, *, create: bool) -> FileIO | None:
+def _try_lock(path: Path, *, create: bool) -> FileIO | None:
     try:
         file = FileIO(os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644), "r+b")
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(file, path):  # not renamed or removed since it was opened
+        # The lock belongs to the inode: it is worthless if the file was renamed or removed after it was opened.
+        if _is_at(file, path):
             return file
     except BlockingIOError:
         pass
@@ -208,14 +224,15 @@ def _lock(path: Path, *, create: bool) -> FileIO | None:
 
 
 def _is_at(file: FileIO, path: Path) -> bool:
+    """Return True if `path` is still a name of `file`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _allocated(out: FileIO, size: int) -> bool:
-    """Take `size` bytes of disk for `out`; False when the disk is full."""
+def _allocate(out: FileIO, size: int) -> bool:
+    """Allocate `size` bytes of disk space for `out`; return False if the disk is full."""
     try:
         os.posix_fallocate(out.fileno(), 0, size)
     except OSError as error:
@@ -228,5 +245,5 @@ def _allocated(out: FileIO, size: int) -> bool:
 
 def _write(out: FileIO, chunk: bytes) -> None:
     view = memoryview(chunk)
-    while view:
+    while view:  # an unbuffered write may write less than it is given
         view = view[out.write(view) or 0 :]

@@ -1,10 +1,10 @@
-"""Loader: the batches of a rank, prepared by worker processes.
+"""Loader: the micro-batches of one rank, built by worker processes.
 
-    micro step i --order.py--> sample numbers --stream.py--> token ids --masking/--> Batch
-                 `-------- one worker (workers.py) builds the whole micro-batch -------'
+    micro step i --order.py--> sample indices --stream.py--> token ids --masking/--> Batch
+                 `------- one worker (worker_pool.py) builds the whole micro-batch -------'
 
-Micro-batch i is a function of i, so that workers take turns and the stream of batches is the same for any number of
-them. It depends on (corpora, masking, seed, lanes, shards in quarantine, share of this rank, samples consumed) alone.
+Micro-batch i is a function of i, so workers take turns and any number of them gives the same stream of batches. The
+stream is a function of (corpora, masking, seed, lanes, quarantined shards, share of this rank, samples consumed).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pmlm_dist.config import DataConfig, MaskingConfig, raise_if_any
-from pmlm_dist.corpus.shards import VALIDATION, Manifest, ShardError
+from pmlm_dist.config import ConfigError, DataConfig, MaskingConfig
+from pmlm_dist.corpus.shards import VALIDATION, ShardError
 from pmlm_dist.data.batch import Batch, build_batch
 from pmlm_dist.data.cache import CacheError
 from pmlm_dist.data.order import BatchShare, micro_batch_samples
@@ -29,40 +29,46 @@ from pmlm_dist.data.worker_pool import WorkerPool
 from pmlm_dist.masking.blockwise import SpecialIds
 
 VALIDATION_SEED = 0x5EED
-"""Seed of the validation masks: the same held-out task for every run, whatever its own seed."""
+"""Seed of the validation masks, independent of the run's seed: every run is validated on the same predictions."""
+
+Arrays = dict[str, np.ndarray]
+"""A batch in transit from a worker: pickled arrays in one message.
+
+Tensors would be sent through shared memory with one file descriptor each, which takes longer than masking them.
+"""
 
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Where samples come from and how they become batches."""
+    """Corpora and masking: how samples become batches."""
 
     corpus: Path
-    """Folder with manifest and vocabulary, and with the shards unless there is an address."""
+    """Folder with manifest and vocabulary, and with the shards unless `address` is set."""
     special: SpecialIds
-    """Special ids of the corpus' vocabulary."""
+    """Special ids of the vocabulary."""
     masking: MaskingConfig
-    """How samples are masked."""
+    """Masking settings."""
     seed: int
     """Seed of sample order and masks."""
     address: str | None = None
-    """Where the shards of `corpus` are fetched from."""
+    """Remote address of the shards of `corpus`."""
     mixture: tuple[CorpusSource, ...] = ()
-    """What training reads, by weight; empty: `corpus` alone. Validation always reads `corpus`."""
+    """Weighted training sources; empty: `corpus` alone. Validation always reads `corpus`."""
 
-    @property
-    def own(self) -> CorpusSource:
-        """`corpus` as what is read."""
+    @cached_property
+    def validation_source(self) -> CorpusSource:
+        """The corpus whose validation split is read."""
         return CorpusSource(self.corpus, self.address)
 
     @property
-    def training(self) -> tuple[CorpusSource, ...]:
-        """What training reads."""
-        return self.mixture or (self.own,)
+    def training_sources(self) -> tuple[CorpusSource, ...]:
+        """The corpora whose training splits are read."""
+        return self.mixture or (self.validation_source,)
 
-    @cached_property
+    @property
     def sequence_length(self) -> int:
         """S: tokens of a sequence, from the manifest."""
-        return Manifest.load(self.corpus).sequence_length
+        return self.validation_source.manifest.sequence_length
 
     def batch(self, samples: list[Sample], *, seed: int) -> Batch:
         """Mask and lay out `samples`."""
@@ -77,12 +83,19 @@ class BatchSource:
         )
 
 
-class Batches(Iterator[Batch]):
-    """Micro-batches, in order; `close` ends the workers that build them."""
+class BatchLoader(Iterator[Batch]):
+    """Micro-batches in order; `close` stops the workers that build them."""
 
-    def __init__(self, builder: _TrainingBatches | _ValidationBatches, numbers: Iterable[int], loading: Loading):
-        _compile(builder.source)
-        data, self._pin_memory = loading.data, loading.pin_memory
+    def __init__(
+        self,
+        builder: _TrainingBuilder | _ValidationBuilder,
+        numbers: Iterable[int],
+        *,
+        data: DataConfig,
+        pin_memory: bool,
+    ):
+        _compile_masking(builder.source)
+        self._pin_memory = pin_memory
         self._arrays = WorkerPool(
             builder,
             numbers,
@@ -101,16 +114,8 @@ class Batches(Iterator[Batch]):
         return batch.pin_memory() if self._pin_memory else batch
 
     def close(self) -> None:
-        """End the workers; there are no more batches then."""
+        """Stop the workers; the iterator is then exhausted."""
         self._arrays.close()
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How batches are loaded: the settings, and whether into page-locked memory."""
-
-    data: DataConfig
-    pin_memory: bool = False
 
 
 def training_batches(
@@ -122,11 +127,11 @@ def training_batches(
     loading: DataConfig | None = None,
     pin_memory: bool = False,
     quarantined: Set[str] = frozenset(),
-) -> Batches:
-    """This rank's micro-batches, without end, beginning after `samples_consumed` samples of the whole run.
+) -> BatchLoader:
+    """Return this rank's micro-batches as an infinite iterator, after `samples_consumed` samples of the whole run.
 
-    `lanes` as `choose_lanes` gives them; `quarantined`: sha256 of shards that are not read. Workers start at once;
-    close the batches to end them. Raises ShardError for a shard that is missing or damaged, CacheError, WorkerError.
+    `lanes`: from `choose_lanes`. `quarantined`: sha256 of shards to exclude. Workers start immediately; close the
+    loader to stop them. Iteration raises ShardError for a missing or corrupt shard, CacheError, and WorkerError.
     """
     if lanes % share.dp_size or share.global_batch % lanes:
         raise ValueError(
@@ -134,8 +139,9 @@ def training_batches(
             f"global batch ({share.global_batch})"
         )
     data = loading or DataConfig()
-    builder = _TrainingBatches(source, lanes, share, samples_consumed, ShardAccess.of(data), frozenset(quarantined))
-    return Batches(builder, itertools.count(), Loading(data, pin_memory))
+    access = ShardAccess.from_config(data)
+    builder = _TrainingBuilder(source, lanes, share, samples_consumed, access, frozenset(quarantined))
+    return BatchLoader(builder, itertools.count(), data=data, pin_memory=pin_memory)
 
 
 def validation_batches(
@@ -145,24 +151,25 @@ def validation_batches(
     share: BatchShare,
     loading: DataConfig | None = None,
     pin_memory: bool = False,
-) -> Batches:
-    """This rank's share of the first `samples` held-out samples (at most what there is), masked alike in every run.
+) -> BatchLoader:
+    """Return this rank's share of the first `samples` validation samples (all if there are fewer), with fixed masks.
 
-    Every rank yields the same number of batches of the same shape: entries past the last sample repeat it with all
-    weights 0. Of `share` the global batch does not matter. Raises ConfigError when there are no validation samples.
+    Every rank yields the same number of batches of the same shape: rows past the last sample repeat it with weight 0.
+    The global batch of `share` is ignored. Raises ConfigError if the corpus has no validation samples.
     """
-    available = Manifest.load(source.corpus).splits[VALIDATION].samples
+    available = source.validation_source.manifest.splits[VALIDATION].samples
     if not available:
-        raise_if_any([f"corpus {source.corpus} has no validation samples: prepare one with a validation split"])
+        raise ConfigError([f"corpus {source.corpus} has no validation samples: prepare it with a validation split"])
     samples, data = min(samples, available), loading or DataConfig()
     share = dataclasses.replace(share, global_batch=share.micro_batch * share.dp_size)
-    builder = _ValidationBatches(source, samples, share, ShardAccess.of(data))
-    return Batches(builder, range(-(-samples // share.global_batch)), Loading(data, pin_memory))
+    builder = _ValidationBuilder(source, samples, share, ShardAccess.from_config(data))
+    numbers = range(-(-samples // share.global_batch))
+    return BatchLoader(builder, numbers, data=data, pin_memory=pin_memory)
 
 
 @dataclass(frozen=True)
-class _TrainingBatches:
-    """Micro-batch i of the training split; the stream is opened by whoever reads first: the worker."""
+class _TrainingBuilder:
+    """Builds micro-batch i of the training split."""
 
     source: BatchSource
     lanes: int
@@ -171,67 +178,64 @@ class _TrainingBatches:
     access: ShardAccess
     quarantined: frozenset[str]
 
-    expected = (ShardError, CacheError)
+    expected_errors = (ShardError, CacheError)
 
+    # On first use, that is in the worker: open files cannot be pickled.
     @cached_property
     def _stream(self) -> TrainingStream:
-        source = self.source
         return TrainingStream(
-            source.training, lanes=self.lanes, seed=source.seed, access=self.access, quarantined=self.quarantined
+            self.source.training_sources,
+            lanes=self.lanes,
+            seed=self.source.seed,
+            access=self.access,
+            quarantined=self.quarantined,
         )
 
-    def build(self, number: int, *, mark: Callable[[int], None]) -> Arrays:
-        """Micro-batch `number` as arrays."""
+    def build(self, number: int, *, set_progress: Callable[[int], None]) -> Arrays:
+        """Return micro-batch `number`."""
         samples = []
         for t in micro_batch_samples(self.samples_consumed, number, share=self.share):
-            mark(t)
+            set_progress(t)
             samples.append(self._stream[t])
         return self.source.batch(samples, seed=self.source.seed).arrays()
 
-    def describe(self, place: int) -> str:
-        """Which sample of which shard global sample `place` is."""
-        return self._stream.describe(place)
+    def describe(self, position: int) -> str:
+        """Return sample and shard of global sample `position`."""
+        return self._stream.describe(position)
 
 
 @dataclass(frozen=True)
-class _ValidationBatches:
-    """Micro-batch i of the validation samples, filled up with copies of weight 0."""
+class _ValidationBuilder:
+    """Builds micro-batch i of the validation samples; the last ones are padded with rows of weight 0."""
 
     source: BatchSource
     samples: int
     share: BatchShare
     access: ShardAccess
 
-    expected = (ShardError, CacheError)
+    expected_errors = (ShardError, CacheError)
 
     @cached_property
     def _reader(self) -> SplitReader:
-        return SplitReader(self.source.own, split=VALIDATION, access=self.access)
+        return SplitReader(self.source.validation_source, split=VALIDATION, access=self.access)
 
-    def build(self, number: int, *, mark: Callable[[int], None]) -> Arrays:
-        """Micro-batch `number` as arrays."""
+    def build(self, number: int, *, set_progress: Callable[[int], None]) -> Arrays:
+        """Return micro-batch `number`."""
         samples = []
         numbers = micro_batch_samples(0, number, share=self.share)
         for sample in numbers:
-            mark(sample)
-            samples.append(self._reader.numbered(min(sample, self.samples - 1)))
+            set_progress(sample)
+            samples.append(self._reader.sample(min(sample, self.samples - 1)))
         batch = self.source.batch(samples, seed=VALIDATION_SEED)
-        real_B = torch.tensor([sample < self.samples for sample in numbers])
-        return dataclasses.replace(batch, weights_BM=batch.weights_BM * real_B[:, None]).arrays()
+        is_sample_B = torch.tensor([sample < self.samples for sample in numbers])
+        return dataclasses.replace(batch, weights_BM=batch.weights_BM * is_sample_B[:, None]).arrays()
 
-    def describe(self, place: int) -> str:
-        """Which validation sample `place` is."""
-        return f"validation sample {min(place, self.samples - 1)} of {self.source.own.name}"
-
-
-Arrays = dict[str, np.ndarray]
-"""A batch as it goes through the pipe from a worker, by value in one message.
-
-Tensors would go through shared memory, a file descriptor each, which takes longer than masking them.
-"""
+    def describe(self, position: int) -> str:
+        """Return validation sample and corpus of `position`."""
+        return f"validation sample {min(position, self.samples - 1)} of {self.source.validation_source.name}"
 
 
-def _compile(source: BatchSource) -> None:
-    """Compile masking once, before workers start: each of them then loads machine code from numba's cache."""
+def _compile_masking(source: BatchSource) -> None:
+    """Compile masking before the workers start: they then load the machine code from numba's cache on disk."""
     tokens = np.array([source.special.cls, source.special.sep], dtype=np.int64)
     source.batch([Sample(tokens, 0, 0)], seed=0)

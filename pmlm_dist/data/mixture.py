@@ -1,12 +1,12 @@
-"""Mixture: which corpus each global sample comes from. A pure function of (weights, lanes, t).
+"""Mixture: the source corpus of each global sample. A pure function of (weights, lanes, t).
 
     shares of a period of 1000 samples, by largest remainders:  a 0.7, b 0.3 -> 700, 300
-    one period, as even as it can be:                           a b a a b a a a b a ...
-    lane l of L begins l/L of a period further on               so that every step holds all sources in their shares
-    element j of a lane that is its n-th of source k            is element n of the same lane of source k's own order
+    one period, as even as possible:                            a b a a b a a a b a ...
+    lane l of L starts at l/L of a period                       so that every step has all sources in their shares
+    element j of a lane, its n-th of source k                   is element n of the same lane in source k's own order
 
-The samples of a source are then read in its own order (`order.py`), as by a run that reads nothing else, only slower:
-each exactly once in an epoch of the source. Nothing is counted while training; where a source stands follows from t.
+Each source is read in its own order (`order.py`), as by a run on that source alone, only slower: each sample exactly
+once per epoch of the source. No counters are kept during training; the position in each source follows from t.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from collections.abc import Sequence
 import numpy as np
 
 PERIOD = 1000
-"""Samples of a lane in which every source has just its share: weights are kept to a thousandth."""
+"""Samples of a lane in which every source has exactly its share: weights are rounded to a thousandth."""
 
 
 class Mixture:
-    """How the samples of `lanes` lanes are dealt to sources of these `weights` (any scale, all positive)."""
+    """Assignment of the samples of `lanes` lanes to sources with these `weights` (any scale, all positive)."""
 
     def __init__(self, weights: Sequence[float], *, lanes: int):
         self.shares = shares_of_period(weights)
         self._lanes = lanes
         pattern = _even_pattern(self.shares)
         self._pattern: list[int] = pattern.tolist()
-        # For each source: how many of the first i samples of a period are its own. Lists: single numbers are looked up.
+        # For each source: its samples among the first i of a period. Lists, because indexing one element of a NumPy
+        # array is several times slower.
         self._before = [[0, *np.cumsum(pattern == source).tolist()] for source in range(len(weights))]
 
     def locate(self, t: int) -> tuple[int, int]:
-        """Source of global sample `t`, and which global sample it is of a run on that source alone."""
+        """Return the source of global sample `t`, and its global sample index in a run on that source alone."""
         element, lane = divmod(t, self._lanes)
         start = self._start(lane)
         source = self._pattern[(start + element) % PERIOD]
@@ -39,40 +40,42 @@ class Mixture:
         return source, number * self._lanes + lane
 
     def counts(self, samples: int) -> list[int]:
-        """Samples of each source among the global samples 0 .. `samples` - 1."""
-        elements, further = divmod(samples, self._lanes)
-        stretches = [(self._start(lane), elements + (lane < further)) for lane in range(self._lanes)]
+        """Return the number of samples of each source among the global samples 0 .. `samples` - 1."""
+        elements, remainder = divmod(samples, self._lanes)
+        spans = [(self._start(lane), elements + (lane < remainder)) for lane in range(self._lanes)]
         return [
-            sum(self._count(source, start + length) - self._count(source, start) for start, length in stretches)
+            sum(self._count(source, start + length) - self._count(source, start) for start, length in spans)
             for source in range(len(self.shares))
         ]
 
     def _start(self, lane: int) -> int:
+        # Lanes with equal phases would give whole steps of one source.
         return lane * PERIOD // self._lanes
 
-    def _count(self, source: int, place: int) -> int:
-        """Samples of `source` among the first `place` of the endless pattern."""
-        periods, rest = divmod(place, PERIOD)
+    def _count(self, source: int, length: int) -> int:
+        """Return the number of samples of `source` among the first `length` of the infinite pattern."""
+        periods, rest = divmod(length, PERIOD)
         return periods * self.shares[source] + self._before[source][rest]
 
 
 def shares_of_period(weights: Sequence[float]) -> tuple[int, ...]:
-    """`weights` as whole shares of a period, by largest remainders; ValueError for one that rounds to nothing."""
+    """Round `weights` to integer shares of a period by largest remainders; ValueError if one rounds to zero."""
     exact = np.array(weights, dtype=np.float64) / sum(weights) * PERIOD
     shares = np.floor(exact).astype(np.int64)
-    most_left_over = np.argsort(shares - exact, kind="stable")
-    shares[most_left_over[: PERIOD - int(shares.sum())]] += 1
+    by_remainder = np.argsort(shares - exact, kind="stable")
+    shares[by_remainder[: PERIOD - int(shares.sum())]] += 1
     if shares.min() < 1:
         raise ValueError(f"weights {list(weights)}: the smallest must be at least a thousandth of their sum")
     return tuple(shares.tolist())
 
 
 def _even_pattern(shares: Sequence[int]) -> np.ndarray:
-    """Each time the source that lags most behind its share, the first of equals."""
-    wanted, taken = np.array(shares, dtype=np.int64), np.zeros(len(shares), dtype=np.int64)
+    """Choose, at each position, the source that is furthest behind its share; the first of equals."""
+    target, assigned = np.array(shares, dtype=np.int64), np.zeros(len(shares), dtype=np.int64)
     pattern = np.empty(PERIOD, dtype=np.int64)
-    for place in range(PERIOD):
-        source = int(np.argmax(wanted * (place + 1) - taken * PERIOD))
-        pattern[place] = source
-        taken[source] += 1
+    for position in range(PERIOD):
+        # In integers: ties, and with them the order, must not depend on rounding.
+        source = int(np.argmax(target * (position + 1) - assigned * PERIOD))
+        pattern[position] = source
+        assigned[source] += 1
     return pattern

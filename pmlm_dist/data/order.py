@@ -1,14 +1,15 @@
-"""Sample order: where global sample t lies, and who reads it. Pure in (shard sizes, lanes, seed, bad shards, t).
+"""Sample order: where global sample t is stored, and which rank reads it.
 
     epoch e: shards permuted by (seed, e) -> p0 p1 p2 p3 p4 p5 ...
-    lane l of L reads p[l], p[l+L], p[l+2L], ..., each shard as it lies, then goes on with epoch e+1
+    lane l of L reads p[l], p[l+L], p[l+2L], ..., each shard from start to end, then continues with epoch e+1
     global sample t is element t // L of lane t mod L
     data-parallel rank r of R reads the samples with t mod R = r (R divides L: whole lanes)
 
-One training step consumes samples [t0, t0 + global batch) under any number of ranks, accumulation and loader workers;
-the whole state is the integer `samples_consumed`. Lanes never wait for each other, so their epochs may differ;
-every sample of the split is read exactly once in each epoch, by one lane. A shard that cannot be read moves nothing:
-its places are filled from the shard that the same lane reads next.
+A pure function of (shard sizes, lanes, seed, excluded shards, t). One training step consumes the samples
+[t0, t0 + global batch) under any number of ranks, accumulation steps and loader workers. The whole state is the integer
+`samples_consumed`. Lanes are independent, so their epochs may differ; each sample of the split is read exactly once per
+epoch, by one lane. Excluding an unreadable shard shifts no other sample: its positions are filled with samples of the
+shard that the same lane reads next.
 """
 
 from __future__ import annotations
@@ -22,32 +23,32 @@ from typing import NamedTuple
 import numpy as np
 
 from pmlm_dist.config import divisors, raise_if_any
-from pmlm_dist.masking.blockwise import seed_state
+from pmlm_dist.masking.random_state import seed_state
 
 DEFAULT_LANES = 64
 
 
 class SampleAddress(NamedTuple):
-    """Where a sample lies."""
+    """Storage location of a sample."""
 
     epoch: int
     """Epoch of the lane that reads it, from 0."""
     shard: int
-    """Number of the shard in the manifest."""
+    """Index of the shard in the manifest."""
     index: int
-    """Number of the sample in the shard."""
+    """Index of the sample in the shard."""
 
 
 @dataclass(frozen=True)
 class BatchShare:
-    """The part of every global batch that one data-parallel rank reads, a micro-batch at a time."""
+    """The part of each global batch that one data-parallel rank reads, split into micro-batches."""
 
     global_batch: int
     """Samples of one optimizer step over all ranks."""
     micro_batch: int
     """Samples of one forward pass on one rank."""
     dp_rank: int = 0
-    """Number of this data-parallel rank."""
+    """Index of this data-parallel rank."""
     dp_size: int = 1
     """Number of data-parallel ranks."""
 
@@ -62,18 +63,18 @@ class BatchShare:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of a rank in one optimizer step."""
+        """Micro-batches per rank in one optimizer step."""
         return self.global_batch // (self.micro_batch * self.dp_size)
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One epoch's shards as the lanes read them."""
+    """The shards of one epoch, assigned to lanes."""
 
     shards: tuple[np.ndarray, ...]
     """For each lane: its shards in reading order."""
     ends: tuple[np.ndarray, ...]
-    """For each lane: samples up to and including each of its shards."""
+    """For each lane: cumulative number of samples at the end of each of its shards."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -82,10 +83,10 @@ class _Epoch:
 
 
 class SampleOrder:
-    """The order of all samples of a split, without end.
+    """The infinite sample order of one split.
 
-    `shard_sizes` are the samples of each shard, none 0; `lanes` at most the number of shards. What was computed of an
-    epoch is kept (16 bytes a shard), so that both sequential and random access cost a binary search.
+    `shard_sizes`: samples per shard, all positive. `lanes`: at most the number of shards. Computed epochs are cached
+    (16 bytes per shard), so sequential and random access both cost one binary search.
     """
 
     def __init__(self, shard_sizes: tuple[int, ...], *, lanes: int, seed: int):
@@ -94,7 +95,7 @@ class SampleOrder:
                 f"lanes ({lanes}) must be at least 1 and at most the number of shards ({len(shard_sizes)})"
             )
         if min(shard_sizes) < 1:
-            raise ValueError(f"shard {shard_sizes.index(min(shard_sizes))} holds no sample: write the corpus anew")
+            raise ValueError(f"shard {shard_sizes.index(min(shard_sizes))} has no samples: prepare the corpus again")
         self.lanes = lanes
         self.seed = seed
         self._sizes = np.array(shard_sizes, dtype=np.int64)
@@ -103,33 +104,34 @@ class SampleOrder:
         # Row e: samples that each lane has read before epoch e.
         self._starts = [np.zeros(lanes, dtype=np.int64)]
 
-    def locate(self, t: int, *, bad: Set[int] = frozenset()) -> SampleAddress:
-        """Address of global sample `t`, at least 0, where the shards `bad` cannot be read.
+    def locate(self, t: int, *, excluded: Set[int] = frozenset()) -> SampleAddress:
+        """Return the address of global sample `t` >= 0 without reading the shards `excluded`.
 
-        The place of a sample of a bad shard goes to the shard that its lane reads next, bad ones passed over: element
-        i of n to its sample i mod n', in the epoch in which the lane comes to it. All other places stay as they are.
+        A position in an excluded shard is filled from the next readable shard of its lane: element i becomes sample
+        i mod n of that shard (n samples), in the epoch in which the lane reads it. All other positions are unchanged.
         """
-        epoch, nth, index = self._place(t)
+        epoch, nth, index = self._position(t)
         shard = int(self._epochs[epoch].shards[t % self.lanes][nth])
-        if shard in bad:
-            epoch, shard = next(self._readable_from(t, epoch, nth, bad=bad))
+        if shard in excluded:
+            epoch, shard = next(self._readable_shards(t, epoch, nth, excluded=excluded))
         return SampleAddress(epoch, shard, index % int(self._sizes[shard]))
 
-    def next_shard(self, t: int, *, bad: Set[int] = frozenset()) -> int:
-        """The shard that the lane of global sample `t` reads after the one that `t` is read from."""
-        epoch, nth, _ = self._place(t)
-        _, (_, shard) = itertools.islice(self._readable_from(t, epoch, nth, bad=bad), 2)
+    def next_shard(self, t: int, *, excluded: Set[int] = frozenset()) -> int:
+        """Return the shard that the lane of global sample `t` reads after the shard of `t`."""
+        epoch, nth, _ = self._position(t)
+        _, (_, shard) = itertools.islice(self._readable_shards(t, epoch, nth, excluded=excluded), 2)
         return shard
 
     def sample_id(self, address: SampleAddress) -> int:
-        """Number of a sample in its split, counted through the shards of the manifest."""
+        """Return the index of a sample in its split, counted over the shards in manifest order."""
         return int(self._first_samples[address.shard]) + address.index
 
-    def _place(self, t: int) -> tuple[int, int, int]:
-        """Of global sample `t`: epoch, which of its lane's shards in that epoch, which sample of the shard."""
+    def _position(self, t: int) -> tuple[int, int, int]:
+        """Return (epoch, index among the lane's shards of that epoch, sample index in the shard) of sample `t`."""
         element, lane = divmod(t, self.lanes)
         while self._starts[-1][lane] <= element:
             self._add_epoch()
+        # Lanes differ in length, so each one has its own epoch boundaries.
         epoch = bisect.bisect_right(self._starts, element, key=lambda starts: starts[lane]) - 1
         within = element - int(self._starts[epoch][lane])
         ends = self._epochs[epoch].ends[lane]
@@ -137,36 +139,38 @@ class SampleOrder:
         shard = int(self._epochs[epoch].shards[lane][nth])
         return epoch, nth, within - int(ends[nth]) + int(self._sizes[shard])
 
-    def _readable_from(self, t: int, epoch: int, nth: int, *, bad: Set[int]) -> Iterator[tuple[int, int]]:
-        """(epoch, shard) of what the lane of `t` reads from its `nth` shard of `epoch` on, without end or `bad`."""
-        if len(bad) >= len(self._sizes):
+    def _readable_shards(self, t: int, epoch: int, nth: int, *, excluded: Set[int]) -> Iterator[tuple[int, int]]:
+        """Yield (epoch, shard) in the reading order of the lane of `t`, from its `nth` shard of `epoch`, forever."""
+        if len(excluded) >= len(self._sizes):
             raise ValueError(f"none of the {len(self._sizes)} shards can be read")
         for number in itertools.count(epoch):
             if number == len(self._epochs):
                 self._add_epoch()
             shards = self._epochs[number].shards[t % self.lanes]
             rest = shards[nth if number == epoch else 0 :]
-            yield from ((number, shard) for shard in rest.tolist() if shard not in bad)
+            yield from ((number, shard) for shard in rest.tolist() if shard not in excluded)
 
     def _add_epoch(self) -> None:
         order = permutation(len(self._sizes), seed=self.seed, epoch=len(self._epochs))
         shards = tuple(order[lane :: self.lanes] for lane in range(self.lanes))
-        epoch = _Epoch(shards, tuple(np.cumsum(self._sizes[of_lane]) for of_lane in shards))
+        epoch = _Epoch(shards, tuple(np.cumsum(self._sizes[lane_shards]) for lane_shards in shards))
         self._epochs.append(epoch)
         self._starts.append(self._starts[-1] + epoch.lengths)
 
 
 def permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:
-    """A random order of 0 .. count-1, by sorting hashes: equal under every NumPy, as its generators need not be."""
+    """Return a random permutation of 0 .. `count` - 1, a function of (`seed`, `epoch`)."""
+    # Sorted hashes instead of a NumPy generator: NumPy may change its streams between releases (NEP 19), and a resumed
+    # run must keep its order.
     keys = np.array([seed_state(seed, epoch, item) for item in range(count)], dtype=np.uint64)
     return np.argsort(keys, kind="stable")
 
 
 def micro_batch_samples(samples_consumed: int, micro_step: int, *, share: BatchShare) -> range:
-    """Global sample numbers of a rank's `micro_step`-th micro-batch after `samples_consumed` samples of the whole run.
+    """Return the global sample indices of one micro-batch of a rank.
 
-    The step's samples are [t0, t0 + global batch); rank r of R takes those with t mod R = r in order, `micro_batch` of
-    them at a time.
+    `micro_step` counts the rank's micro-batches after `samples_consumed` samples of the whole run. The samples of a
+    step are [t0, t0 + global batch); rank r of R reads those with t mod R = r in order, `micro_batch` at a time.
     """
     step, part = divmod(micro_step, share.accumulation)
     step_start = samples_consumed + step * share.global_batch
@@ -174,32 +178,32 @@ def micro_batch_samples(samples_consumed: int, micro_step: int, *, share: BatchS
     return range(first, first + share.micro_batch * share.dp_size, share.dp_size)
 
 
-def choose_lanes(wanted: int | None, *, global_batch: int, shards: int, dp: int) -> int:
-    """Number of lanes: `wanted` if it fits the run, else ConfigError with the numbers that would.
+def choose_lanes(requested: int | None, *, global_batch: int, shards: int, dp: int) -> int:
+    """Return the number of lanes: `requested` if valid, else raise ConfigError with the valid numbers.
 
     None: the largest divisor of the global batch that is a multiple of the data-parallel size `dp`, at most 64 and at
-    most `shards`; the smallest above 64 where none is that small.
+    most `shards`; if all are above 64, the smallest.
     """
     usable = [lanes for lanes in divisors(global_batch) if lanes % dp == 0 and lanes <= shards]
-    if wanted is None:
+    if requested is None:
         raise_if_any([] if usable else [_no_lanes(global_batch=global_batch, shards=shards, dp=dp)])
         return max((lanes for lanes in usable if lanes <= DEFAULT_LANES), default=usable[0])
     way_out = f"use one of {usable}" if usable else _no_lanes(global_batch=global_batch, shards=shards, dp=dp)
-    found = []
-    if wanted < 1 or global_batch % wanted:
-        found.append(f"data.lanes ({wanted}) must divide the global batch ({global_batch}): {way_out}")
-    if wanted % dp:
-        found.append(f"data.lanes ({wanted}) must be a multiple of the data-parallel size ({dp}): {way_out}")
-    if wanted > shards:
-        found.append(f"data.lanes ({wanted}) must not exceed the number of training shards ({shards}): {way_out}")
-    raise_if_any(found)
-    return wanted
+    problems = []
+    if requested < 1 or global_batch % requested:
+        problems.append(f"data.lanes ({requested}) must divide the global batch ({global_batch}): {way_out}")
+    if requested % dp:
+        problems.append(f"data.lanes ({requested}) must be a multiple of the data-parallel size ({dp}): {way_out}")
+    if requested > shards:
+        problems.append(f"data.lanes ({requested}) must not exceed the number of training shards ({shards}): {way_out}")
+    raise_if_any(problems)
+    return requested
 
 
 def _no_lanes(*, global_batch: int, shards: int, dp: int) -> str:
     if global_batch % dp:
         return f"the global batch ({global_batch}) must be a multiple of the data-parallel size ({dp})"
     return (
-        f"the corpus has {shards} training shards for {dp} data-parallel ranks: write it with at least {dp} shards, "
+        f"the corpus has {shards} training shards for {dp} data-parallel ranks: prepare it with at least {dp} shards, "
         f"or use one of {[d for d in divisors(global_batch) if d <= shards]} ranks"
     )

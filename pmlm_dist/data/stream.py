@@ -1,9 +1,9 @@
-"""Streams: from global sample numbers to token ids, read from the shards of one corpus or several.
+"""Streams: from global sample indices to token ids, read from the shards of one corpus or several.
 
     t --Mixture--> (source, t') --SampleOrder--> (epoch, shard, index) --ShardReader--> token ids
 
-Each lane keeps the one shard open that it reads and closes it when it moves on, so a rank holds as many shards open as
-it has lanes (of each source), and a seek costs no read but the opening of a shard in each.
+Each lane keeps its current shard open and closes it before it opens the next one. A rank therefore holds one open shard
+per lane and source, and a seek costs at most one opened shard per lane and source.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pmlm_dist.config import DataConfig, raise_if_any
-from pmlm_dist.corpus.shards import TRAIN, Manifest, Shard, ShardError, ShardReader, TokenDtype, open_shard
-from pmlm_dist.data.cache import CacheError, ShardCache, mirror
+from pmlm_dist.config import ConfigError, DataConfig
+from pmlm_dist.corpus.shards import TRAIN, Manifest, Shard, ShardError, ShardReader, open_shard
+from pmlm_dist.data.cache import CacheError, ShardCache, fetch_metadata
 from pmlm_dist.data.mixture import Mixture
 from pmlm_dist.data.order import SampleAddress, SampleOrder
-from pmlm_dist.data.remote_files import address_of
+from pmlm_dist.data.remote_files import parse_address
 
 
 class Sample(NamedTuple):
@@ -35,112 +35,118 @@ class Sample(NamedTuple):
     tokens: np.ndarray
     """Token ids [n] with [CLS] and [SEP]."""
     sample_id: int
-    """Number of the sample in its split; in a mixture the splits of the sources are counted through."""
+    """Index of the sample in its split; in a mixture, counted over the splits of all sources in turn."""
     epoch: int
     """Epoch of its source in which it is read."""
 
 
 @dataclass(frozen=True)
 class CorpusSource:
-    """A corpus that is read."""
+    """A corpus to read samples from."""
 
     folder: Path
-    """Folder of manifest and vocabulary; of the shards, too, unless there is an address."""
+    """Folder with manifest and vocabulary, and with the shards unless `address` is set."""
     address: str | None = None
-    """Where the shards are fetched from."""
+    """Remote address of the shards."""
     weight: float = 1.0
-    """Its share of a mixture, on any scale."""
-
-    @property
-    def name(self) -> str:
-        """What it is called in logs."""
-        return self.address or str(self.folder)
+    """Share in a mixture, on any scale."""
 
     @classmethod
-    def at(cls, corpus: Path | str, data: DataConfig, *, weight: float = 1.0) -> CorpusSource:
-        """The corpus in a folder or at an address, whose manifest and vocabulary are then fetched into the cache.
+    def open(cls, corpus: Path | str, data: DataConfig, *, weight: float = 1.0) -> CorpusSource:
+        """Return the corpus in a folder or at an address; manifest and vocabulary of the latter are fetched.
 
-        Raises ConfigError for an address that is not allowed, without a cache, or where nothing can be fetched.
+        Raises ConfigError for an address that is not allowed, has no cache, or cannot be fetched from.
         """
-        address = address_of(corpus, allow_pipe=data.allow_pipe)
+        address = parse_address(corpus, allow_pipe=data.allow_pipe)
         if address is None:
             return cls(Path(corpus), weight=weight)
         if data.cache is None:
-            raise_if_any([f"corpus {address} is not on this machine: name a folder for its shards with --data.cache"])
-        cache = Path(data.cache or "").expanduser()
-        return cls(mirror(address, cache, timeout_s=data.transfer_timeout_s), address, weight)
+            raise ConfigError([f"corpus {address} is remote: name a folder for its shards with --data.cache"])
+        folder = fetch_metadata(address, Path(data.cache).expanduser(), timeout_s=data.transfer_timeout_s)
+        return cls(folder, address, weight)
+
+    @property
+    def name(self) -> str:
+        """Address or folder, for logs."""
+        return self.address or str(self.folder)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest, loaded on first use. Raises ConfigError if it is missing or invalid."""
+        return Manifest.load(self.folder)
 
 
 @dataclass(frozen=True)
 class ShardAccess:
-    """How shards are opened: again and again where that fails, through a cache where they are elsewhere."""
+    """How shards are opened: with retries, and through a cache if they are remote."""
 
     retries: int = 0
     first_wait_s: float = 1.0
-    """Seconds before the second attempt; before each further one twice as many."""
+    """Seconds before the first retry; doubled for each further one."""
     cache: ShardCache | None = None
 
     @classmethod
-    def of(cls, data: DataConfig) -> ShardAccess:
-        """As the settings say."""
+    def from_config(cls, data: DataConfig) -> ShardAccess:
+        """Return the access that the settings describe."""
         folder = Path(data.cache).expanduser() if data.cache else None
         limit = int(data.cache_gib * 2**30)
         cache = ShardCache(folder, limit=limit, timeout_s=data.transfer_timeout_s) if folder else None
         return cls(data.retries, data.retry_wait_s, cache)
 
-    def open(self, source: CorpusSource, shard: Shard, *, token_dtype: TokenDtype, longest: int) -> ShardReader:
-        """A verified reader of `shard`. Raises ShardError after the last attempt."""
-        spread = random.Random()  # ranks that failed together are not to come back together
+    def open(self, source: CorpusSource, shard: Shard) -> ShardReader:
+        """Return a verified reader of `shard`. Raises ShardError after the last retry."""
+        manifest = source.manifest
+        jitter = random.Random()  # ranks that fail together must not retry together
         for attempt in range(self.retries + 1):
             try:
-                file = self._file(source, shard)
-                return ShardReader(source.folder, shard, token_dtype, file=file, longest=longest)
+                file = self._open_file(source, shard)
+                return ShardReader(
+                    source.folder, shard, manifest.token_dtype, file=file, longest=manifest.sequence_length
+                )
             except ShardError:
+                # A cached file that fails verification would fail again: fetch it again.
                 if self.cache is not None and source.address is not None:
                     self.cache.drop(shard)
                 if attempt == self.retries:
                     raise
-                time.sleep(self.first_wait_s * 2**attempt * spread.uniform(0.5, 1.5))
+                time.sleep(self.first_wait_s * 2**attempt * jitter.uniform(0.5, 1.5))
         raise AssertionError("the last attempt returns or raises")
 
-    def _file(self, source: CorpusSource, shard: Shard) -> FileIO:
+    def _open_file(self, source: CorpusSource, shard: Shard) -> FileIO:
         if source.address is None:
             return open_shard(source.folder / shard.name, shard)
-        assert self.cache is not None, "resolve() refuses an address without a cache"
+        assert self.cache is not None, "CorpusSource.open() requires a cache for an address"
         return self.cache.open(source.address, shard)
 
 
 class SplitReader:
-    """Samples of one split by address or number; `sizes` are the samples of each shard.
+    """Random access to the samples of one split; `sizes` are the samples per shard.
 
-    Raises ShardError for a shard that is missing or damaged.
+    Raises ShardError for a missing or corrupt shard, when it is opened or read.
     """
 
     def __init__(self, source: CorpusSource | Path, *, split: str, access: ShardAccess | None = None):
         self._source = source if isinstance(source, CorpusSource) else CorpusSource(source)
         self._access = access or ShardAccess()
-        manifest = Manifest.load(self._source.folder)
-        self.shards = manifest.splits[split].shards
+        self.shards = self._source.manifest.splits[split].shards
         self.sizes = tuple(shard.samples for shard in self.shards)
         self._ends = np.cumsum(self.sizes, dtype=np.int64)
-        self._token_dtype: TokenDtype = manifest.token_dtype
-        self._longest = manifest.sequence_length
         self._open: dict[int, tuple[int, ShardReader]] = {}
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return int(self._ends[-1]) if self.sizes else 0
 
     def tokens(self, shard: int, index: int, *, lane: int = 0) -> np.ndarray:
-        """Token ids of a sample; `lane` keeps the shard open until it asks for another one."""
+        """Return the token ids of a sample; the shard stays open until `lane` reads another one."""
         return self._reader(shard, lane=lane)[index]
 
     def is_open(self, shard: int, *, lane: int) -> bool:
-        """Whether `lane` holds `shard` open."""
+        """Return True if `shard` is the open shard of `lane`."""
         return self._open.get(lane, (None, None))[0] == shard
 
-    def numbered(self, number: int) -> Sample:
-        """Sample `number` of the split, in epoch 0; IndexError past its end."""
+    def sample(self, number: int) -> Sample:
+        """Return sample `number` of the split, in epoch 0; IndexError if out of range."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of a split with {len(self)} samples")
         shard = int(np.searchsorted(self._ends, number, side="right"))
@@ -149,7 +155,7 @@ class SplitReader:
 
     @property
     def open_shards(self) -> int:
-        """Number of shards held open."""
+        """Number of open shards."""
         return len(self._open)
 
     def close(self) -> None:
@@ -157,24 +163,22 @@ class SplitReader:
         for lane in list(self._open):
             self._close(lane)
 
+    def prefetch(self, shard: int) -> None:
+        """Start to fetch a remote shard that is read next; no effect for a local one."""
+        if self._prefetcher is not None:
+            self._prefetcher.submit(self.shards[shard])
+
+    # On first use, so that readers that never prefetch start no thread.
     @cached_property
-    def _ahead(self) -> _FetchAhead | None:
+    def _prefetcher(self) -> _ShardPrefetcher | None:
         if self._source.address is None or self._access.cache is None:
             return None
-        return _FetchAhead(self._access.cache, self._source.address)
-
-    def fetch_ahead(self, shard: int) -> None:
-        """Begin to fetch a shard that will be read next, if it is elsewhere."""
-        if self._ahead is not None:
-            self._ahead.want(self.shards[shard])
+        return _ShardPrefetcher(self._access.cache, self._source.address)
 
     def _reader(self, shard: int, *, lane: int) -> ShardReader:
         if not self.is_open(shard, lane=lane):
             self._close(lane)
-            reader = self._access.open(
-                self._source, self.shards[shard], token_dtype=self._token_dtype, longest=self._longest
-            )
-            self._open[lane] = (shard, reader)
+            self._open[lane] = (shard, self._access.open(self._source, self.shards[shard]))
         return self._open[lane][1]
 
     def _close(self, lane: int) -> None:
@@ -183,31 +187,31 @@ class SplitReader:
             reader.close()
 
 
-class _FetchAhead:
-    """A thread that fetches shards before they are read. What fails here is met, and told, when the shard is opened."""
+class _ShardPrefetcher:
+    """A thread that fetches shards into the cache before they are opened."""
 
     def __init__(self, cache: ShardCache, address: str):
         self._cache, self._address = cache, address
-        self._wanted: queue.SimpleQueue[Shard] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="fetch-ahead", daemon=True).start()
+        self._queue: queue.SimpleQueue[Shard] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="shard-prefetch", daemon=True).start()
 
-    def want(self, shard: Shard) -> None:
-        """Fetch `shard` as soon as those wanted before are there."""
-        self._wanted.put(shard)
+    def submit(self, shard: Shard) -> None:
+        """Fetch `shard` after those submitted before."""
+        self._queue.put(shard)
 
     def _run(self) -> None:
         while True:
-            shard = self._wanted.get()
+            shard = self._queue.get()
             try:
-                self._cache.fetch_ahead(self._address, shard)
+                self._cache.prefetch(self._address, shard)
             except (ShardError, CacheError):
-                continue
+                continue  # opening the shard fails in the same way, and reports it
 
 
 class TrainingStream:
-    """The training splits of `sources`, mixed by their weights, without end, in the order of `SampleOrder`.
+    """The training splits of `sources`, mixed by weight, as an infinite stream in the order of `SampleOrder`.
 
-    `quarantined`: sha256 of the shards that are not to be read; see `SampleOrder.locate` for what takes their place.
+    `quarantined`: sha256 of the shards to exclude; `SampleOrder.locate` describes the samples that replace theirs.
     """
 
     def __init__(
@@ -223,7 +227,7 @@ class TrainingStream:
         self._readers = [SplitReader(source, split=TRAIN, access=access) for source in sources]
         self._mixture = Mixture([source.weight for source in sources], lanes=lanes)
         self._orders = [SampleOrder(reader.sizes, lanes=lanes, seed=seed) for reader in self._readers]
-        self._bad = [
+        self._excluded = [
             frozenset(number for number, shard in enumerate(reader.shards) if shard.sha256 in quarantined)
             for reader in self._readers
         ]
@@ -231,16 +235,17 @@ class TrainingStream:
         self._lanes = lanes
 
     def __getitem__(self, t: int) -> Sample:
-        """Global sample `t`."""
+        """Return global sample `t`."""
         source, number, address = self._locate(t)
         reader, lane = self._readers[source], t % self._lanes
         if not reader.is_open(address.shard, lane=lane):
-            reader.fetch_ahead(self._orders[source].next_shard(number, bad=self._bad[source]))
+            # The lane starts a shard: there is time to fetch its next one while this one is read.
+            reader.prefetch(self._orders[source].next_shard(number, excluded=self._excluded[source]))
         tokens = reader.tokens(address.shard, address.index, lane=lane)
         return Sample(tokens, self._sample_id(source, address), address.epoch)
 
     def describe(self, t: int) -> str:
-        """Global sample `t`, its number in its split, and its shard, for an error."""
+        """Return the index, split index and shard of global sample `t`, for an error message."""
         source, _, address = self._locate(t)
         shard = self._readers[source].shards[address.shard].name
         sample = self._sample_id(source, address) - self._first_ids[source]
@@ -248,7 +253,7 @@ class TrainingStream:
 
     def _locate(self, t: int) -> tuple[int, int, SampleAddress]:
         source, number = self._mixture.locate(t)
-        return source, number, self._orders[source].locate(number, bad=self._bad[source])
+        return source, number, self._orders[source].locate(number, excluded=self._excluded[source])
 
     def _sample_id(self, source: int, address: SampleAddress) -> int:
         return self._first_ids[source] + self._orders[source].sample_id(address)

@@ -1,11 +1,11 @@
-"""Worker processes that build items in turn; the items come out in order, and nothing is waited for without end.
+"""Worker pool: processes that build items in turn, returned in order, with a time limit on every wait.
 
     trainer  --number i-->  worker i mod W  --item-->  trainer
-                            `-- marks what it is at, for the report of its death
+                            `-- sets a progress marker, used in error messages
 
-A worker that dies, or that gives nothing for `timeout_s` seconds while the trainer waits, is a `WorkerError` that says
-what it was at. Workers end with the trainer, however it ends; they leave Ctrl-C, SIGTERM and SIGUSR1 to it, so that a
-run which is told to stop can still finish its step.
+A worker that dies, or that sends nothing for `timeout_s` seconds while the trainer waits, raises `WorkerError` with its
+progress marker. Workers exit when the trainer exits or is killed. They ignore SIGINT, SIGTERM and SIGUSR1, so that a
+run that is stopped by a signal can finish its step.
 """
 
 from __future__ import annotations
@@ -28,33 +28,37 @@ from typing import Any, Protocol
 
 import torch
 
-_NOTHING = -1
-_SECONDS_TO_DIE = 5.0
+_NOT_STARTED = -1
+_JOIN_TIMEOUT_S = 5.0
 
 
 class WorkerError(RuntimeError):
-    """A loader worker is dead, stuck or broken."""
+    """A loader worker died, timed out or raised an unexpected exception."""
 
 
 class BatchBuilder(Protocol):
-    """What workers run; picklable."""
+    """The function that workers run, and the description of its progress; picklable."""
 
     @property
-    def expected(self) -> tuple[type[Exception], ...]:
-        """Errors that come through as they are; any other is a `WorkerError` with its traceback."""
+    def expected_errors(self) -> tuple[type[Exception], ...]:
+        """Exceptions that are raised unchanged in the trainer; others become a `WorkerError` with a traceback."""
         ...
 
-    def build(self, number: int, *, mark: Callable[[int], None]) -> Any:
-        """Item `number`; `mark(place)` says what is being read."""
+    def build(self, number: int, *, set_progress: Callable[[int], None]) -> Any:
+        """Return item `number`; `set_progress(position)` before each read sets the progress marker."""
         ...
 
-    def describe(self, place: int) -> str:
-        """What lies at a marked place, for a reader."""
+    def describe(self, position: int) -> str:
+        """Return the meaning of a progress marker, for an error message."""
         ...
 
 
 class WorkerPool(Iterator[Any]):
-    """Items `numbers` of `builder`, in order. Workers (none: this process) start at once, `close` ends them."""
+    """Items `numbers` of `builder`, in order.
+
+    `workers`: processes, started immediately and stopped by `close`; 0 builds the items in this process. `prefetch`:
+    items requested ahead from each worker. `preload`: module that every worker has imported.
+    """
 
     def __init__(
         self,
@@ -68,123 +72,129 @@ class WorkerPool(Iterator[Any]):
     ):
         self._builder, self._numbers = builder, iter(numbers)
         self._timeout_s = timeout_s
-        self._crew: list[_Worker] = []
+        self._workers: list[_Worker] = []
+        self._pending: list[int] = []  # worker of each requested item, oldest first
         if workers:
             self._start(workers, prefetch=prefetch, preload=preload)
 
     def __next__(self) -> Any:
-        if not self._crew:
-            return self._builder.build(next(self._numbers), mark=_mark_nothing)
+        if not self._workers:
+            return self._builder.build(next(self._numbers), set_progress=_ignore_progress)
         if not self._pending:
             raise StopIteration
-        worker = self._crew[self._pending.pop(0)]
-        outcome, item = self._receive(worker)
-        self._ask(worker)
-        if outcome == "error":
+        worker = self._workers[self._pending.pop(0)]
+        kind, item = self._receive(worker)
+        self._request(worker)
+        if kind == "error":
             raise item
-        if outcome == "traceback":
-            place, trace = item
-            raise WorkerError(f"{self._at(worker, place)} failed:\n{trace}")
+        if kind == "traceback":
+            position, trace = item
+            raise WorkerError(f"{self._describe(worker, position)} failed:\n{trace}")
         return item
 
     def close(self) -> None:
-        """End the workers."""
-        for worker in self._crew:
-            worker.process.kill()  # it holds nothing that a kill could break
+        """Stop the workers."""
+        for worker in self._workers:
+            worker.process.kill()  # safe: the shard cache, all that a worker writes, is built to survive a kill
             worker.connection.close()
-        for worker in self._crew:
-            worker.process.join(_SECONDS_TO_DIE)
+        for worker in self._workers:
+            worker.process.join(_JOIN_TIMEOUT_S)
         self._numbers = iter(())
-        self._crew, self._pending = [], []
+        self._workers, self._pending = [], []
 
     def _start(self, workers: int, *, prefetch: int, preload: str) -> None:
         context = _context(preload)
-        marks = context.RawArray("q", [_NOTHING] * workers)
-        self._crew = [_Worker(context, self._builder, marks, number, self._timeout_s) for number in range(workers)]
-        self._pending: list[int] = []
+        progress = context.RawArray("q", [_NOT_STARTED] * workers)
+        self._workers = [
+            _Worker(context, self._builder, progress, number, self._timeout_s) for number in range(workers)
+        ]
         for number in itertools.islice(itertools.cycle(range(workers)), workers * prefetch):
-            self._ask(self._crew[number])
+            self._request(self._workers[number])
 
-    def _ask(self, worker: _Worker) -> None:
-        """Ask for the next item; whoever was asked first is listened to first."""
+    def _request(self, worker: _Worker) -> None:
+        """Request the next item, if there is one, from `worker`."""
         number = next(self._numbers, None)
         if number is not None:
             self._pending.append(worker.number)
             try:
                 worker.connection.send(number)
-            except OSError:  # dead: said when its item is waited for
+            except OSError:  # the worker is dead: reported when its item is received, in order
                 return
 
     def _receive(self, worker: _Worker) -> tuple[str, Any]:
+        # The sentinel too: a killed worker must be reported at once, even if its end of the pipe is open elsewhere.
         ready = multiprocessing.connection.wait([worker.connection, worker.process.sentinel], timeout=self._timeout_s)
         if not ready:
-            raise self._stuck(worker)
+            raise self._timeout_error(worker)
         try:
             return pickle.loads(worker.connection.recv_bytes())
-        except BlockingIOError as error:  # stopped in the middle of an item
-            raise self._stuck(worker) from error
+        except BlockingIOError as error:  # the worker was stopped in the middle of a message
+            raise self._timeout_error(worker) from error
         except (EOFError, OSError) as error:
-            raise self._dead(worker) from error
+            raise self._exit_error(worker) from error
 
-    def _stuck(self, worker: _Worker) -> WorkerError:
+    def _timeout_error(self, worker: _Worker) -> WorkerError:
         return WorkerError(
-            f"{self._at(worker)} has given nothing for {self._timeout_s:g} s (data.timeout_s): the storage or the "
-            "network behind this shard does not answer, or the time is too short for it"
+            f"{self._describe(worker)} sent nothing for {self._timeout_s:g} s (data.timeout_s): the storage or network "
+            "of this shard does not respond, or the timeout is too short"
         )
 
-    def _dead(self, worker: _Worker) -> WorkerError:
-        worker.process.join(_SECONDS_TO_DIE)
+    def _exit_error(self, worker: _Worker) -> WorkerError:
+        worker.process.join(_JOIN_TIMEOUT_S)
         code = worker.process.exitcode
         how = f"by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
         return WorkerError(
-            f"{self._at(worker)} died {how}: SIGKILL usually means that memory ran out, so use fewer --data.workers "
-            "or ask for more memory"
+            f"{self._describe(worker)} died {how}: SIGKILL usually means out of memory, so use fewer --data.workers "
+            "or request more memory"
         )
 
-    def _at(self, worker: _Worker, place: int | None = None) -> str:
-        """Who a worker is and what it is at: `place`, or what it has marked last."""
-        last: int = worker.marks[worker.number] if place is None else place
-        at = "before its first sample" if last == _NOTHING else f"at {self._builder.describe(last)}"
+    def _describe(self, worker: _Worker, position: int | None = None) -> str:
+        """Return number, process id and position of a worker; the position is by default its progress marker."""
+        last: int = worker.progress[worker.number] if position is None else position
+        at = "before its first sample" if last == _NOT_STARTED else f"at {self._builder.describe(last)}"
         return f"loader worker {worker.number} (pid {worker.process.pid}), {at},"
 
 
 class _Worker:
-    """One worker process, seen from the trainer."""
+    """The trainer's end of one worker process."""
 
     def __init__(
         self,
         context: multiprocessing.context.BaseContext,
         builder: BatchBuilder,
-        marks: Any,
+        progress: Any,
         number: int,
         timeout_s: float,
     ):
-        self.number, self.marks = number, marks
-        self.connection, other_end = context.Pipe()
-        _limit_reads(self.connection, timeout_s)
-        self.process: Any = context.Process(target=_work, args=(builder, other_end, marks, number), daemon=True)  # pyright: ignore[reportAttributeAccessIssue]
+        self.number, self.progress = number, progress
+        self.connection, worker_end = context.Pipe()
+        _set_receive_timeout(self.connection, timeout_s)
+        self.process: Any = context.Process(target=_run, args=(builder, worker_end, progress, number), daemon=True)  # pyright: ignore[reportAttributeAccessIssue]
         self.process.start()
-        other_end.close()
+        worker_end.close()  # else the pipe would stay open when the worker dies
 
 
-def _limit_reads(connection: Connection, timeout_s: float) -> None:
-    """Make a read that gets nothing for so long end with BlockingIOError: a worker may be stopped amid a message."""
+def _set_receive_timeout(connection: Connection, timeout_s: float) -> None:
+    """Make a blocked read raise BlockingIOError after `timeout_s`.
+
+    Polling covers the wait for a message only: a worker that is stopped in the middle of one would block the trainer.
+    """
     seconds, fraction = divmod(timeout_s, 1)
-    with socket.socket(fileno=os.dup(connection.fileno())) as of_connection:
-        of_connection.setsockopt(
+    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+        duplicate.setsockopt(
             socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(fraction * 1e6))
         )
 
 
-def _mark_nothing(_place: int) -> None:
-    """There is nobody to tell."""
+def _ignore_progress(_position: int) -> None:
+    """Progress marker without workers."""
 
 
 def _context(preload: str) -> multiprocessing.context.BaseContext:
-    """How workers are started: forked from a server process that has imported `preload` and done nothing else.
+    """Return the start method: fork from a server process that has only imported `preload`.
 
-    `fork` would copy a process with threads (torch, gloo, CUDA, MPI) whose locks may be held at that moment, and the
-    memory that an InfiniBand card has registered. `spawn` would import torch anew in every worker.
+    `fork` would copy a process with threads (torch, gloo, CUDA, MPI), whose locks may be held at that moment, and the
+    memory that an InfiniBand card has registered. `spawn` would import torch in every worker.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
@@ -194,35 +204,37 @@ def _context(preload: str) -> multiprocessing.context.BaseContext:
 # --------------------------------------------------------------------------------------------------------- in a worker
 
 
-def _work(builder: BatchBuilder, connection: Connection, marks: Any, slot: int) -> None:
+def _run(builder: BatchBuilder, connection: Connection, progress: Any, slot: int) -> None:
+    """Build the requested items until the connection closes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+    threading.Thread(target=_exit_with_parent, name="exit-with-parent", daemon=True).start()
     torch.set_num_threads(1)
     outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    # A thread of its own: a pipe holds less than an item, and the next one is to be built meanwhile.
+    # A pipe buffers less than one item, so sending blocks: a thread sends while the next item is built.
     threading.Thread(target=_send, args=(connection, outgoing), name="send", daemon=True).start()
 
-    def mark(place: int) -> None:
-        marks[slot] = place
+    def set_progress(position: int) -> None:
+        progress[slot] = position
 
     while True:
         try:
             number = connection.recv()
         except (EOFError, OSError):
             os._exit(0)
-        outcome = _outcome(builder, number, mark=mark)
-        if outcome[0] == "traceback":
-            outcome = ("traceback", (marks[slot], outcome[1]))  # it will be further on when this is read
-        outgoing.put(pickle.dumps(outcome, protocol=pickle.HIGHEST_PROTOCOL))
+        result = _build(builder, number, set_progress=set_progress)
+        if result[0] == "traceback":
+            # The marker is copied now: it has advanced to a later item by the time the message is read.
+            result = ("traceback", (progress[slot], result[1]))
+        outgoing.put(pickle.dumps(result, protocol=pickle.HIGHEST_PROTOCOL))
 
 
-def _outcome(builder: BatchBuilder, number: int, *, mark: Callable[[int], None]) -> tuple[str, Any]:
+def _build(builder: BatchBuilder, number: int, *, set_progress: Callable[[int], None]) -> tuple[str, Any]:
     try:
-        return "item", builder.build(number, mark=mark)
-    except builder.expected as error:
+        return "item", builder.build(number, set_progress=set_progress)
+    except builder.expected_errors as error:
         return "error", error
-    except Exception:  # whatever it is, the trainer is to hear of it
+    except Exception:  # any other is reported too: the exception itself may not be picklable
         return "traceback", traceback.format_exc()
 
 
@@ -234,9 +246,9 @@ def _send(connection: Connection, outgoing: queue.SimpleQueue[bytes]) -> None:
             os._exit(0)
 
 
-def _end_with_parent() -> None:
-    """End this worker when the trainer is gone, whatever it is doing."""
+def _exit_with_parent() -> None:
+    """Exit when the trainer exits; a thread, because the main thread may be blocked in a read."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "only a worker has a parent to watch"
+    assert parent is not None, "only a worker process has a parent process"
     parent.join()
     os._exit(1)

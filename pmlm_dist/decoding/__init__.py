@@ -1,1 +1,1 @@
-"""Writing text with the model: incremental forward pass, searches, infilling."""
+"""Generation with the model: incremental forward pass, beam search, sampling, infilling."""

@@ -1,10 +1,12 @@
-"""Writing an answer to each source: sessions, searches and batches put together.
+"""Generation for many sources: a decoding session and a search for each batch.
 
-    sources (token ids) --sorted by length, in batches--> Session --logits--> search --tokens, parents--> Session ...
-                                                                                |
-    answers in the order of the sources <-----------------------------------hypotheses
+    sources (token ids) --sorted by length, in batches--> DecodingSession --logits--> search --tokens, parents--> ...
+                                                                                        |
+    hypotheses in the order of the sources <------------------------------------------- done
 
-A sample that is done leaves the batch when half of those in it are done, so late ones do not pay for early ones.
+Done samples are removed once they are half of the batch, so the remaining ones do not compute for them.
+
+Legend: B samples, K beams, S context slots, P pseudo masks, Q originals and pseudo masks of a step, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from pmlm_dist.model.transformer import PseudoMaskedLM
 Search = BeamSearch | Sampling
 
 
-def search_of(config: DecodingConfig, special: SpecialIds) -> Search:
-    """The search that `config` describes; special tokens other than [SEP], which ends, are never written."""
+def build_search(config: DecodingConfig, special: SpecialIds) -> Search:
+    """Build the search of `config`. [SEP] is the end token; the other special tokens are never generated."""
     rules = Rules(
         end_id=special.sep,
         max_length=config.max_length,
@@ -36,7 +38,11 @@ def search_of(config: DecodingConfig, special: SpecialIds) -> Search:
     )
     if config.method == "beam":
         return BeamSearch(
-            rules, config.beam, config.length_penalty, stop=config.stop, returned=config.num_return_sequences
+            rules,
+            config.beam,
+            config.length_penalty,
+            stop=config.stop,
+            num_return_sequences=config.num_return_sequences,
         )
     temperature = 0.0 if config.method == "greedy" else config.temperature
     return Sampling(rules, temperature, config.top_k, config.top_p, config.seed)
@@ -49,28 +55,33 @@ def generate_batches(
     search: Search,
     special: SpecialIds,
     batch: int = 16,
-    numbers: Sequence[int] | None = None,
+    sample_ids: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Answers to `sources` (ids with [CLS] and [SEP]), best first; none where the rules allow no answer.
+    """Hypotheses for `sources` (ids with [CLS] and [SEP]), best first; an empty list where the rules allow none.
 
-    A source and its longest answer must fit the model's positions. Tensor-parallel peers call with the same sources and
-    get the same answers. `numbers` decide what is drawn for them; None: their places. Raises `ScoresNotFinite` when the
-    model answers with NaN.
+    A source and its longest hypothesis must fit the model's positions. Tensor-parallel peers must pass equal sources
+    and get equal results. `sample_ids` seed the draws; None: the indices of the sources. Raises `ScoresNotFinite` for
+    NaN logits.
     """
-    answers: list[list[Hypothesis]] = [[] for _ in sources]
-    numbers = range(len(sources)) if numbers is None else numbers
-    for places in batches_by_length([len(source) for source in sources], batch=batch):
-        own = [sources[place] for place in places]
-        drawn = [numbers[place] for place in places]
-        found = generate_batch(model, own, search=search, special=special, numbers=drawn)
-        for place, hypotheses in zip(places, found, strict=True):
-            answers[place] = hypotheses
-    return answers
+    results: list[list[Hypothesis]] = [[] for _ in sources]
+    sample_ids = range(len(sources)) if sample_ids is None else sample_ids
+    for rows in batches_by_length([len(source) for source in sources], batch=batch):
+        hypotheses = generate_batch(
+            model,
+            [sources[row] for row in rows],
+            search=search,
+            special=special,
+            sample_ids=[sample_ids[row] for row in rows],
+        )
+        for row, result in zip(rows, hypotheses, strict=True):
+            results[row] = result
+    return results
 
 
 def batches_by_length(lengths: Sequence[int], *, batch: int) -> Iterator[list[int]]:
-    """Numbers of samples, longest first, at most `batch` at a time."""
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    """Indices of samples, longest first, at most `batch` at a time."""
+    # Similar lengths need little padding, and a batch that does not fit the memory fails first, not after hours.
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     yield from (order[start : start + batch] for start in range(0, len(order), batch))
 
 
@@ -81,34 +92,36 @@ def generate_batch(
     *,
     search: Search,
     special: SpecialIds,
-    numbers: Sequence[int] | None = None,
+    sample_ids: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Answers to `sources` in one batch; `numbers` decide what is drawn for them."""
+    """Hypotheses for `sources` in one batch; `sample_ids` seed the draws."""
     device = next(model.parameters()).device
-    context, starts_B1 = context_of(sources, special=special, device=device)
+    context, starts_B1 = pad_sources(sources, special=special, device=device)
+    # Columns for all tokens as originals and for the pseudo mask of a step.
     capacity = search.rules.max_length + 1
     session = DecodingSession(model, context, mask_id=special.mask, beams=search.beams, capacity=capacity)
-    drawing = {"numbers": numbers} if isinstance(search, Sampling) else {}
-    state: Any = search.start(len(sources), device=device, **drawing)
-    rows, answers = torch.arange(len(sources), device=device), [[] for _ in sources]
+    sampling = {"sample_ids": sample_ids} if isinstance(search, Sampling) else {}
+    state: Any = search.start(len(sources), device=device, **sampling)
+    rows, results = torch.arange(len(sources), device=device), [[] for _ in sources]
     for step in range(search.rules.max_length):
-        logits_BKV = session.step(_next(state, starts_B1, step))[:, 0]
+        logits_BKV = session.step(_next_input(state, starts_B1, step))[:, 0]
         state = search.advance(state, logits_BKV)
+        # At half of the batch, not for each sample: `select` copies the cache.
         if int(state.done_B.sum()) * 2 >= len(rows):
             for row, hypotheses in _done(search, state, rows):
-                answers[row] = hypotheses
-            going_on = (~state.done_B).nonzero()[:, 0]
-            if len(going_on) == 0:
+                results[row] = hypotheses
+            remaining = (~state.done_B).nonzero()[:, 0]
+            if len(remaining) == 0:
                 break
-            session.keep(going_on)
-            state, rows, starts_B1 = state.keep(going_on), rows[going_on], starts_B1[going_on]
-    return answers
+            session.select(remaining)
+            state, rows, starts_B1 = state.select(remaining), rows[remaining], starts_B1[remaining]
+    return results
 
 
-def context_of(
+def pad_sources(
     sources: Sequence[np.ndarray], *, special: SpecialIds, device: torch.device | str = "cpu"
 ) -> tuple[Context, torch.Tensor]:
-    """Sources padded on the right, and the position [B, 1] at which each answer starts."""
+    """Sources padded on the right, and the position [B, 1] of the first generated token of each."""
     lengths_B = torch.tensor([len(source) for source in sources])
     tokens_BS = torch.full((len(sources), int(lengths_B.max())), special.pad)
     for row, source in enumerate(sources):
@@ -123,16 +136,17 @@ def context_of(
     return context, lengths_B[:, None].to(device)
 
 
-def _next(state: Any, starts_B1: torch.Tensor, step: int) -> Appended:
-    """The last tokens and the pseudo masks of `step`, counted from 0, at their places."""
+def _next_input(state: Any, starts_B1: torch.Tensor, step: int) -> Appended:
+    """The last tokens and the pseudo masks of `step`, counted from 0, at their positions."""
     last_B1K = state.tokens_BKL[:, None, :, -1] if step else state.tokens_BKL.new_empty(len(starts_B1), 0, 1)
-    places = torch.arange(step - 1 if step else 0, step + 1, device=starts_B1.device)
-    positions_BQ = starts_B1 + places
+    offsets_Q = torch.arange(step - 1 if step else 0, step + 1, device=starts_B1.device)
+    positions_BQ = starts_B1 + offsets_Q
     return Appended(last_B1K, positions_BQ, torch.ones_like(positions_BQ), state.parents_BK if step else None)
 
 
 def _done(search: Search, state: Any, rows: torch.Tensor) -> Iterator[tuple[int, list[Hypothesis]]]:
-    answers = search.hypotheses(state)
-    for row, done, hypotheses in zip(rows.tolist(), state.done_B.tolist(), answers, strict=True):
+    """Row and hypotheses of each sample that is done."""
+    results = search.hypotheses(state)
+    for row, done, hypotheses in zip(rows.tolist(), state.done_B.tolist(), results, strict=True):
         if done:
             yield row, hypotheses

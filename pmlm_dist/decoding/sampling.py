@@ -1,10 +1,10 @@
-"""One hypothesis a sample: always the likeliest token (greedy), or one drawn. Pure: tensors in, tensors out.
+"""Greedy decoding and sampling: one hypothesis for each sample. Pure functions of tensors.
 
-    logits --/ temperature--> the `top_k` likeliest --> of these the likeliest that together have `top_p` --> one drawn
+    logits --/ temperature--> the `top_k` most likely --> the most likely with total probability `top_p` --> one drawn
 
-What is drawn for a sample follows from (seed, number of the sample, step) alone, so it does not depend on the batch.
+The draws of a sample are a function of (seed, sample id, step), so they do not depend on the batch.
 
-Legend: B samples, L tokens so far, V vocabulary.
+Legend: B samples, L tokens so far, M maximum length, V vocabulary, N candidates.
 """
 
 from __future__ import annotations
@@ -19,61 +19,63 @@ from torch import Tensor
 from pmlm_dist.decoding.beam_search import (
     Hypothesis,
     Rules,
-    forbid,
     hypothesis_of,
     log_probabilities,
+    mask_forbidden,
     raise_if_nan,
 )
 
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """What was written so far; `uniform_BM` are the numbers in [0, 1) that decide the draws."""
+    """State of a search: the tokens so far."""
 
     tokens_B1L: Tensor
     scores_B1: Tensor
-    """Log-probability of the tokens up to the end."""
+    """Log-probability of the tokens up to the end token."""
     done_B: Tensor
     uniform_BM: Tensor
+    """Numbers in [0, 1) that decide the draws."""
 
-    def keep(self, samples: Tensor) -> SampledTokens:
-        """Those samples alone (indices)."""
+    def select(self, samples: Tensor) -> SampledTokens:
+        """The state of the samples with these indices."""
         return SampledTokens(*(getattr(self, field.name)[samples] for field in fields(self)))
 
     @property
     def tokens_BKL(self) -> Tensor:
-        """The hypotheses, one a sample."""
+        """Hypotheses, one for each sample."""
         return self.tokens_B1L
 
     @property
     def parents_BK(self) -> Tensor:
-        """Every hypothesis goes on from itself."""
+        """Every hypothesis extends itself."""
         return torch.zeros_like(self.scores_B1, dtype=torch.long)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose; `temperature` 0 is greedy."""
+    """Settings of sampling; `temperature` 0 is greedy decoding."""
 
     rules: Rules
     temperature: float = 1.0
     top_k: int = 0
-    """Only so many of the likeliest tokens; 0: all."""
+    """Number of most likely tokens to draw from; 0: all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability, at least one."""
+    """Probability of the set of most likely tokens to draw from; the set has at least one token."""
     seed: int = 0
 
     @property
     def beams(self) -> int:
-        """Hypotheses of a sample."""
+        """Number of hypotheses of a sample."""
         return 1
 
     def start(
-        self, batch: int, *, device: torch.device | str = "cpu", numbers: Sequence[int] | None = None
+        self, batch: int, *, device: torch.device | str = "cpu", sample_ids: Sequence[int] | None = None
     ) -> SampledTokens:
-        """Nothing written yet; `numbers` are those of the samples (None: 0, 1, 2, ...)."""
-        numbers = range(batch) if numbers is None else numbers
-        uniform = [np.random.default_rng((self.seed, n)).random(self.rules.max_length) for n in numbers]
+        """Initial state: no tokens. `sample_ids` None: 0, 1, 2, ..."""
+        sample_ids = range(batch) if sample_ids is None else sample_ids
+        # All draws of a sample in advance, by its own generator: the batch around it may shrink from step to step.
+        uniform = [np.random.default_rng((self.seed, id)).random(self.rules.max_length) for id in sample_ids]
         return SampledTokens(
             torch.zeros(batch, 1, 0, dtype=torch.long, device=device),
             torch.zeros(batch, 1, device=device),
@@ -81,44 +83,47 @@ class Sampling:
             torch.from_numpy(np.array(uniform)).to(device),
         )
 
-    def advance(self, drawn: SampledTokens, logits_B1V: Tensor) -> SampledTokens:
-        """One token more; samples that are done get end tokens. Raises `ScoresNotFinite` where a logit is NaN."""
-        length = drawn.tokens_B1L.shape[2] + 1
-        scores_B1V = log_probabilities(logits_B1V, add_BK=torch.zeros_like(drawn.scores_B1))
+    def advance(self, state: SampledTokens, logits_B1V: Tensor) -> SampledTokens:
+        """Extend all hypotheses by one token; done ones by the end token. Raises `ScoresNotFinite` for NaN logits."""
+        length = state.tokens_B1L.shape[2] + 1
+        scores_B1V = log_probabilities(logits_B1V, add_BK=torch.zeros_like(state.scores_B1))
         raise_if_nan(scores_B1V[:, 0].amax(dim=1, keepdim=True))
+        # Scores count log-probabilities before the rules, which `mask_forbidden` overwrites in place.
         log_p_BV = scores_B1V[:, 0].clone() if self.rules.forbidden or self.rules.no_repeat_ngram else scores_B1V[:, 0]
-        forbid(scores_B1V, drawn.tokens_B1L, self.rules)
-        words_B = self.pick(scores_B1V[:, 0], drawn.uniform_BM[:, length - 1])
-        words_B = words_B.masked_fill(drawn.done_B, self.rules.end_id)
-        gained_B = log_p_BV.gather(1, words_B[:, None]).masked_fill(drawn.done_B[:, None], 0.0)
+        mask_forbidden(scores_B1V, state.tokens_B1L, self.rules)
+        tokens_B = self.pick(scores_B1V[:, 0], state.uniform_BM[:, length - 1])
+        tokens_B = tokens_B.masked_fill(state.done_B, self.rules.end_id)
+        added_B1 = log_p_BV.gather(1, tokens_B[:, None]).masked_fill(state.done_B[:, None], 0.0)
         return SampledTokens(
-            torch.cat([drawn.tokens_B1L, words_B[:, None, None]], dim=2),
-            drawn.scores_B1 + gained_B,
-            drawn.done_B | (words_B == self.rules.end_id) | (length == self.rules.max_length),
-            drawn.uniform_BM,
+            torch.cat([state.tokens_B1L, tokens_B[:, None, None]], dim=2),
+            state.scores_B1 + added_B1,
+            state.done_B | (tokens_B == self.rules.end_id) | (length == self.rules.max_length),
+            state.uniform_BM,
         )
 
     def pick(self, scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
-        """A token [B] of each row; where everything is forbidden the end token."""
+        """Choose a token [B] in each row; the end token where all are forbidden."""
         none_left_B = scores_BV.amax(dim=1) == float("-inf")
         if self.temperature == 0:
             return scores_BV.argmax(dim=1).masked_fill(none_left_B, self.rules.end_id)
         count = min(self.top_k or scores_BV.shape[1], scores_BV.shape[1])
-        best_BN, words_BN = scores_BV.topk(count, dim=1)
+        best_BN, tokens_BN = scores_BV.topk(count, dim=1)
+        # fp64: in fp32 the cumulative sum over a vocabulary rounds the shares of rare tokens away.
         p_BN = (best_BN.double() / self.temperature).softmax(dim=1)
+        # A token stays if those more likely have less than `top_p` together: the first one always does.
         before_BN = p_BN.cumsum(dim=1) - p_BN
         p_BN = p_BN.masked_fill(before_BN >= self.top_p, 0.0)
         total_BN = p_BN.cumsum(dim=1)
         drawn_B1 = torch.searchsorted(total_BN, uniform_B[:, None].double() * total_BN[:, -1:], right=True)
-        last_B1 = (p_BN > 0).sum(dim=1, keepdim=True) - 1  # rounding must not lead beyond what is allowed
-        words_B = words_BN.gather(1, torch.minimum(drawn_B1, last_B1.clamp(min=0)))[:, 0]
-        return words_B.masked_fill(none_left_B, self.rules.end_id)
+        last_B1 = (p_BN > 0).sum(dim=1, keepdim=True) - 1  # rounding must not select a masked token
+        tokens_B = tokens_BN.gather(1, torch.minimum(drawn_B1, last_B1.clamp(min=0)))[:, 0]
+        return tokens_B.masked_fill(none_left_B, self.rules.end_id)
 
-    def hypotheses(self, drawn: SampledTokens) -> list[list[Hypothesis]]:
-        """The one hypothesis of each sample; its score is its log-probability under the model."""
+    def hypotheses(self, state: SampledTokens) -> list[list[Hypothesis]]:
+        """The hypothesis of each sample; its score is its log-probability under the model."""
         end = self.rules.end_id
-        answers = []
-        for (words,), (score,) in zip(drawn.tokens_B1L.tolist(), drawn.scores_B1.tolist(), strict=True):
-            cut = words.index(end) + 1 if end in words else len(words)
-            answers.append([hypothesis_of(words[:cut], score, end_id=end)])
-        return answers
+        hypotheses = []
+        for (tokens,), (score,) in zip(state.tokens_B1L.tolist(), state.scores_B1.tolist(), strict=True):
+            length = tokens.index(end) + 1 if end in tokens else len(tokens)
+            hypotheses.append([hypothesis_of(tokens[:length], score, end_id=end)])
+        return hypotheses

@@ -1,66 +1,58 @@
-"""How answers are searched for: settings of `pmlm generate` and of fine-tuning's evaluations. Standard library only."""
+"""Decoding settings of `pmlm generate` and of fine-tuning's evaluations. Standard library only."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pmlm_dist.ranges import NotNegative, Positive, Range, range_problems
+
+_Finite = Range("be a finite number", math.isfinite)
+_Temperature = Range("be positive and finite; for the likeliest: --method greedy", lambda value: 0 < value < math.inf)
+_TopP = Range("lie above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """How answers are searched for."""
+    """Search for the best sequences, or sampling."""
 
     method: Literal["beam", "greedy", "sample"] = "beam"
-    """`beam`: beam search; `greedy`: the likeliest token each time; `sample`: drawn."""
-    beam: int = 5
-    """Hypotheses of a sample that are followed at a time (beam)."""
-    length_penalty: float = 0.7
-    """alpha in score = log p / ((5 + length) / 6) ^ alpha (beam); more favours longer answers."""
-    max_length: int = 48
-    """Tokens of an answer at most, its end counted."""
-    min_length: int = 1
-    """Tokens of an answer at least, its end not counted."""
-    no_repeat_ngram: int = 3
-    """No sequence of so many tokens occurs twice in an answer; 0: anything goes."""
+    """`beam`: beam search; `greedy`: the most likely token in each step; `sample`: a drawn token."""
+    beam: Annotated[int, Positive] = 5
+    """Number of live hypotheses of a sample (beam)."""
+    length_penalty: Annotated[float, _Finite] = 0.7
+    """alpha in score = log p / ((5 + length) / 6) ^ alpha (beam); larger values favor longer sequences."""
+    max_length: Annotated[int, Positive] = 48
+    """Maximum number of tokens of a sequence, including its end token."""
+    min_length: Annotated[int, NotNegative] = 1
+    """Minimum number of tokens of a sequence, excluding its end token."""
+    no_repeat_ngram: Annotated[int, NotNegative] = 3
+    """Size of n-grams that may occur only once in a sequence; 0: no limit."""
     stop: Literal["exact", "first"] = "exact"
-    """`exact`: search until nothing better can come; `first`: until `beam` hypotheses have ended (beam)."""
-    num_return_sequences: int = 1
-    """Answers to each source, best first (beam)."""
-    temperature: float = 1.0
-    """Scores are divided by it before drawing (sample)."""
-    top_k: int = 0
-    """Draw among so many of the likeliest tokens; 0: all (sample)."""
-    top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability (sample)."""
-    seed: int = 0
+    """`exact`: search until no better sequence is possible; `first`: until `beam` hypotheses have ended (beam)."""
+    num_return_sequences: Annotated[int, Positive] = 1
+    """Number of sequences to return for each source, best first (beam)."""
+    temperature: Annotated[float, _Temperature] = 1.0
+    """Divisor of the logits before drawing (sample)."""
+    top_k: Annotated[int, NotNegative] = 0
+    """Number of most likely tokens to draw from; 0: all (sample)."""
+    top_p: Annotated[float, _TopP] = 1.0
+    """Probability of the set of most likely tokens to draw from (sample)."""
+    seed: Annotated[int, NotNegative] = 0
     """Seed of the draws (sample)."""
 
 
 def decoding_problems(config: DecodingConfig) -> list[str]:
-    """Everything that is wrong with `config` by itself."""
-    found = []
-    for name in ("beam", "max_length", "num_return_sequences"):
-        if getattr(config, name) < 1:
-            found.append(f"decoding.{name} ({getattr(config, name)}) must be positive")
-    for name in ("min_length", "no_repeat_ngram", "top_k", "seed"):
-        if getattr(config, name) < 0:
-            found.append(f"decoding.{name} ({getattr(config, name)}) must not be negative")
+    """Problems of `config` by itself, one sentence each."""
+    problems = range_problems(config, prefix="decoding.")
     if config.min_length >= config.max_length:
-        found.append(
+        problems.append(
             f"decoding.min_length ({config.min_length}) must be below decoding.max_length ({config.max_length})"
         )
-    if not math.isfinite(config.length_penalty):
-        found.append(f"decoding.length_penalty ({config.length_penalty}) must be a finite number")
-    if not 0 < config.temperature < math.inf:
-        found.append(
-            f"decoding.temperature ({config.temperature}) must be positive and finite; for the likeliest: "
-            "--method greedy"
-        )
-    if not 0 < config.top_p <= 1:
-        found.append(f"decoding.top_p ({config.top_p}) must lie above 0 and at most 1")
     if config.num_return_sequences > (config.beam if config.method == "beam" else 1):
-        found.append(
-            f"decoding.num_return_sequences ({config.num_return_sequences}) answers need --method beam and at least as many beams"
+        problems.append(
+            f"decoding.num_return_sequences ({config.num_return_sequences}) needs --method beam and at "
+            "least as many beams"
         )
-    return found
+    return problems

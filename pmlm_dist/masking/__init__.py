@@ -1,1 +1,1 @@
-"""Pseudo-masking: which tokens are hidden, in what order, and who may see whom. Pure functions of arrays."""
+"""Pseudo-masking: predicted tokens, their factorization order, and visibility. Pure functions of arrays."""

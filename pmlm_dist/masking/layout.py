@@ -1,53 +1,73 @@
-"""Layout: where context, originals and pseudo masks of a sample stand.
+"""Layout: the slots of a sample, that is context, originals and pseudo masks.
 
     slots   0 ......... S-1 | S ......... S+M-1 | S+M ........ S+2M-1
             context         | originals         | pseudo masks
     order   0               | +k of step k      | -k of step k
     token   corrupted text  | the original      | [MASK]
 
-Appended slots follow the factorization order and have position and segment of their base slot. A short sample leaves
-context slots as padding and prediction slots unused: neither is valid, so neither is ever seen
-(`masking/visibility.py`). Batches are filled by one compiled loop; no Python runs per token.
+Appended slots (originals and pseudo masks) follow the factorization order. They have the position and segment of their
+base slot, the context slot of the same predicted position. In a short sample the last context slots are padding and the
+last prediction slots are unused. Neither is valid, so no query attends to them (`masking/visibility.py`). One compiled
+loop fills a batch; no Python runs per token.
 
 Shapes: B batch, S context, M predictions, T = S + 2M.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Generic, NamedTuple
 
 import numpy as np
 from numba import njit
 
-from pmlm_dist.masking.blockwise import MaskRule, corrupt, draw_spans, seed_state
+from pmlm_dist.masking.blockwise import MaskRule, corrupt, draw_spans
+from pmlm_dist.masking.random_state import seed_state
+from pmlm_dist.masking.visibility import Array
+
+
+class SlotInputs(NamedTuple, Generic[Array]):
+    """The model's input: the slots of B samples, as tensors or arrays."""
+
+    tokens_BT: Array
+    """Input ids, int64; the pad id in slots that are not valid."""
+    positions_BT: Array
+    """Position ids, int64: 0..S-1 in the context, those of the base slot in the appended slots, 0 in unused slots."""
+    segments_BT: Array
+    """Segment ids, int64: 0 up to and including the first [SEP], then 1; unused slots 0."""
+    order_BT: Array
+    """Signed factorization step, int32: 0 context, +k originals, -k pseudo masks; 0 in slots that are not valid."""
+    valid_BT: Array
+    """True for slots that queries may attend to, bool: neither padding nor unused."""
+    predicted_BM: Array | None = None
+    """Index of each predicted position in the context, int64, in factorization order; 0 in unused slots. None: all
+    slots are context."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Array]) -> SlotInputs[Array]:
+        """Select the model's input from named tensors, of a `Layout` for example."""
+        return cls(**{name: tensors[name] for name in cls._fields})
 
 
 class Layout(NamedTuple):
-    """Arrays of a batch of laid-out samples."""
+    """Arrays of a batch: the fields of `SlotInputs`, then the targets."""
 
     tokens_BT: np.ndarray
-    """Input ids, int64; the pad id in slots that are not valid."""
     positions_BT: np.ndarray
-    """Position ids, int64: 0..S-1 in the context, those of the base slot in the appended slots, 0 in unused slots."""
     segments_BT: np.ndarray
-    """Segment ids, int64: 0 up to and including the first [SEP], then 1; unused slots 0."""
     order_BT: np.ndarray
-    """Signed factorization step, int32: 0 context, +k originals, -k pseudo masks; 0 in slots that are not valid."""
     valid_BT: np.ndarray
-    """Whether a slot may be seen, bool: neither padding nor unused."""
     predicted_BM: np.ndarray
-    """Index of each predicted position in the context, int64; 0 in unused slots."""
     targets_BM: np.ndarray
     """Original ids at the predicted positions, int64; the pad id in unused slots."""
     weights_BM: np.ndarray
     """1.0 for a prediction, 0.0 for an unused slot, float32."""
     masked_BM: np.ndarray
-    """Whether the base slot holds [MASK] (rather than a random or the original token), bool."""
+    """True where the base slot holds [MASK] (not a random or the original token), bool."""
 
 
 def empty_layout(batch: int, *, sequence_length: int, num_predictions: int, pad_id: int) -> Layout:
-    """A layout with `batch` rows in which every slot is padding or unused."""
+    """Return a layout with `batch` rows in which every slot is padding or unused."""
     slots = (batch, sequence_length + 2 * num_predictions)
     predictions = (batch, num_predictions)
     layout = Layout(
@@ -76,8 +96,8 @@ def build_layout(
 ) -> None:
     """Mask `samples` (token ids [n], n <= S, with [CLS] and [SEP]) and write them into the rows of an empty `layout`.
 
-    `sample_ids` and `epochs` are int64 [B]; with `seed` they alone decide the masks. Raises ValueError for a sample
-    that is longer than the context.
+    The masks are a function of `seed`, `epochs` and `sample_ids` (int64 [B]). Raises ValueError for a sample that is
+    longer than the context.
     """
     lengths = np.array([sample.size for sample in samples], dtype=np.int64)
     context = layout.tokens_BT.shape[1] - 2 * layout.predicted_BM.shape[1]
@@ -87,6 +107,7 @@ def build_layout(
             f"sample {sample_ids[row]} has {lengths[row]} tokens, more than the sequence length ({context}): "
             "use the sequence length of the corpus"
         )
+    # One flat array and its row ends: compiled code cannot take a list of arrays without copying each.
     ends = np.cumsum(lengths)
     tokens = np.concatenate(samples).astype(np.int64, copy=False)
     states = [seed_state(seed, epoch, item) for epoch, item in zip(epochs, sample_ids, strict=True)]
@@ -103,6 +124,7 @@ def _fill_rows(layout: Layout, tokens: np.ndarray, ends: np.ndarray, states: np.
 
 @njit(cache=True)
 def _fill_row(layout: Layout, row: int, tokens: np.ndarray, state: np.ndarray, rule: MaskRule) -> None:
+    """Mask one sample into row `row`; the slices below are views, so the functions write into the batch itself."""
     num_predictions = layout.predicted_BM.shape[1]
     num_context = layout.tokens_BT.shape[1] - 2 * num_predictions
     _fill_context(layout, row, tokens, num_context, rule.sep_id)
@@ -110,6 +132,7 @@ def _fill_row(layout: Layout, row: int, tokens: np.ndarray, state: np.ndarray, r
     steps = layout.order_BT[row, num_context : num_context + num_predictions]
     count = draw_spans(tokens, rule, state, predicted, steps)
     _append_slots(layout, row, tokens, count, rule.mask_id)
+    # Last: the originals above are copied from `tokens`, and corruption draws after the spans from the same state.
     corrupt(layout.tokens_BT[row, :num_context], rule, state, predicted[:count], layout.masked_BM[row])
 
 

@@ -1,18 +1,19 @@
-"""Layout of a source and its target, for learning to write the one from the other.
+"""Layout of source-target pairs, for fine-tuning on generation tasks.
 
     slots      0 ........... S-1 | S ......... S+M-1 | S+M ........ S+2M-1
                source            | target            | pseudo masks
-    token      [CLS] SRC [SEP]   | TGT [SEP]         | [MASK], a random or the true token
-    order      0                 | +t                | -t             (t = 1 for the first token of the target)
-    position   0 .. n-1          | n + t - 1         | n + t - 1      (n: the source's own length)
+    token      [CLS] SRC [SEP]   | TGT [SEP]         | [MASK], a random or the target token
+    order      0                 | +t                | -t             (t = 1 for the first target token)
+    position   0 .. n-1          | n + t - 1         | n + t - 1      (n: length of the source without padding)
     segment    0                 | 1                 | 1
 
-It is the layout of pre-training (`masking/layout.py`) with every token of the target a factorization step of its own,
-and no base slots. Decoding step t feeds token t - 1 and the pseudo mask of step t, at the same places.
+This is the layout of pre-training (`masking/layout.py`) in which every target token is a factorization step of its own
+and has no base slot. Decoding step t feeds token t - 1 and the pseudo mask of step t, at the same positions.
 
-Noise, against learning to copy and against trusting every token written before: a pseudo mask is [MASK] in 80 % of the
-places, a random token in 10 %, the true one in 10 %; and a token of the target (not its closing [SEP]) is shown as what
-was drawn for its pseudo mask with `target_mask_prob`. Both are a function of (seed, epoch, sample id) alone.
+Noise counters copying and exposure bias (the model's reliance on correct earlier tokens). A pseudo mask is [MASK] in
+80 % of the slots, a random token in 10 % and the target token in 10 %. With `target_mask_prob` the token drawn for the
+pseudo mask also replaces the target token in the input, except the closing [SEP]. Both draws are a function of (seed,
+epoch, sample id).
 
 Shapes: B samples, S source slots, M target slots, T = S + 2M.
 """
@@ -28,32 +29,32 @@ from pmlm_dist.masking.blockwise import SpecialIds
 from pmlm_dist.masking.layout import Layout, empty_layout
 
 Pair = tuple[np.ndarray, np.ndarray]
-"""Token ids of a source and of its target, neither with special tokens."""
+"""Token ids of a source and of its target, without special tokens."""
 
-_RANDOM, _KEPT = 0.1, 0.1
+_RANDOM_SHARE, _KEPT_SHARE = 0.1, 0.1
 
 
 @dataclass(frozen=True)
 class Seq2SeqRule:
-    """How pairs are laid out."""
+    """Lengths and noise of the layout of pairs."""
 
     max_source: int
-    """S: source tokens at most, [CLS] and [SEP] counted. More are cut off at the end."""
+    """S: maximum number of source tokens, including [CLS] and [SEP]. Longer sources are truncated at the end."""
     max_target: int
-    """M: target tokens at most, the closing [SEP] counted. More are cut off at the end, before the [SEP]."""
+    """M: maximum number of target tokens, including the closing [SEP]. Longer targets are truncated before it."""
     target_mask_prob: float = 0.5
-    """Probability that a token of the target is shown as what was drawn for its pseudo mask."""
+    """Probability that the token drawn for its pseudo mask replaces a target token in the input."""
     noise: bool = True
-    """Draw pseudo masks and shown tokens; off: [MASK] everywhere and the true target, as when decoding."""
+    """Draw noise. Off: every pseudo mask is [MASK] and the input holds the target itself, as in decoding."""
 
 
 def source_ids(words: np.ndarray, *, rule: Seq2SeqRule, special: SpecialIds) -> np.ndarray:
-    """[CLS] SRC [SEP], cut to the rule's length."""
+    """[CLS] SRC [SEP], truncated to `rule.max_source`."""
     return np.concatenate([[special.cls], words[: rule.max_source - 2], [special.sep]]).astype(np.int64)
 
 
 def target_ids(words: np.ndarray, *, rule: Seq2SeqRule, special: SpecialIds) -> np.ndarray:
-    """TGT [SEP], cut to the rule's length."""
+    """TGT [SEP], truncated to `rule.max_target`."""
     return np.concatenate([words[: rule.max_target - 1], [special.sep]]).astype(np.int64)
 
 
@@ -67,9 +68,9 @@ def build_seq2seq_layout(
     special: SpecialIds,
     trim: bool = False,
 ) -> Layout:
-    """Lay out `pairs`; targets that count have weight 1.
+    """Lay out `pairs`; used target slots have weight 1.
 
-    `trim`: as many slots as the longest source and target of the batch need, instead of the rule's.
+    `trim`: use the lengths of the longest source and target of the batch instead of the rule's.
     """
     sources = [source_ids(source, rule=rule, special=special) for source, _ in pairs]
     targets = [target_ids(target, rule=rule, special=special) for _, target in pairs]
@@ -79,25 +80,35 @@ def build_seq2seq_layout(
         num_predictions=max(map(len, targets)) if trim else rule.max_target,
         pad_id=special.pad,
     )
-    choices = np.setdiff1d(np.arange(special.vocab_size), special.special)
+    replacements = np.setdiff1d(np.arange(special.vocab_size), special.special)
     for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
         shown, pseudo = target, np.full_like(target, special.mask)
         if rule.noise:
+            # One generator for each sample: its noise must not depend on the batch around it.
             random = np.random.default_rng((seed, epochs[row], sample_ids[row]))
-            shown, pseudo = _noise(target, pseudo, random, choices=choices, shown_as_drawn=rule.target_mask_prob)
+            shown, pseudo = _noise(
+                target, pseudo, random, replacements=replacements, replaced_share=rule.target_mask_prob
+            )
         _fill_row(layout, row, source, target, shown=shown, pseudo=pseudo)
     return layout
 
 
 def _noise(
-    target: np.ndarray, pseudo: np.ndarray, random: np.random.Generator, *, choices: np.ndarray, shown_as_drawn: float
+    target: np.ndarray,
+    pseudo: np.ndarray,
+    random: np.random.Generator,
+    *,
+    replacements: np.ndarray,
+    replaced_share: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What is shown of the target, and its pseudo masks."""
+    """Return the noisy target as the model's input, and the pseudo masks: [m] each."""
     drawn = random.random(target.size)
-    words = choices[random.integers(choices.size, size=target.size)]
-    pseudo = np.where(drawn < _RANDOM, words, np.where(drawn < _RANDOM + _KEPT, target, pseudo))
-    replaced = random.random(target.size) < shown_as_drawn
-    replaced[-1] = False  # the closing [SEP]
+    # Tokens are drawn for all slots, needed or not, so that the number of draws does not depend on `drawn`.
+    tokens = replacements[random.integers(replacements.size, size=target.size)]
+    kept_below = _RANDOM_SHARE + _KEPT_SHARE
+    pseudo = np.where(drawn < _RANDOM_SHARE, tokens, np.where(drawn < kept_below, target, pseudo))
+    replaced = random.random(target.size) < replaced_share
+    replaced[-1] = False  # the closing [SEP]: decoding stops at it, so it is never fed
     return np.where(replaced, pseudo, target), pseudo
 
 

@@ -1,4 +1,4 @@
-"""Visibility: which slot sees which, from one signed integer per slot.
+"""Visibility: which slot attends to which, as a function of one signed integer per slot.
 
 `order` is 0 for context (unmasked tokens and [M] slots), +k for the originals of step k and -k for the pseudo masks of
 step k (`masking/layout.py`):
@@ -8,9 +8,10 @@ step k (`masking/layout.py`):
     original k      yes        j <= k                no
     pseudo mask k   yes        j < k                 j = k
 
-Hence the context never depends on appended slots, originals never see a pseudo mask, and a pseudo mask sees the truth
-of earlier steps only. Fine-tuning and decoding use the same rule: source = order 0, target token t = step t.
-The functions use operators only, so that they work on NumPy arrays, torch tensors and inside compiled kernels alike.
+Hence the context never depends on appended slots, originals never attend to a pseudo mask, and a pseudo mask attends to
+the originals of earlier steps only. Fine-tuning and decoding use the same rule: source = order 0, target token t =
+step t. The functions use operators only, so that they accept NumPy arrays and torch tensors and can be compiled into
+kernels.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 
 
 def visible(q_order: Array, k_order: Array) -> Array:
-    """Whether a query of order `q_order` sees a key of order `k_order` (both broadcastable integers); bool."""
-    text_key = k_order >= 0
-    seen_by_text = (q_order >= 0) & text_key & (k_order <= q_order)
-    seen_by_pseudo = (q_order < 0) & ((text_key & (k_order < -q_order)) | (k_order == q_order))
-    seen: Any = seen_by_text | seen_by_pseudo
-    return seen
+    """True where a query of order `q_order` attends to a key of order `k_order` (both broadcastable integers)."""
+    # Boolean operators instead of branches: FlexAttention compiles this function for every pair of slots.
+    is_text_key = k_order >= 0
+    from_text = (q_order >= 0) & is_text_key & (k_order <= q_order)
+    from_pseudo = (q_order < 0) & ((is_text_key & (k_order < -q_order)) | (k_order == q_order))
+    result: Any = from_text | from_pseudo
+    return result
 
 
 def visibility_matrix(order: Array, valid: Array | None = None) -> Array:
-    """Who sees whom: [..., T, T] (query, key), bool, from `order` [..., T].
+    """Visibility of all pairs: [..., T, T] (query, key), bool, from `order` [..., T].
 
-    Keys that are not `valid` ([..., T], bool: padding and unused slots) are seen by nobody. Queries that are not valid
-    keep order 0 and see the context, so that no softmax row is empty.
+    Keys that are not `valid` ([..., T], bool: padding and unused slots) are visible to no query. Queries that are not
+    valid have order 0 and attend to the context, so that no softmax row is empty.
     """
-    seen = visible(order[..., :, None], order[..., None, :])
-    return seen if valid is None else seen & valid[..., None, :]
+    result = visible(order[..., :, None], order[..., None, :])
+    return result if valid is None else result & valid[..., None, :]

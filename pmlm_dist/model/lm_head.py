@@ -1,6 +1,6 @@
-"""Reading words off hidden states.
+"""Language model head: from hidden states to logits or losses.
 
-Legend: R read slots, B batch, E hidden size, V vocabulary rows of this tensor-parallel rank.
+Legend: R predicted slots, B batch, E hidden size, V vocabulary rows of this tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pmlm_dist.parallel.layers import sharded
 
 
 class TiedHead(nn.Module):
-    """Dense, GELU, LayerNorm, the token embedding's matrix, bias: one head for both objectives.
+    """Dense, GELU, LayerNorm, tied token embedding, bias: one head for both objectives.
 
-    Rows that pad the vocabulary get a logit of minus infinity: they never win and never train.
+    Rows that pad the vocabulary have a logit of minus infinity: their probability and their gradient are zero.
     """
 
     def __init__(self, config: ModelConfig, *, padded_vocab_size: int):
@@ -29,6 +29,7 @@ class TiedHead(nn.Module):
         nn.init.zeros_(self.dense.bias)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = sharded(torch.zeros(padded_vocab_size))  # [V]
+        # Apart from the bias, so that all parameters stay finite. Not saved: it follows from the sizes.
         padding = torch.zeros(padded_vocab_size)
         padding[config.vocab_size :] = float("-inf")
         self.padding: Tensor
@@ -42,16 +43,16 @@ class TiedHead(nn.Module):
         *,
         label_smoothing: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """[R, B, E] -> logits [R, B, V], or with targets their losses [R, B] in nats and whether each won [R, B].
+        """[R, B, E] -> logits [R, B, V]. With targets: their losses [R, B] in nats, and where argmax is correct [R, B].
 
-        With `label_smoothing` the losses are cross entropies to targets that much of which is uniform.
+        `label_smoothing`: share of the uniform distribution in the targets of the losses.
         """
         h_RBE = self.norm(F.gelu(self.dense(x_RBE)))
         bias_V = self.bias + self.padding.to(self.bias.dtype)
         if targets_RB is None:
             return tied_logits(h_RBE, embedding_VE, bias_V)
-        loss_RB, right_RB = tied_cross_entropy(h_RBE, embedding_VE, bias_V, targets_RB)
+        loss_RB, correct_RB = tied_cross_entropy(h_RBE, embedding_VE, bias_V, targets_RB)
         if label_smoothing:
             added_RB = smoothing_nll(h_RBE, embedding_VE, bias_V, targets_RB, vocab_size=self.vocab_size)
             loss_RB = loss_RB + label_smoothing * added_RB
-        return loss_RB, right_RB
+        return loss_RB, correct_RB

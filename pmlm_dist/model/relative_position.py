@@ -1,7 +1,8 @@
-"""Relative position bias: one learned scalar per head and bucket of distance, shared by all layers.
+"""Relative position bias: one learned scalar per head and bucket of distances, shared by all layers.
 
-Distances are taken between *position ids*, so the three slots of one masked position are at distance 0. Legend:
-H heads of this rank, N buckets, Q and K query and key slots.
+Distances are differences of *position ids*, so the three slots of one predicted position are at distance 0.
+
+Legend: B batch, H heads of this rank, N buckets or distances, S context slots, Q and K query and key slots.
 """
 
 from __future__ import annotations
@@ -17,30 +18,32 @@ from pmlm_dist.parallel.layers import sharded
 def relative_bucket(distance: Tensor, *, buckets: int = 32, max_distance: int = 128) -> Tensor:
     """Bucket of each `distance` (key position - query position), any shape, int64.
 
-    T5's bidirectional rule (Raffel et al., 2020): half of the buckets for keys after the query. With h = buckets / 2,
-    e = h / 2 and a = |distance|: a itself if a < e, else min(h - 1, e + floor(e ln(a / e) / ln(max_distance / e))).
+    T5's bidirectional rule (Raffel et al., 2020): half of the buckets are for keys after the query. With h = buckets /
+    2, e = h / 2 and a = |distance|: a if a < e, else min(h - 1, e + floor(e ln(a / e) / ln(max_distance / e))).
     """
     half = buckets // 2
     exact = half // 2
     table = _bucket_of_magnitude(half, exact, max_distance).to(distance.device)
+    # A table instead of the logarithm of every pair: exact, and cheaper than a transcendental function.
     magnitude = distance.abs().clamp(max=max_distance)
     return table[magnitude] + half * (distance > 0)
 
 
 def _bucket_of_magnitude(half: int, exact: int, max_distance: int) -> Tensor:
-    """Bucket of 0..max_distance, in exact integer comparison where the logarithm lies on a boundary."""
+    """Buckets of the distances 0..max_distance: int64."""
 
     def bucket(a: int) -> int:
         if a < exact:
             return a
         growth = exact * math.log(a / exact) / math.log(max_distance / exact)
+        # Distances on a boundary (16, 32, 64 with the defaults) give a whole number, which may be rounded down.
         return min(half - 1, exact + math.floor(growth + 1e-9))
 
     return torch.tensor([bucket(a) for a in range(max_distance + 1)])
 
 
 class RelativeBias(nn.Module):
-    """The table [H, N], split over tensor-parallel ranks by head."""
+    """Table [H, N] of biases, split over tensor-parallel ranks by head."""
 
     def __init__(self, num_heads: int, *, buckets: int, max_distance: int, std: float):
         super().__init__()
@@ -50,24 +53,27 @@ class RelativeBias(nn.Module):
     def by_distance(self, reach: int) -> Tensor:
         """Bias [H, 2 * reach + 1] of the distances (key position - query position) -reach .. reach, at least in fp32.
 
-        The gradients of all pairs and layers are added up in it, hence the precision.
+        Its gradient is a sum over all pairs of slots and all layers. In bf16 that sum would stop growing at 256 times
+        its addends.
         """
         distance_N = torch.arange(-reach, reach + 1, device=self.weight.device)
         bucket_N = relative_bucket(distance_N, buckets=self.buckets, max_distance=self.max_distance)
         return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).index_select(1, bucket_N)
 
     def forward(self, q_positions_BQ: Tensor, k_positions_BK: Tensor) -> Tensor:
-        """Bias [H, B, Q, K] of every query and key; unscaled, to be added to the scaled scores."""
-        # Beyond the largest distance nothing changes.
+        """Bias [H, B, Q, K] of all pairs of queries and keys; unscaled, to be added to the scaled scores."""
+        # All distances beyond `max_distance` share a bucket, and the look-up clamps to it.
         return look_up(self.by_distance(self.max_distance), q_positions_BQ, k_positions_BK)
 
     def for_contiguous(self, length: int) -> Tensor:
-        """Bias [H, S, S] of `length` = S slots at consecutive positions among themselves: one diagonal a distance."""
+        """Bias [H, S, S] of `length` = S slots at consecutive positions."""
+        # Row q holds the distances -q .. S-1-q: a Toeplitz matrix, made of windows over the distances in reverse order.
+        # No index per pair is needed, and the backward pass sums the diagonals.
         return self.by_distance(length - 1).unfold(1, length, 1).flip(1)
 
 
 def look_up(bias_HN: Tensor, q_positions_BQ: Tensor, k_positions_BK: Tensor) -> Tensor:
-    """Bias [H, B, Q, K] from `RelativeBias.by_distance`; distances beyond its reach count as its outermost."""
+    """Bias [H, B, Q, K] from `RelativeBias.by_distance`; distances beyond its reach are clamped to it."""
     reach = bias_HN.shape[1] // 2
     distance_BQK = k_positions_BK[:, None, :] - q_positions_BQ[:, :, None]
     index_BQK = distance_BQK.clamp_(-reach, reach).add_(reach)

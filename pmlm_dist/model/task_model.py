@@ -1,8 +1,8 @@
-"""The language model with a fresh head on its hidden states, for tasks of understanding.
+"""The language model with a task head on its hidden states, for classification and span tasks.
 
-    tokens, positions, segments [B, T] --PseudoMaskedLM.encode: all context--> [T, B, E] --head--> [B, C] | [B, T, C]
+    SlotInputs [B, T] --PseudoMaskedLM.encode: all context--> [T, B, E] --head--> [B, C] | [B, T, C]
 
-Called as the language model it still is that, so that checkpoints of both are alike but for `task_head.*`.
+It contains the whole language model, so checkpoints of both differ in `task_head.*` only.
 
 Legend: B batch, T tokens, E hidden size, C outputs of the head.
 """
@@ -15,26 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from pmlm_dist.config import ModelConfig
+from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel.layers import tp_size
 
 TASK_HEAD = "task_head."
-"""What the names of a task head's parameters begin with."""
+"""Prefix of the names of a task head's parameters."""
 
-Reads = Literal["first", "all"]
+Pooling = Literal["cls", "none"]
 
 
 class TaskHead(nn.Module):
-    """Outputs from hidden states: of [CLS] through a dense layer with tanh ("first"), or of every token ("all").
+    """Outputs for a text from [CLS] through a dense layer with tanh (`cls`), or for every token (`none`).
 
     Tensor-parallel ranks hold equal copies.
     """
 
-    def __init__(self, config: ModelConfig, *, outputs: int, objectives: Reads):
+    def __init__(self, config: ModelConfig, *, outputs: int, pooling: Pooling):
         super().__init__()
-        self.objectives = objectives
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.dense = _linear(config, config.hidden_size) if objectives == "first" else None
+        self.dense = _linear(config, config.hidden_size) if pooling == "cls" else None
         self.output = _linear(config, outputs)
 
     def forward(self, x_TBE: Tensor) -> Tensor:
@@ -52,24 +52,17 @@ def _linear(config: ModelConfig, size_out: int) -> nn.Linear:
 
 
 class TaskModel(PseudoMaskedLM):
-    """`PseudoMaskedLM` that also answers with its task head: `model(tokens_BT, segments_BT=..., valid_BT=...)`."""
+    """`PseudoMaskedLM` with a task head: `model(inputs=context_inputs(...))`."""
 
-    def __init__(self, config: ModelConfig, *, padded_vocab_size: int, outputs: int, objectives: Reads):
+    def __init__(self, config: ModelConfig, *, padded_vocab_size: int, outputs: int, pooling: Pooling):
         assert padded_vocab_size % tp_size() == 0
         super().__init__(config, padded_vocab_size=padded_vocab_size)
-        self.task_head = TaskHead(config, outputs=outputs, objectives=objectives)
+        self.task_head = TaskHead(config, outputs=outputs, pooling=pooling)
 
-    def forward(self, tokens_BT: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """The head's outputs; with `predicted_BM` among the inputs what the language model gives."""
-        if "predicted_BM" in inputs:
-            return super().forward(tokens_BT, **inputs)
-        return self.task_head(self._context(tokens_BT, **inputs))
-
-    def _context(self, tokens_BT: Tensor, *, segments_BT: Tensor, valid_BT: Tensor) -> Tensor:
-        return self.encode(
-            tokens_BT,
-            positions_BT=torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT),
-            segments_BT=segments_BT.clamp(max=self.config.segment_types - 1),
-            order_BT=torch.zeros_like(tokens_BT, dtype=torch.int32),
-            valid_BT=valid_BT,
-        )
+    def forward(self, *, inputs: SlotInputs[Tensor], **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """Outputs of the head; for inputs with `predicted_BM` those of the language model."""
+        if inputs.predicted_BM is not None:
+            return super().forward(inputs=inputs, **options)
+        # A pre-trained model may have one segment type only (MPNet has none): its texts all use it.
+        segments_BT = inputs.segments_BT.clamp(max=self.config.segment_types - 1)
+        return self.task_head(self.encode(inputs._replace(segments_BT=segments_BT)))

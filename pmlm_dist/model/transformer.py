@@ -1,13 +1,13 @@
 """The pseudo-masked language model: BERT's post-LN Transformer over context, originals and pseudo masks.
 
-    tokens, positions, segments [B, T] --Embeddings--> x [T, B, E] --layers--> x --last layer--> read slots [R, B, E]
-                                                                                   --head--> logits [R, B, V]
+    SlotInputs [B, T] --Embeddings--> x [T, B, E] --layers--> x --last layer--> predicted slots [R, B, E]
+                                                                                    --head--> logits [R, B, V]
 
-Activations are sequence first: context, originals and pseudo masks are then contiguous slices. The last layer computes
-keys and values for all slots, but queries, output and feed-forward network for the read slots only.
+Activations are sequence first, so that context, originals and pseudo masks are contiguous slices. The last layer
+computes keys and values for all slots, but queries, output and feed-forward network for the predicted slots only.
 
-Legend: B batch, T slots (S context + 2M appended), R read slots, Q queries, E hidden size, H heads of this rank, D head
-size, V vocabulary rows of this rank.
+Legend: B batch, T slots (S context + 2M appended), R predicted slots (K objectives * M predictions), Q queries,
+E hidden size, H heads of this rank, D head size, V vocabulary rows of this rank.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pmlm_dist.config import ModelConfig
+from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.model.attention import ATTENTION_BACKENDS, Groups, Slots
 from pmlm_dist.model.lm_head import TiedHead
 from pmlm_dist.model.relative_position import RelativeBias
@@ -43,13 +44,13 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, tokens_TB: Tensor, positions_TB: Tensor, segments_TB: Tensor) -> Tensor:
-        """[T, B] three times -> [T, B, E]."""
+        """Three tensors [T, B] -> [T, B, E]."""
         x_TBE = self.token(tokens_TB) + self.position(positions_TB) + self.segment(segments_TB)
         return self.dropout(self.norm(x_TBE))
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention by query groups; heads are split over the tensor-parallel ranks."""
+    """Multi-head attention over query groups; heads are split over the tensor-parallel ranks."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -58,7 +59,8 @@ class SelfAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.attend = ATTENTION_BACKENDS[config.attention].attend
         self.query = ColumnLinear(size, size, std=std)
-        self.key_value = ColumnLinear(size, 2 * size, std=std)  # rows: [heads, key | value, head size]
+        # Rows ordered [heads, key | value, head size]: a slice over tensor-parallel ranks then holds whole heads.
+        self.key_value = ColumnLinear(size, 2 * size, std=std)
         self.output = RowLinear(size, size, std=std)
 
     def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
@@ -66,6 +68,7 @@ class SelfAttention(nn.Module):
         q_QBHD = self.query(queries_QBE).unflatten(-1, (-1, self.head_dim))
         kv_TBH2D = self.key_value(x_TBE).unflatten(-1, (-1, 2, self.head_dim))
         dropout = self.attention_dropout if self.training else 0.0
+        # Ranks hold different heads, so they must not drop the same probabilities.
         with distinct_across_tp() if dropout else nullcontext():
             mixed_QBHD = self.attend(q_QBHD, kv_TBH2D, groups, dropout=dropout)
         return self.output(mixed_QBHD.flatten(2))
@@ -85,11 +88,11 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
-        """New states [Q, B, E] of the slots `queries`, which look at `x` [T, B, E]."""
+        """New states [Q, B, E] of the slots `queries`, which attend to `x` [T, B, E]."""
         return self.after_attention(queries_QBE, self.attention(x_TBE, queries_QBE, groups))
 
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the layer, slot by slot: states [..., E] and what attention gave them [..., E] -> new states."""
+        """Rest of the layer, for each slot: states [..., E] and attention outputs [..., E] -> new states."""
         y = self.attention_norm(x + self.dropout(attended))
         return self.ffn_norm(y + self.dropout(self.ffn_out(F.gelu(self.ffn_in(y)))))
 
@@ -113,34 +116,18 @@ class PseudoMaskedLM(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.head = TiedHead(config, padded_vocab_size=padded_vocab_size)
 
-    def encode(
-        self,
-        tokens_BT: Tensor,
-        *,
-        positions_BT: Tensor,
-        segments_BT: Tensor,
-        order_BT: Tensor,
-        valid_BT: Tensor,
-        predicted_BM: Tensor | None = None,
-        objectives: tuple[str, ...] = ("ae", "par"),
-    ) -> Tensor:
-        """Hidden states of the read slots [R, B, E]: AE slots then PAR slots, or all slots when `predicted_BM` is None.
+    def encode(self, inputs: SlotInputs[Tensor], *, objectives: tuple[str, ...] = ("ae", "par")) -> Tensor:
+        """Hidden states of the predicted slots [R, B, E]: AE slots, then PAR slots.
 
-        With `predicted_BM` the slots are context | originals | pseudo masks, T = S + 2M; without it all T are context.
-        `reads` names what is read; without "par" the appended slots, which nothing read can see, are left out.
+        With `inputs.predicted_BM` the slots are context | originals | pseudo masks, T = S + 2M. Without it all T slots
+        are context, and the hidden states of all of them are returned.
         """
-        num_appended = 0 if predicted_BM is None else 2 * predicted_BM.shape[1]
-        num_context = tokens_BT.shape[1] - num_appended
-        used = slice(0, None if "par" in objectives else num_context)
-        slots = Slots(
-            order_BT[:, used],
-            valid_BT[:, used],
-            positions_BT[:, used],
-            num_context=num_context,
-            predicted_BM=predicted_BM,
-            objectives=objectives,
-        )
-        x_TBE = self.embeddings(tokens_BT[:, used].t(), positions_BT[:, used].t(), segments_BT[:, used].t())
+        num_appended = 0 if inputs.predicted_BM is None else 2 * inputs.predicted_BM.shape[1]
+        num_context = inputs.tokens_BT.shape[1] - num_appended
+        if "par" not in objectives:  # AE slots are context, which never attends to appended slots
+            inputs = _first_slots(inputs, num_context)
+        slots = Slots(inputs, num_context=num_context, objectives=objectives)
+        x_TBE = self.embeddings(inputs.tokens_BT.t(), inputs.positions_BT.t(), inputs.segments_BT.t())
         plan = ATTENTION_BACKENDS[self.config.attention].plan(slots, self.relative_bias, x_TBE.dtype)
         *inner, last = self.layers
         for layer in inner:
@@ -149,61 +136,69 @@ class PseudoMaskedLM(nn.Module):
 
     def forward(
         self,
-        tokens_BT: Tensor,
         *,
-        positions_BT: Tensor,
-        segments_BT: Tensor,
-        order_BT: Tensor,
-        valid_BT: Tensor,
-        predicted_BM: Tensor,
+        inputs: SlotInputs[Tensor],
         targets_BM: Tensor | None = None,
         objectives: tuple[str, ...] = ("ae", "par"),
         label_smoothing: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of the predicted positions [K, M, B, V], as the K `reads` see them: AE before PAR.
+        """Logits of the predicted slots [K, M, B, V] for the K `objectives`: AE before PAR.
 
-        With `targets_BM` instead the targets' losses in nats (smoothed, if asked) and whether each won, both [K, M, B]:
-        logits are then never kept.
+        With `targets_BM` return the targets' losses in nats and where argmax is correct, both [K, M, B]; the logits are
+        then overwritten in place. `label_smoothing` applies to the losses.
         """
-        x_RBE = self.encode(
-            tokens_BT,
-            positions_BT=positions_BT,
-            segments_BT=segments_BT,
-            order_BT=order_BT,
-            valid_BT=valid_BT,
-            predicted_BM=predicted_BM,
-            objectives=objectives,
-        )
+        # Keyword only: DeepSpeed's fp16 auto_cast rebuilds positional tuples and fails on a NamedTuple.
+        x_RBE = self.encode(inputs, objectives=objectives)
         embedding_VE, shape = self.embeddings.token.weight, (len(objectives), -1)
         if targets_BM is None:
             return self.head(x_RBE, embedding_VE).unflatten(0, shape)
         targets_RB = targets_BM.t().repeat(len(objectives), 1)
-        nll_RB, right_RB = self.head(x_RBE, embedding_VE, targets_RB, label_smoothing=label_smoothing)
-        return nll_RB.unflatten(0, shape), right_RB.unflatten(0, shape)
+        nll_RB, correct_RB = self.head(x_RBE, embedding_VE, targets_RB, label_smoothing=label_smoothing)
+        return nll_RB.unflatten(0, shape), correct_RB.unflatten(0, shape)
 
     def _run(self, layer: nn.Module, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
         if not (self.config.activation_checkpointing and self.training and torch.is_grad_enabled()):
             return layer(x_TBE, queries_QBE, groups)
 
-        def recomputed(x_TBE: Tensor, queries_QBE: Tensor, *biases: Tensor | None) -> Tensor:
-            again = (replace(group, bias=bias) for group, bias in zip(groups, biases, strict=True))
-            return layer(x_TBE, queries_QBE, tuple(again))
+        def run_layer(x_TBE: Tensor, queries_QBE: Tensor, *biases: Tensor | None) -> Tensor:
+            with_biases = (replace(group, bias=bias) for group, bias in zip(groups, biases, strict=True))
+            return layer(x_TBE, queries_QBE, tuple(with_biases))
 
-        # Gradients reach only what is passed by itself: the groups' biases, which come from the shared table.
-        # Reentrant: ZeRO-3 gathers parameters in hooks that the non-reentrant form would see change shape.
+        # Checkpointing returns gradients for arguments only, so the biases (from the shared table) are arguments.
+        # Reentrant: ZeRO-3 gathers parameters in hooks, and the non-reentrant form rejects the change of shape.
         biases = (group.bias for group in groups)
-        return checkpoint(recomputed, x_TBE, queries_QBE, *biases, use_reentrant=True)  # pyright: ignore[reportReturnType]
+        return checkpoint(run_layer, x_TBE, queries_QBE, *biases, use_reentrant=True)  # pyright: ignore[reportReturnType]
+
+
+def context_inputs(tokens_BT: Tensor, *, segments_BT: Tensor, valid_BT: Tensor) -> SlotInputs[Tensor]:
+    """Input of texts without predicted positions: every slot is context."""
+    return SlotInputs(
+        tokens_BT=tokens_BT,
+        positions_BT=torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT),
+        segments_BT=segments_BT,
+        order_BT=torch.zeros_like(tokens_BT, dtype=torch.int32),
+        valid_BT=valid_BT,
+    )
+
+
+def _first_slots(inputs: SlotInputs[Tensor], count: int) -> SlotInputs[Tensor]:
+    """The first `count` slots, with the same predicted positions."""
+    tensors = inputs._asdict()
+    predicted_BM = tensors.pop("predicted_BM")
+    return SlotInputs(**{name: slots_BT[:, :count] for name, slots_BT in tensors.items()}, predicted_BM=predicted_BM)
 
 
 def _take_slots(x_TBE: Tensor, slots_BR: Tensor | None) -> Tensor:
+    """Rows [R, B, E] of the slots of each sample; None: all slots."""
     if slots_BR is None:
         return x_TBE
+    # One index_select over [T * B] rows: its backward pass is an index_add, cheaper than that of advanced indexing.
     num_slots, batch, _ = x_TBE.shape
     flat_RB = slots_BR.t() * batch + torch.arange(batch, device=slots_BR.device)
     return x_TBE.view(num_slots * batch, -1).index_select(0, flat_RB.flatten()).view(*flat_RB.shape, -1)
 
 
 def build_model(config: ModelConfig, *, padded_vocab_size: int) -> PseudoMaskedLM:
-    """The model of `config` with its vocabulary rows padded to `padded_vocab_size` (a multiple of the TP size)."""
+    """Build the model of `config` with `padded_vocab_size` vocabulary rows, a multiple of the tensor-parallel size."""
     assert padded_vocab_size % tp_size() == 0
     return PseudoMaskedLM(config, padded_vocab_size=padded_vocab_size)

@@ -1,7 +1,7 @@
-"""Process groups and the sharded layers: parallelism has one address."""
+"""Process groups, sharded layers, collective operations and seeds: all code that depends on a rank's place."""
 
 import warnings
 
-with warnings.catch_warnings():  # megatron-core tells at import which optional kernels it lacks; none is used here
+with warnings.catch_warnings():  # megatron-core warns at import about optional kernels, which are not used here
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     import megatron.core.tensor_parallel  # noqa: F401

@@ -1,13 +1,13 @@
-"""Reading words off hidden states, with a vocabulary that is split over the tensor-parallel ranks.
+"""Logits and cross entropy with a vocabulary that is split over the tensor-parallel ranks.
 
     x [N, E] --product with the token embedding--> logits [N, V] --in place, chunk by chunk--> exp(logits - maximum)
                                                                     |
-                                         nll [N], right [N]     kept for the backward pass: one buffer [N, V] in all
+                                       nll [N], correct [N]     saved for the backward pass: one buffer [N, V] in all
 
-The logits are the largest tensor of a step. `tied_cross_entropy` reads them once while they are warm in the cache and
-turns them into what its backward pass multiplies with; `tied_logits` with any cross entropy is its slow reference.
+The logits are the largest tensor of a step. `tied_cross_entropy` processes them once while they are in the cache and
+overwrites them with the left factor of its backward pass. Its slow reference is `tied_logits` with any cross entropy.
 
-Legend: N predicted slots, E hidden size, V vocabulary rows of this rank.
+Legend: N predicted slots, E hidden size, V vocabulary rows of this rank, C rows of a chunk.
 """
 
 from __future__ import annotations
@@ -26,35 +26,36 @@ from torch import Tensor
 
 from pmlm_dist.parallel.layers import tp_rank, tp_size
 
-# Logits that are worked on at a time: 2 MiB in fp32 stay in the cache; an accelerator wants large launches.
+# Logits of a chunk: on a CPU 2 MiB in fp32, which stay in the cache; on an accelerator few large launches are faster.
 _CHUNK_ON_CPU, _CHUNK_ON_ACCELERATOR = 2**19, 2**27
 
 
 def tied_logits(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor) -> Tensor:
     """x W^T + b for this rank's vocabulary rows: [..., E], equal on every rank -> [..., V]."""
-    return F.linear(_from_every_shard(x_NE), weight_VE, bias_V)
+    return F.linear(_copy_to_shards(x_NE), weight_VE, bias_V)
 
 
 def tied_cross_entropy(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood [N] in nats of each target (an id of the whole vocabulary), and whether it was right [N].
+    """Negative log-likelihood [N] in nats of the targets (ids of the full vocabulary), and where argmax is correct [N].
 
-    Logits are x W^T + b. A prediction is right when its target's logit exceeds all others. Computed in fp32, or in
-    fp64 for such `x`; leading dimensions may be any.
+    Logits are x W^T + b. A prediction is correct if its target's logit exceeds all others; a tie is not correct.
+    Computed in fp32, or in fp64 for fp64 `x`. Any number of leading dimensions.
     """
-    flat_NE = _from_every_shard(x_NE).reshape(-1, x_NE.shape[-1])
-    nll_N, right_N = _TiedCrossEntropy.apply(flat_NE, weight_VE, bias_V, targets_N.reshape(-1))  # pyright: ignore[reportGeneralTypeIssues]
-    return nll_N.view(targets_N.shape), right_N.view(targets_N.shape)
+    flat_NE = _copy_to_shards(x_NE).reshape(-1, x_NE.shape[-1])
+    nll_N, correct_N = _TiedCrossEntropy.apply(flat_NE, weight_VE, bias_V, targets_N.reshape(-1))  # pyright: ignore[reportGeneralTypeIssues]
+    return nll_N.view(targets_N.shape), correct_N.view(targets_N.shape)
 
 
 @torch.no_grad()
 def vocab_parallel_argmax(logits_NV: Tensor) -> Tensor:
-    """The id [N] with the highest logit in the whole vocabulary; the highest id among equals of different ranks."""
+    """Ids [N] with the highest logit in the whole vocabulary; in a tie between ranks the highest id."""
     best_N, ids_N = logits_NV.max(dim=-1)
     if tp_size() == 1:
         return ids_N
-    best_of_all_N = _over_shards(best_N.clone(), dist.ReduceOp.MAX)
+    # Two reductions of [N] instead of gathering the logits: ranks without the maximum contribute -1.
+    best_of_all_N = _all_reduce_shards(best_N.clone(), dist.ReduceOp.MAX)
     ids_N = torch.where(best_N == best_of_all_N, ids_N + tp_rank() * logits_NV.shape[-1], -1)
-    return _over_shards(ids_N, dist.ReduceOp.MAX)
+    return _all_reduce_shards(ids_N, dist.ReduceOp.MAX)
 
 
 @torch.no_grad()
@@ -68,23 +69,24 @@ def gather_logits(logits_NV: Tensor) -> Tensor:
 
 
 def smoothing_nll(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor, *, vocab_size: int) -> Tensor:
-    """What label smoothing adds to the negative log-likelihood of each target, for one unit of its strength: [N].
+    """Term of label smoothing, to be multiplied with its strength and added to the negative log-likelihood: [N].
 
-    The smoothed target is (1 - s) of the true token and s of the uniform distribution over the `vocab_size` tokens
-    (Szegedy et al., 2016), so its cross entropy is nll + s (l_t - mean l), with l the logits x W^T + b. The mean of a
-    linear function is that function of the mean: no logits are needed, whatever the vocabulary is cut into. Rows that
-    pad the vocabulary (those beyond `vocab_size`) do not count. Computed in fp32 at least.
+    The smoothed target is (1 - s) of the target token and s of the uniform distribution over the `vocab_size` tokens
+    (Szegedy et al., 2016). Its cross entropy is nll + s (l_t - mean l), with l the logits x W^T + b. Logits are linear
+    in W and b, so their mean follows from the mean row and no logits are needed. Rows that pad the vocabulary are
+    excluded. Computed at least in fp32.
     """
     precise = torch.promote_types(x_NE.dtype, torch.float32)
-    x_NE, rows = _from_every_shard(x_NE).to(precise), len(weight_VE)
+    x_NE, rows = _copy_to_shards(x_NE).to(precise), len(weight_VE)
     first = tp_rank() * rows
-    counted = max(0, min(rows, vocab_size - first))
+    counted = max(0, min(rows, vocab_size - first))  # 0 on a rank that holds padding only
     own_N = targets_N - first
     is_own_N = (own_N >= 0) & (own_N < rows)
     own_N = own_N.masked_fill(~is_own_N, 0)
     mean_E = weight_VE[:counted].sum(dim=0, dtype=precise) / vocab_size
     mean = bias_V[:counted].sum(dtype=precise) / vocab_size
     target_N = (x_NE * weight_VE[own_N].to(precise)).sum(dim=-1) + bias_V[own_N].to(precise)
+    # Exactly one rank holds the target's row, and each holds a part of the mean: the sum over ranks is l_t - mean l.
     target_N = target_N.masked_fill(~is_own_N, 0.0)
     return reduce_from_tensor_model_parallel_region(
         target_N - x_NE @ mean_E - mean, group=parallel_state.get_tensor_model_parallel_group()
@@ -92,19 +94,19 @@ def smoothing_nll(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Te
 
 
 class _TiedCrossEntropy(torch.autograd.Function):
-    """Loss of a softmax over x W^T + b whose only large buffer is the logits' own.
+    """Cross entropy of softmax(x W^T + b) whose only large buffer is that of the logits.
 
-    With E = exp(logits - m), m the row's maximum on this rank, and p = f E the probabilities (f: one factor a row), the
-    gradients are those of a product with E, the factors f and the incoming gradient g moved to the small operand:
+    With E = exp(logits - m), m the row maximum on this rank, the probabilities are p = f E (f: one factor per row). The
+    gradients are products with E; f and the incoming gradient g are applied to the small operand:
 
         dx = g f (E W) + g (p_t - 1) W[t]        dW = E^T (g f x), row t + g (p_t - 1) x        db likewise
 
-    The target t's own entry of E is zero, so that p_t - 1 keeps its fp32 precision.
+    The entry of the target t in E is zero. Its term is computed apart, since p_t - 1 would cancel in low precision.
     """
 
     @staticmethod
     def forward(ctx: Any, x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, E], [V, E], [V], [N] -> loss [N] and whether the target won [N]."""
+        """[N, E], [V, E], [V], [N] -> loss [N] and where argmax is correct [N]."""
         precise = torch.promote_types(x_NE.dtype, torch.float32)
         rows = len(weight_VE)
         own_N = targets_N - tp_rank() * rows
@@ -112,37 +114,40 @@ class _TiedCrossEntropy(torch.autograd.Function):
         own_N = own_N.masked_fill(elsewhere_N, 0)
         logits_NV = x_NE @ weight_VE.t()
         target_N, others_N, sums_N = _exponentiate(logits_NV, bias_V.to(precise), own_N, elsewhere_N)
-        target_N = _over_shards(target_N, dist.ReduceOp.MAX)
-        highest_N = _over_shards(others_N.clone(), dist.ReduceOp.MAX)
+        # A target's logit is minus infinity on the ranks without its row, so the maximum is its value.
+        target_N = _all_reduce_shards(target_N, dist.ReduceOp.MAX)
+        highest_N = _all_reduce_shards(others_N.clone(), dist.ReduceOp.MAX)
         top_N = torch.maximum(highest_N, target_N)
+        # Row sums are relative to the maximum of each rank; this factor rescales them to the common maximum.
         to_top_N = (others_N - top_N).exp()
-        total_N = _over_shards(sums_N * to_top_N, dist.ReduceOp.SUM) + (target_N - top_N).exp()
+        total_N = _all_reduce_shards(sums_N * to_top_N, dist.ReduceOp.SUM) + (target_N - top_N).exp()
         nll_N = total_N.log() + top_N - target_N
-        # A row whose target is another rank's adds nothing for it here.
+        # 1 - p_t by expm1, since 1 - exp(-nll) loses its digits near p_t = 1. Zero where another rank has row t.
         error_N = (-torch.expm1(-nll_N)).masked_fill(elsewhere_N, 0.0)
         ctx.save_for_backward(x_NE, weight_VE, logits_NV, to_top_N / total_N, error_N, own_N)
-        right_N = target_N > highest_N
-        ctx.mark_non_differentiable(right_N)
-        return nll_N, right_N
+        correct_N = target_N > highest_N
+        ctx.mark_non_differentiable(correct_N)
+        return nll_N, correct_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Gradients of x (this rank's share of it), the matrix and its bias."""
+        """Gradients of x (summed over ranks by `_copy_to_shards`), the matrix and its bias."""
         x_NE, weight_VE, exponentials_NV, factor_N, error_N, own_N = ctx.saved_tensors
-        scale_N, pull_N = gradients[0] * factor_N, gradients[0] * error_N
+        scale_N, target_scale_N = gradients[0] * factor_N, gradients[0] * error_N
+        # Scaling rows of [N, E] instead of [N, V]: the large buffer is read only.
         x_gradient_NE = (exponentials_NV @ weight_VE) * scale_N[:, None]
-        x_gradient_NE -= pull_N[:, None] * weight_VE[own_N]
+        x_gradient_NE -= target_scale_N[:, None] * weight_VE[own_N]
         weight_gradient_VE = exponentials_NV.t() @ (scale_N[:, None] * x_NE).to(x_NE.dtype)
-        weight_gradient_VE.index_add_(0, own_N, (-pull_N[:, None] * x_NE).to(x_NE.dtype))
+        weight_gradient_VE.index_add_(0, own_N, (-target_scale_N[:, None] * x_NE).to(x_NE.dtype))
         bias_gradient_V = scale_N.to(x_NE.dtype) @ exponentials_NV
-        bias_gradient_V.index_add_(0, own_N, -pull_N.to(x_NE.dtype))
+        bias_gradient_V.index_add_(0, own_N, -target_scale_N.to(x_NE.dtype))
         return x_gradient_NE.to(x_NE.dtype), weight_gradient_VE, bias_gradient_V, None
 
 
 def _exponentiate(logits_NV: Tensor, bias_V: Tensor, own_N: Tensor, elsewhere_N: Tensor) -> tuple[Tensor, ...]:
-    """Turn logits without bias into exp(logit + bias - m) in place, zero at the target; m is the highest of the others.
+    """Overwrite logits without bias by exp(logit + bias - m), zero at the target; m is the maximum of the others.
 
-    Returns, in the bias' precision: the target's logit [N] (minus infinity where it is `elsewhere_N`), m [N], and the
+    Return, in the precision of the bias: the target's logit [N] (minus infinity where `elsewhere_N`), m [N], and the
     row sums [N].
     """
     target_N, others_N, sums_N = (bias_V.new_empty(len(logits_NV)) for _ in range(3))
@@ -150,27 +155,30 @@ def _exponentiate(logits_NV: Tensor, bias_V: Tensor, own_N: Tensor, elsewhere_N:
     size = max(1, budget // logits_NV.shape[1])
     for start in range(0, len(logits_NV), size):
         rows = slice(start, start + size)
-        chunk_CV = logits_NV[rows].to(bias_V.dtype).add_(bias_V)  # in place where the precision is the same
+        # `to` copies only if the precision differs: fp32 logits are overwritten in place.
+        chunk_CV = logits_NV[rows].to(bias_V.dtype).add_(bias_V)
         own_C1 = own_N[rows, None]
         target_C1 = chunk_CV.gather(1, own_C1)
         hidden_C1 = target_C1.masked_fill(~elsewhere_N[rows, None], float("-inf"))
+        # The target is excluded from maximum and sum; a row whose target is elsewhere gets its own value back.
         chunk_CV.scatter_(1, own_C1, hidden_C1)
-        others_N[rows] = chunk_CV.amax(dim=1).clamp_(min=torch.finfo(chunk_CV.dtype).min)  # finite if all is padding
+        # Clamped to a finite value: on a rank with padding only, minus infinity minus itself would be NaN.
+        others_N[rows] = chunk_CV.amax(dim=1).clamp_(min=torch.finfo(chunk_CV.dtype).min)
         chunk_CV.sub_(others_N[rows, None]).exp_()
         sums_N[rows] = chunk_CV.sum(dim=1)
         target_N[rows] = target_C1[:, 0].masked_fill(elsewhere_N[rows], float("-inf"))
-        if chunk_CV.dtype != logits_NV.dtype:
+        if chunk_CV.dtype != logits_NV.dtype:  # lower precision: the chunk was a copy
             logits_NV[rows] = chunk_CV
     return target_N, others_N, sums_N
 
 
-def _from_every_shard(x: Tensor) -> Tensor:
-    """`x` itself; its gradient is the sum of those that the tensor-parallel ranks have."""
+def _copy_to_shards(x: Tensor) -> Tensor:
+    """`x` itself; its gradient is summed over the tensor-parallel ranks."""
     return copy_to_tensor_model_parallel_region(x, group=parallel_state.get_tensor_model_parallel_group())
 
 
-def _over_shards(values: Tensor, reduce: dist.ReduceOp.RedOpType) -> Tensor:
-    """`values` reduced over the tensor-parallel ranks, in place."""
+def _all_reduce_shards(values: Tensor, reduce: dist.ReduceOp.RedOpType) -> Tensor:
+    """Reduce `values` over the tensor-parallel ranks in place."""
     if tp_size() > 1:
         dist.all_reduce(values, op=reduce, group=parallel_state.get_tensor_model_parallel_group())
     return values

@@ -1,9 +1,9 @@
-"""Process groups: who shares one copy of the model (tensor parallel, tp), who holds the others (data parallel, dp).
+"""Process groups: ranks that share one copy of the model (tensor parallel, tp) and copies of it (data parallel, dp).
 
     world of 8 ranks, tp = 2:     dp 0: ranks 0 1 | dp 1: 2 3 | dp 2: 4 5 | dp 3: 6 7
 
-megatron-core owns the groups; DeepSpeed learns of them through `ModelParallelUnit`. Nothing outside `parallel/` asks
-for a rank: the rest of the code gets a `Topology`.
+megatron-core owns the groups, and `ModelParallelUnit` passes them to DeepSpeed. Code outside `parallel/` gets a
+`Topology` instead of querying ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Topology:
-    """Place of this process in the world."""
+    """Ranks of this process, sizes of its groups, and its device."""
 
     rank: int
     world_size: int
@@ -40,34 +40,34 @@ class Topology:
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this process speaks for the run: prints, writes logs."""
+        """True on the rank that prints and writes logs."""
         return self.rank == 0
 
     def all_reduce_dp(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of `values` over the data-parallel group, in place; tensor-parallel peers hold equal values."""
+        """Sum `values` over the data-parallel group in place; tensor-parallel peers must pass equal values."""
         if self.dp > 1:
             dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
         return values
 
     def all_reduce_tp(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of `values` over the tensor-parallel group, in place."""
+        """Sum `values` over the tensor-parallel group in place."""
         if self.tp > 1:
             dist.all_reduce(values, group=parallel_state.get_tensor_model_parallel_group())
         return values
 
     def all_reduce_max(self, *values: int) -> list[int]:
-        """The largest of all ranks' values, one by one. On the host: no accelerator is waited for."""
-        found = torch.tensor(values)
+        """Elementwise maximum of `values` over all ranks."""
+        maxima = torch.tensor(values)  # on the host: an accelerator would have to finish its queue first
         if self.world_size > 1:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return found.tolist()
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        return maxima.tolist()
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's `value` (picklable, small), in order of rank, on every rank."""
-        box = [value] * self.world_size
+        """`value` (picklable, small) of every rank, in order of rank, on every rank."""
+        per_rank = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(box, value)
-        return box
+            dist.all_gather_object(per_rank, value)
+        return per_rank
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's `value` (picklable, small) on every rank."""
@@ -77,38 +77,38 @@ class Topology:
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has reached this call."""
         if self.world_size > 1:
             dist.barrier()
 
 
-def raise_on_all_ranks(found: list[str], topology: Topology) -> None:
-    """Raise `ConfigError` on every rank when any rank has found problems, with those of all; every rank must call."""
-    elsewhere: dict[str, int] = {}
-    for rank, of_rank in enumerate(topology.all_gather_object(found)):
+def raise_on_all_ranks(problems: list[str], topology: Topology) -> None:
+    """Raise `ConfigError` with the problems of all ranks on every rank, if any rank has one. Every rank must call."""
+    first_rank: dict[str, int] = {}
+    for rank, of_rank in enumerate(topology.all_gather_object(problems)):
         for problem in of_rank:
-            elsewhere.setdefault(problem, rank)
-    raise_if_any(
-        [*found, *(f"on rank {rank}: {problem}" for problem, rank in elsewhere.items() if problem not in found)]
-    )
+            first_rank.setdefault(problem, rank)
+    elsewhere = {problem: rank for problem, rank in first_rank.items() if problem not in problems}
+    raise_if_any([*problems, *(f"on rank {rank}: {problem}" for problem, rank in elsewhere.items())])
 
 
 def run_on_all_ranks(topology: Topology, prepare: Callable[[], T]) -> T:
-    """What `prepare` gives, unless it raises `ConfigError` on any rank: then all raise it, with every problem."""
-    found, made = [], None
+    """Return `prepare()`. If it raises `ConfigError` on any rank, all ranks raise it with the problems of all."""
+    # A rank that raised alone would leave the others waiting in their next collective operation.
+    problems, result = [], None
     try:
-        made = prepare()
+        result = prepare()
     except ConfigError as error:
-        found = error.problems
-    raise_on_all_ranks(found, topology)
-    return made  # pyright: ignore[reportReturnType]
+        problems = error.problems
+    raise_on_all_ranks(problems, topology)
+    return result  # pyright: ignore[reportReturnType]
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of an `mpu`, answered from megatron-core's groups.
+    """DeepSpeed's `mpu` interface, implemented with megatron-core's groups.
 
-    megatron-core's own `parallel_state` lacks the `*_model_parallel_*` names. With `mpu=None` and tp > 1 DeepSpeed
-    averages gradients over tensor-parallel peers too and trains wrongly without a word.
+    megatron-core's own `parallel_state` lacks the `*_model_parallel_*` names. With `mpu=None` and tp > 1, DeepSpeed
+    silently averages gradients over tensor-parallel peers too, which makes training wrong.
     """
 
     get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
@@ -127,18 +127,17 @@ class ModelParallelUnit:
 
 
 def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
-    """Join the world that the launcher described and build the groups of tensor-parallel size `tp`.
+    """Join the world described by the launcher's environment and build the groups of tensor-parallel size `tp`.
 
-    A process that no launcher started is a world of its own. Collectives end with an error after `timeout_s` seconds.
-    Raises `ConfigError` when `tp` does not divide the world, on every rank alike and before any waits for another.
+    A process without a launcher is a world of size 1. Collective operations raise after `timeout_s` seconds. Raises
+    `ConfigError` if `tp` does not divide the world size, on every rank and before any communication.
     """
     variables = rendezvous(os.environ)
     rank, world_size, local_rank = (int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     raise_if_any(_world_problems(world_size, tp=tp))
     os.environ.update(variables)
-    os.environ.setdefault(
-        "CUDA_DEVICE_MAX_CONNECTIONS", "1"
-    )  # megatron-core orders its all-reduce before a product by it
+    # One hardware queue: megatron-core relies on it to start the all-reduce of a gradient before the next product.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _device(local_rank)
     if not dist.is_initialized():
         _join_world(rank, world_size, device=device, timeout_s=timeout_s)
@@ -152,7 +151,7 @@ def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
 
 
 def topology(device: torch.device, *, local_rank: int = 0) -> Topology:
-    """The `Topology` of groups that stand already."""
+    """Return the `Topology` of the process groups that are already initialized."""
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -181,7 +180,9 @@ def _device(local_rank: int) -> torch.device:
 
 def _join_world(rank: int, world_size: int, *, device: torch.device, timeout_s: int) -> None:
     timeout = timedelta(seconds=timeout_s)
+    # gloo beside NCCL: small values are exchanged on the host without synchronizing the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Port 0: no launcher. A store in memory needs no port, so runs on one machine cannot collide.
     if world_size == 1 and os.environ["MASTER_PORT"] == "0":
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:

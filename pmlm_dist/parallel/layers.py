@@ -1,8 +1,10 @@
-"""megatron-core's sharded layers, as plain modules from tensor to tensor.
+"""megatron-core's sharded layers, as modules from tensor to tensor.
 
-`ColumnLinear` splits its output over the tensor-parallel ranks, `RowLinear` its input; between the two no communication
-is needed. `VocabularyEmbedding` splits its rows. All weights are drawn whole and sliced, hence equal under every
-tensor-parallel size. With one rank the product and its bias run as one fused call.
+    x [..., in] --ColumnLinear--> [..., out / tp] --RowLinear, all-reduce--> [..., in]
+
+`ColumnLinear` splits its output over the tensor-parallel ranks and `RowLinear` its input, so no communication is needed
+between them. `VocabularyEmbedding` splits its rows. Every rank draws the full weights and keeps its slice, so the model
+is the same for every tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ from pmlm_dist.parallel.groups import Topology
 
 
 def tp_size() -> int:
-    """Ranks that share one copy of the model."""
+    """Number of ranks that share one copy of the model."""
     return parallel_state.get_tensor_model_parallel_world_size()
 
 
 def tp_rank() -> int:
-    """Place of this rank among those that share one copy of the model."""
+    """Index of this rank among those that share one copy of the model."""
     return parallel_state.get_tensor_model_parallel_rank()
 
 
@@ -43,11 +45,12 @@ def _tp_group() -> dist.ProcessGroup:
 
 
 def _shared_config() -> ModelParallelConfig:
+    # Initialization on the CPU draws the full weight before slicing; on a GPU each rank would draw its own numbers.
     return ModelParallelConfig(tensor_model_parallel_size=tp_size(), use_cpu_initialization=True)
 
 
 class _NoExtraState:
-    """Keeps Transformer Engine's empty `_extra_state` out of state dicts: DeepSpeed's converters stumble over it."""
+    """Exclude Transformer Engine's empty `_extra_state` from state dicts: DeepSpeed's converters fail on it."""
 
     get_extra_state = nn.Module.get_extra_state
 
@@ -68,12 +71,12 @@ class ColumnLinear(_NoExtraState, ColumnParallelLinear):
     def _forward_impl(
         self, input: Tensor, weight: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        if tp_size() == 1:
+        if tp_size() == 1:  # product and bias in one call; megatron-core adds the bias in a second pass
             return F.linear(input, weight, bias)
         return super()._forward_impl(input, weight, *args, bias=bias, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] on every rank -> [..., out/tp], this rank's part."""
+        """[..., in], equal on every rank -> [..., out/tp] of this rank."""
         return super().forward(x)[0]
 
 
@@ -93,14 +96,14 @@ class RowLinear(_NoExtraState, RowParallelLinear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in/tp], this rank's part -> [..., out], equal on every rank."""
+        """[..., in/tp] of this rank -> [..., out], equal on every rank."""
         if tp_size() == 1:
             return F.linear(x, self.weight, self.bias)
         return super().forward(x)[0]
 
 
 class VocabularyEmbedding(VocabParallelEmbedding):
-    """Token embedding with its rows [V, E] split over the tensor-parallel ranks; also the matrix of the tied head."""
+    """Token embedding with rows [V, E] split over the tensor-parallel ranks; also the matrix of the tied head."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, std: float):
         super().__init__(
@@ -108,9 +111,9 @@ class VocabularyEmbedding(VocabParallelEmbedding):
         )
 
 
-def sharded(whole: Tensor) -> nn.Parameter:
-    """This rank's slice of `whole` [n, ...] along its first dimension, marked as sharded for norms and checkpoints."""
-    part = nn.Parameter(whole.chunk(tp_size(), dim=0)[tp_rank()].clone())
+def sharded(full: Tensor) -> nn.Parameter:
+    """This rank's slice of `full` [n, ...] along its first dimension, marked as sharded for norms and checkpoints."""
+    part = nn.Parameter(full.chunk(tp_size(), dim=0)[tp_rank()].clone())
     set_tensor_model_parallel_attributes(part, True, 0, 1)
     return part
 
@@ -123,21 +126,23 @@ def _normal(std: float) -> Callable[[Tensor], None]:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether tensor-parallel ranks hold different parts of `parameter` (else: equal copies)."""
+    """True if tensor-parallel ranks hold different parts of `parameter`, False if they hold equal copies."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
 def sharded_dimension(parameter: Tensor) -> int:
-    """The dimension along which tensor-parallel ranks hold parts of `parameter`; 0 where they hold copies."""
+    """Dimension along which `parameter` is split over tensor-parallel ranks; 0 for copies."""
     return int(getattr(parameter, "partition_dim", 0)) if is_sharded(parameter) else 0
 
 
 def count_parameters(model: nn.Module, topology: Topology) -> int:
-    """Parameters of the whole model, whatever part of it this rank holds; every rank must call."""
+    """Number of parameters of the full model. Every rank must call."""
     own = sum(_numel(p) for p in model.parameters() if is_sharded(p))
     shared = sum(_numel(p) for p in model.parameters() if not is_sharded(p))
     return int(topology.all_reduce_tp(torch.tensor(own, device=topology.device))) + shared
 
 
 def _numel(parameter: Tensor) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 empties parameters and keeps their size here
+    return int(
+        getattr(parameter, "ds_numel", parameter.numel())
+    )  # ZeRO-3 empties parameters and stores their size here

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.random_models import saved
+from support.random_models import save_random_model
 from support.small_runs import MODEL, run_config, start_run, take_steps, whole_weights, with_model, with_train
 from support.worlds import run_world
 
 from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
-from pmlm_dist.conversion.tensors import own_shapes
+from pmlm_dist.conversion.tensors import parameter_shapes
 from pmlm_dist.vocab import Vocabulary
 
 ROW_PARALLEL = ("attention.output.weight", "ffn_out.weight")
@@ -29,7 +29,7 @@ def initial(corpus: Path, folder: Path, **changes: Any) -> PretrainedWeights:
     """Random weights for runs on `corpus`, saved in `folder`."""
     words = Vocabulary.load(corpus)
     model, generator = replace(MODEL, vocab_size=words.size, **changes), torch.Generator().manual_seed(5)
-    weights = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in own_shapes(model).items()}
+    weights = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in parameter_shapes(model).items()}
     found = PretrainedWeights(model, weights, words, {"format": "bert", "from": "a test", "notes": []})
     save_pretrained(found, folder)
     return found
@@ -120,7 +120,7 @@ def test_every_setting_that_differs_is_named_with_the_way_out(small_corpus, tmp_
 
 
 def test_another_vocabulary_is_refused(small_corpus, tmp_path):
-    saved(tmp_path / "initial", max_positions=64)
+    save_random_model(tmp_path / "initial", max_positions=64)
     config = replace(run_config(small_corpus, tmp_path / "run"), init=tmp_path / "initial")
     assert "its vocabulary is not the corpus'" in refusal(config)
 

@@ -1,4 +1,4 @@
-"""Exports are what stock `transformers` makes of them: same numbers, same tokens, from any topology's checkpoint."""
+"""Exports loaded by stock `transformers`: equal outputs and tokens, from a checkpoint of any topology."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.random_models import MODEL, WORDS, own_answers, random_pretrained, random_text, saved
+from support.random_models import MODEL, WORDS, pmlm_outputs, random_pretrained, random_text, save_random_model
 from support.small_runs import run_config
 from support.worlds import run_world
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
@@ -20,80 +20,83 @@ from pmlm_dist.checkpoint.files import read_weights
 from pmlm_dist.conversion import export as exporting
 from pmlm_dist.conversion.export import Format, export
 from pmlm_dist.conversion.pretrained import open_pretrained
-from pmlm_dist.conversion.tensors import join_key_value, own_shapes, split_key_value
+from pmlm_dist.conversion.tensors import join_key_value, parameter_shapes, split_key_value
 from pmlm_dist.model.transformer import build_model
 from pmlm_dist.parallel import groups
 
 FORMATS: list[tuple[Format, bool]] = [("mpnet", True), ("mpnet", False), ("bert", False)]
-SWAPPED = torch.tensor([1, 0, *range(2, len(WORDS))])
-"""MPNet's ids: [PAD] and [UNK] in each other's place."""
+MPNET_IDS = torch.tensor([1, 0, *range(2, len(WORDS))])
+"""MPNet's ids: those of [PAD] and [UNK] exchanged."""
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
-    """Exports of every format, with and without relative position bias."""
+    """Exports in every format, with and without relative position bias."""
     root = tmp_path_factory.mktemp("exports")
     for relative_bias in (True, False):
-        saved(root / f"own-{relative_bias}", relative_bias=relative_bias)
-    found = {}
+        save_random_model(root / f"source-{relative_bias}", relative_bias=relative_bias)
+    exports = {}
     for format, relative_bias in FORMATS:
-        found[format, relative_bias] = root / f"{format}-{relative_bias}"
-        export(root / f"own-{relative_bias}", format=format, output=found[format, relative_bias])
-    return found
+        exports[format, relative_bias] = root / f"{format}-{relative_bias}"
+        export(root / f"source-{relative_bias}", format=format, output=exports[format, relative_bias])
+    return exports
 
 
-def test_shapes_are_those_of_the_model():
+def test_parameter_shapes_are_those_of_the_model():
     groups.init_process_groups()
     for relative_bias in (True, False):
         config = replace(MODEL, relative_bias=relative_bias)
         model = build_model(config, padded_vocab_size=len(WORDS))
-        assert own_shapes(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+        assert parameter_shapes(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def test_keys_and_values_come_apart_and_together():
-    both = torch.arange(2 * 32 * 3).view(64, 3)
-    key, value = split_key_value(both, MODEL)
-    assert torch.equal(join_key_value(key, value, MODEL), both)
-    assert torch.equal(key[:8], both[:8])  # the first head's keys
-    assert torch.equal(value[:8], both[8:16])
+def test_join_key_value_inverts_split_key_value():
+    key_value = torch.arange(2 * 32 * 3).view(64, 3)
+    key, value = split_key_value(key_value, MODEL)
+    assert torch.equal(join_key_value(key, value, MODEL), key_value)
+    assert torch.equal(key[:8], key_value[:8])  # the first head's keys
+    assert torch.equal(value[:8], key_value[8:16])
 
 
 @pytest.mark.parametrize(("format", "relative_bias"), FORMATS)
-def test_states_and_logits_are_the_models(folders, format: str, relative_bias: bool):
+def test_exported_states_and_logits_equal_the_models(folders, format: str, relative_bias: bool):
     folder = folders[format, relative_bias]
     ids_BT, segments_BT, valid_BT = random_text(length=MODEL.max_positions)
     is_mpnet = format == "mpnet"
     segments = {} if is_mpnet else {"token_type_ids": segments_BT}
-    asked = {"input_ids": SWAPPED[ids_BT] if is_mpnet else ids_BT, "attention_mask": valid_BT.long(), **segments}
+    inputs = {"input_ids": MPNET_IDS[ids_BT] if is_mpnet else ids_BT, "attention_mask": valid_BT.long(), **segments}
     with torch.no_grad():
-        logits = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float64).eval()(**asked).logits
-        states = AutoModel.from_pretrained(folder, dtype=torch.float64).eval()(**asked).last_hidden_state
-    own = random_pretrained(relative_bias=relative_bias)
-    own_segments_BT = torch.zeros_like(segments_BT) if is_mpnet else segments_BT
-    own_states, own_logits = own_answers(own, ids_BT, own_segments_BT, valid_BT)
-    # rtol for fp32: positions and segment 0 were added up in it
-    torch.testing.assert_close(states[valid_BT], own_states[valid_BT], rtol=0, atol=1e-6 if is_mpnet else 1e-12)
-    moved = logits[..., SWAPPED] if is_mpnet else logits
-    torch.testing.assert_close(moved[valid_BT], own_logits[valid_BT], rtol=0, atol=1e-5 if is_mpnet else 1e-12)
-    assert own_logits[valid_BT].std() > 0.5
+        logits = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float64).eval()(**inputs).logits
+        states = AutoModel.from_pretrained(folder, dtype=torch.float64).eval()(**inputs).last_hidden_state
+    pretrained = random_pretrained(relative_bias=relative_bias)
+    segments_BT = torch.zeros_like(segments_BT) if is_mpnet else segments_BT
+    expected_states, expected_logits = pmlm_outputs(pretrained, ids_BT, segments_BT, valid_BT)
+    # MPNet: positions and segment 0 were added in fp32
+    torch.testing.assert_close(states[valid_BT], expected_states[valid_BT], rtol=0, atol=1e-6 if is_mpnet else 1e-12)
+    reordered = logits[..., MPNET_IDS] if is_mpnet else logits
+    torch.testing.assert_close(reordered[valid_BT], expected_logits[valid_BT], rtol=0, atol=1e-5 if is_mpnet else 1e-12)
+    assert expected_logits[valid_BT].std() > 0.5
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_answer_on_either_side(folders, side: str):
+def test_mpnet_states_are_independent_of_padding(folders, side: str):
     folder = folders["mpnet", True]
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
     model = AutoModel.from_pretrained(folder, dtype=torch.float64).eval()
-    texts = ["w1 w2 zzz w3", "red teas, w30 w31 w32 w33 w34 w35"]  # zzz is [UNK], which has the id that MPNet pads with
+    texts = [
+        "w1 w2 zzz w3",
+        "red teas, w30 w31 w32 w33 w34 w35",
+    ]  # zzz is [UNK], whose id in the corpus is MPNet's padding id
     with torch.no_grad():
         alone = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in texts]
-        asked = tokenizer(texts, padding=True, return_tensors="pt")
-        together = model(**asked).last_hidden_state
+        inputs = tokenizer(texts, padding=True, return_tensors="pt")
+        padded = model(**inputs).last_hidden_state
     for row, expected in enumerate(alone):
-        torch.testing.assert_close(together[row][asked["attention_mask"][row].bool()], expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(padded[row][inputs["attention_mask"][row].bool()], expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("format", "relative_bias"), FORMATS)
-def test_the_tokenizer_reads_as_the_vocabulary_does(folders, format: str, relative_bias: bool):
+def test_exported_tokenizer_equals_the_vocabulary(folders, format: str, relative_bias: bool):
     tokenizer = AutoTokenizer.from_pretrained(folders[format, relative_bias])
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("Red TEAS, [MASK] zzz w3", "w4").input_ids)
     assert tokens == ["[CLS]", "red", "tea", "##s", ",", "[MASK]", "[UNK]", "w3", "[SEP]", "w4", "[SEP]"]
@@ -103,28 +106,28 @@ def test_the_tokenizer_reads_as_the_vocabulary_does(folders, format: str, relati
 
 
 @pytest.mark.parametrize(("format", "relative_bias"), FORMATS)
-def test_fill_mask_fills_in_what_the_model_would(folders, format: str, relative_bias: bool):
+def test_fill_mask_pipeline_predicts_the_models_tokens(folders, format: str, relative_bias: bool):
     fill = pipeline("fill-mask", model=str(folders[format, relative_bias]), device="cpu")
-    found = fill("w1 red [MASK] tea", top_k=3)
-    own = random_pretrained(relative_bias=relative_bias)
+    predictions = fill("w1 red [MASK] tea", top_k=3)
+    pretrained = random_pretrained(relative_bias=relative_bias)
     ids = torch.tensor(
-        [[2, *own.vocabulary.encode_batch(["w1 red"])[0], 4, *own.vocabulary.encode_batch(["tea"])[0], 3]]
+        [[2, *pretrained.vocabulary.encode_batch(["w1 red"])[0], 4, *pretrained.vocabulary.encode_batch(["tea"])[0], 3]]
     )
-    _, logits = own_answers(own, ids, torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool))
+    _, logits = pmlm_outputs(pretrained, ids, torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool))
     scores, best = logits[0, 3].softmax(0).topk(3)
-    assert [row["token_str"] for row in found] == [own.vocabulary.token(int(id)) for id in best]
-    np.testing.assert_allclose([row["score"] for row in found], scores, rtol=1e-3)
+    assert [row["token_str"] for row in predictions] == [pretrained.vocabulary.token(int(id)) for id in best]
+    np.testing.assert_allclose([row["score"] for row in predictions], scores, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("format", "relative_bias"), FORMATS)
-def test_sentence_transformers_takes_the_mean_of_the_states(folders, format: str, relative_bias: bool):
+def test_sentence_transformers_uses_the_mean_of_the_states(folders, format: str, relative_bias: bool):
     library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     texts = ["w1 w2 w3", "red tea, w9 w10 w11 w12"]
-    found = library.SentenceTransformer(str(folders[format, relative_bias]), device="cpu").encode(texts)
-    own = random_pretrained(relative_bias=relative_bias)
-    for text, vector in zip(texts, found, strict=True):
-        ids = torch.tensor([[2, *own.vocabulary.encode_batch([text])[0], 3]])
-        states, _ = own_answers(own, ids, torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool))
+    vectors = library.SentenceTransformer(str(folders[format, relative_bias]), device="cpu").encode(texts)
+    pretrained = random_pretrained(relative_bias=relative_bias)
+    for text, vector in zip(texts, vectors, strict=True):
+        ids = torch.tensor([[2, *pretrained.vocabulary.encode_batch([text])[0], 3]])
+        states, _ = pmlm_outputs(pretrained, ids, torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool))
         np.testing.assert_allclose(vector, states[0].mean(0), atol=1e-5)
 
 
@@ -135,7 +138,7 @@ def write_run(config: Any) -> None:
 
 
 @pytest.mark.distributed
-def test_any_topologys_checkpoint_is_exported_with_its_facts(small_corpus, tmp_path, capsys):
+def test_checkpoint_of_any_topology_is_exported_with_a_model_card(small_corpus, tmp_path, capsys):
     config = run_config(small_corpus, tmp_path / "run", tp=2, steps=4, zero=1)
     run_world(write_run, 4, config)
     assert cli.main(["export", str(tmp_path / "run"), "--format", "mpnet"]) == 0
@@ -156,74 +159,74 @@ def test_any_topologys_checkpoint_is_exported_with_its_facts(small_corpus, tmp_p
         assert fact in card
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
-def refused(*arguments: Any, capsys: pytest.CaptureFixture[str]) -> str:
-    """What `pmlm` says when it ends with exit code 2."""
+def error_of(*arguments: Any, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the error message of a `pmlm` command that must exit with code 2."""
     assert cli.main([str(argument) for argument in arguments]) == 2
     return capsys.readouterr().err
 
 
-def test_bert_is_refused_with_relative_bias(tmp_path, capsys):
-    saved(tmp_path / "own")
-    message = refused("export", tmp_path / "own", "--format", "bert", "--output", tmp_path / "out", capsys=capsys)
+def test_bert_export_with_relative_bias_raises(tmp_path, capsys):
+    save_random_model(tmp_path / "source")
+    message = error_of("export", tmp_path / "source", "--format", "bert", "--output", tmp_path / "out", capsys=capsys)
     assert "BERT has no relative position bias" in message
     assert "--format mpnet" in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_mpnet_is_refused_with_other_buckets(tmp_path, capsys):
-    saved(tmp_path / "own", relative_buckets=16, relative_max_distance=64)
-    message = refused("export", tmp_path / "own", "--format", "mpnet", "--output", tmp_path / "out", capsys=capsys)
-    assert "model.relative_buckets 32, this model with 16" in message
-    assert "model.relative_max_distance 128, this model with 64" in message
+def test_mpnet_export_with_other_buckets_raises(tmp_path, capsys):
+    save_random_model(tmp_path / "source", relative_buckets=16, relative_max_distance=64)
+    message = error_of("export", tmp_path / "source", "--format", "mpnet", "--output", tmp_path / "out", capsys=capsys)
+    assert "model.relative_buckets 32, this model has 16" in message
+    assert "model.relative_max_distance 128, this model has 64" in message
 
 
-def test_nothing_is_overwritten(tmp_path, capsys):
-    saved(tmp_path / "own")
+def test_existing_output_is_not_overwritten(tmp_path, capsys):
+    save_random_model(tmp_path / "source")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    message = refused("export", tmp_path / "own", "--format", "mpnet", "--output", tmp_path / "out", capsys=capsys)
-    assert "is there already" in message
+    message = error_of("export", tmp_path / "source", "--format", "mpnet", "--output", tmp_path / "out", capsys=capsys)
+    assert "already exists" in message
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("format", ["mpnet", "unilm"])
-def test_an_export_that_answers_otherwise_is_not_written(tmp_path, capsys, monkeypatch, format: str):
-    saved(tmp_path / "own")
-    right = exporting._FORMATS[format]
+def test_export_with_different_logits_is_not_written(tmp_path, capsys, monkeypatch, format: str):
+    save_random_model(tmp_path / "source")
+    correct = exporting._FORMATS[format]
 
     def wrong(pretrained):
-        exported = right(pretrained)
+        exported = correct(pretrained)
         (name,) = [name for name in exported.tensors if name.endswith("layer.1.output.LayerNorm.bias")]
         return replace(exported, tensors={**exported.tensors, name: exported.tensors[name] + 0.01})
 
     monkeypatch.setitem(exporting._FORMATS, format, wrong)
-    message = refused("export", tmp_path / "own", "--format", format, "--output", tmp_path / "out", capsys=capsys)
-    assert "the export's logits differ by" in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]
+    message = error_of("export", tmp_path / "source", "--format", format, "--output", tmp_path / "out", capsys=capsys)
+    assert "the logits of the export differ from the checkpoint's by" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_another_vocabulary_is_refused(tmp_path, capsys, small_corpus):
-    saved(tmp_path / "own")
-    message = refused("export", tmp_path / "own", "--format", "mpnet", "--vocabulary", small_corpus, capsys=capsys)
-    assert "is not that of" in message
+def test_export_with_another_vocabulary_raises(tmp_path, capsys, small_corpus):
+    save_random_model(tmp_path / "source")
+    message = error_of("export", tmp_path / "source", "--format", "mpnet", "--vocabulary", small_corpus, capsys=capsys)
+    assert "differs from that of" in message
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
-    file = saved(tmp_path / "own") / "weights" / "step-00000000" / "rank-00000.safetensors"
+def test_export_of_a_corrupt_checkpoint_raises(tmp_path, capsys):
+    file = save_random_model(tmp_path / "source") / "weights" / "step-00000000" / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    message = refused("export", tmp_path / "own", "--format", "mpnet", "--output", tmp_path / "out", capsys=capsys)
+    message = error_of("export", tmp_path / "source", "--format", "mpnet", "--output", tmp_path / "out", capsys=capsys)
     assert "another checksum" in message
 
 
-def test_imported_weights_are_read_back_as_they_were(tmp_path):
-    own = random_pretrained()
-    again = open_pretrained(saved(tmp_path / "own"))
-    assert again.model == own.model
-    assert again.vocabulary.fingerprint == own.vocabulary.fingerprint
-    for name, weight in own.weights.items():
-        assert torch.equal(again.weights[name], weight)
+def test_saved_weights_are_loaded_unchanged(tmp_path):
+    pretrained = random_pretrained()
+    loaded = open_pretrained(save_random_model(tmp_path / "source"))
+    assert loaded.model == pretrained.model
+    assert loaded.vocabulary.fingerprint == pretrained.vocabulary.fingerprint
+    for name, weight in pretrained.weights.items():
+        assert torch.equal(loaded.weights[name], weight)

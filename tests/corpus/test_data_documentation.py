@@ -1,4 +1,4 @@
-"""The programs in docs/data.md run, and do what the text around them says."""
+"""The programs and the example in docs/data.md."""
 
 import json
 import os
@@ -19,15 +19,15 @@ DOCUMENT = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-
 FILTER, READ, WRITE = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
 
 
-def test_the_language_filter_of_the_document():
+def test_documented_language_filter_works():
     names: dict[str, Any] = {}
     exec(FILTER, names)
     assert names["german"]("Das ist der Satz, und nicht die Ausnahme")
     assert not names["german"]("This is the sentence and not the exception")
 
 
-def test_any_webdataset_program_reads_and_writes_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """In a process of its own: `pmlm_dist` makes webdataset refuse what others may want."""
+def test_documented_webdataset_programs_read_and_write_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """In another process: `pmlm_dist` restricts webdataset to files (WDS_SECURE)."""
     prepare_corpus(config(write_source(tmp_path), tmp_path / "corpus", shards=4))
     shown = READ + "    print(ids.tolist())\n"
     program = f"{shown}\n{WRITE}\nprint([ids.tolist() for ids in samples])"
@@ -39,12 +39,12 @@ def test_any_webdataset_program_reads_and_writes_a_corpus(tmp_path: Path, capsys
     *read, written = map(json.loads, done.stdout.splitlines())
     assert read == samples(tmp_path / "corpus", "train")
     verify(tmp_path / "mine")
-    assert "8 train samples, 8 validation samples: checked in itself" in capsys.readouterr().out
+    assert "8 train samples, 8 validation samples: shards and samples are valid" in capsys.readouterr().out
     assert written == samples(tmp_path / "mine", "train")
 
 
-def test_the_example_of_another_number_of_gpus_is_what_is_read():
-    """Lane, sample and GPU of each cell of the table, for both numbers of GPUs."""
+def test_documented_elastic_example_matches_the_order():
+    """Compare lane, sample and GPU of each cell of the table, for both numbers of GPUs."""
     rows = [
         re.findall(r"\| ([^|]+?)(?= \|)", line) for line in DOCUMENT.splitlines() if re.match(r"\| (elem|step 6)", line)
     ]

@@ -18,22 +18,22 @@ from pmlm_dist.vocab import Vocabulary
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verified")
     prepare_corpus(config(write_source(folder), folder / "corpus"))
     return folder / "corpus"
 
 
 @pytest.fixture
-def corpus(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "corpus"))
+def corpus(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "corpus"))
 
 
 Samples = list[np.ndarray]
 
 
-def rewritten(folder: Path, number: int, change: Callable[[Samples], Samples], *, first: int | None = None) -> Shard:
-    """Write a training shard anew with changed samples, and a manifest that vouches for it and counts them."""
+def rewrite(folder: Path, number: int, change: Callable[[Samples], Samples], *, first: int | None = None) -> Shard:
+    """Rewrite a training shard with changed samples, and the manifest with its checksum and counts."""
     manifest = Manifest.load(folder)
     train = manifest.splits["train"]
     with ShardReader(folder, train.shards[number], "uint16") as reader:
@@ -52,31 +52,31 @@ def rewritten(folder: Path, number: int, change: Callable[[Samples], Samples], *
     return shard
 
 
-def test_a_whole_corpus_is_proved_by_the_command(corpus: Path, capsys: pytest.CaptureFixture[str]):
+def test_verify_command_accepts_a_valid_corpus(corpus: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["corpus", "verify", str(corpus)]) == 0
-    assert "every token of every document is in exactly one sample, in its place" in capsys.readouterr().out
+    assert "every token of every document is in exactly one sample, at its position" in capsys.readouterr().out
 
 
-def test_a_padded_corpus_is_proved(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_verify_accepts_a_padded_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     prepare_corpus(config(write_source(tmp_path), tmp_path / "corpus", joined="pad"))
     verify(tmp_path / "corpus")
     assert "in exactly one sample" in capsys.readouterr().out
 
 
-def test_a_corpus_without_digests_is_checked_in_all_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_verify_checks_a_corpus_without_digests(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     corpus = write_corpus(tmp_path / "corpus", shards=2)
     manifest = Manifest.load(corpus)
-    validation = [_renumbered(corpus, shard) for shard in manifest.splits["validation"].shards]
+    validation = [_renumber(corpus, shard) for shard in manifest.splits["validation"].shards]
     splits = {
         **manifest.splits,
         "validation": dataclasses.replace(manifest.splits["validation"], shards=(*validation,)),
     }
     dataclasses.replace(manifest, splits=splits).save(corpus)
     verify(corpus)
-    assert "cannot be proved: it has no digests" in capsys.readouterr().out
+    assert "without digests of the documents, their completeness is unknown" in capsys.readouterr().out
 
 
-def _renumbered(corpus: Path, shard: Shard) -> Shard:
+def _renumber(corpus: Path, shard: Shard) -> Shard:
     with ShardReader(corpus, shard, "uint16") as reader:
         samples = [reader[index] for index in range(len(reader))]
     return write_shard(corpus, shard.name, samples, first=0, dtype="uint16")
@@ -105,41 +105,39 @@ def change_a_token(samples: Samples) -> Samples:
         (lambda samples: [np.array([2, 3, 9, 9, 3]), *samples[1:]], "is not [CLS] S1 [SEP] S2 [SEP]"),
         (lambda samples: [np.array([2, 9, 3, 9, 9, 9_999, 3]), *samples[1:]], "is not [CLS] S1 [SEP] S2 [SEP]"),
         (lambda samples: [np.array([2, 9, 9, 2, 3, 9, 3]), *samples[1:]], "is not [CLS] S1 [SEP] S2 [SEP]"),
-        (lambda samples: [np.array([2, *[9] * 40, 3, 9, 3]), *samples[1:]], "the corpus' sequence length allows"),
+        (lambda samples: [np.array([2, *[9] * 40, 3, 9, 3]), *samples[1:]], "the sequence length of the corpus allows"),
     ],
     ids=["order", "swap", "token", "lost", "twice", "end", "empty segment", "no such id", "two [CLS]", "too long"],
 )
-def test_samples_that_are_not_those_of_the_documents_are_found(
-    corpus: Path, change: Callable[[Samples], Samples], message: str
-):
-    """Shards with right checksums in a manifest with right counts: only the documents' digest tells."""
-    rewritten(corpus, 1, change)
+def test_verify_detects_changed_samples(corpus: Path, change: Callable[[Samples], Samples], message: str):
+    """Checksums and counts of the manifest are correct: only the digest of the documents differs."""
+    rewrite(corpus, 1, change)
     with pytest.raises(ConfigError) as caught:
         verify(corpus)
     assert message in str(caught.value)
 
 
-def test_a_lost_and_a_doubled_last_sample_are_found(corpus: Path):
-    rewritten(corpus, 4, lambda samples: samples[:-1])
-    with pytest.raises(ConfigError, match=r"origins\.npy speaks of"):
+def test_verify_detects_a_lost_last_sample(corpus: Path):
+    rewrite(corpus, 4, lambda samples: samples[:-1])
+    with pytest.raises(ConfigError, match=r"unit_samples\.npy lists"):
         verify(corpus)
 
 
 @pytest.mark.parametrize("left", [0, 5, 130], ids=["empty", "magic", "header"])
-def test_a_table_of_origins_that_was_cut_is_found(corpus: Path, left: int):
-    table = corpus / "origins.npy"
+def test_verify_detects_a_truncated_table_of_unit_samples(corpus: Path, left: int):
+    table = corpus / "unit_samples.npy"
     table.write_bytes(table.read_bytes()[:left])
-    with pytest.raises(ConfigError, match=r"origins\.npy cannot be read"):
+    with pytest.raises(ConfigError, match=r"unit_samples\.npy cannot be read"):
         verify(corpus)
 
 
-def test_duplicate_keys_are_found(corpus: Path):
-    rewritten(corpus, 1, lambda samples: samples, first=0)
+def test_verify_detects_duplicate_keys(corpus: Path):
+    rewrite(corpus, 1, lambda samples: samples, first=0)
     with pytest.raises(ConfigError, match=r"shard-000001.tar begins with key b'000000000', expected 0000"):
         verify(corpus)
 
 
-def test_every_damaged_shard_is_named(corpus: Path):
+def test_verify_lists_every_corrupt_shard(corpus: Path):
     for number in (0, 3):
         path = corpus / f"train/shard-{number:06d}.tar"
         data = bytearray(path.read_bytes())
@@ -157,11 +155,11 @@ def test_every_damaged_shard_is_named(corpus: Path):
     ("change", "message"),
     [
         ({"content_tokens": {"train": 1, "validation": 1}}, "content tokens, the manifest says 1"),
-        ({"records": 7}, "7 records were read, but 300 are kept and 3 left out"),
+        ({"records": 7}, "7 records were read, but 300 are kept and 3 skipped"),
         ({"digests": {"train": "0" * 16, "validation": "0" * 16}}, "its documents have 0000"),
     ],
 )
-def test_counts_that_do_not_add_up_are_found(corpus: Path, change: dict, message: str):
+def test_verify_detects_inconsistent_counts(corpus: Path, change: dict, message: str):
     plain = json.loads((corpus / "manifest.json").read_text())
     plain["counts"].update(change)
     (corpus / "manifest.json").write_text(json.dumps(plain))
@@ -169,13 +167,13 @@ def test_counts_that_do_not_add_up_are_found(corpus: Path, change: dict, message
         verify(corpus)
 
 
-def test_another_vocabulary_is_found(corpus: Path):
+def test_verify_detects_another_vocabulary(corpus: Path):
     Vocabulary.train(["other words"], 100).save(corpus)
-    with pytest.raises(ConfigError, match="the vocabulary is not the one that the manifest names"):
+    with pytest.raises(ConfigError, match="the vocabulary differs from that of the manifest"):
         verify(corpus)
 
 
-def test_another_version_is_refused(corpus: Path):
+def test_verify_raises_for_another_version(corpus: Path):
     plain = json.loads((corpus / "manifest.json").read_text())
     (corpus / "manifest.json").write_text(json.dumps({**plain, "version": 99}))
     with pytest.raises(ConfigError, match="has version 99, this program reads 1: remove"):

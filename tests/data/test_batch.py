@@ -1,4 +1,4 @@
-"""Batches: equal masks under any grouping, and fingerprints that notice every change."""
+"""Batches: masks independent of the grouping into batches, and fingerprints that detect every change."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def batch_of(numbers: list[int], *, epoch: int = 0, seed: int = 0, stop: str = "
     )
 
 
-def test_shapes_and_types():
+def test_batch_has_documented_shapes_and_types():
     batch = batch_of([3, 1, 2])
     assert (batch.num_context, batch.num_predictions) == (32, 5)
     expected = dict.fromkeys(["tokens_BT", "positions_BT", "segments_BT"], ((3, 42), torch.int64))
@@ -48,15 +48,15 @@ def test_shapes_and_types():
 
 
 @pytest.mark.parametrize("stop", ["exact", "paper"])
-def test_masks_do_not_depend_on_the_batch_around_a_sample(stop):
-    together = batch_of(list(range(12)), epoch=4, stop=stop)
+def test_masks_are_independent_of_the_rest_of_the_batch(stop):
+    whole = batch_of(list(range(12)), epoch=4, stop=stop)
     for size in (1, 3, 5):
         parts = [batch_of(list(range(12))[start : start + size], epoch=4, stop=stop) for start in range(0, 12, size)]
         for name in FIELDS:
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(together, name)), name
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
 
 
-def test_predictions_read_back_the_original_text():
+def test_targets_restore_the_original_text():
     batch = batch_of(list(range(8)))
     restored = batch.tokens_BT[:, :32].clone()
     for row in range(8):
@@ -68,7 +68,7 @@ def test_predictions_read_back_the_original_text():
         ].tolist()
 
 
-def test_fingerprint_is_stable_and_notices_every_field():
+def test_fingerprint_is_stable_and_detects_every_changed_field():
     batch = batch_of([1, 2])
     assert batch.fingerprint() == batch_of([1, 2]).fingerprint()
     assert batch.fingerprint() == pickle.loads(pickle.dumps(batch)).fingerprint()
@@ -81,24 +81,24 @@ def test_fingerprint_is_stable_and_notices_every_field():
     assert len({batch.fingerprint(), *changed}) == len(FIELDS) + 1
 
 
-def test_masks_are_new_in_each_epoch_and_for_each_seed():
+def test_masks_differ_between_epochs_and_seeds():
     batches = [batch_of([5], epoch=epoch, seed=seed) for epoch in range(3) for seed in range(3)]
     assert len({tuple(batch.predicted_BM[0].tolist()) for batch in batches}) == 9
 
 
-def test_to_keeps_contents():
+def test_batch_to_device_keeps_contents():
     batch = batch_of([1, 2])
     assert batch.to("cpu").fingerprint() == batch.fingerprint()
     assert batch.to("meta").tokens_BT.device.type == "meta"
 
 
-def test_uneven_lists_are_refused():
+def test_lists_of_unequal_length_raise():
     with pytest.raises(ValueError, match="2 samples, 1 sample ids and 2 epochs"):
         build_batch(
             [sample(0), sample(1)], [0], [0, 0], sequence_length=32, masking=MaskingConfig(), special=SPECIAL, seed=0
         )
 
 
-def test_special_ids_of_a_vocabulary():
+def test_special_ids_are_those_of_the_vocabulary():
     vocabulary = Vocabulary.from_tokens(["[PAD]", "a", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused1]", "b"])
     assert special_ids(vocabulary) == SpecialIds(pad=0, cls=3, sep=4, mask=5, vocab_size=8, special=(0, 2, 3, 4, 5, 6))

@@ -1,4 +1,4 @@
-"""Stop at any step, go on under another topology: the samples of every step are those of the uninterrupted run."""
+"""Elastic determinism: a run that is stopped at any step and resumed under another topology reads the same samples."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from support.numbered_corpus import SHARD_SIZES, SPECIAL, write_corpus
 
 from pmlm_dist.config import DataConfig, MaskingConfig
-from pmlm_dist.corpus.shards import TRAIN, VALIDATION, Manifest
+from pmlm_dist.corpus.shards import TRAIN, VALIDATION
 from pmlm_dist.data.loader import BatchSource, training_batches
 from pmlm_dist.data.order import BatchShare
 from pmlm_dist.data.stream import CorpusSource
 
 GLOBAL_BATCH, LANES, STEPS = 8, 4, 20
 TOPOLOGIES = [(dp, micro) for dp in (1, 2, 4) for micro in (1, 2, 4, 8) if GLOBAL_BATCH % (dp * micro) == 0]
-# What identifies a sample as the model sees it: epoch, number, the masked text.
+# Samples of a step as the model reads them: (epoch, sample id, *masked token ids).
 Step = Counter[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stretch of a run."""
+class Segment:
+    """Consecutive steps of a run under one topology."""
 
     steps: int
     dp: int
@@ -46,23 +46,26 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[CorpusSource, ...
     )
 
 
-def read(source: BatchSource, parts: Sequence[Part], *, quarantined: frozenset[str] = frozenset()) -> list[Step]:
-    """The samples of each step, over all ranks, of a run that is stopped and gone on with after each part."""
+def read(source: BatchSource, segments: Sequence[Segment], *, quarantined: frozenset[str] = frozenset()) -> list[Step]:
+    """Return the samples of each step, over all ranks, of a run that is stopped and resumed after each segment."""
     steps: list[Step] = []
-    for part in parts:
-        shares = [BatchShare(GLOBAL_BATCH, part.micro_batch, dp_rank=rank, dp_size=part.dp) for rank in range(part.dp)]
+    for segment in segments:
+        shares = [
+            BatchShare(GLOBAL_BATCH, segment.micro_batch, dp_rank=rank, dp_size=segment.dp)
+            for rank in range(segment.dp)
+        ]
         ranks = [
             training_batches(
                 source,
                 lanes=LANES,
                 share=share,
                 samples_consumed=len(steps) * GLOBAL_BATCH,
-                loading=DataConfig(workers=part.workers, prefetch=2),
+                loading=DataConfig(workers=segment.workers, prefetch=2),
                 quarantined=quarantined,
             )
             for share in shares
         ]
-        for _ in range(part.steps):
+        for _ in range(segment.steps):
             step: Step = Counter()
             for rank, share in zip(ranks, shares, strict=True):
                 for batch in islice(rank, share.accumulation):
@@ -76,46 +79,47 @@ def read(source: BatchSource, parts: Sequence[Part], *, quarantined: frozenset[s
 
 
 @st.composite
-def interrupted(draw: st.DrawFn, *, workers: st.SearchStrategy[int]) -> list[Part]:
-    """Parts that add up to STEPS, each under a topology of its own."""
+def interrupted(draw: st.DrawFn, *, workers: st.SearchStrategy[int]) -> list[Segment]:
+    """Segments with STEPS steps in total, each under its own topology."""
     stops = sorted(draw(st.sets(st.integers(1, STEPS - 1), max_size=3)))
-    parts = []
+    segments = []
     for start, end in zip([0, *stops], [*stops, STEPS], strict=True):
         dp, micro_batch = draw(st.sampled_from(TOPOLOGIES))
-        parts.append(Part(end - start, dp, micro_batch, draw(workers)))
-    return parts
+        segments.append(Segment(end - start, dp, micro_batch, draw(workers)))
+    return segments
 
 
-@pytest.fixture(scope="module", params=["alone", "mixture", "quarantine"])
+@pytest.fixture(scope="module", params=["single", "mixture", "quarantine"])
 def case(request: pytest.FixtureRequest, corpus: Path, mixture: tuple[CorpusSource, ...]):
-    """A source with what is in quarantine, and the uninterrupted run on it."""
-    sources = () if request.param == "alone" else mixture
+    """A source, its quarantined shards, and the samples of the uninterrupted run."""
+    sources = () if request.param == "single" else mixture
     source = BatchSource(corpus, SPECIAL, MaskingConfig(), seed=0, mixture=sources)
-    bad = [Manifest.load(s.folder).splits[TRAIN].shards[2].sha256 for s in source.training]
-    quarantined = frozenset(bad if request.param == "quarantine" else [])
-    return source, quarantined, read(source, [Part(STEPS, 1, 8)], quarantined=quarantined)
+    thirds = [corpus.manifest.splits[TRAIN].shards[2].sha256 for corpus in source.training_sources]
+    quarantined = frozenset(thirds if request.param == "quarantine" else [])
+    return source, quarantined, read(source, [Segment(STEPS, 1, 8)], quarantined=quarantined)
 
 
 @settings(max_examples=40, deadline=None)
-@given(parts=interrupted(workers=st.just(0)))
+@given(segments=interrupted(workers=st.just(0)))
 @pytest.mark.fault("F60")
-def test_every_step_has_the_samples_of_the_uninterrupted_run(case, parts):
+def test_resumed_run_reads_the_samples_of_the_uninterrupted_run(case, segments):
     source, quarantined, expected = case
-    assert read(source, parts, quarantined=quarantined) == expected
+    assert read(source, segments, quarantined=quarantined) == expected
 
 
 @settings(max_examples=2, deadline=None)
-@given(parts=interrupted(workers=st.sampled_from([1, 2, 3])))
-def test_so_it_has_with_any_number_of_workers(case, parts):
+@given(segments=interrupted(workers=st.sampled_from([1, 2, 3])))
+def test_resumed_run_reads_the_same_samples_with_workers(case, segments):
     source, quarantined, expected = case
-    assert read(source, parts[-2:], quarantined=quarantined) == expected[: sum(part.steps for part in parts[-2:])]
+    last = segments[-2:]
+    assert read(source, last, quarantined=quarantined) == expected[: sum(segment.steps for segment in last)]
 
 
-def test_each_source_is_read_in_its_own_order_and_share(mixture, corpus):
-    """Longhand: of the mixture's samples those of a source, lane by lane, are a run on that source alone."""
-    together = BatchSource(corpus, SPECIAL, MaskingConfig(), seed=0, mixture=mixture)
-    first_of_b = Manifest.load(mixture[0].folder).splits[TRAIN].samples
-    mixed = [step for batch in islice(_batches(together), 250) for step in _by_lane(batch)]
+def test_mixture_reads_each_source_in_its_order_and_share(mixture, corpus):
+    """Longhand: lane by lane, the samples of a source in the mixture are those of a run on that source alone."""
+    source_of_all = BatchSource(corpus, SPECIAL, MaskingConfig(), seed=0, mixture=mixture)
+    first_of_b = mixture[0].manifest.splits[TRAIN].samples
+    mixed = [step for batch in islice(_batches(source_of_all), 250) for step in _by_lane(batch)]
     for number, source in enumerate(mixture):
         alone = [
             step
@@ -123,9 +127,11 @@ def test_each_source_is_read_in_its_own_order_and_share(mixture, corpus):
             for step in _by_lane(batch)
         ]
         for lane in range(LANES):
-            own = [(e, i - first_of_b * number) for at, e, i in mixed if at == lane and (i >= first_of_b) == number]
-            assert own == [(e, i) for at, e, i in alone if at == lane][: len(own)]
-            assert len(own) == pytest.approx(source.weight * 500, abs=2)
+            in_mixture = [
+                (e, i - first_of_b * number) for at, e, i in mixed if at == lane and (i >= first_of_b) == number
+            ]
+            assert in_mixture == [(e, i) for at, e, i in alone if at == lane][: len(in_mixture)]
+            assert len(in_mixture) == pytest.approx(source.weight * 500, abs=2)
 
 
 def _batches(source: BatchSource):

@@ -1,4 +1,4 @@
-"""Tars that nobody's writer writes, vouched for by a manifest of their own: each is refused, none touches a file."""
+"""Malicious tar files with a matching manifest: each raises ShardError, and none touches another file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def member(name: str, data: bytes = IDS, **changes) -> tuple[tarfile.TarInfo, by
 
 
 def write(folder: Path, members: list[tuple[tarfile.TarInfo, bytes]], *, form: int = tarfile.USTAR_FORMAT) -> Shard:
-    """A shard of `members` and the entry that a manifest would have for it."""
+    """Write a shard of `members`; return its manifest entry."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=form) as tar:
         for info, data in members:
@@ -42,20 +42,20 @@ def read(folder: Path, shard: Shard) -> list[list[int]]:
         return [reader[i].tolist() for i in range(len(reader))]
 
 
-GOOD = [member("000000000.u16"), member("000000001.u16")]
+VALID = [member("000000000.u16"), member("000000001.u16")]
 
 
-def test_a_good_one_is_read(tmp_path):
-    assert read(tmp_path, write(tmp_path, GOOD)) == [[2, 7, 8, 3, 9, 3]] * 2
+def test_valid_shard_is_read(tmp_path):
+    assert read(tmp_path, write(tmp_path, VALID)) == [[2, 7, 8, 3, 9, 3]] * 2
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "invalid",
     [
         member("/000000002.u16"),
         member("../000000002.u16"),
         member("a/000000002.u16"),
-        member("../" * 40 + "000000002.u16"),  # so long that its folder stands in another field of the header
+        member("../" * 40 + "000000002.u16"),  # so long that its folder is in another field of the header
         member("000000002.pyd"),
         member("000000002.u16", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
         member("000000002.u16", b"", type=tarfile.LNKTYPE, linkname="000000000.u16"),
@@ -68,11 +68,11 @@ def test_a_good_one_is_read(tmp_path):
         member("000000001.u16"),
         member("000000003.u16"),
     ],
-    ids=lambda bad: f"{bad[0].name[-16:]}-{bad[0].type.decode()}-{bad[0].size}",
+    ids=lambda invalid: f"{invalid[0].name[-16:]}-{invalid[0].type.decode()}-{invalid[0].size}",
 )
 @pytest.mark.fault("F61", "F63")
-def test_a_bad_member_is_refused_at_its_offset(tmp_path, bad):
-    shard = write(tmp_path, [*GOOD, bad])
+def test_invalid_member_raises_with_its_offset(tmp_path, invalid):
+    shard = write(tmp_path, [*VALID, invalid])
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ShardError, match=r"x\.tar: ") as caught:
         read(tmp_path, shard)
@@ -82,15 +82,15 @@ def test_a_bad_member_is_refused_at_its_offset(tmp_path, bad):
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_extended_headers_are_refused(tmp_path, form):
+def test_extended_header_raises(tmp_path, form):
     with pytest.raises(ShardError, match="expected a sample"):
-        read(tmp_path, write(tmp_path, [*GOOD, member("x" * 200)], form=form))
+        read(tmp_path, write(tmp_path, [*VALID, member("x" * 200)], form=form))
 
 
 @pytest.mark.parametrize("size", [b"77777777777\0", b"\x80" + bytes(10) + b"\x0c", b"-0000000001\0"])
 @pytest.mark.fault("F64")
-def test_sizes_beyond_the_file_are_refused_before_anything_is_read(tmp_path, size):
-    shard = write(tmp_path, GOOD)
+def test_member_size_beyond_the_file_raises(tmp_path, size):
+    shard = write(tmp_path, VALID)
     content = bytearray((tmp_path / "x.tar").read_bytes())
     content[1024 + 124 : 1024 + 136] = size
     (tmp_path / "x.tar").write_bytes(content)
@@ -102,8 +102,8 @@ def test_sizes_beyond_the_file_are_refused_before_anything_is_read(tmp_path, siz
 @pytest.mark.parametrize(
     ("damage", "offset"),
     [
-        (lambda content: content[: 1024 + 100], 1124),  # amid a member
-        (lambda content: content[:1024], 1024),  # between two members: whole, for a reader of tars
+        (lambda content: content[: 1024 + 100], 1124),  # inside a member
+        (lambda content: content[:1024], 1024),  # between two members: valid as a tar file
         (lambda content: content[:520] + b"\xff" + content[521:], None),  # a byte of a sample
         (lambda content: content[:1024] + b"\xff" + content[1025:], 1024),  # a byte of a header
         (lambda content: content + bytes(512), None),
@@ -111,28 +111,28 @@ def test_sizes_beyond_the_file_are_refused_before_anything_is_read(tmp_path, siz
     ],
 )
 @pytest.mark.fault("F50")
-def test_damage_is_found_and_its_place_told(tmp_path, damage, offset):
-    shard = write(tmp_path, GOOD)
+def test_corrupt_shard_raises_with_its_offset(tmp_path, damage, offset):
+    shard = write(tmp_path, VALID)
     (tmp_path / "x.tar").write_bytes(damage((tmp_path / "x.tar").read_bytes()))
     with pytest.raises(ShardError) as caught:
         read(tmp_path, shard)
     assert caught.value.offset == (shard.bytes if len(damage(bytes(shard.bytes))) > shard.bytes else offset)
 
 
-def test_a_file_that_is_cut_while_it_is_open_is_an_error_and_no_signal(tmp_path):
-    shard = write(tmp_path, GOOD)
+def test_file_truncated_while_open_raises(tmp_path):
+    shard = write(tmp_path, VALID)
     with ShardReader(tmp_path, shard, "uint16") as reader:
         os.truncate(tmp_path / "x.tar", 1024)
         assert reader[0].tolist() == [2, 7, 8, 3, 9, 3]
-        with pytest.raises(ShardError, match="was cut while it was read") as caught:
+        with pytest.raises(ShardError, match="was truncated while it was read") as caught:
             reader[1]
     assert caught.value.offset == 1536
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 @pytest.mark.fault("F65")
-def test_what_is_no_file_is_refused_at_once(tmp_path, make):
-    shard = write(tmp_path, GOOD)
+def test_pipe_or_folder_raises_without_blocking(tmp_path, make):
+    shard = write(tmp_path, VALID)
     (tmp_path / "x.tar").unlink()
     make(tmp_path / "x.tar")
     with pytest.raises(ShardError, match="is not a file"):

@@ -1,4 +1,4 @@
-"""Batches of the loader against batches that are built by hand, under any number of workers, ranks and restarts."""
+"""Batches of the loader against batches built directly, under any number of workers, ranks and restarts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from pmlm_dist.data.loader import VALIDATION_SEED, BatchSource, training_batches
 from pmlm_dist.data.order import BatchShare, micro_batch_samples
 from pmlm_dist.data.stream import CorpusSource, SplitReader, TrainingStream
 
-ALONE = BatchShare(global_batch=8, micro_batch=4)
+TESTS = Path(__file__).parent.parent
+ONE_RANK = BatchShare(global_batch=8, micro_batch=4)
 
 
-def training(source: BatchSource, share: BatchShare = ALONE, *, workers: int = 0, start: int = 0) -> Iterator[Batch]:
+def training(source: BatchSource, share: BatchShare = ONE_RANK, *, workers: int = 0, start: int = 0) -> Iterator[Batch]:
     return training_batches(
         source, lanes=4, share=share, samples_consumed=start, loading=DataConfig(workers=workers, prefetch=2)
     )
@@ -43,10 +44,10 @@ def fingerprints(batches: Iterator[Batch], count: int) -> list[int]:
     return [batch.fingerprint() for batch in islice(batches, count)]
 
 
-def test_batches_equal_those_built_by_hand(source, corpus):
+def test_loader_equals_batches_built_directly(source, corpus):
     stream = TrainingStream([CorpusSource(corpus)], lanes=4, seed=source.seed)
     for micro_step, batch in enumerate(islice(training(source, start=16), 30)):
-        samples = [stream[t] for t in micro_batch_samples(16, micro_step, share=ALONE)]
+        samples = [stream[t] for t in micro_batch_samples(16, micro_step, share=ONE_RANK)]
         expected = build_batch(
             [sample.tokens for sample in samples],
             [sample.sample_id for sample in samples],
@@ -67,19 +68,19 @@ def uninterrupted(corpus: Path) -> list[int]:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("steps_done", [0, 7])
 @pytest.mark.fault("F59")
-def test_stream_is_the_same_for_any_workers_and_start(source, uninterrupted, workers, steps_done):
-    batches = training(source, workers=workers, start=steps_done * ALONE.global_batch)
+def test_batches_are_the_same_for_any_workers_and_start(source, uninterrupted, workers, steps_done):
+    batches = training(source, workers=workers, start=steps_done * ONE_RANK.global_batch)
     assert fingerprints(batches, 20) == uninterrupted[2 * steps_done : 2 * steps_done + 20]
 
 
 @pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2)])
-def test_a_step_holds_the_same_rows_under_every_topology(source, dp_size, micro_batch):
-    def rows(share_of_rank: list[BatchShare]) -> list[set[tuple[int, ...]]]:
-        ranks = [training(source, share) for share in share_of_rank]
+def test_step_has_the_same_rows_under_every_topology(source, dp_size, micro_batch):
+    def rows(shares: list[BatchShare]) -> list[set[tuple[int, ...]]]:
+        ranks = [training(source, share) for share in shares]
         return [
             {
                 (*batch.sample_ids_B[row : row + 1].tolist(), *batch.tokens_BT[row].tolist())
-                for rank, share in zip(ranks, share_of_rank, strict=True)
+                for rank, share in zip(ranks, shares, strict=True)
                 for batch in islice(rank, share.accumulation)
                 for row in range(share.micro_batch)
             }
@@ -90,7 +91,7 @@ def test_a_step_holds_the_same_rows_under_every_topology(source, dp_size, micro_
     assert rows(shares) == rows([BatchShare(8, 4)])
 
 
-def test_loading_leaves_the_models_random_numbers_alone(source):
+def test_loader_leaves_the_random_state_of_torch_unchanged(source):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -99,7 +100,7 @@ def test_loading_leaves_the_models_random_numbers_alone(source):
 
 
 @pytest.mark.parametrize(("samples", "dp_size", "workers"), [(7, 1, 0), (5, 2, 1), (3, 4, 0), (100, 3, 0)])
-def test_validation_covers_each_sample_once(source, corpus, samples, dp_size, workers):
+def test_validation_reads_each_sample_once(source, corpus, samples, dp_size, workers):
     ranks = [
         validation(source, samples=samples, dp_rank=rank, dp_size=dp_size, workers=workers) for rank in range(dp_size)
     ]
@@ -108,7 +109,7 @@ def test_validation_covers_each_sample_once(source, corpus, samples, dp_size, wo
     seen = []
     for batch in (batch for batches in ranks for batch in batches):
         for row, number in enumerate(batch.sample_ids_B.tolist()):
-            sample = reader.numbered(number)
+            sample = reader.sample(number)
             assert (batch.targets_BM[row] > 0).any()
             if batch.weights_BM[row].any():
                 seen.append(number)
@@ -117,19 +118,19 @@ def test_validation_covers_each_sample_once(source, corpus, samples, dp_size, wo
     assert sorted(seen) == list(range(min(samples, 7)))
 
 
-def test_validation_masks_do_not_depend_on_the_runs_seed(source):
+def test_validation_masks_are_independent_of_the_seed(source):
     other = dataclasses.replace(source, seed=99)
     assert fingerprints(iter(validation(source, samples=7)), 9) == fingerprints(iter(validation(other, samples=7)), 9)
 
 
-def test_a_corpus_without_validation_samples_is_refused(tmp_path):
+def test_corpus_without_validation_samples_raises(tmp_path):
     folder = write_corpus(tmp_path, {TRAIN: (3,), VALIDATION: ()})
     with pytest.raises(ConfigError, match="no validation samples"):
         validation(BatchSource(folder, SPECIAL, MaskingConfig(), seed=0), samples=4)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_shard_reaches_the_training_process(tmp_path, workers):
+def test_corrupt_shard_raises_in_the_training_process(tmp_path, workers):
     folder = write_corpus(tmp_path, {TRAIN: (8, 8, 8, 8), VALIDATION: (1,)})
     shard = folder / "train" / "shard-000002.tar"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -141,20 +142,20 @@ def test_a_damaged_shard_reaches_the_training_process(tmp_path, workers):
 
 
 @pytest.mark.parametrize("lanes", [3, 2])
-def test_lanes_that_do_not_fit_are_refused(source, lanes):
+def test_invalid_lanes_raise(source, lanes):
     with pytest.raises(ValueError, match=rf"lanes \({lanes}\) must be a multiple of the data-parallel size"):
         training_batches(source, lanes=lanes, share=BatchShare(16, 4, dp_size=4))
 
 
 def loader_workers() -> list[psutil.Process]:
-    """Worker processes of this one: children of its fork server."""
+    """Return the loader workers of this process: the children of its fork server."""
     servers = [
         child for child in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(child.cmdline())
     ]
     return [worker for server in servers for worker in server.children()]
 
 
-def test_closing_ends_the_workers(source):
+def test_close_stops_the_workers(source):
     batches = training(source, workers=2)
     next(batches)
     assert len(loader_workers()) == 2
@@ -162,9 +163,9 @@ def test_closing_ends_the_workers(source):
     assert not loader_workers()
 
 
-def test_workers_die_with_a_killed_trainer(corpus, tmp_path):
+def test_workers_exit_when_the_trainer_is_killed(corpus, tmp_path):
     script = tmp_path / "trainer.py"
-    script.write_text(TRAINER.format(tests=str(Path(__file__).parent), corpus=str(corpus)))
+    script.write_text(TRAINER.format(paths=[str(TESTS), str(TESTS / "data")], corpus=str(corpus)))
     trainer = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
     workers = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
@@ -179,7 +180,7 @@ def test_workers_die_with_a_killed_trainer(corpus, tmp_path):
 
 TRAINER = """
 import sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 from pathlib import Path
 from support.numbered_corpus import SPECIAL
 from test_loader import loader_workers, training

@@ -1,4 +1,4 @@
-"""Corpora that a program writes, where that is allowed, and corpora at the addresses of object stores."""
+"""Corpora read from a program (data.allow_pipe), and corpora in object stores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.object_store import object_store
 from pmlm_dist.config import ConfigError, DataConfig
 from pmlm_dist.corpus.shards import TRAIN, ShardError
 from pmlm_dist.data import remote_files
-from pmlm_dist.data.remote_files import address_of
+from pmlm_dist.data.remote_files import parse_address
 from pmlm_dist.data.stream import CorpusSource, ShardAccess, SplitReader
 
 PROGRAM = """
@@ -50,7 +50,7 @@ sys.exit(7 if fault in ("status", "late") else 0)
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """A program that writes a file of a corpus; `faults` beside it tells what it does wrong with shards."""
+    """A program that writes a file of a corpus; the file `faults` beside it names its fault for shards."""
     folder = write_corpus(tmp_path / "corpus", dict(SHARD_SIZES))
     (folder / "tokenizer.json").write_text("{}")
     path = tmp_path / "give.py"
@@ -68,7 +68,7 @@ def settings(tmp_path: Path, **changes) -> DataConfig:
 
 
 def reader(corpus: Path | str, data: DataConfig) -> SplitReader:
-    return SplitReader(CorpusSource.at(corpus, data), split=TRAIN, access=ShardAccess.of(data))
+    return SplitReader(CorpusSource.open(corpus, data), split=TRAIN, access=ShardAccess.from_config(data))
 
 
 def calls(program: Path) -> list[str]:
@@ -77,29 +77,29 @@ def calls(program: Path) -> list[str]:
 
 
 @pytest.mark.fault("F62")
-def test_a_program_is_refused_unless_it_is_allowed(program, tmp_path):
+def test_program_without_allow_pipe_raises(program, tmp_path):
     for corpus in (address(program), Path(address(program))):
         with pytest.raises(ConfigError, match=r"commands are never run .* --data\.allow-pipe"):
-            CorpusSource.at(corpus, settings(tmp_path, allow_pipe=False))
+            CorpusSource.open(corpus, settings(tmp_path, allow_pipe=False))
     assert not DataConfig().allow_pipe
     assert not calls(program)
 
 
-def test_an_allowed_program_gives_each_file_once_through_the_cache(program, tmp_path):
+def test_allowed_program_is_run_once_per_file(program, tmp_path):
     data = settings(tmp_path)
     for _ in range(2):
-        numbered = reader(Path(address(program)), data)
+        split = reader(Path(address(program)), data)
         for i in range(38):
-            assert numbered.numbered(i).tokens.tolist() == tokens_of(TRAIN, i).tolist()
+            assert split.sample(i).tokens.tolist() == tokens_of(TRAIN, i).tolist()
     shards = [call for call in calls(program) if ".tar" in call]
-    assert sorted(shards) == [f"['{shard.name}']" for shard in numbered.shards]
+    assert sorted(shards) == [f"['{shard.name}']" for shard in split.shards]
 
 
 @pytest.mark.fault("F62")
-def test_nothing_of_an_address_reaches_a_shell(program, tmp_path):
+def test_address_is_not_evaluated_by_a_shell(program, tmp_path):
     witness = tmp_path / "witness"
     hostile = f"{address(program)} '; touch {witness}' $(touch {witness}) `touch {witness}` | touch {witness} && x"
-    reader(hostile, settings(tmp_path)).numbered(0)
+    reader(hostile, settings(tmp_path)).sample(0)
     assert not witness.exists()
     assert "'$(touch'" in calls(program)[0]
 
@@ -107,92 +107,92 @@ def test_nothing_of_an_address_reaches_a_shell(program, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("status", "ended with status 7: .*on fire"),
-        ("late", "ended with status 7"),  # after every byte
-        ("silent", "ended with status 3: .*on fire"),
+        ("status", "exited with status 7: .*on fire"),
+        ("late", "exited with status 7"),  # after every byte
+        ("silent", "exited with status 3: .*on fire"),
         ("flip", "expected sha256"),
-        ("endless", "got more than"),
+        ("endless", "received more than"),
     ],
 )
-def test_a_program_that_fails_is_tried_again_and_told(program, tmp_path, fault, message):
-    numbered = reader(address(program), settings(tmp_path))
+def test_failing_program_is_retried_then_raises(program, tmp_path, fault, message):
+    split = reader(address(program), settings(tmp_path))
     program.with_name("faults").write_text(fault)
     with pytest.raises(ShardError, match=message) as caught:
-        numbered.numbered(0)
-    assert caught.value.shard == numbered.shards[0]
+        split.sample(0)
+    assert caught.value.shard == split.shards[0]
     assert len([call for call in calls(program) if ".tar" in call]) == 2
     assert not list((tmp_path / "cache").glob("*.part"))
     assert not list((tmp_path / "cache").glob("*.tar"))
     program.with_name("faults").unlink()
-    assert numbered.numbered(0).tokens.tolist() == tokens_of(TRAIN, 0).tolist()
+    assert split.sample(0).tokens.tolist() == tokens_of(TRAIN, 0).tolist()
 
 
-def test_a_program_that_is_stuck_is_killed_with_its_children(program, tmp_path):
-    numbered = reader(address(program), settings(tmp_path))
+def test_hanging_program_is_killed_with_its_children(program, tmp_path):
+    reader(address(program), settings(tmp_path))
     program.with_name("faults").write_text("stuck")
     began = time.monotonic()
     impatient = settings(tmp_path, retries=0, transfer_timeout_s=3.0)
-    numbered = SplitReader(
-        CorpusSource(tmp_path / "corpus", address(program)), split=TRAIN, access=ShardAccess.of(impatient)
+    split = SplitReader(
+        CorpusSource(tmp_path / "corpus", address(program)), split=TRAIN, access=ShardAccess.from_config(impatient)
     )
     with pytest.raises(ShardError, match="no byte for 3 s"):
-        numbered.numbered(0)
+        split.sample(0)
     assert time.monotonic() - began < 30
     child = Path("/proc", program.with_name("child").read_text(), "stat")
-    for _ in range(200):  # a killed orphan is gone, or waits for its new parent
+    for _ in range(200):  # a killed orphan is gone, or a zombie until its new parent reaps it
         if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":
             return
         time.sleep(0.01)
-    raise AssertionError("the child lives on")
+    raise AssertionError("the child was not killed")
 
 
-def test_what_cannot_be_a_program_is_refused_or_named(tmp_path):
+def test_invalid_program_raises(tmp_path):
     for corpus, message in (
         ("pipe:", "must name a program"),
-        ("pipe:cat corpus", r"with \{\} where the file's name goes"),
+        ("pipe:cat corpus", r"with \{\} for the name of the file"),
         ("pipe:{} x", "must name a program"),
         ("pipe:cat '{}", "cannot be split into arguments"),
         (f"pipe:{tmp_path}/nowhere {{}}", "FileNotFoundError"),
-        ("pipe:false {}", "ended with status 1"),
+        ("pipe:false {}", "exited with status 1"),
     ):
         with pytest.raises(ConfigError, match=message):
-            CorpusSource.at(corpus, settings(tmp_path))
+            CorpusSource.open(corpus, settings(tmp_path))
 
 
-def test_a_small_file_without_end_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote_files, "LARGEST_SMALL_FILE", 1 << 20)
+def test_endless_manifest_raises(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_files, "MAX_METADATA_BYTES", 1 << 20)
     with pytest.raises(ConfigError, match=f"has more than {1 << 20} bytes"):
-        CorpusSource.at("pipe:yes {}", settings(tmp_path))
+        CorpusSource.open("pipe:yes {}", settings(tmp_path))
 
 
-def test_addresses_in_a_program_survive_a_path():
+def test_address_in_a_program_is_restored_from_a_path():
     command = "pipe:aws s3 cp s3://bucket/corpus/{} -"
-    assert address_of(Path(command), allow_pipe=True) == address_of(command, allow_pipe=True) == command
+    assert parse_address(Path(command), allow_pipe=True) == parse_address(command, allow_pipe=True) == command
 
 
 # ------------------------------------------------------------------------------------------------------- object stores
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_shards_of_an_object_store_are_asked_for_by_its_protocol(program, tmp_path, scheme):
+def test_shards_are_read_from_an_object_store(program, tmp_path, scheme):
     with object_store(scheme) as store:
         store.put(str(program.parent / "corpus"), "/bucket/corpus", recursive=True)
-        numbered = reader(Path(f"{scheme}://bucket/corpus"), settings(tmp_path, allow_pipe=False))
-        found = [numbered.numbered(i).tokens.tolist() for i in range(38)]
-        assert found == [tokens_of(TRAIN, i).tolist() for i in range(38)]
+        split = reader(Path(f"{scheme}://bucket/corpus"), settings(tmp_path, allow_pipe=False))
+        samples = [split.sample(i).tokens.tolist() for i in range(38)]
+        assert samples == [tokens_of(TRAIN, i).tolist() for i in range(38)]
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
-def test_a_missing_package_of_an_object_store_is_named(tmp_path, monkeypatch, scheme, package):
+def test_missing_package_of_an_object_store_raises_with_its_name(tmp_path, monkeypatch, scheme, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"{scheme}:// needs more: pip install 'pmlm_dist\[{scheme}\]'"):
-        CorpusSource.at(f"{scheme}://bucket/corpus", settings(tmp_path))
+    with pytest.raises(ConfigError, match=rf"{scheme}:// needs a package: pip install 'pmlm_dist\[{scheme}\]'"):
+        CorpusSource.open(f"{scheme}://bucket/corpus", settings(tmp_path))
 
 
-def test_programs_leave_no_descriptors_behind(program, tmp_path):
-    numbered = reader(address(program), settings(tmp_path))
+def test_program_leaves_no_open_file_descriptors(program, tmp_path):
+    split = reader(address(program), settings(tmp_path))
     before = len(os.listdir("/proc/self/fd"))
     program.with_name("faults").write_text("endless")
     with pytest.raises(ShardError):
-        numbered.numbered(0)
+        split.sample(0)
     assert len(os.listdir("/proc/self/fd")) == before

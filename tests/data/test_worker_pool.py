@@ -1,4 +1,4 @@
-"""Loader workers that die, hang or break are errors in time, and name what they were at."""
+"""Loader workers that die, hang or fail raise WorkerError in time, with their position."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from pmlm_dist.data.worker_pool import WorkerError, WorkerPool
 
 @dataclass(frozen=True)
 class Scripted:
-    """Items that are their numbers, but for one number where something happens."""
+    """A builder that returns the number of the item, except for one item with a fault."""
 
     number: int
-    happens: str = "nothing"
+    fault: str = "none"
 
-    expected = (LookupError,)
+    expected_errors = (LookupError,)
 
-    def build(self, number: int, *, mark: Callable[[int], None]) -> object:
-        mark(100 + number)
+    def build(self, number: int, *, set_progress: Callable[[int], None]) -> object:
+        set_progress(100 + number)
         if number == self.number:
-            if self.happens == "killed":
+            if self.fault == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            elif self.happens == "exit":
+            elif self.fault == "exit":
                 os._exit(3)
-            elif self.happens == "hang":
+            elif self.fault == "hang":
                 time.sleep(1000)
-            elif self.happens == "expected":
-                raise LookupError("no such thing")
-            elif self.happens == "bug":
+            elif self.fault == "expected":
+                raise LookupError("not found")
+            elif self.fault == "bug":
                 raise ZeroDivisionError("oh")
         return number
 
-    def describe(self, place: int) -> str:
-        return f"sample {place} of shard x"
+    def describe(self, position: int) -> str:
+        return f"sample {position} of shard x"
 
 
 def items(builder, *, workers: int = 2, timeout_s: float = 60.0, numbers=None) -> WorkerPool:
@@ -56,23 +56,23 @@ def items(builder, *, workers: int = 2, timeout_s: float = 60.0, numbers=None) -
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_items_come_in_order_and_end(workers):
+def test_items_are_in_order_and_finite(workers):
     assert list(items(Scripted(-1), workers=workers, numbers=range(17))) == list(range(17))
     assert list(items(Scripted(-1), workers=workers, numbers=range(1))) == [0]
 
 
 @pytest.mark.parametrize(
-    ("happens", "timeout_s", "message"),
+    ("fault", "timeout_s", "message"),
     [
         ("killed", 60.0, r"worker 1 \(pid \d+\), at sample 103 of shard x, died by signal SIGKILL"),
         ("exit", 60.0, r"worker 1 \(pid \d+\), at sample 103 of shard x, died with exit code 3"),
-        ("hang", 8.0, r"worker 1 \(pid \d+\), at sample 103 of shard x, has given nothing for 8 s"),
+        ("hang", 8.0, r"worker 1 \(pid \d+\), at sample 103 of shard x, sent nothing for 8 s"),
         ("bug", 60.0, r"worker 1 \(pid \d+\), at sample 103 of shard x, failed:\n(.*\n)*ZeroDivisionError: oh"),
     ],
 )
 @pytest.mark.fault("F56", "F57")
-def test_what_happens_to_a_worker_is_told(happens, timeout_s, message):
-    loaded = items(Scripted(3, happens), timeout_s=timeout_s)
+def test_failing_worker_raises_with_its_position(fault, timeout_s, message):
+    loaded = items(Scripted(3, fault), timeout_s=timeout_s)
     try:
         with pytest.raises(WorkerError, match=message):
             assert [next(loaded) for _ in range(9)] == []
@@ -80,57 +80,57 @@ def test_what_happens_to_a_worker_is_told(happens, timeout_s, message):
         loaded.close()
 
 
-def test_expected_errors_come_as_they_are():
+def test_expected_errors_are_raised_unchanged():
     loaded = items(Scripted(3, "expected"))
     assert [next(loaded) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(LookupError, match="no such thing"):
+    with pytest.raises(LookupError, match="not found"):
         next(loaded)
     loaded.close()
 
 
 @dataclass(frozen=True)
 class Large:
-    """Items that no pipe holds, so that a worker is usually in the middle of one."""
+    """Items larger than the buffer of a pipe, so that a worker is usually in the middle of sending one."""
 
-    expected = ()
+    expected_errors = ()
 
-    def build(self, number: int, *, mark: Callable[[int], None]) -> np.ndarray:
-        mark(os.getpid())
+    def build(self, number: int, *, set_progress: Callable[[int], None]) -> np.ndarray:
+        set_progress(os.getpid())
         return np.full(4_000_000, number, dtype=np.int64)
 
-    def describe(self, place: int) -> str:
-        return f"process {place}"
+    def describe(self, position: int) -> str:
+        return f"process {position}"
 
 
 @pytest.mark.fault("F57")
-def test_a_worker_that_is_stopped_amid_an_item_is_stuck():
+def test_worker_stopped_while_sending_times_out():
     loaded = items(Large(), workers=1, timeout_s=2.0)
     next(loaded)
-    time.sleep(0.5)  # let it begin to send the next one
-    (worker,) = loaded._crew
+    time.sleep(0.5)  # until it sends the next one
+    (worker,) = loaded._workers
     os.kill(worker.process.pid, signal.SIGSTOP)
-    with pytest.raises(WorkerError, match="has given nothing for 2 s"):
+    with pytest.raises(WorkerError, match="sent nothing for 2 s"):
         [next(loaded) for _ in range(4)]
     loaded.close()
     assert not worker.process.is_alive()
 
 
-def test_signals_to_stop_leave_workers_alone():
+def test_stop_signals_are_ignored_by_workers():
     loaded = items(Scripted(-1), workers=1)
     assert next(loaded) == 0
-    (worker,) = loaded._crew
+    (worker,) = loaded._workers
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(worker.process.pid, number)
     assert [next(loaded) for _ in range(20)] == list(range(1, 21))
     loaded.close()
 
 
-def test_a_killed_worker_of_the_loader_names_shard_and_sample(tmp_path: Path):
+def test_killed_loader_worker_raises_with_shard_and_sample(tmp_path: Path):
     folder = write_corpus(tmp_path, {TRAIN: (8, 8, 8, 8), VALIDATION: (1,)})
     source = BatchSource(folder, SPECIAL, MaskingConfig(), seed=0)
     batches = training_batches(source, lanes=4, share=BatchShare(8, 4), loading=DataConfig(workers=1, prefetch=1))
     next(batches)
-    os.kill(batches._arrays._crew[0].process.pid, signal.SIGKILL)
+    os.kill(batches._arrays._workers[0].process.pid, signal.SIGKILL)
     with pytest.raises(
         WorkerError, match=rf"global sample \d+ \(sample \d+ of {folder}, shard train/shard-00000\d\.tar"
     ):
@@ -138,7 +138,7 @@ def test_a_killed_worker_of_the_loader_names_shard_and_sample(tmp_path: Path):
 
 
 @pytest.mark.fault("F65")
-def test_a_worker_at_a_pipe_instead_of_a_shard_does_not_hang(tmp_path: Path):
+def test_worker_with_a_pipe_instead_of_a_shard_does_not_hang(tmp_path: Path):
     folder = write_corpus(tmp_path, {TRAIN: (8, 8), VALIDATION: (1,)})
     for shard in (folder / "train").iterdir():
         shard.unlink()

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmlm_dist.decoding.beam_search import BeamSearch, Rules, ScoresNotFinite, best_of
+from pmlm_dist.decoding.beam_search import BeamSearch, Rules, ScoresNotFinite, blockwise_topk
 from pmlm_dist.decoding.sampling import Sampling
 
 END = 0
@@ -20,7 +20,7 @@ NextLogits = Callable[[tuple[int, ...]], np.ndarray]
 
 
 def toy_language(vocabulary: int, seed: int) -> NextLogits:
-    """Random logits that depend on everything written so far."""
+    """Random logits that depend on all previous tokens."""
 
     def logits(prefix: tuple[int, ...]) -> np.ndarray:
         return 2 * np.random.default_rng((seed, len(prefix), *prefix)).standard_normal(vocabulary)
@@ -29,11 +29,11 @@ def toy_language(vocabulary: int, seed: int) -> NextLogits:
 
 
 def run(search, languages: list[NextLogits]):
-    """The search over a batch of languages, one a sample."""
+    """Run the search over a batch of languages, one for each sample."""
     state = search.start(len(languages))
     while not bool(state.done_B.all()):
         prefixes = state.tokens_BKL.tolist()
-        logits = [[language(tuple(p)) for p in of] for language, of in zip(languages, prefixes, strict=True)]
+        logits = [[language(tuple(p)) for p in row] for language, row in zip(languages, prefixes, strict=True)]
         state = search.advance(state, torch.from_numpy(np.array(logits)))
     return search.hypotheses(state)
 
@@ -52,7 +52,7 @@ def repeats(tokens: tuple[int, ...], size: int) -> bool:
 
 
 def all_hypotheses(rules: Rules, vocabulary: int) -> list[tuple[int, ...]]:
-    """Every sequence that the rules allow, longhand."""
+    """All sequences that the rules allow, longhand."""
     words = [w for w in range(vocabulary) if w != rules.end_id and w not in rules.forbidden]
     found = []
     for n in range(rules.max_length + 1):
@@ -80,41 +80,43 @@ def ranking(language: NextLogits, rules: Rules, vocabulary: int, alpha: float) -
     forbidden=st.sampled_from([(), (1,)]),
 )
 @settings(max_examples=25, deadline=None)
-def test_a_wide_enough_beam_finds_what_exhaustive_search_finds(seed, alpha, min_length, ngram, forbidden):
+def test_wide_beam_equals_exhaustive_search(seed, alpha, min_length, ngram, forbidden):
     rules = Rules(END, max_length=3, min_length=min_length, no_repeat_ngram=ngram, forbidden=forbidden)
     vocabulary, languages = 4, [toy_language(4, seed), toy_language(4, seed + 1)]
-    search = BeamSearch(rules, vocabulary**3, alpha, returned=4)
-    for language, answers in zip(languages, run(search, languages), strict=True):
+    search = BeamSearch(rules, vocabulary**3, alpha, num_return_sequences=4)
+    for language, hypotheses in zip(languages, run(search, languages), strict=True):
         expected = ranking(language, rules, vocabulary, alpha)[:4]
-        assert len(answers) == len(expected)
-        for answer, (score, tokens) in zip(answers, expected, strict=True):
-            assert (*answer.tokens, *([END] if answer.ended else [])) == tokens
-            assert answer.score == pytest.approx(score, abs=1e-9)
+        assert len(hypotheses) == len(expected)
+        for hypothesis, (score, tokens) in zip(hypotheses, expected, strict=True):
+            assert (*hypothesis.tokens, *([END] if hypothesis.ended else [])) == tokens
+            assert hypothesis.score == pytest.approx(score, abs=1e-9)
 
 
 @given(seed=st.integers(0, 10_000), beams=st.integers(1, 4), min_length=st.integers(0, 5), ngram=st.integers(0, 3))
 @settings(max_examples=25, deadline=None)
-def test_narrow_beams_greedy_and_sampling_obey_the_rules_and_score_by_the_formula(seed, beams, min_length, ngram):
+def test_narrow_beams_greedy_and_sampling_respect_rules_and_score_formula(seed, beams, min_length, ngram):
     rules = Rules(END, max_length=7, min_length=min_length, no_repeat_ngram=ngram, forbidden=(2,))
     language = toy_language(6, seed)
     for search, alpha in (
-        (BeamSearch(rules, beams, 0.7, returned=beams), 0.7),
+        (BeamSearch(rules, beams, 0.7, num_return_sequences=beams), 0.7),
         (BeamSearch(rules, beams, 0.7, stop="first"), 0.7),
         (Sampling(rules, temperature=0.0), 0.0),
         (Sampling(rules, temperature=1.5, seed=seed), 0.0),
     ):
-        (answers,) = run(search, [language])
-        for answer in answers:
-            tokens = (*answer.tokens, *([END] if answer.ended else []))
+        (hypotheses,) = run(search, [language])
+        for hypothesis in hypotheses:
+            tokens = (*hypothesis.tokens, *([END] if hypothesis.ended else []))
             if isinstance(search, Sampling) and ngram == 1:
-                continue  # nothing may be left to draw: tested below
-            assert tokens in set_of_all(rules)
-            assert answer.score == pytest.approx(log_p(language, tokens) / ((5 + len(tokens)) / 6) ** alpha, abs=1e-5)
-        assert [answer.score for answer in answers] == sorted((a.score for a in answers), reverse=True)
+                continue  # all tokens may be forbidden: tested below
+            assert tokens in Allowed(rules)
+            assert hypothesis.score == pytest.approx(
+                log_p(language, tokens) / ((5 + len(tokens)) / 6) ** alpha, abs=1e-5
+            )
+        assert [hypothesis.score for hypothesis in hypotheses] == sorted((a.score for a in hypotheses), reverse=True)
 
 
-class set_of_all:
-    """Whether a sequence is one that the rules allow, without listing all of them."""
+class Allowed:
+    """Membership test of the sequences that the rules allow, without listing them."""
 
     def __init__(self, rules: Rules):
         self.rules = rules
@@ -135,10 +137,10 @@ class set_of_all:
 
 
 def longhand_beam(language: NextLogits, rules: Rules, vocabulary: int, *, beams: int, alpha: float):
-    """Beam search as the module's docstring describes it, in lists, without an early end."""
+    """Beam search as described in the module's docstring, with lists and without early stopping."""
     live, pool = [(0.0, ())], []
     for length in range(1, rules.max_length + 1):
-        every = []
+        candidates = []
         for score, prefix in live:
             logits = language(prefix)
             log_probabilities = logits - math.log(np.exp(logits).sum())
@@ -147,10 +149,10 @@ def longhand_beam(language: NextLogits, rules: Rules, vocabulary: int, *, beams:
                     continue
                 if word != END and repeats((*prefix, word), rules.no_repeat_ngram):
                     continue
-                every.append((score + log_probabilities[word], (*prefix, word)))
-        every = sorted(every, reverse=True)[: 2 * beams]
-        pool += [c for c in every[:beams] if c[1][-1] == END]
-        live = [c for c in every if c[1][-1] != END][:beams]
+                candidates.append((score + log_probabilities[word], (*prefix, word)))
+        candidates = sorted(candidates, reverse=True)[: 2 * beams]
+        pool += [c for c in candidates[:beams] if c[1][-1] == END]
+        live = [c for c in candidates if c[1][-1] != END][:beams]
         if length == rules.max_length:
             pool += live
     return sorted(((s / ((5 + len(h)) / 6) ** alpha, h) for s, h in pool), reverse=True)
@@ -163,15 +165,17 @@ def longhand_beam(language: NextLogits, rules: Rules, vocabulary: int, *, beams:
     ngram=st.integers(0, 2),
 )
 @settings(max_examples=25, deadline=None)
-def test_narrow_beams_find_what_the_longhand_search_finds_which_never_ends_early(seed, beams, alpha, ngram):
+def test_narrow_beams_equal_longhand_without_early_stopping(seed, beams, alpha, ngram):
     rules = Rules(END, max_length=6, min_length=1, no_repeat_ngram=ngram)
     language = toy_language(5, seed)
-    (answers,) = run(BeamSearch(rules, beams, alpha), [language])
+    (hypotheses,) = run(BeamSearch(rules, beams, alpha), [language])
     expected = longhand_beam(language, rules, 5, beams=beams, alpha=alpha)
-    assert [answer.score for answer in answers] == pytest.approx([score for score, _ in expected[:1]], abs=1e-9)
+    assert [hypothesis.score for hypothesis in hypotheses] == pytest.approx(
+        [score for score, _ in expected[:1]], abs=1e-9
+    )
 
 
-def test_greedy_takes_the_likeliest_and_a_sample_does_not_depend_on_its_batch():
+def test_greedy_takes_argmax_and_samples_do_not_depend_on_batch():
     rules = Rules(END, max_length=5)
     languages = [toy_language(6, seed) for seed in range(3)]
     (greedy,), *_ = run(Sampling(rules, temperature=0.0), languages)
@@ -181,7 +185,7 @@ def test_greedy_takes_the_likeliest_and_a_sample_does_not_depend_on_its_batch():
     assert greedy.tokens == tuple(token for token in expected if token != END)
     search = Sampling(rules, temperature=2.0, seed=3)
     together = run(search, languages)
-    state = search.start(1, numbers=[1])
+    state = search.start(1, sample_ids=[1])
     while not bool(state.done_B.all()):
         state = search.advance(
             state, torch.from_numpy(languages[1](tuple(state.tokens_BKL[0, 0].tolist())))[None, None]
@@ -193,7 +197,7 @@ def test_greedy_takes_the_likeliest_and_a_sample_does_not_depend_on_its_batch():
 @pytest.mark.parametrize(
     ("top_k", "top_p", "kept"), [(0, 1.0, 4), (2, 1.0, 2), (0, 0.5, 1), (0, 0.51, 2), (3, 0.85, 3)]
 )
-def test_draws_have_the_frequencies_of_the_truncated_distribution(top_k, top_p, kept):
+def test_draws_have_frequencies_of_truncated_distribution(top_k, top_p, kept):
     p = np.array([0.05, 0.5, 0.15, 0.3])
     search = Sampling(Rules(END, max_length=1), top_k=top_k, top_p=top_p)
     uniform = torch.arange(0, 1, 1 / 2000, dtype=torch.float64) + 1 / 4000
@@ -202,7 +206,7 @@ def test_draws_have_the_frequencies_of_the_truncated_distribution(top_k, top_p, 
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 2000, expected / expected.sum(), atol=2e-3)
 
 
-def test_temperature_sharpens():
+def test_low_temperature_sharpens_distribution():
     search = Sampling(Rules(END, max_length=1), temperature=0.5)
     uniform = (torch.arange(1000) + 0.5) / 1000
     drawn = search.pick(torch.tensor([0.6, 0.4]).log().expand(1000, -1), uniform)
@@ -210,7 +214,7 @@ def test_temperature_sharpens():
 
 
 @pytest.mark.parametrize("search", [BeamSearch(Rules(END, 4), 3), Sampling(Rules(END, 4))], ids=["beam", "sampling"])
-def test_a_nan_is_one_clear_error(search):
+def test_nan_logits_raise(search):
     state = search.start(2)
     logits = torch.zeros(2, 1, 50)
     logits[1, 0, 7] = float("nan")
@@ -218,16 +222,16 @@ def test_a_nan_is_one_clear_error(search):
         search.advance(state, logits)
 
 
-def test_where_the_rules_allow_nothing_there_is_no_answer():
+def test_rules_that_allow_nothing_give_no_hypothesis():
     rules = Rules(END, max_length=5, min_length=4, no_repeat_ngram=1)
     assert run(BeamSearch(rules, 2), [toy_language(3, 0)]) == [[]]
 
 
 @given(seed=st.integers(0, 1000), width=st.integers(1, 9000), count=st.integers(1, 12))
 @settings(max_examples=30, deadline=None)
-def test_the_narrowed_best_are_the_best(seed, width, count):
+def test_blockwise_topk_equals_topk(seed, width, count):
     scores = torch.randn(2, width, generator=torch.Generator().manual_seed(seed))
-    best, index = best_of(scores, count=count)
+    best, index = blockwise_topk(scores, count=count)
     n = min(count, width)
     expected, expected_index = scores.topk(n, dim=1)
     assert torch.equal(best[:, :n], expected)

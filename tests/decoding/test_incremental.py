@@ -1,4 +1,4 @@
-"""Decoding step by step gives what fine-tuning computes in one pass: one visibility rule, one network."""
+"""Incremental decoding against one teacher-forced pass over the layout of fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.batches import MODEL, SPECIAL, VOCABULARY, model_of
 from support.worlds import run_world
 
 from pmlm_dist.decoding.incremental import Appended, Context, DecodingSession
-from pmlm_dist.masking.layout import Layout
+from pmlm_dist.masking.layout import Layout, SlotInputs
 from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
 from pmlm_dist.model.transformer import PseudoMaskedLM
 
@@ -20,7 +20,7 @@ RULE = Seq2SeqRule(max_source=14, max_target=7, noise=False)
 
 
 def random_layout(*, batch: int = 3, seed: int = 0, rule: Seq2SeqRule = RULE) -> Layout:
-    """Sources and targets of different lengths, laid out as for fine-tuning but without noise."""
+    """Sources and targets of different lengths in the layout of fine-tuning, without noise."""
     random = np.random.default_rng(seed)
     lengths = [(rule.max_source - 2, rule.max_target - 1), *random.integers(1, (12, 6), size=(batch - 1, 2))]
     pairs = [tuple(random.integers(5, VOCABULARY, size=n) for n in both) for both in lengths]
@@ -29,7 +29,7 @@ def random_layout(*, batch: int = 3, seed: int = 0, rule: Seq2SeqRule = RULE) ->
 
 
 def tensors(layout: Layout, *, left: bool) -> dict[str, torch.Tensor]:
-    """The layout's tensors; `left`: its sources padded on the left instead of the right."""
+    """Tensors of the layout; `left`: sources padded on the left instead of the right."""
     found = {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
     if left:
         num_source = context_length(layout)
@@ -45,30 +45,24 @@ def context_length(layout: Layout) -> int:
 
 
 def teacher_forced(model: PseudoMaskedLM, layout: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probabilities [B, M, V] of the target's tokens, in one pass, from this rank's rows of the vocabulary."""
+    """Log-probabilities [B, M, V] of the target's tokens in one pass."""
     from pmlm_dist.parallel.cross_entropy import gather_logits
 
-    inputs = {name: layout[f"{name}_BT"] for name in ("tokens", "positions", "segments", "order", "valid")}
-    logits_MBV = model(
-        *(inputs.pop("tokens"),),
-        **{f"{name}_BT": value for name, value in inputs.items()},
-        predicted_BM=layout["predicted_BM"],
-        objectives=("par",),
-    )[0]
+    logits_MBV = model(inputs=SlotInputs.of(layout), objectives=("par",))[0]
     return gather_logits(logits_MBV)[..., :VOCABULARY].log_softmax(-1).transpose(0, 1)
 
 
 def step_by_step(
     model: PseudoMaskedLM, layout: dict[str, torch.Tensor], num_source: int, parents: torch.Tensor, *, beams: int
 ) -> torch.Tensor:
-    """Log-probabilities [B, M, V] of the true hypothesis, which is beam `parents[m]` in step m among random ones."""
+    """Log-probabilities [B, M, V] of the target, which is beam `parents[m]` in step m among random hypotheses."""
     M = layout["targets_BM"].shape[1]
     names = ("tokens_BT", "positions_BT", "segments_BT", "valid_BT")
     context = Context(*(layout[name][:, :num_source] for name in names))
     session = DecodingSession(model, context, mask_id=SPECIAL.mask, beams=beams, capacity=M + 1)
     batch, lengths_B = len(context.tokens_BS), context.valid_BS.sum(1)
     random = torch.Generator().manual_seed(0)
-    read, before = [], torch.tensor(0)
+    logits_of_target, previous = [], torch.tensor(0)
     for m in range(M):
         if m == 0:
             tokens = layout["tokens_BT"].new_empty(batch, 0, 1)
@@ -78,16 +72,16 @@ def step_by_step(
             tokens[:, 0, parents[m]] = layout["targets_BM"][:, m - 1]
             steps = torch.tensor([m - 1, m])
             parents_BK = torch.randint(beams, (batch, beams), generator=random)
-            parents_BK[:, parents[m]] = before
+            parents_BK[:, parents[m]] = previous
         positions = (lengths_B[:, None] + steps).clamp(max=model.config.max_positions - 1)
         logits = session.step(Appended(tokens, positions, torch.ones_like(positions), parents_BK))
-        read.append(logits[:, 0, 0 if m == 0 else parents[m]])
-        before = parents[m]
-    return torch.stack(read, dim=1).log_softmax(-1)
+        logits_of_target.append(logits[:, 0, 0 if m == 0 else parents[m]])
+        previous = parents[m]
+    return torch.stack(logits_of_target, dim=1).log_softmax(-1)
 
 
 def compare(tp: int, settings: dict, left: bool, beams: int, dtype: torch.dtype = torch.float64) -> tuple[float, float]:
-    """The largest difference over the targets that count, and the largest log-probability in magnitude."""
+    """Largest difference over the targets with weight, and largest magnitude of a log-probability."""
     from pmlm_dist.parallel import groups
 
     groups.init_process_groups(tp=tp)
@@ -106,26 +100,26 @@ def compare(tp: int, settings: dict, left: bool, beams: int, dtype: torch.dtype 
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("settings", [{}, {"relative_bias": False}, {"attention": "reference"}], ids=str)
-def test_steps_equal_one_teacher_forced_pass(settings, beams, left):
+def test_steps_equal_teacher_forced_pass(settings, beams, left):
     difference, _ = compare(1, settings, left, beams)
     assert difference < 1e-11
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_steps_equal_one_pass_in_lower_precision(dtype, tolerance):
+def test_steps_equal_teacher_forced_pass_in_lower_precision(dtype, tolerance):
     difference, largest = compare(1, {}, False, 3, dtype)
     assert difference < tolerance * largest
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("relative_bias", [True, False])
-def test_steps_equal_one_pass_on_two_tensor_parallel_ranks(relative_bias):
-    answers = run_world(compare, 2, 2, {"relative_bias": relative_bias}, True, 3)
-    assert max(difference for difference, _ in answers) < 1e-11
-    assert answers[0] == answers[1]
+def test_steps_equal_teacher_forced_pass_on_two_tensor_parallel_ranks(relative_bias):
+    results = run_world(compare, 2, 2, {"relative_bias": relative_bias}, True, 3)
+    assert max(difference for difference, _ in results) < 1e-11
+    assert results[0] == results[1]
 
 
-def test_the_source_is_computed_once_and_shared_by_the_beams():
+def test_source_is_computed_once_and_shared_by_beams():
     model, layout = model_of().eval(), tensors(random_layout(), left=False)
     slots = []
     for layer in model.layers:
@@ -136,18 +130,18 @@ def test_the_source_is_computed_once_and_shared_by_the_beams():
     assert sum(slots) == per_layer * MODEL.num_layers
 
 
-def test_samples_that_are_kept_go_on_as_before():
+def test_selected_samples_continue_unchanged():
     model, layout = model_of().eval(), tensors(random_layout(), left=False)
     names = ("tokens_BT", "positions_BT", "segments_BT", "valid_BT")
     context = Context(*(layout[name][:, : RULE.max_source] for name in names))
     sessions = [DecodingSession(model, context, mask_id=SPECIAL.mask, beams=2, capacity=4) for _ in range(2)]
     kept, lengths_B = torch.tensor([2, 0]), context.valid_BS.sum(1)
-    nothing, words = torch.empty(3, 0, 1, dtype=torch.long), torch.randint(5, VOCABULARY, (3, 1, 2))
-    first = Appended(nothing, lengths_B[:, None], torch.ones(3, 1, dtype=torch.long))
+    empty, tokens = torch.empty(3, 0, 1, dtype=torch.long), torch.randint(5, VOCABULARY, (3, 1, 2))
+    first = Appended(empty, lengths_B[:, None], torch.ones(3, 1, dtype=torch.long))
     for session in sessions:
         session.step(first)
-    sessions[1].keep(kept)
+    sessions[1].select(kept)
     positions = lengths_B[:, None] + torch.arange(2)
-    whole = sessions[0].step(Appended(words, positions, torch.ones_like(positions)))
-    part = sessions[1].step(Appended(words[kept], positions[kept], torch.ones(2, 2, dtype=torch.long)))
-    torch.testing.assert_close(part, whole[kept], rtol=0, atol=1e-12)
+    full = sessions[0].step(Appended(tokens, positions, torch.ones_like(positions)))
+    part = sessions[1].step(Appended(tokens[kept], positions[kept], torch.ones(2, 2, dtype=torch.long)))
+    torch.testing.assert_close(part, full[kept], rtol=0, atol=1e-12)

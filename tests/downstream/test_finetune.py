@@ -56,7 +56,7 @@ def curve(metrics: dict[int, Any], name: str) -> list[float]:
 @pytest.mark.parametrize(
     "spread", [{"zero": 1}, {"zero": 3, "micro_batch": 2}, {"tp": 2, "zero": 0}], ids=["dp2", "dp2-zero3", "tp2"]
 )
-def test_losses_and_scores_are_those_of_a_single_process(
+def test_losses_and_scores_equal_those_of_a_single_process(
     single: tuple[Path, dict[int, Any]], model: Path, data: Path, tmp_path: Path, spread: dict[str, int]
 ):
     run_world(learn, 2, config(model, data, tmp_path / "out", **spread))
@@ -72,7 +72,7 @@ def test_losses_and_scores_are_those_of_a_single_process(
     assert probabilities[1] == pytest.approx(probabilities[0], abs=2e-5)
 
 
-def test_what_is_saved_gives_the_same_scores_again(single: tuple[Path, dict[int, Any]], tmp_path: Path):
+def test_saved_model_gives_the_same_scores(single: tuple[Path, dict[int, Any]], tmp_path: Path):
     output = single[0]
     stated = json.loads((output / "scores.json").read_text())["scores"]
     wanted = EvaluateConfig(
@@ -95,15 +95,13 @@ def test_what_is_saved_gives_the_same_scores_again(single: tuple[Path, dict[int,
         run_world(score, 1, wanted.__class__(**{**vars(wanted), "parallel": ParallelConfig()}))
 
 
-def test_the_network_learns_what_it_is_shown(model: Path, data: Path, tmp_path: Path):
+def test_training_examples_are_fitted(model: Path, data: Path, tmp_path: Path):
     wanted = config(model, data, tmp_path / "out", recipe=Recipe(lr=3e-3, batch=4, epochs=15, dropout=0.0))
     (trials,) = run_world(learn, 1, wanted)
     assert trials[0].scores["validation"]["accuracy"] == 1.0
 
 
-def test_the_checkpoint_kept_is_the_best_and_opens_as_a_language_model(
-    single: tuple[Path, dict[int, Any]], model: Path
-):
+def test_kept_checkpoint_is_the_best_and_opens_as_a_language_model(single: tuple[Path, dict[int, Any]], model: Path):
     output, metrics = single
     best = json.loads((output / "scores.json").read_text())
     values = {
@@ -140,7 +138,7 @@ def orders(wanted: FinetuneConfig) -> list[list[str]]:
     ]
 
 
-def test_every_example_is_read_once_an_epoch_in_an_order_of_seed_and_epoch(model: Path, tmp_path: Path):
+def test_every_example_is_read_once_an_epoch_in_order_of_seed_and_epoch(model: Path, tmp_path: Path):
     rows = [{"text": f"{'a ' * i}fish", "label": "x" if i % 2 else "y"} for i in range(13)]  # all of different lengths
     data = write_jsonl(tmp_path / "data" / "train.jsonl", rows).parent
     write_jsonl(data / "validation.jsonl", rows)
@@ -175,7 +173,7 @@ def test_seeds_and_grid_give_mean_and_deviation(model: Path, data: Path, tmp_pat
         assert spread["deviation"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
 
 
-def test_presets_and_grids_are_the_paper_s():
+def test_presets_and_grids_equal_the_paper():
     base = FinetuneConfig("cola", Path("model"), Path("no such folder"), grid=("preset",))
     searched = recipes(base)
     assert len(searched) == len(set(searched)) == 80
@@ -202,7 +200,7 @@ def test_presets_and_grids_are_the_paper_s():
             recipes(replace(base, preset=name))
 
 
-def test_it_learns_in_bf16_with_the_shipped_settings(model: Path, data: Path, tmp_path: Path):
+def test_bf16_with_the_shipped_settings_learns(model: Path, data: Path, tmp_path: Path):
     shipped = Path(__file__).parents[2] / "ds_configs" / "finetune.json"
     assert json.loads(shipped.read_text())["bf16"]["enabled"]
     recipe = Recipe(lr=3e-3, batch=4, epochs=15, dropout=0.0)  # as in fp32 above
@@ -213,7 +211,7 @@ def test_it_learns_in_bf16_with_the_shipped_settings(model: Path, data: Path, tm
     assert run_world(score, 1, again)[0]["validation"][0] == trial.scores["validation"]
 
 
-def test_a_summary_puts_the_best_mean_first():
+def test_summary_sorts_by_mean():
     trials = [
         FinetuneRun({"lr": lr}, seed, {"v": {"m": value}}, "")
         for lr, seed, value in [(1, 0, 0.5), (1, 1, 0.7), (2, 0, 0.9), (2, 1, 0.1)]
@@ -251,7 +249,7 @@ def test_a_summary_puts_the_best_mean_first():
         ([{"text": "a fish", "label": ""}, *text_rows(1)], {}, "row 1: '' in column label is not a label"),
     ],
 )
-def test_what_does_not_fit_is_one_clear_message_and_nothing_is_written(
+def test_invalid_settings_raise_one_message_and_write_nothing(
     data: Path, tmp_path: Path, model: Path, *, rows: list[dict[str, Any]], changes: dict[str, Any], message: str
 ):
     write_jsonl(tmp_path / "data" / "validation.jsonl", rows)
@@ -261,7 +259,7 @@ def test_what_does_not_fit_is_one_clear_message_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_is_there_is_left_alone(model: Path, data: Path, tmp_path: Path):
+def test_existing_output_is_not_overwritten(model: Path, data: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
         learn(config(model, data, tmp_path / "out"))
@@ -269,7 +267,7 @@ def test_an_output_that_is_there_is_left_alone(model: Path, data: Path, tmp_path
 
 
 @pytest.mark.parametrize("label", [float("nan"), "", "high"])
-def test_a_score_that_is_no_number_stops_it_before_anything_is_written(model: Path, tmp_path: Path, label: Any):
+def test_label_that_is_no_number_raises_before_anything_is_written(model: Path, tmp_path: Path, label: Any):
     rows = [{"text": "a fish", "label": 1.5}, {"text": "a bird", "label": label}]
     for split in ("train", "validation"):
         write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
@@ -278,7 +276,7 @@ def test_a_score_that_is_no_number_stops_it_before_anything_is_written(model: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_validation_scores_that_no_prediction_correlates_with_are_refused_before_training(model: Path, tmp_path: Path):
+def test_constant_validation_scores_raise_before_training(model: Path, tmp_path: Path):
     rows = [{"text": "a fish", "label": 1.5}, {"text": "a bird", "label": 2.5}]
     write_jsonl(tmp_path / "data" / "train.jsonl", rows)
     write_jsonl(tmp_path / "data" / "validation.jsonl", rows[:1] * 2)
@@ -287,12 +285,12 @@ def test_validation_scores_that_no_prediction_correlates_with_are_refused_before
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pre_trained_model_cannot_be_evaluated(model: Path, tmp_path: Path, data: Path):
+def test_pretrained_model_cannot_be_evaluated(model: Path, tmp_path: Path, data: Path):
     with pytest.raises(ConfigError, match=r"has no head of a task.*run `pmlm finetune` first"):
         score(EvaluateConfig(model, data=str(data)))
 
 
-def test_all_ranks_refuse_what_one_cannot_read(model: Path, data: Path, tmp_path: Path):
+def test_all_ranks_raise_what_one_cannot_read(model: Path, data: Path, tmp_path: Path):
     with pytest.raises(
         RankFailed, match=r"rank 1:(.|\n)*recipe.batch \(7\) must be a multiple of the data-parallel ranks \(2\)"
     ):

@@ -1,4 +1,4 @@
-"""A fine-tuning that is ended midway goes on as if nothing had been: to the same bits on one rank."""
+"""An interrupted fine-tuning resumes: bit for bit on one rank."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def undisturbed(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactor
     [(0,), (2,), (4,), (13,), (22,), (5, 1, 9)],
     ids=["before-all", "in-epoch", "in-evaluation", "later", "in-report", "thrice"],
 )
-def test_a_stopped_run_goes_on_to_the_same_bits(
+def test_finetune_resume_is_bit_exact(
     undisturbed: Path, model: Path, data: Path, tmp_path: Path, looks: tuple[int, ...]
 ):
     wanted = config(model, data, tmp_path / "out", recipe=recipe(), report=("test",))
@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         check(wanted)
 
 
-def test_it_goes_on_on_other_ranks(undisturbed: Path, model: Path, data: Path, tmp_path: Path):
+def test_finetune_resumes_on_other_ranks(undisturbed: Path, model: Path, data: Path, tmp_path: Path):
     wanted = config(model, data, tmp_path / "out", recipe=recipe(dropout=0.0), report=("test",), zero=3)
     assert run_world(learn, 2, wanted, 5) == [f"exit code {EXIT_PREEMPTED}"] * 2
     alone = config(model, data, tmp_path / "alone", recipe=recipe(dropout=0.0), report=("test",), zero=0)
@@ -124,9 +124,7 @@ def test_it_goes_on_on_other_ranks(undisturbed: Path, model: Path, data: Path, t
         assert here[step]["train/loss"] == pytest.approx(scalars["train/loss"], rel=2e-4)
 
 
-def test_a_run_that_was_killed_goes_on_from_its_last_evaluation(
-    undisturbed: Path, model: Path, data: Path, tmp_path: Path
-):
+def test_killed_finetune_resumes_from_its_last_evaluation(undisturbed: Path, model: Path, data: Path, tmp_path: Path):
     """The process is gone between two steps, without a word: what it had saved is all there is."""
     wanted = config(model, data, tmp_path / "out", recipe=recipe(), report=("test",))
     with pytest.raises(AssertionError, match="the process ended without an answer"):
@@ -151,8 +149,8 @@ def killed(wanted: FinetuneConfig, step: int) -> None:
     finetune(wanted)
 
 
-def test_what_is_opened_of_an_unfinished_folder_is_the_best_so_far(model: Path, data: Path, tmp_path: Path):
-    wanted = config(model, data, tmp_path / "out", recipe=recipe(lr=0.3))  # it gets worse, and is told to stop later
+def test_incomplete_folder_opens_as_the_best_so_far(model: Path, data: Path, tmp_path: Path):
+    wanted = config(model, data, tmp_path / "out", recipe=recipe(lr=0.3))  # it gets worse, and is stopped later
     assert run_world(learn, 1, wanted, 13) == [f"exit code {EXIT_PREEMPTED}"]
     checkpoints = sorted((tmp_path / "out" / "checkpoints").glob("step-*"))
     best = read_state(checkpoints[-1])["progress"]["best_step"]
@@ -171,7 +169,7 @@ def accuracy(wanted: EvaluateConfig) -> float:
     return evaluate_saved(wanted)["validation"].scores["accuracy"]
 
 
-def test_seeds_go_on_with_the_one_that_was_stopped(model: Path, data: Path, tmp_path: Path):
+def test_seeds_resume_with_the_stopped_one(model: Path, data: Path, tmp_path: Path):
     quick = recipe(epochs=1)
     whole = config(model, data, tmp_path / "whole", recipe=quick, seeds=5)
     assert run_world(learn, 1, whole) == ["done"]
@@ -190,7 +188,7 @@ def test_seeds_go_on_with_the_one_that_was_stopped(model: Path, data: Path, tmp_
     assert spread["deviation"] == pytest.approx(statistics.stdev(spread["values"]))
 
 
-def test_another_fine_tuning_is_not_mixed_with_an_unfinished_one(model: Path, data: Path, tmp_path: Path):
+def test_other_finetune_in_an_incomplete_folder_raises(model: Path, data: Path, tmp_path: Path):
     wanted = config(model, data, tmp_path / "out", recipe=recipe())
     run_world(learn, 1, wanted, 4)
     with pytest.raises(AssertionError, match=r"recipe was .* is now(.|\n)*holds another fine-tuning"):
@@ -201,7 +199,7 @@ def test_another_fine_tuning_is_not_mixed_with_an_unfinished_one(model: Path, da
         run_world(learn, 1, replace(wanted, data=str(other)))
 
 
-def test_a_file_stop_ends_it_and_a_folder_of_others_is_refused(model: Path, data: Path, tmp_path: Path):
+def test_stop_file_ends_finetune_and_foreign_folder_raises(model: Path, data: Path, tmp_path: Path):
     wanted = config(model, data, tmp_path / "out", recipe=recipe())
     run_world(learn, 1, wanted, 4)
     (tmp_path / "out" / STOP_FILE).touch()
@@ -214,7 +212,7 @@ def test_a_file_stop_ends_it_and_a_folder_of_others_is_refused(model: Path, data
         check(replace(wanted, output=tmp_path / "mine"))
 
 
-def test_writing_goes_on_to_the_same_bits(model: Path, tmp_path: Path):
+def test_seq2seq_resume_is_bit_exact(model: Path, tmp_path: Path):
     rows = [{"src": row["text"], "tgt": row["label"]} for row in text_rows(20)]
     folder = write_jsonl(tmp_path / "data" / "train.jsonl", rows).parent
     for split in ("validation", "test"):
@@ -234,7 +232,7 @@ def test_writing_goes_on_to_the_same_bits(model: Path, tmp_path: Path):
     assert_equal(result(tmp_path / "out"), result(tmp_path / "whole"))
 
 
-def test_a_signal_ends_the_command_with_75_and_the_same_command_goes_on(model: Path, data: Path, tmp_path: Path):
+def test_signal_exits_75_and_the_same_command_resumes(model: Path, data: Path, tmp_path: Path):
     wanted = config(model, data, tmp_path / "out")
     settings = {"task": "classification", "model": model, "data": data, "output": wanted.output}
     settings |= {"ds-config": wanted.ds_config, "recipe.batch": 8, "inputs.max-tokens": 16, "log-every": 1}

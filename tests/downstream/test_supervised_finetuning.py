@@ -21,7 +21,7 @@ from pmlm_dist.supervision.exit_codes import ExitCode
 pytestmark = pytest.mark.distributed
 
 LIMIT_S = 5
-SECRET = "a-token-that-nobody-may-read"
+SECRET = "a-secret-token"
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def ranks(command: list[str], output: Path) -> Iterator[Ranks]:
 
 
 @pytest.mark.fault("F01")
-def test_a_killed_rank_ends_the_fine_tuning_with_its_code(command: list[str], tmp_path: Path):
+def test_killed_rank_ends_finetune_with_its_code(command: list[str], tmp_path: Path):
     with ranks(command, tmp_path / "out") as started:
         own = [started.process_of(rank) for rank in range(2)]
         os.kill(own[1], signal.SIGKILL)
@@ -108,7 +108,7 @@ def test_a_killed_rank_ends_the_fine_tuning_with_its_code(command: list[str], tm
 
 
 @pytest.mark.fault("F03")
-def test_a_rank_that_stands_still_is_named_with_the_stacks_of_all(command: list[str], tmp_path: Path):
+def test_hung_finetune_rank_is_named_with_all_stacks(command: list[str], tmp_path: Path):
     with ranks(command, tmp_path / "out") as started:
         own = [started.process_of(rank) for rank in range(2)]
         os.kill(own[1], signal.SIGSTOP)

@@ -97,7 +97,7 @@ def norms_around_a_broken_step(
     config: RunConfig,
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Norms of a step, one whose gradient is infinite, and one more; weights before and after the broken one."""
-    from pmlm_dist.training.pretraining import PretrainJob
+    from pmlm_dist.training.pretraining import PretrainJob, build_engine
 
     run = start_run(config)
     engine = build_engine(run)

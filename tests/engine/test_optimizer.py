@@ -66,7 +66,7 @@ def small_model(**changes: Any) -> nn.Module:
     from pmlm_dist.model.transformer import build_model
     from pmlm_dist.parallel import seeding
 
-    seeding.seed_initialisation(3)
+    seeding.seed_initialization(3)
     return build_model(replace(MODEL, vocab_size=125, **changes), padded_vocab_size=128)
 
 

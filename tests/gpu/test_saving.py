@@ -1,4 +1,4 @@
-"""Checkpoints on a GPU: copied to page-locked memory beside the steps, and opened again on the GPU and on the CPU."""
+"""Checkpoints on a GPU: copied to pinned memory during training, and loaded on the GPU and on the CPU."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SETTINGS = [
 ]
 
 
-def started(config: RunConfig) -> tuple[Any, Any, Any]:
-    """Run, engine and its state on this rank."""
+def build_run(config: RunConfig) -> tuple[Any, Any, Any]:
+    """Run, engine and engine state of this rank."""
     from pmlm_dist.checkpoint.engine_state import EngineState
     from pmlm_dist.training.pretraining import build_engine
 
@@ -39,14 +39,14 @@ def started(config: RunConfig) -> tuple[Any, Any, Any]:
     return run, engine, EngineState(engine, run.topology)
 
 
-def saved_and_on(config: RunConfig) -> tuple[str, list[float]]:
-    """Train, save, train on at once; where the checkpoint lies, and the losses after it."""
+def save_and_continue(config: RunConfig) -> tuple[str, list[float]]:
+    """Train, save, and continue at once: path of the checkpoint and the losses after it."""
     from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
     from pmlm_dist.checkpoint.folder import CheckpointFolder
     from pmlm_dist.checkpoint.resume import RunState
     from pmlm_dist.metrics.run_log import RunLog
 
-    run, engine, engine_state = started(config)
+    run, engine, engine_state = build_run(config)
     log = RunLog(run.config.run_dir, enabled=False, first_step=0)
     about = {"identity": run.identity(), "configuration": run.configuration()}
     checkpointer = AsyncCheckpointer(
@@ -54,18 +54,18 @@ def saved_and_on(config: RunConfig) -> tuple[str, list[float]]:
     )
     state, _, _ = take_steps(run, engine, RunState(), steps=BEFORE)
     checkpointer.save(state)
-    _, losses, _ = take_steps(run, engine, state, steps=AFTER)  # weights change while the copy may still be under way
+    _, losses, _ = take_steps(run, engine, state, steps=AFTER)  # weights change while they may still be copied
     checkpointer.close()
     assert checkpointer._memory._block.is_pinned()
     assert run.topology.device.type == "cuda"
     return str(CheckpointFolder(run.checkpoints, keep=9).folder(BEFORE)), losses
 
 
-def opened_and_on(config: RunConfig, path: str, device: str) -> list[float]:
+def load_and_continue(config: RunConfig, path: str, device: str) -> list[float]:
     from pmlm_dist.checkpoint.resume import load_checkpoint
 
     os.environ["DS_ACCELERATOR"] = device
-    run, engine, engine_state = started(config)
+    run, engine, engine_state = build_run(config)
     state = load_checkpoint(engine_state, Path(path))
     return take_steps(run, engine, state, steps=AFTER)[1]
 
@@ -75,22 +75,22 @@ def without_accumulation(corpus: Path, run_dir: Path, **settings: Any) -> RunCon
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(f"{name}{value}" for name, value in s.items()))
-def test_a_run_goes_on_from_what_was_copied_beside_its_steps(
+def test_run_resumed_from_asynchronous_checkpoint_has_same_losses(
     small_corpus: Path, tmp_path: Path, settings: dict[str, Any]
 ):
-    """Sums on a GPU may be taken in another order from run to run: losses are held to 1e-5 of each other."""
+    """The order of sums on a GPU may change from run to run, hence the tolerance of 1e-5."""
     config = without_accumulation(small_corpus, tmp_path / "run", **settings)
-    ((path, straight),) = run_world(saved_and_on, 1, config, timeout_s=400.0)
-    again = replace(config, run_dir=tmp_path / "again")
-    (losses,) = run_world(opened_and_on, 1, again, path, "cuda", timeout_s=400.0)
+    ((path, expected),) = run_world(save_and_continue, 1, config, timeout_s=400.0)
+    resumed = replace(config, run_dir=tmp_path / "again")
+    (losses,) = run_world(load_and_continue, 1, resumed, path, "cuda", timeout_s=400.0)
     tolerance = 1e-5 if settings.get("precision", "fp32") == "fp32" else 1e-3
-    np.testing.assert_allclose(losses, straight, rtol=tolerance)
+    np.testing.assert_allclose(losses, expected, rtol=tolerance)
 
 
-def test_what_a_gpu_wrote_opens_on_the_cpu(small_corpus: Path, tmp_path: Path):
+def test_checkpoint_of_gpu_resumes_on_cpu(small_corpus: Path, tmp_path: Path):
     config = without_accumulation(small_corpus, tmp_path / "run", zero=1)
-    ((path, straight),) = run_world(saved_and_on, 1, config)
+    ((path, expected),) = run_world(save_and_continue, 1, config)
     assert all(np.isfinite(weight).all() for weight in read_weights(Path(path)).values())
-    (losses,) = run_world(opened_and_on, 1, replace(config, run_dir=tmp_path / "cpu"), path, "cpu")
-    np.testing.assert_allclose(losses, straight, rtol=1e-4)
+    (losses,) = run_world(load_and_continue, 1, replace(config, run_dir=tmp_path / "cpu"), path, "cpu")
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
     assert torch.cuda.is_available()

@@ -1,6 +1,6 @@
 """Training on a GPU: the base preset in bf16, offload of the optimizer, tensor parallelism over NCCL.
 
-Runs of the small model are held against the same run on this machine's CPU.
+Runs of the small model are compared with the same run on the CPU.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ STEPS = 30
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-def train_on_the_cpu(config: RunConfig) -> Trained:
-    """As `train`, in a world that sees no GPU."""
+def train_on_cpu(config: RunConfig) -> Trained:
+    """`train` in a world without a GPU."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     return train(config)
 
 
 def pretrain_and_read(config: RunConfig) -> dict[int, dict[str, float]]:
-    """The scalars of a whole run by step, and where the model was."""
+    """Pretrain and return the logged scalars by step."""
     from pmlm_dist.metrics.run_log import read_metrics
     from pmlm_dist.parallel import groups
     from pmlm_dist.training.run import pretrain
@@ -46,12 +46,12 @@ def pretrain_and_read(config: RunConfig) -> dict[int, dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def long_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 training samples of 512 tokens, one global batch: every step is another epoch, with other masks."""
+    """64 training samples of 512 tokens, one global batch: every step is an epoch of its own, with other masks."""
     return write_corpus(tmp_path_factory.mktemp("long"), shards=8, samples=8, sequence_length=512)
 
 
 def base_run(corpus: Path, run_dir: Path, *, steps: int, **model: Any) -> RunConfig:
-    """The base preset with ds_configs/base.json's engine and a smaller batch, of a length that a test can wait for."""
+    """The base preset with the engine of ds_configs/base.json, a smaller batch and few steps."""
     engine = write_engine_config(
         run_dir / "ds.json",
         precision="bf16",
@@ -86,8 +86,8 @@ def base_run(corpus: Path, run_dir: Path, *, steps: int, **model: Any) -> RunCon
     ],
     ids=lambda model: "-".join(map(str, model.values())) or "fused",
 )
-def test_the_base_preset_learns_in_bf16(long_samples, tmp_path, model):
-    """After some steps it is known which words there are: on a CPU two of its layers go from 9.94 to 9.50."""
+def test_base_preset_in_bf16_reduces_loss(long_samples, tmp_path, model):
+    """The first steps learn the frequencies of tokens: on a CPU the loss of two layers falls from 9.94 to 9.50."""
     config = base_run(long_samples, tmp_path, steps=STEPS, **model)
     (scalars,) = run_world(pretrain_and_read, 1, config, timeout_s=900)
     shutil.rmtree(config.run_dir / "checkpoints")  # 1.5 GB
@@ -99,39 +99,39 @@ def test_the_base_preset_learns_in_bf16(long_samples, tmp_path, model):
     assert 0.0 < scalars[STEPS]["memory/peak_gib"] < 80.0
 
 
-def test_a_run_goes_on_from_its_checkpoint(small_corpus, tmp_path):
-    """A whole run against one that stops half-way; not to the bit, for a GPU may add up in another order."""
-    whole = with_train(run_config(small_corpus, tmp_path / "whole", steps=6), validate_every=3)
-    half = replace(whole, run_dir=tmp_path / "half")
-    (expected,) = run_world(pretrain_and_read, 1, whole, timeout_s=300)
-    run_world(pretrain_and_read, 1, with_train(half, stop_at=3), timeout_s=300)
-    (found,) = run_world(pretrain_and_read, 1, half, timeout_s=300)
+def test_resumed_run_has_losses_of_uninterrupted_run(small_corpus, tmp_path):
+    """Not bit-exact: the order of sums on a GPU may change."""
+    uninterrupted = with_train(run_config(small_corpus, tmp_path / "uninterrupted", steps=6), validate_every=3)
+    interrupted = replace(uninterrupted, run_dir=tmp_path / "interrupted")
+    (expected,) = run_world(pretrain_and_read, 1, uninterrupted, timeout_s=300)
+    run_world(pretrain_and_read, 1, with_train(interrupted, stop_at=3), timeout_s=300)
+    (found,) = run_world(pretrain_and_read, 1, interrupted, timeout_s=300)
     for step in range(1, 7):
         assert found[step]["train/total"] == pytest.approx(expected[step]["train/total"], rel=1e-5)
 
 
 def check_near(found: Trained, expected: Trained) -> None:
-    """Five steps in fp32 apart by the order of sums alone."""
+    """Compare five steps in fp32 that differ in the order of sums only."""
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=0)
     torch.testing.assert_close(found.norms, expected.norms, rtol=1e-3, atol=0)
 
 
 @pytest.fixture(scope="module")
-def on_the_cpu(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def cpu_run(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The small run in one process without a GPU, without ZeRO."""
     config = run_config(small_corpus, tmp_path_factory.mktemp("cpu"), zero=0, micro_batch=8)
-    return run_world(train_on_the_cpu, 1, config, timeout_s=300)[0]
+    return run_world(train_on_cpu, 1, config, timeout_s=300)[0]
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_gpu_trains_as_the_cpu_does(small_corpus, tmp_path, on_the_cpu, zero):
+def test_gpu_training_equals_cpu(small_corpus, tmp_path, cpu_run, zero):
     config = run_config(small_corpus, tmp_path, zero=zero)
-    check_near(run_world(train, 1, config, timeout_s=300)[0], on_the_cpu)
+    check_near(run_world(train, 1, config, timeout_s=300)[0], cpu_run)
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_an_optimizer_on_the_cpu_trains_as_one_on_the_gpu(small_corpus, tmp_path, on_the_cpu, zero):
-    """DeepSpeedCPUAdam, compiled by DeepSpeed at its first use: minutes."""
+def test_offloaded_optimizer_equals_cpu(small_corpus, tmp_path, cpu_run, zero):
+    """DeepSpeed compiles DeepSpeedCPUAdam at its first use, which takes minutes."""
     from deepspeed.ops.op_builder import CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
 
     if not CPUAdamBuilder().is_compatible():
@@ -140,21 +140,21 @@ def test_an_optimizer_on_the_cpu_trains_as_one_on_the_gpu(small_corpus, tmp_path
     if zero == 3:
         zero_optimization["stage3_param_persistence_threshold"] = 100
     config = run_config(small_corpus, tmp_path, zero_optimization=zero_optimization)
-    check_near(run_world(train, 1, config, timeout_s=900)[0], on_the_cpu)
+    check_near(run_world(train, 1, config, timeout_s=900)[0], cpu_run)
 
 
 @needs_two_gpus
 @pytest.mark.parametrize(("tp", "zero"), [(2, 0), (2, 1), (1, 1), (1, 3)])
-def test_two_gpus_train_as_the_cpu_does(small_corpus, tmp_path, on_the_cpu, tp, zero):
+def test_two_gpus_equal_cpu(small_corpus, tmp_path, cpu_run, tp, zero):
     config = run_config(small_corpus, tmp_path, tp=tp, zero=zero)
-    answers = run_world(train, 2, config, timeout_s=300)
-    assert answers[0].losses == answers[1].losses
-    check_near(answers[0], on_the_cpu)
+    results = run_world(train, 2, config, timeout_s=300)
+    assert results[0].losses == results[1].losses
+    check_near(results[0], cpu_run)
 
 
 @needs_two_gpus
-def test_flex_trains_tensor_parallel_as_split_does(small_corpus, tmp_path):
-    """bf16, heads of 16; the losses differ by rounding alone."""
+def test_flex_with_tensor_parallelism_equals_fused(small_corpus, tmp_path):
+    """bf16, head size 16; the losses differ by rounding only."""
     runs = {}
     for attention in ("fused", "flex"):
         config = run_config(small_corpus, tmp_path / attention, tp=2, precision="bf16")

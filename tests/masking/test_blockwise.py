@@ -1,4 +1,4 @@
-"""The sampler against the paper's figures and against a longhand version of Algorithm 1 in plain Python."""
+"""The sampler against the statistics of the paper and a longhand version of Algorithm 1 in plain Python."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from pmlm_dist.config import MaskingConfig
 from pmlm_dist.masking.blockwise import (
     MaskedSample,
     SpecialIds,
-    below,
     mask_rule,
     mask_sample,
     max_predictions,
-    seed_state,
-    uniform,
 )
 
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -53,7 +50,7 @@ class LonghandRandom:
 
 
 def longhand_spans(tokens: list[int], masking: MaskingConfig, random: LonghandRandom) -> list[list[int]]:
-    """Spans in factorization order, with sets and lists."""
+    """Spans in factorization order, computed with sets and lists."""
     maskable = {position for position, token in enumerate(tokens) if token not in (CLS, SEP, PAD)}
     wanted = min(max(1, math.ceil(masking.rate * len(tokens) - 1e-9)), len(maskable))
     spans: list[list[int]] = []
@@ -116,7 +113,7 @@ numbers = st.integers(0, 2**40)
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=60), maskings, numbers, numbers, numbers)
-def test_equals_the_longhand_sampler(tokens, masking, seed, epoch, sample_id):
+def test_sampler_equals_longhand(tokens, masking, seed, epoch, sample_id):
     random = LonghandRandom(seed, epoch, sample_id)
     spans = longhand_spans(tokens, masking, random)
     predicted = [position for span in spans for position in span]
@@ -141,8 +138,8 @@ def span_lengths(sample: MaskedSample) -> list[int]:
     return list(Counter(sample.steps.tolist()).values())
 
 
-def test_paper_figures(paper_draws):
-    """The figures that Algorithm 1 gives at 512 tokens."""
+def test_sampler_at_512_tokens_has_statistics_of_algorithm_1(paper_draws):
+    """Numbers of predicted tokens and spans, and lengths of spans."""
     tokens = np.array([sample.predicted.size for sample in paper_draws])
     spans = np.array([sample.steps.max() for sample in paper_draws])
     lengths = Counter(length for sample in paper_draws for length in span_lengths(sample))
@@ -173,13 +170,13 @@ def test_spans_are_contiguous_and_cover_the_text_evenly(paper_draws):
 @pytest.mark.parametrize(
     ("length", "count"), [(512, 77), (128, 20), (100, 15), (20, 3), (7, 2), (4, 1)], ids=lambda number: f"{number}"
 )
-def test_exact_predicts_the_ceiling(length, count):
-    """0.15 * 100 and 0.15 * 20 are whole numbers that binary floating point overshoots."""
+def test_stop_exact_predicts_ceil_of_rate_times_length(length, count):
+    """0.15 * 100 and 0.15 * 20 are whole numbers and must not be rounded up."""
     assert max_predictions(length, MaskingConfig()) == count
     assert {masked(text(length), MaskingConfig(), sample_id=number).predicted.size for number in range(200)} == {count}
 
 
-def test_exact_differs_from_paper_in_the_last_span_only():
+def test_stop_exact_differs_from_stop_paper_in_last_span_only():
     for number in range(200):
         exact = masked(text(512), MaskingConfig(), sample_id=number)
         paper = masked(text(512), MaskingConfig(stop="paper"), sample_id=number)
@@ -187,7 +184,7 @@ def test_exact_differs_from_paper_in_the_last_span_only():
         assert exact.steps.tolist() == paper.steps[:77].tolist()
 
 
-def test_short_texts_are_masked_whole_at_most():
+def test_short_texts_have_at_most_all_tokens_masked():
     assert masked([CLS, 9, SEP], MaskingConfig(rate=0.5, span_probability=1.0)).predicted.tolist() == [1]
     assert masked([CLS, SEP, PAD, PAD], MaskingConfig()).predicted.size == 0
 
@@ -212,8 +209,8 @@ def test_corruption_rates(paper_draws):
     assert max(replacements.values()) < 2 * replacements.total() / (VOCAB_SIZE - 5)
 
 
-def test_corruption_is_decided_per_token():
-    """Inside a span of six the slots differ as often as independent draws do: all [MASK] in 0.8^6 = 26 % of them."""
+def test_corruption_within_spans_is_independent():
+    """A span of six tokens is all [MASK] with probability 0.8^6 = 26 %."""
     masking = MaskingConfig(span_probability=1.0, min_span=6, max_span=6, stop="paper")
     spans = [masked(text(40), masking, sample_id=number).masked for number in range(5000)]
     assert np.mean([span.all() for span in spans]) == pytest.approx(0.8**6, abs=0.02)
@@ -229,17 +226,7 @@ def test_masks_change_with_seed_epoch_and_sample():
     assert len({tuple(sample.predicted.tolist()) for sample in draws}) == 64
 
 
-def test_random_numbers_are_uniform():
-    state = np.array([seed_state(1, 2, 3)], dtype=np.uint64)
-    reals = np.array([uniform(state) for _ in range(20_000)])
-    counts = Counter(below(state, 7) for _ in range(70_000))
-    assert reals.min() >= 0.0
-    assert reals.max() < 1.0
-    assert np.histogram(reals, bins=10, range=(0, 1))[0] == pytest.approx([2000] * 10, abs=200)
-    assert [counts[number] for number in range(7)] == pytest.approx([10_000] * 7, abs=500)
-
-
-def test_a_vocabulary_of_special_tokens_is_refused():
+def test_mask_rule_with_special_tokens_only_raises():
     only_special = SpecialIds(pad=0, cls=1, sep=2, mask=3, vocab_size=4, special=(0, 1, 2, 3))
     with pytest.raises(ValueError, match="special tokens only"):
         mask_rule(MaskingConfig(), only_special)

@@ -1,4 +1,4 @@
-"""The compiled layout against one that is written slot by slot in plain Python."""
+"""The compiled layout against a longhand version in plain Python, slot by slot."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def laid_out(samples: list[list[int]], masking: MaskingConfig, *, first_id: int 
 def longhand_row(
     tokens: list[int], rule: MaskRule, *, num_predictions: int, sample_id: int, epoch: int
 ) -> dict[str, list]:
-    """One row, from the sampler's single-sample answer."""
+    """Expected fields of one row, from the masks of the single sample."""
     masked = mask_sample(np.array(tokens), rule=rule, seed=7, epoch=epoch, sample_id=sample_id)
     predicted, steps = masked.predicted.tolist(), masked.steps.tolist()
     unused = num_predictions - len(predicted)
@@ -78,7 +78,7 @@ def longhand_row(
     st.integers(0, 10**12),
     st.integers(0, 100),
 )
-def test_equals_the_longhand_layout(segments, stop, corruption, first_id, epoch):
+def test_layout_equals_longhand(segments, stop, corruption, first_id, epoch):
     samples = [[CLS, *first, SEP, *second, SEP] for first, second in segments]
     masking = MaskingConfig(stop=stop, corruption=corruption)
     layout = laid_out(samples, masking, first_id=first_id, epoch=epoch)
@@ -104,7 +104,7 @@ def test_three_slots_of_a_prediction_share_position_and_segment():
     assert layout.weights_BM.all()
 
 
-def test_steps_ascend_and_positions_ascend_inside_a_step():
+def test_steps_ascend_and_positions_ascend_within_a_step():
     layout = laid_out([[CLS, *range(5, 15), SEP, *range(20, 31), SEP]] * 50, MaskingConfig(rate=0.5))
     num_predictions = max_predictions(S, MaskingConfig(rate=0.5))
     for row in range(50):
@@ -114,6 +114,6 @@ def test_steps_ascend_and_positions_ascend_inside_a_step():
         assert all(later - earlier in (0, 1) for (earlier, _), (later, _) in pairwise(slots))
 
 
-def test_a_sample_longer_than_the_context_is_refused():
+def test_sample_longer_than_context_raises():
     with pytest.raises(ValueError, match=r"sample 3 has 25 tokens.*sequence length \(24\)"):
         laid_out([[CLS, SEP], [CLS, *range(5, 28), SEP]], MaskingConfig(), first_id=2)

@@ -1,4 +1,4 @@
-"""The layout of source and target, slot by slot, and its noise."""
+"""The layout of source-target pairs, slot by slot, and its noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def laid_out(pairs, *, rule=RULE, seed=0, epoch=0, first=0, trim=False):
     return build_seq2seq_layout(pairs, sample_ids=ids, epochs=epochs, seed=seed, rule=rule, special=SPECIAL, trim=trim)
 
 
-def test_every_slot_of_a_small_example():
+def test_small_example_has_expected_slots():
     layout = laid_out([PAIR])
     cls, sep, mask, pad = SPECIAL.cls, SPECIAL.sep, SPECIAL.mask, SPECIAL.pad
     assert layout.tokens_BT[0].tolist() == [cls, 10, 11, sep, pad, pad, 20, 21, sep, mask, mask, mask]
@@ -32,7 +32,7 @@ def test_every_slot_of_a_small_example():
     assert layout.weights_BM[0].tolist() == [1, 1, 1]
 
 
-def test_what_is_too_long_loses_its_end_and_keeps_its_special_tokens():
+def test_long_pairs_are_truncated_and_keep_special_tokens():
     layout = laid_out([LONG, PAIR])
     assert layout.tokens_BT[0, :6].tolist() == [SPECIAL.cls, 10, 11, 12, 13, SPECIAL.sep]
     assert layout.targets_BM[0].tolist() == [30, 31, SPECIAL.sep]
@@ -41,7 +41,7 @@ def test_what_is_too_long_loses_its_end_and_keeps_its_special_tokens():
     assert trimmed.weights_BM.tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
-def test_noise_has_its_shares_and_never_touches_targets_or_the_closing_sep():
+def test_noise_has_expected_shares_and_keeps_targets_and_closing_sep():
     rule = Seq2SeqRule(max_source=4, max_target=2001, noise=True)
     target = np.random.default_rng(0).integers(5, SPECIAL.vocab_size, size=2000)
     layout = laid_out([(PAIR[0], target)] * 4, rule=rule)
@@ -62,7 +62,7 @@ def test_noise_has_its_shares_and_never_touches_targets_or_the_closing_sep():
 def test_noise_is_a_function_of_seed_epoch_and_sample():
     rule = replace(RULE, noise=True, max_target=10)
     pairs = [(PAIR[0], np.arange(30, 39))] * 3
-    whole = laid_out(pairs, rule=rule).tokens_BT
-    assert (laid_out(pairs[1:], rule=rule, first=1).tokens_BT == whole[1:]).all()
-    assert (laid_out(pairs, rule=rule, epoch=1).tokens_BT != whole).any()
-    assert (laid_out(pairs, rule=rule, seed=1).tokens_BT != whole).any()
+    expected = laid_out(pairs, rule=rule).tokens_BT
+    assert (laid_out(pairs[1:], rule=rule, first=1).tokens_BT == expected[1:]).all()
+    assert (laid_out(pairs, rule=rule, epoch=1).tokens_BT != expected).any()
+    assert (laid_out(pairs, rule=rule, seed=1).tokens_BT != expected).any()

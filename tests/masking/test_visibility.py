@@ -1,4 +1,4 @@
-"""The one-line rule against the three cases it stands for, and what follows from it."""
+"""The visibility rule against a longhand table of its cases, and its consequences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ORDERS = list(range(-6, 7))
 
 
 def longhand_visible(query: int, key: int) -> bool:
-    """The table: who sees context, originals and pseudo masks."""
+    """Table of query and key kinds: context, original, pseudo mask."""
 
     def kind(order: int) -> str:
         return "context" if order == 0 else "original" if order > 0 else "pseudo"
@@ -35,7 +35,7 @@ def longhand_visible(query: int, key: int) -> bool:
 
 @pytest.mark.parametrize("query", ORDERS)
 @pytest.mark.parametrize("key", ORDERS)
-def test_every_pair(query, key):
+def test_visible_equals_longhand_for_every_pair(query, key):
     expected = longhand_visible(query, key)
     assert bool(visible(np.int32(query), np.int32(key))) is expected  # pyright: ignore[reportArgumentType]
     assert bool(visible(torch.tensor(query), torch.tensor(key))) is expected
@@ -52,7 +52,7 @@ def test_torch_and_numpy_matrices_agree(dtype):
 
 @pytest.fixture(scope="module")
 def layout() -> Layout:
-    """Eight samples, some short, with [MASK] in every base slot; room for unused prediction slots."""
+    """Eight samples, some short, with [MASK] in every base slot and some unused prediction slots."""
     masking = MaskingConfig(stop="paper", corruption="mask_only")
     layout = empty_layout(8, sequence_length=32, num_predictions=max_predictions(32, masking), pad_id=0)
     build_layout(
@@ -66,8 +66,8 @@ def layout() -> Layout:
     return layout
 
 
-def test_no_pseudo_mask_reaches_its_answer_over_any_number_of_layers(layout):
-    """The transitive closure of visibility is what any depth of layers can carry."""
+def test_pseudo_mask_never_reaches_its_target_over_any_number_of_layers(layout):
+    """The transitive closure of visibility bounds the flow of information over any number of layers."""
     for order, valid in zip(layout.order_BT, layout.valid_BT, strict=True):
         reach = visibility_matrix(order, valid)
         for _ in range(len(order).bit_length()):
@@ -80,13 +80,13 @@ def test_no_pseudo_mask_reaches_its_answer_over_any_number_of_layers(layout):
         assert not reach[np.ix_(order > 0, order < 0)].any()
 
 
-def test_nobody_sees_padding_and_no_query_is_blind(layout):
-    seen = visibility_matrix(layout.order_BT, layout.valid_BT)
+def test_padding_is_invisible_and_every_query_has_a_visible_key(layout):
+    matrix = visibility_matrix(layout.order_BT, layout.valid_BT)
     assert not layout.valid_BT.all()
-    assert not seen.swapaxes(1, 2)[~layout.valid_BT].any()
-    assert seen.any(axis=2).all()
+    assert not matrix.swapaxes(1, 2)[~layout.valid_BT].any()
+    assert matrix.any(axis=2).all()
 
 
-def test_originals_and_pseudo_masks_see_themselves(layout):
-    seen = visibility_matrix(layout.order_BT, layout.valid_BT)
-    assert (np.diagonal(seen, axis1=1, axis2=2) == layout.valid_BT).all()
+def test_valid_slots_are_visible_to_themselves(layout):
+    matrix = visibility_matrix(layout.order_BT, layout.valid_BT)
+    assert (np.diagonal(matrix, axis1=1, axis2=2) == layout.valid_BT).all()

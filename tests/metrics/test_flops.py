@@ -57,6 +57,7 @@ def counted(cases: list[Case]) -> list[tuple[float, float]]:
     """FLOPs of one sample, forward and forward with backward, as torch counts them; in a world of one."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    from pmlm_dist.masking.layout import SlotInputs
     from pmlm_dist.model.transformer import build_model
     from pmlm_dist.parallel import groups
 
@@ -69,12 +70,7 @@ def counted(cases: list[Case]) -> list[tuple[float, float]]:
         predicted = torch.arange(case.predictions).expand(case.batch, -1)
         with FlopCounterMode(display=False) as forward:
             nll_KMB, _ = model(
-                tokens_BT=zeros,
-                positions_BT=zeros,
-                segments_BT=zeros,
-                order_BT=zeros,
-                valid_BT=torch.ones_like(zeros).bool(),
-                predicted_BM=predicted,
+                inputs=SlotInputs(zeros, zeros, zeros, zeros, torch.ones_like(zeros).bool(), predicted),
                 targets_BM=torch.zeros_like(predicted),
                 objectives=case.objectives,
             )

@@ -1,4 +1,4 @@
-"""Every reading of the visibility rule computes the same: outputs and gradients of `fused` equal those of `reference`."""
+"""Attention backend `fused` against `reference`: outputs and gradients; activation checkpointing changes neither."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def outputs_and_gradients(attention: str, *, relative_bias: bool, masking: Maski
 @pytest.mark.parametrize(
     "attention", sorted(set(ATTENTION_BACKENDS) - {"reference", "flex"})
 )  # flex: test_flex_attention.py
-def test_equals_dense_in_outputs_and_gradients(attention, stop, relative_bias):
+def test_outputs_and_gradients_equal_reference(attention, stop, relative_bias):
     masking = MaskingConfig(rate=0.3, stop=stop)
     logits, gradients = outputs_and_gradients(attention, relative_bias=relative_bias, masking=masking)
     expected, expected_gradients = outputs_and_gradients("reference", relative_bias=relative_bias, masking=masking)
@@ -45,7 +45,7 @@ def test_activation_checkpointing_changes_nothing():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_activation_checkpointing_drops_the_same_units_again():
+def test_activation_checkpointing_recomputes_the_same_dropout():
     def gradient(*, checkpointing: bool) -> torch.Tensor:
         model = model_of(hidden_dropout=0.2, attention_dropout=0.2, activation_checkpointing=checkpointing)
         torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""Dropout under tensor parallelism: peers drop the same hidden units, which are copies, and different heads."""
+"""Dropout under tensor parallelism: peers drop the same hidden units (copies) and different attention probabilities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.distributed
 
 
 def dropped(tp: int) -> tuple[list[Tensor], list[Tensor]]:
-    """What a rank kept of its hidden units and of its attention probabilities, in order of computation."""
+    """Masks of the kept hidden units and attention probabilities of a rank, in order of computation."""
     from dataclasses import replace
 
     from pmlm_dist.model import fused_attention
@@ -22,7 +22,7 @@ def dropped(tp: int) -> tuple[list[Tensor], list[Tensor]]:
     from pmlm_dist.parallel import groups, seeding
 
     topology = groups.init_process_groups(tp=tp)
-    seeding.seed_initialisation(0)
+    seeding.seed_initialization(0)
     model = build_model(replace(MODEL, hidden_dropout=0.3, attention_dropout=0.3), padded_vocab_size=PADDED).train()
     units: list[Tensor] = []
     heads: list[Tensor] = []
@@ -35,10 +35,10 @@ def dropped(tp: int) -> tuple[list[Tensor], list[Tensor]]:
             module.register_forward_hook(record_units)
     attend = fused_attention._attend
 
-    def record_heads(*tensors: Tensor, **settings: Any) -> list[Tensor]:
-        kept = attend(*tensors, **settings)
-        heads.append(kept[1])
-        return kept
+    def record_heads(*operands: Any, **settings: Any) -> list[Tensor]:
+        saved = attend(*operands, **settings)
+        heads.append(saved[1])
+        return saved
 
     fused_attention._attend = record_heads
     try:
@@ -53,20 +53,20 @@ def shares(masks: list[Tensor]) -> list[float]:
     return [float(mask.float().mean()) for mask in masks]
 
 
-def test_peers_drop_the_same_hidden_units_and_different_heads():
+def test_tp_peers_drop_same_hidden_units_and_different_probabilities():
     (units_0, heads_0), (units_1, heads_1) = run_world(dropped, 2, 2)
     assert len(units_0) == 1 + 2 * MODEL.num_layers  # embeddings; attention and feed-forward network of every layer
     assert len(heads_0) == 2 * MODEL.num_layers  # two query groups a layer
-    for mine, of_peer in zip(units_0, units_1, strict=True):
-        assert torch.equal(mine, of_peer)
-    for mine, of_peer in zip(heads_0, heads_1, strict=True):
-        assert mine.shape == of_peer.shape == (MODEL.num_heads // 2, *mine.shape[1:])
-        assert 0.3 < float((mine == of_peer).float().mean()) < 0.7  # 0.58 for independent draws
+    for own, peer in zip(units_0, units_1, strict=True):
+        assert torch.equal(own, peer)
+    for own, peer in zip(heads_0, heads_1, strict=True):
+        assert own.shape == peer.shape == (MODEL.num_heads // 2, *own.shape[1:])
+        assert 0.3 < float((own == peer).float().mean()) < 0.7  # 0.58 for independent draws
     assert all(0.6 < share < 0.8 for share in shares([*units_0, *heads_0]))
     assert not torch.equal(units_0[1], units_0[3])
 
 
-def test_data_parallel_ranks_draw_for_themselves():
+def test_dp_ranks_draw_different_dropout():
     (units_0, heads_0), (units_1, heads_1) = run_world(dropped, 2, 1)
-    for mine, other in zip([*units_0, *heads_0], [*units_1, *heads_1], strict=True):
-        assert not torch.equal(mine, other)
+    for own, other in zip([*units_0, *heads_0], [*units_1, *heads_1], strict=True):
+        assert not torch.equal(own, other)

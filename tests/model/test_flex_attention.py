@@ -1,8 +1,8 @@
-"""Attention by blocks computes what `reference` does and skips blocks nobody sees; it is refused where it cannot train.
+"""Attention backend `flex` against `reference`; blocks without visible pairs are skipped; CPU training is rejected.
 
-FlexAttention has no backward pass on a CPU: torch refuses a gradient there, although its reference of the backward pass
-would run. The tests of gradients lift that refusal, so that masks, bias, activation checkpointing and the way of the
-gradient to the table are tested without a GPU; the kernels themselves are tested in tests/gpu.
+FlexAttention has no backward pass on a CPU: torch raises an error there, although the backward pass of its uncompiled
+implementation would run. The tests of gradients disable that check, so that masks, bias, activation checkpointing and
+the gradient of the table are tested without a GPU. The kernels themselves are tested in tests/gpu.
 """
 
 from __future__ import annotations
@@ -30,32 +30,30 @@ from pmlm_dist.training.resolve import resolve
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
 BLOCK = 128
-READS = [("ae", "par"), ("ae",), ("par",)]
+OBJECTIVES = [("ae", "par"), ("ae",), ("par",)]
 
 
 def hidden_states(attention: str, batch: Batch, objectives: tuple[str, ...] | None, **changes: Any) -> Tensor:
-    """Of the read slots in fp32; `reads` None: of all slots."""
+    """Hidden states of the predicted slots in fp32; `objectives` None: of all slots."""
     model = model_of(dtype=torch.float32, attention=attention, **changes)
-    inputs = dict(batch.inputs)
-    if objectives is None:
-        del inputs["predicted_BM"]
+    inputs = batch.inputs if objectives else batch.inputs._replace(predicted_BM=None)
     with torch.no_grad():
-        return model.encode(**inputs, objectives=objectives or ("ae", "par"))
+        return model.encode(inputs, objectives=objectives or ("ae", "par"))
 
 
 @pytest.mark.parametrize("relative_bias", [True, False])
-@pytest.mark.parametrize("objectives", [*READS, None], ids=str)
+@pytest.mark.parametrize("objectives", [*OBJECTIVES, None], ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_hidden_states_equal_those_of_dense(seed, objectives, relative_bias):
+def test_hidden_states_equal_reference(seed, objectives, relative_bias):
     batch = random_batch(batch=4, seed=seed, masking=MaskingConfig(rate=0.3, stop=("exact", "paper")[seed]))
-    assert not batch.valid_BT.all()  # padding and unused predictions are there
+    assert not batch.valid_BT.all()  # there are padding and unused prediction slots
     found, expected = (
         hidden_states(name, batch, objectives, relative_bias=relative_bias) for name in ("flex", "reference")
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_logits_equal_those_of_dense_over_several_blocks():
+def test_logits_over_several_blocks_equal_reference():
     batch = random_batch(length=200)
     with torch.no_grad():
         found, expected = (
@@ -65,7 +63,7 @@ def test_logits_equal_those_of_dense_over_several_blocks():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_positions_may_lie_farther_apart_than_there_are_slots():
+def test_distances_beyond_number_of_slots_are_supported():
     batch = random_batch()
     far = dataclasses.replace(batch, positions_BT=batch.positions_BT * 40)  # 24 slots, distances up to 920
     changes = {"max_positions": 1000, "relative_max_distance": 300}
@@ -75,19 +73,12 @@ def test_positions_may_lie_farther_apart_than_there_are_slots():
 
 
 def plan_of(batch: Batch, objectives: tuple[str, ...] = ("ae", "par")) -> AttentionPlan:
-    slots = Slots(
-        batch.order_BT,
-        batch.valid_BT,
-        batch.positions_BT,
-        num_context=batch.num_context,
-        predicted_BM=batch.predicted_BM,
-        objectives=objectives,
-    )
+    slots = Slots(batch.inputs, num_context=batch.num_context, objectives=objectives)
     return ATTENTION_BACKENDS["flex"].plan(slots, None, torch.float32)
 
 
 def computed_blocks(plan_groups: Any) -> Tensor:
-    """Whether each block [B, Q / 128, T / 128] is computed."""
+    """True for each block [B, Q / 128, T / 128] that is computed."""
     (group,) = plan_groups
     assert isinstance(group, BlockGroup)
     return group.block_mask.to_dense()[:, 0].bool()
@@ -100,7 +91,7 @@ def blocks_with_a_visible_pair(visible_BQT: Tensor) -> Tensor:
     return padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).any(dim=4).any(dim=2)
 
 
-@pytest.mark.parametrize("objectives", READS, ids=str)
+@pytest.mark.parametrize("objectives", OBJECTIVES, ids=str)
 def test_only_blocks_with_a_visible_pair_are_computed(objectives):
     batch = random_batch(length=512, batch=4, masking=MaskingConfig(rate=0.4))
     plan = plan_of(batch, objectives)
@@ -108,27 +99,27 @@ def test_only_blocks_with_a_visible_pair_are_computed(objectives):
     assert torch.equal(computed_blocks(plan.inner), blocks_with_a_visible_pair(visible_BTT))
     pseudo = slice(batch.num_context + batch.num_predictions, None)
     rows = {"ae": visible_BTT[torch.arange(4)[:, None], batch.predicted_BM], "par": visible_BTT[:, pseudo]}
-    read_BRT = torch.cat([rows[name] for name in objectives], dim=1)
-    assert torch.equal(computed_blocks(plan.last), blocks_with_a_visible_pair(read_BRT))
+    predicted_BRT = torch.cat([rows[name] for name in objectives], dim=1)
+    assert torch.equal(computed_blocks(plan.last), blocks_with_a_visible_pair(predicted_BRT))
 
 
-def test_the_context_never_meets_the_appended_slots():
-    """Two blocks of context and two of appended slots: the first see all of each other and nothing of the others."""
+def test_context_blocks_skip_appended_slots():
+    """Two blocks of context and two of appended slots: context blocks are full, mixed ones are skipped."""
     batch = random_batch(length=256, batch=1, masking=MaskingConfig(rate=0.3))
     assert batch.tokens_BT.shape[1] == 256 + 2 * 77
     plan = plan_of(batch)
     assert computed_blocks(plan.inner)[0, :2].tolist() == [[True, True, False, False]] * 2
     (group,) = plan.inner
     assert isinstance(group, BlockGroup)
-    whole = group.block_mask.full_kv_num_blocks
-    assert whole is not None
-    assert whole[0, 0, :2].tolist() == [2, 2]
-    assert group.block_mask.kv_num_blocks[0, 0, :2].tolist() == [0, 0]  # no pair of these is looked at
+    full = group.block_mask.full_kv_num_blocks
+    assert full is not None
+    assert full[0, 0, :2].tolist() == [2, 2]
+    assert group.block_mask.kv_num_blocks[0, 0, :2].tolist() == [0, 0]  # the rule is evaluated for no pair of these
 
 
 @pytest.fixture
 def backward_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lift torch's refusal of gradients on a CPU."""
+    """Disable torch's check that rejects gradients on a CPU."""
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
 
 
@@ -145,7 +136,7 @@ def outputs_and_gradients(batch: Batch, **changes: Any) -> dict[str, Tensor]:
 @pytest.mark.usefixtures("backward_on_cpu")
 @pytest.mark.parametrize("relative_bias", [True, False])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_equal_those_of_dense(checkpointing, relative_bias):
+def test_gradients_equal_reference(checkpointing, relative_bias):
     batch = random_batch()
     found = outputs_and_gradients(
         batch, attention="flex", relative_bias=relative_bias, activation_checkpointing=checkpointing
@@ -158,8 +149,8 @@ def test_gradients_equal_those_of_dense(checkpointing, relative_bias):
 
 
 @pytest.mark.usefixtures("backward_on_cpu")
-def test_the_bias_keeps_fp32_among_bf16_weights():
-    """The gradients of all pairs and layers are added up in it; only their sum is rounded to the table's bf16."""
+def test_bias_stays_fp32_with_bf16_weights():
+    """It sums the gradients of all pairs and layers; only the sum is rounded to the table's bf16."""
     model = model_of(dtype=torch.bfloat16, attention="flex", initializer_range=0.02)
     table = model.relative_bias
     assert table is not None
@@ -170,25 +161,25 @@ def test_the_bias_keeps_fp32_among_bf16_weights():
     assert table.weight.grad.abs().max() > 0
 
 
-def logits_of_a_rank(tp: int) -> Tensor:
+def logits_per_rank(tp: int) -> Tensor:
     from pmlm_dist.model.transformer import build_model
     from pmlm_dist.parallel import seeding
 
     groups.init_process_groups(tp=tp)
-    seeding.seed_initialisation(0)
+    seeding.seed_initialization(0)
     model = build_model(dataclasses.replace(MODEL, attention="flex"), padded_vocab_size=PADDED)
     with torch.no_grad():
         return logits_of(model, random_batch())
 
 
 @pytest.mark.distributed
-def test_tensor_parallel_ranks_compute_the_heads_of_one():
-    (whole,) = run_world(logits_of_a_rank, 1, 1)
-    torch.testing.assert_close(torch.cat(run_world(logits_of_a_rank, 2, 2), dim=-1), whole, rtol=0, atol=1e-5)
+def test_tensor_parallel_logits_equal_single_rank():
+    (expected,) = run_world(logits_per_rank, 1, 1)
+    torch.testing.assert_close(torch.cat(run_world(logits_per_rank, 2, 2), dim=-1), expected, rtol=0, atol=1e-5)
 
 
 def train_with_flex(config: RunConfig) -> Trained:
-    """As `train`, on a CPU all the same; for a world of its own, where nobody misses the refusals that are lifted."""
+    """`train` with flex on a CPU; it disables checks for the whole process, so it must run in a world of its own."""
     from pmlm_dist.training import resolve
 
     torch.nn.attention.flex_attention._validate_device = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
@@ -197,8 +188,8 @@ def train_with_flex(config: RunConfig) -> Trained:
 
 
 @pytest.mark.distributed
-def test_the_engine_trains_it_as_it_trains_split(small_corpus, tmp_path):
-    """ZeRO-3 on top of tensor parallelism and activation checkpointing: the ways on which a gradient can get lost."""
+def test_training_with_engine_equals_fused(small_corpus, tmp_path):
+    """ZeRO-3, tensor parallelism and activation checkpointing together, as each can lose a gradient."""
     config = with_model(run_config(small_corpus, tmp_path, tp=2, steps=3, zero=3), activation_checkpointing=True)
     found, expected = (run_world(function, 2, config)[0] for function in (train_with_flex, train))
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-5, atol=0)
@@ -207,8 +198,8 @@ def test_the_engine_trains_it_as_it_trains_split(small_corpus, tmp_path):
         torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-4, msg=name)
 
 
-def test_new_batches_of_the_same_shape_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch):
-    """As on a GPU, where every step brings another mask; the kernels' compiler is left out here."""
+def test_batches_of_same_shape_are_not_recompiled(monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, where every step has another mask; only the compiler of the kernels is replaced."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     compiler = CompileCounterWithBackend("eager")
@@ -231,14 +222,14 @@ def flex_config(**changes: Any) -> RunConfig:
     return RunConfig(model=ModelConfig(attention="flex", **changes))
 
 
-def test_dropout_of_attention_probabilities_is_refused():
+def test_attention_dropout_with_flex_is_reported():
     (problem,) = problems(flex_config())
     assert "model.attention_dropout (0.1) must be 0 with model.attention flex" in problem
     assert "--model.attention fused" in problem
     assert problems(flex_config(attention_dropout=0.0)) == []
 
 
-def test_training_is_refused_where_there_is_no_backward_pass(small_corpus, tmp_path):
+def test_training_with_flex_on_cpu_raises(small_corpus, tmp_path):
     config = with_model(run_config(small_corpus, tmp_path), attention="flex")
     topology = groups.init_process_groups()
     with pytest.raises(ConfigError, match=r"flex cannot train on a CPU.*: use --model.attention fused"):
@@ -249,5 +240,5 @@ def test_training_is_refused_where_there_is_no_backward_pass(small_corpus, tmp_p
     resolve(with_model(config, num_heads=2), on_gpu)
 
 
-def test_the_setting_names_every_reading():
+def test_setting_has_every_attention_backend():
     assert set(get_args(get_type_hints(ModelConfig)["attention"])) == set(ATTENTION_BACKENDS)

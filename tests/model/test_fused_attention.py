@@ -1,4 +1,4 @@
-"""The one-operation attention equals the plain one under autograd: outputs and gradients, with and without dropout."""
+"""Fused attention against the reference under autograd: outputs and gradients, with and without dropout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = S + 2 * M
 
 
 def leaves(dtype: torch.dtype, *, shared: bool) -> list[torch.Tensor]:
-    """Queries, keys and values, bias of the context (one for all samples if `shared`) and of the appended slots."""
+    """Queries, keys and values, bias of the context (`shared`: the same for all samples) and of the appended slots."""
     random = torch.Generator().manual_seed(0)
     shapes = [(T, B, H, D), (T, B, H, 2, D), (H, 1 if shared else B, S, S), (H, B, 2 * M, T)]
     tensors = [torch.randn(*shape, generator=random, dtype=torch.float64) for shape in shapes]
@@ -37,20 +37,20 @@ def outcome(attend, dtype: torch.dtype, *, dropout: float = 0.0, shared: bool = 
 
 @pytest.mark.parametrize("pairs", [1, 2 * S * S, 2**20], ids=["one sample", "two samples", "several heads"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_equals_plain_attention_in_double_precision(monkeypatch, shared, pairs):
+def test_outputs_and_gradients_equal_reference_in_fp64(monkeypatch, shared, pairs):
     monkeypatch.setattr(fused_attention, "_SCORES_PER_THREAD", pairs // torch.get_num_threads())
     found, expected = (
         outcome(attend, torch.float64, shared=shared) for attend in (attention_fused, attention_reference)
     )
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+    for own, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_with_dropout_gradients_are_those_of_what_was_computed(shared):
-    """Against finite differences: the same seed drops the same pairs."""
+def test_gradients_with_dropout_equal_finite_differences(shared):
+    """The same seed drops the same pairs in every evaluation."""
 
-    def of(q, kv, *biases):
+    def attend(q, kv, *biases):
         torch.manual_seed(7)
         keys = slice(0, T)
         groups = [QueryGroup(slice(0, S), slice(0, S), biases[0]), QueryGroup(slice(S, T), keys, biases[1])]
@@ -58,10 +58,10 @@ def test_with_dropout_gradients_are_those_of_what_was_computed(shared):
 
     q, kv, *biases = leaves(torch.float64, shared=shared)
     finite = [bias.detach().clamp(min=-3.0).requires_grad_() for bias in biases]
-    assert torch.autograd.gradcheck(of, (q, kv, *finite), fast_mode=True)
+    assert torch.autograd.gradcheck(attend, (q, kv, *finite), fast_mode=True)
 
 
-def test_dropout_keeps_the_mean_and_draws_something():
+def test_dropout_keeps_mean_and_has_variance():
     q, kv, *_ = leaves(torch.float64, shared=True)
     group = (QueryGroup(slice(0, T), slice(0, T), None),)
     torch.manual_seed(0)
@@ -72,8 +72,8 @@ def test_dropout_keeps_the_mean_and_draws_something():
     assert error.abs().max() < 6  # standard errors, of 1,536 values
 
 
-def test_bf16_stays_within_its_rounding():
-    """bf16 keeps 8 bits; sums of 16 terms of size about 1 are good to some hundredths."""
+def test_bf16_error_is_that_of_rounding():
+    """bf16 has 8 bits: sums of 16 terms of magnitude 1 have errors of some hundredths."""
     found, expected = outcome(attention_fused, torch.bfloat16), outcome(attention_reference, torch.float64)
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine.double(), theirs, rtol=0.05, atol=0.05)
+    for own, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(own.double(), reference, rtol=0.05, atol=0.05)

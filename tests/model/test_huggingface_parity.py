@@ -1,4 +1,4 @@
-"""Without appended slots the network is BERT (relative bias off) or MPNet (on): equal logits given the same weights."""
+"""Without appended slots the model equals BERT (relative bias off) or MPNet (on): same weights, same logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from support.batches import MODEL, PADDED, SPECIAL, VOCABULARY, model_of, random_batch
 from transformers import BertConfig, BertForMaskedLM, MPNetConfig, MPNetForMaskedLM
 
-from pmlm_dist.model.transformer import PseudoMaskedLM
+from pmlm_dist.model.transformer import PseudoMaskedLM, context_inputs
 
 SHARED = {
     "vocab_size": VOCABULARY,
@@ -26,7 +26,7 @@ SHARED = {
 
 
 def attention_weights(model: PseudoMaskedLM, layer: int) -> dict[str, torch.Tensor]:
-    """Query, key and value of a layer, each [E, E] or [E]: our keys and values are interleaved by head."""
+    """Query, key and value of a layer, each [E, E] or [E]; our keys and values are interleaved by head."""
     attention: Any = model.layers[layer].attention
     heads, size = MODEL.num_heads, MODEL.head_dim
     found = {"query.weight": attention.query.weight, "query.bias": attention.query.bias}
@@ -38,7 +38,7 @@ def attention_weights(model: PseudoMaskedLM, layer: int) -> dict[str, torch.Tens
 
 
 def named_as(model: PseudoMaskedLM, names: dict[str, str], attention: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Our weights under another implementation's names; `{}` stands for the layer."""
+    """Our weights with the names of another implementation; `{}` is the number of the layer."""
     ours = dict(model.named_parameters())
     renamed = {}
     for layer in range(MODEL.num_layers):
@@ -96,7 +96,7 @@ def bert_of(model: PseudoMaskedLM) -> BertForMaskedLM:
 
 
 def mpnet_of(model: PseudoMaskedLM) -> MPNetForMaskedLM:
-    """MPNet has no segments (type 0 is folded into its positions) and positions that start in row 2."""
+    """MPNet has no segments (type 0 is added to its positions), and its positions start in row 2."""
     rows = MODEL.max_positions + 2
     mpnet = MPNetForMaskedLM(MPNetConfig(**SHARED, max_position_embeddings=rows)).double().eval()
     letters = {"query": "q", "key": "k", "value": "v"}
@@ -126,15 +126,12 @@ def load(other: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def our_logits(model: PseudoMaskedLM, tokens, segments, valid) -> torch.Tensor:
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    hidden_TBE = model.encode(
-        tokens, positions_BT=positions, segments_BT=segments, order_BT=torch.zeros_like(tokens), valid_BT=valid
-    )
+    hidden_TBE = model.encode(context_inputs(tokens, segments_BT=segments, valid_BT=valid))
     return model.head(hidden_TBE, model.embeddings.token.weight).transpose(0, 1)
 
 
 @pytest.mark.parametrize("attention", ["fused", "reference"])
-def test_without_relative_bias_logits_equal_berts(attention):
+def test_logits_without_relative_bias_equal_bert(attention):
     model = model_of(relative_bias=False, attention=attention).eval()
     batch = random_batch()
     S = batch.num_context
@@ -149,7 +146,7 @@ def test_without_relative_bias_logits_equal_berts(attention):
 
 
 @pytest.mark.parametrize("attention", ["fused", "reference"])
-def test_with_relative_bias_logits_equal_mpnets(attention):
+def test_logits_with_relative_bias_equal_mpnet(attention):
     model = model_of(relative_bias=True, attention=attention).eval()
     batch = random_batch()
     S = batch.num_context

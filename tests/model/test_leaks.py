@@ -1,12 +1,10 @@
-"""No prediction can see what it must not: shown on the model, by gradients with respect to every slot's embedding.
+"""No prediction depends on its target: gradients of the predicted slots with respect to the embeddings of all slots.
 
-What may reach a read slot over L layers is the closure of the visibility rule. Outside of it every gradient must be
-exactly zero; inside, with random weights, it is not, so the test would notice a missing connection too.
+The slots that can reach a predicted slot over L layers are the closure of the visibility rule. Outside of it all
+gradients must be exactly zero. Inside, with random weights, they are nonzero, so missing connections are found too.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -17,8 +15,8 @@ from pmlm_dist.data.batch import Batch
 from pmlm_dist.model.transformer import PseudoMaskedLM
 
 
-def sees(q_order: int, k_order: int) -> bool:
-    """The rule in three cases: context, original of step q, pseudo mask of step q."""
+def is_visible(q_order: int, k_order: int) -> bool:
+    """Visibility rule by kind of the query: context, original of step q, pseudo mask of step q."""
     if q_order == 0:
         return k_order == 0
     if q_order > 0:
@@ -27,10 +25,10 @@ def sees(q_order: int, k_order: int) -> bool:
 
 
 def closure(batch: Batch, sample: int, layers: int) -> torch.Tensor:
-    """[T, T]: whether slot j can reach slot i over `layers` layers (residual connections included)."""
+    """[T, T]: True where slot j can reach slot i over `layers` layers, including residual connections."""
     order, valid = batch.order_BT[sample].tolist(), batch.valid_BT[sample].tolist()
     slots = list(enumerate(order))
-    one = torch.tensor([[i == j or (valid[j] and sees(q, k)) for j, k in slots] for i, q in slots])
+    one = torch.tensor([[i == j or (valid[j] and is_visible(q, k)) for j, k in slots] for i, q in slots])
     reach = one
     for _ in range(layers - 1):
         reach = (reach.double() @ one.double()) > 0
@@ -38,7 +36,7 @@ def closure(batch: Batch, sample: int, layers: int) -> torch.Tensor:
 
 
 def influence(model: PseudoMaskedLM, batch: Batch) -> torch.Tensor:
-    """[B, R, T]: largest gradient of each read slot's logits with respect to each slot's embedding."""
+    """[B, R, T]: largest gradient of each predicted slot's output with respect to each slot's embedding."""
     embeddings: list[torch.Tensor] = []
 
     def keep(_module, _inputs, output):
@@ -46,14 +44,12 @@ def influence(model: PseudoMaskedLM, batch: Batch) -> torch.Tensor:
         return embeddings[-1]
 
     handle = model.embeddings.register_forward_hook(keep)
-    inputs: Any = batch.inputs
-    hidden_RBE = model.encode(**inputs)
+    hidden_RBE = model.encode(batch.inputs)
     handle.remove()
     probe = torch.randn(hidden_RBE.shape[-1], dtype=hidden_RBE.dtype, generator=torch.Generator().manual_seed(1))
-    read_RB = hidden_RBE @ probe
     rows = []
-    for read_B in read_RB:
-        (gradient_TBE,) = torch.autograd.grad(read_B.sum(), embeddings[0], retain_graph=True)
+    for output_B in hidden_RBE @ probe:
+        (gradient_TBE,) = torch.autograd.grad(output_B.sum(), embeddings[0], retain_graph=True)
         rows.append(gradient_TBE.abs().amax(dim=-1).t())
     return torch.stack(rows, dim=1)
 
@@ -61,7 +57,7 @@ def influence(model: PseudoMaskedLM, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("attention", ["reference", "fused"])
 @pytest.mark.parametrize("relative_bias", [True, False])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_gradients_vanish_exactly_where_the_closure_of_visibility_says_so(attention, relative_bias, seed):
+def test_gradients_are_zero_exactly_outside_closure_of_visibility(attention, relative_bias, seed):
     model = model_of(attention=attention, relative_bias=relative_bias, seed=seed)
     batch = random_batch(seed=seed, masking=MaskingConfig(rate=0.3, stop="paper" if seed else "exact"))
     found_BRT = influence(model, batch)
@@ -69,14 +65,14 @@ def test_gradients_vanish_exactly_where_the_closure_of_visibility_says_so(attent
     for sample in range(len(found_BRT)):
         reach = closure(batch, sample, layers=model.config.num_layers)
         pseudo = torch.arange(T - M, T)
-        read = torch.cat([batch.predicted_BM[sample], pseudo])
-        allowed_RT = reach[read]
+        predicted_R = torch.cat([batch.predicted_BM[sample], pseudo])
+        allowed_RT = reach[predicted_R]
         used = batch.weights_BM[sample].bool().repeat(2)
         assert (found_BRT[sample][~allowed_RT] == 0).all()
         assert (found_BRT[sample][used][allowed_RT[used]] > 0).all()
 
 
-def test_with_pure_masks_no_pseudo_mask_reaches_its_answer_or_a_later_one():
+def test_pseudo_masks_never_depend_on_own_or_later_targets():
     batch = random_batch(masking=MaskingConfig(rate=0.3, corruption="mask_only"))
     found_BRT = influence(model_of(num_layers=4), batch)
     S, M = batch.num_context, batch.num_predictions
@@ -87,4 +83,4 @@ def test_with_pure_masks_no_pseudo_mask_reaches_its_answer_or_a_later_one():
                 continue
             later_or_own = steps >= steps[m]
             assert (found_BRT[sample, M + m, S : S + M][later_or_own] == 0).all()
-            assert (found_BRT[sample, m, S:] == 0).all()  # AE sees no appended slot at all
+            assert (found_BRT[sample, m, S:] == 0).all()  # AE depends on no appended slot

@@ -1,4 +1,4 @@
-"""Loss and gradients of the fast path equal the method written out by hand, on random cases."""
+"""Loss and gradients against the longhand reference (`support/longhand.py`) for random settings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ maskings = st.builds(
     length=st.integers(8, 14),
     seed=st.integers(0, 1000),
 )
-def test_loss_and_gradients_equal_the_longhand(*, objective, masking, relative_bias, heads, attention, length, seed):
+def test_loss_and_gradients_equal_longhand(*, objective, masking, relative_bias, heads, attention, length, seed):
     model = model_of(
         seed=seed,
         vocab_size=20,
@@ -62,7 +62,7 @@ def test_loss_and_gradients_equal_the_longhand(*, objective, masking, relative_b
     loss = (sums.nll_K * loss_scales(objective, targets_K)).sum()
     loss.backward()
     assert MODEL.layer_norm_eps == model.config.layer_norm_eps
-    # The cross entropy adds up in fp32: 24 bits.
+    # `loss_scales` are fp32: 24 bits.
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     for name, parameter in model.named_parameters():
         reference = weights[name].grad if weights[name].grad is not None else torch.zeros_like(weights[name])

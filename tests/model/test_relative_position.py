@@ -1,4 +1,4 @@
-"""Relative position buckets against a table worked out by hand from the formula, and the bias against a loop."""
+"""Relative position buckets against a table computed by hand and MPNet's; the bias against a loop over pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 from pmlm_dist.model.relative_position import RelativeBias, relative_bucket
 from pmlm_dist.parallel import groups
 
-# 16 buckets a sign: 0..7 exact; then 8 + floor(8 ln(a/8) / ln 16), so bucket b starts at 8 * 2^((b-8)/2):
+# 16 buckets per sign: 0..7 exact; then 8 + floor(8 ln(a/8) / ln 16), so bucket b starts at 8 * 2^((b-8)/2):
 # 8, 11.31, 16, 22.63, 32, 45.25, 64, 90.51 (and 128, which stays in bucket 15).
 FIRST_DISTANCE = {**{a: a for a in range(9)}, 9: 12, 10: 16, 11: 23, 12: 32, 13: 46, 14: 64, 15: 91}
 
@@ -19,7 +19,7 @@ def by_hand(distance: int) -> int:
     return bucket + (16 if distance > 0 else 0)
 
 
-def test_buckets_equal_the_table_worked_out_by_hand():
+def test_buckets_equal_table_computed_by_hand():
     distances = range(-600, 601)
     expected = [by_hand(d) for d in distances]
     assert relative_bucket(torch.tensor(list(distances))).tolist() == expected
@@ -31,13 +31,13 @@ def test_buckets_equal_those_of_mpnet():
 
 
 @pytest.mark.parametrize(("buckets", "max_distance"), [(8, 16), (16, 20), (32, 128), (64, 1000)])
-def test_buckets_of_a_sign_are_all_used_and_grow_with_distance(buckets, max_distance):
+def test_buckets_of_a_sign_are_all_used_and_increase_with_distance(buckets, max_distance):
     found = relative_bucket(-torch.arange(2 * max_distance), buckets=buckets, max_distance=max_distance)
     assert (found.diff() >= 0).all()
     assert found.unique().tolist() == list(range(buckets // 2))
 
 
-def test_bias_is_the_table_entry_of_every_pair():
+def test_bias_equals_table_entry_of_every_pair():
     groups.init_process_groups()
     bias = RelativeBias(3, buckets=32, max_distance=128, std=1.0)
     queries, keys = torch.randint(0, 300, (2, 5)), torch.randint(0, 300, (2, 7))
@@ -50,15 +50,15 @@ def test_bias_is_the_table_entry_of_every_pair():
                 assert torch.equal(found[:, b, q, k], bias.weight[:, bucket])
 
 
-def test_neighbours_have_the_bias_of_their_distances():
+def test_for_contiguous_equals_bias_of_positions():
     groups.init_process_groups()
     bias = RelativeBias(3, buckets=8, max_distance=6, std=1.0)
     positions = torch.arange(20)[None]
     assert torch.equal(bias.for_contiguous(20), bias(positions, positions)[:, 0])
 
 
-def test_a_bf16_table_gets_the_gradient_of_millions_of_pairs():
-    """Added up in bf16, the sum would stop growing at 256."""
+def test_bf16_table_gets_gradient_summed_in_fp32():
+    """In bf16 a sum of ones stops growing at 256."""
     groups.init_process_groups()
     bias = RelativeBias(1, buckets=8, max_distance=6, std=1.0).to(torch.bfloat16)
     positions = torch.arange(300)[None]

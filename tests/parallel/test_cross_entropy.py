@@ -1,4 +1,4 @@
-"""The fused loss equals softmax and cross entropy written out, in loss and gradients, in several precisions."""
+"""The fused loss against torch's cross entropy of full logits, in loss and gradients, in several precisions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def reference(x, weight, bias, targets, gradient):
     return nll.detach(), logits.argmax(-1) == targets, torch.autograd.grad(nll, inputs, gradient.double())
 
 
-@pytest.mark.parametrize("spread", [0.1, 5.0, 40.0])  # of the logits: all alike, as trained, nearly one-hot
+@pytest.mark.parametrize("spread", [0.1, 5.0, 40.0])  # of the logits: nearly uniform, as trained, nearly one-hot
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
 )
-def test_equals_the_reference(monkeypatch, dtype, tolerance, spread):
+def test_loss_and_gradients_equal_reference(monkeypatch, dtype, tolerance, spread):
     groups.init_process_groups()
     monkeypatch.setattr(cross_entropy, "_CHUNK_ON_CPU", 3 * 37)  # several chunks, the last one smaller
     random = torch.Generator().manual_seed(1)
@@ -34,35 +34,35 @@ def test_equals_the_reference(monkeypatch, dtype, tolerance, spread):
     targets = torch.randint(34, (20,), generator=random)
     targets[:10] = tied_logits(x, weight, bias).argmax(-1)[:10]
     gradient = torch.rand(20, generator=random)
-    expected_nll, expected_right, expected = reference(x, weight, bias, targets, gradient)
-    nll, right = tied_cross_entropy(x, weight, bias, targets)
+    expected_nll, expected_correct, expected = reference(x, weight, bias, targets, gradient)
+    nll, correct = tied_cross_entropy(x, weight, bias, targets)
     found = torch.autograd.grad(nll, (x, weight, bias), gradient.to(nll.dtype))
     assert nll.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(nll.double(), expected_nll, rtol=tolerance, atol=tolerance * max(1.0, spread))
-    if dtype != torch.bfloat16:  # whose ties and rounded logits may fall the other way
-        assert torch.equal(right, expected_right)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.dtype == dtype
-        assert (mine.double() - theirs).norm() <= tolerance * max(1.0, theirs.norm())
+    if dtype != torch.bfloat16:  # rounded logits may tie or change their order
+        assert torch.equal(correct, expected_correct)
+    for gradient, expected_gradient in zip(found, expected, strict=True):
+        assert gradient.dtype == dtype
+        assert (gradient.double() - expected_gradient).norm() <= tolerance * max(1.0, expected_gradient.norm())
 
 
-def test_leading_dimensions_are_kept_and_padding_never_trains():
+def test_leading_dimensions_are_kept_and_padding_has_no_gradient():
     groups.init_process_groups()
     x, weight, bias = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True), torch.zeros(7)
     bias[5:] = float("-inf")
     targets = torch.randint(5, (2, 3))
-    nll, right = tied_cross_entropy(x, weight, bias, targets)
-    assert nll.shape == right.shape == (2, 3)
+    nll, correct = tied_cross_entropy(x, weight, bias, targets)
+    assert nll.shape == correct.shape == (2, 3)
     nll.sum().backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad[5:], torch.zeros(2, 4))
     assert (weight.grad[:5] != 0).any(dim=1).all()
 
 
-def test_a_tie_is_not_a_win():
+def test_tie_is_not_correct():
     groups.init_process_groups()
     weight = torch.tensor([[1.0], [1.0], [0.5]])
-    _, right = tied_cross_entropy(torch.ones(3, 1), weight, torch.zeros(3), torch.tensor([0, 1, 2]))
-    assert not right.any()
-    _, right = tied_cross_entropy(torch.full((1, 1), -1.0), weight, torch.zeros(3), torch.tensor([2]))
-    assert right.all()
+    _, correct = tied_cross_entropy(torch.ones(3, 1), weight, torch.zeros(3), torch.tensor([0, 1, 2]))
+    assert not correct.any()
+    _, correct = tied_cross_entropy(torch.full((1, 1), -1.0), weight, torch.zeros(3), torch.tensor([2]))
+    assert correct.all()

@@ -1,4 +1,4 @@
-"""Dropout is a function of the place in the run: other in every micro-batch and on every data-parallel rank."""
+"""Dropout seeds are a function of the position in the run: one for each micro-batch and data-parallel rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from pmlm_dist.parallel.seeding import seed_dropout, seed_initialisation
+from pmlm_dist.parallel.seeding import seed_dropout, seed_initialization
 
 
 def draws(seed: int, micro_step: int, dp_rank: int) -> tuple[float, ...]:
@@ -14,13 +14,13 @@ def draws(seed: int, micro_step: int, dp_rank: int) -> tuple[float, ...]:
     return tuple(torch.rand(4).tolist())
 
 
-def test_every_place_of_a_run_draws_its_own_numbers_again_and_again():
-    places = list(itertools.product((0, 1), range(5), range(3)))
-    drawn = [draws(*place) for place in places]
-    assert len(set(drawn)) == len(places)
-    assert [draws(*place) for place in places] == drawn
+def test_dropout_seeds_are_distinct_and_reproducible():
+    positions = list(itertools.product((0, 1), range(5), range(3)))
+    drawn = [draws(*position) for position in positions]
+    assert len(set(drawn)) == len(positions)
+    assert [draws(*position) for position in positions] == drawn
 
 
-def test_initial_weights_are_not_drawn_like_dropout():
-    seed_initialisation(0)
+def test_initialization_seed_differs_from_dropout_seeds():
+    seed_initialization(0)
     assert tuple(torch.rand(4).tolist()) not in {draws(0, step, rank) for step in range(3) for rank in range(3)}

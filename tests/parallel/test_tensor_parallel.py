@@ -1,4 +1,4 @@
-"""The sharded pieces compute what whole ones do: cross entropy, argmax, dropout, initial weights."""
+"""Sharded operations against unsharded ones: cross entropy, argmax, label smoothing, dropout, initial weights."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ def head_and_targets(padding: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return 2 * x, weight, bias, targets
 
 
-def read_words(tp: int, padding: int) -> dict[str, torch.Tensor]:
+def outcome_on_shards(tp: int, padding: int) -> dict[str, torch.Tensor]:
     from pmlm_dist.parallel import groups
     from pmlm_dist.parallel.cross_entropy import tied_cross_entropy, tied_logits, vocab_parallel_argmax
 
     topology = groups.init_process_groups(tp=tp)
     x, weight, bias, targets = head_and_targets(padding)
     x.requires_grad_()
-    own_weight, own_bias = (whole.chunk(tp)[topology.tp_rank].clone().requires_grad_() for whole in (weight, bias))
+    own_weight, own_bias = (full.chunk(tp)[topology.tp_rank].clone().requires_grad_() for full in (weight, bias))
     likely = vocab_parallel_argmax(tied_logits(x, own_weight, own_bias))
-    nll, right = tied_cross_entropy(x, own_weight, own_bias, targets)
+    nll, correct = tied_cross_entropy(x, own_weight, own_bias, targets)
     (nll * torch.arange(1.0, N + 1)).sum().backward()
     gradients = {"x": x.grad, "weight": own_weight.grad, "bias": own_bias.grad}
     return {
         "nll": nll.detach(),
-        "right": right,
+        "correct": correct,
         "likely": likely,
         **{k: g for k, g in gradients.items() if g is not None},
     }
 
 
-@pytest.mark.parametrize("padding", [3, 12])  # with 12 some ranks hold padding alone
+@pytest.mark.parametrize("padding", [3, 12])  # with 12 some ranks hold padding only
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_cross_entropy_and_argmax_of_shards_equal_those_of_the_whole(tp, padding):
-    answers = run_world(read_words, tp, tp, padding)
+def test_sharded_cross_entropy_and_argmax_equal_unsharded(tp, padding):
+    results = run_world(outcome_on_shards, tp, tp, padding)
     x, weight, bias, targets = head_and_targets(padding)
     for tensor in (x, weight, bias):
         tensor.requires_grad_()
     logits = F.linear(x, weight, bias)
     nll = F.cross_entropy(logits, targets, reduction="none")
     (nll * torch.arange(1.0, N + 1)).sum().backward()
-    for answer in answers:
-        torch.testing.assert_close(answer["nll"], nll.detach(), rtol=1e-5, atol=1e-6)
-        assert torch.equal(answer["likely"], logits.argmax(-1))
-        assert torch.equal(answer["right"], logits.argmax(-1) == targets)
-        torch.testing.assert_close(answer["x"], x.grad)
-    for name, whole in (("weight", weight), ("bias", bias)):
-        torch.testing.assert_close(torch.cat([answer[name] for answer in answers]), whole.grad)
-    assert 0 < int(answers[0]["right"].sum()) < N
+    for result in results:
+        torch.testing.assert_close(result["nll"], nll.detach(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(result["likely"], logits.argmax(-1))
+        assert torch.equal(result["correct"], logits.argmax(-1) == targets)
+        torch.testing.assert_close(result["x"], x.grad)
+    for name, full in (("weight", weight), ("bias", bias)):
+        torch.testing.assert_close(torch.cat([result[name] for result in results]), full.grad)
+    assert 0 < int(results[0]["correct"].sum()) < N
 
 
 def smoothed(tp: int, padding: int) -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ def smoothed(tp: int, padding: int) -> dict[str, torch.Tensor]:
     topology = groups.init_process_groups(tp=tp)
     x, weight, bias, targets = head_and_targets(padding)
     x.requires_grad_()
-    own_weight, own_bias = (whole.chunk(tp)[topology.tp_rank].clone().requires_grad_() for whole in (weight, bias))
+    own_weight, own_bias = (full.chunk(tp)[topology.tp_rank].clone().requires_grad_() for full in (weight, bias))
     nll, _ = tied_cross_entropy(x, own_weight, own_bias, targets)
     loss = nll + 0.1 * smoothing_nll(x, own_weight, own_bias, targets, vocab_size=V - padding)
     (loss * torch.arange(1.0, N + 1)).sum().backward()
@@ -81,22 +81,22 @@ def smoothed(tp: int, padding: int) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), "logits": gathered, **{k: g for k, g in gradients.items() if g is not None}}
 
 
-@pytest.mark.parametrize("padding", [3, 12])  # with 12 some ranks hold padding alone
+@pytest.mark.parametrize("padding", [3, 12])  # with 12 some ranks hold padding only
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_smoothed_losses_of_shards_equal_those_of_torch_on_the_whole(tp, padding):
-    answers = run_world(smoothed, tp, tp, padding)
+def test_sharded_smoothed_loss_equals_torch(tp, padding):
+    results = run_world(smoothed, tp, tp, padding)
     x, weight, bias, targets = head_and_targets(padding)
     for tensor in (x, weight, bias):
         tensor.requires_grad_()
     logits = F.linear(x, weight, bias)
     loss = F.cross_entropy(logits[:, : V - padding], targets, reduction="none", label_smoothing=0.1)
     (loss * torch.arange(1.0, N + 1)).sum().backward()
-    for answer in answers:
-        torch.testing.assert_close(answer["loss"], loss.detach(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(answer["x"], x.grad)
-        torch.testing.assert_close(answer["logits"], logits.detach())
-    for name, whole in (("weight", weight), ("bias", bias)):
-        torch.testing.assert_close(torch.cat([answer[name] for answer in answers]), whole.grad)
+    for result in results:
+        torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result["x"], x.grad)
+        torch.testing.assert_close(result["logits"], logits.detach())
+    for name, full in (("weight", weight), ("bias", bias)):
+        torch.testing.assert_close(torch.cat([result[name] for result in results]), full.grad)
 
 
 def draws(tp: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -110,7 +110,7 @@ def draws(tp: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return before, inside, torch.rand(4)
 
 
-def test_tensor_parallel_peers_part_only_inside():
+def test_generators_differ_across_tp_only_within_context():
     (before_0, inside_0, after_0), (before_1, inside_1, after_1) = run_world(draws, 2, 2)
     assert torch.equal(before_0, before_1)
     assert torch.equal(after_0, after_1)
@@ -124,7 +124,7 @@ def initial_weights(tp: int) -> dict[str, tuple[bool, int, torch.Tensor]]:
     from pmlm_dist.parallel.layers import is_sharded
 
     groups.init_process_groups(tp=tp)
-    seeding.seed_initialisation(0)
+    seeding.seed_initialization(0)
     model = build_model(replace(MODEL, vocab_size=125), padded_vocab_size=128)
     return {
         name: (is_sharded(parameter), getattr(parameter, "partition_dim", -1), parameter.detach())
@@ -133,11 +133,11 @@ def initial_weights(tp: int) -> dict[str, tuple[bool, int, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-def test_shards_are_slices_of_the_weights_that_one_rank_draws(tp):
-    (whole,) = run_world(initial_weights, 1, 1)
+def test_initial_weights_of_shards_are_slices_of_full_weights(tp):
+    (full,) = run_world(initial_weights, 1, 1)
     parts = run_world(initial_weights, tp, tp)
     sharded = 0
-    for name, (_, _, expected) in whole.items():
+    for name, (_, _, expected) in full.items():
         is_sharded, dimension, _ = parts[0][name]
         pieces = [part[name][2] for part in parts]
         if is_sharded:
@@ -145,5 +145,5 @@ def test_shards_are_slices_of_the_weights_that_one_rank_draws(tp):
             assert torch.equal(torch.cat(pieces, dim=dimension), expected), name
         else:
             assert all(torch.equal(piece, expected) for piece in pieces), name
-    # Words, head bias, relative table; a layer's q, kv, in with their biases, and two outputs.
+    # Token embedding, head bias, relative bias; per layer q, kv and ffn_in with their biases, and two outputs.
     assert sharded == 3 + MODEL.num_layers * 8

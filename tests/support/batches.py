@@ -1,4 +1,4 @@
-"""Batches and models for tests of the model, without a corpus."""
+"""Random batches and models for tests that need no corpus."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def random_batch(
     masking: MaskingConfig | None = None,
     vocabulary: int = VOCABULARY,
 ) -> Batch:
-    """Random samples; the first is full, the others are shorter (padding, unused predictions)."""
+    """Random samples: the first has `length` tokens, the others are shorter (padding, unused predictions)."""
     random = np.random.default_rng(seed)
     lengths = [length, *random.integers(7, length, size=batch - 1)]
     samples = []
@@ -60,9 +60,9 @@ def random_batch(
 def model_of(
     config: ModelConfig = MODEL, *, seed: int = 0, dtype: torch.dtype = torch.float64, **changes
 ) -> PseudoMaskedLM:
-    """A model with random weights and biases (none of them zero), in double precision."""
+    """A model with random weights and nonzero biases, in double precision by default."""
     groups.init_process_groups()
-    seeding.seed_initialisation(seed)
+    seeding.seed_initialization(seed)
     model = build_model(replace(config, **changes), padded_vocab_size=PADDED).to(dtype)
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -72,4 +72,4 @@ def model_of(
 
 def logits_of(model: PseudoMaskedLM, batch: Batch) -> torch.Tensor:
     """Logits [2, M, B, V] of `batch`."""
-    return model(**batch.inputs)
+    return model(inputs=batch.inputs)

@@ -1,4 +1,4 @@
-"""A corpus that a model of a few thousand parameters can learn something from, written in milliseconds."""
+"""A small synthetic corpus that a model of a few thousand parameters can learn, written in milliseconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def write_corpus(
     seed: int = 0,
     sequence_length: int = SEQUENCE_LENGTH,
 ) -> Path:
-    """`shards` training shards and one for validation, `samples` samples each; words follow one another by a rule."""
+    """Write `shards` training shards and one validation shard of `samples` samples each.
+
+    The words of a sample are an arithmetic progression, so a model can predict them.
+    """
     vocabulary = Vocabulary.from_tokens(
         ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(words))]
     )

@@ -1,4 +1,4 @@
-"""A file server on the loopback interface that can be told what to do wrong."""
+"""A file server on the loopback interface that injects faults."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 @dataclass
 class FaultyServer:
-    """Files of `folder`; `faults` are used up by the requests for shards, one each, then all is well.
+    """A server of the files in `folder`. Each request for a file with `suffix` takes one of `faults`, if any is left.
 
-    With `ranges` the server gives parts of files, too. `suffix`: what `faults` are for, if not shards.
+    `ranges`: support range requests.
 
-    A fault: `500`, `404`, `cut` (breaks off half-way), `flip` (a wrong byte), `stall` (half, then nothing while the
-    test lasts), `slow` (in small pieces).
+    Faults: `500`, `404`, `cut` (connection closed half-way), `flip` (a wrong byte), `stall` (half, then nothing until
+    the test ends), `slow` (in small pieces).
     """
 
     folder: Path
@@ -27,17 +27,17 @@ class FaultyServer:
     ranges: bool = False
     suffix: str = ".tar"
     requests: list[str] = field(default_factory=list)
-    over: threading.Event = field(default_factory=threading.Event)
+    stopped: threading.Event = field(default_factory=threading.Event)
     address: str = ""
 
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+    def respond(self, handler: BaseHTTPRequestHandler) -> None:
         path = self.folder / handler.path.lstrip("/")
         fault = self.faults.pop(0) if self.faults and path.suffix == self.suffix else ""
         self.requests.append(handler.path)
         if fault.isdigit() or not path.is_file():
             handler.send_error(int(fault or 404))
             return
-        content = self.begin(handler, bytearray(path.read_bytes()))
+        content = self.send_headers(handler, bytearray(path.read_bytes()))
         half = len(content) // 2
         if fault == "flip":
             content[half] ^= 1
@@ -49,20 +49,20 @@ class FaultyServer:
             handler.wfile.write(content[:half])
             handler.wfile.flush()
             if fault == "stall":
-                self.over.wait(60)
+                self.stopped.wait(60)
             handler.close_connection = True
         else:
             handler.wfile.write(content)
 
-    def begin(self, handler: BaseHTTPRequestHandler, content: bytearray) -> bytearray:
-        """Send the headers; what of the content is wanted."""
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", "")) if self.ranges else None
-        handler.send_response(206 if wanted else 200)
+    def send_headers(self, handler: BaseHTTPRequestHandler, content: bytearray) -> bytearray:
+        """Send the headers; return the requested range of `content`."""
+        requested = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", "")) if self.ranges else None
+        handler.send_response(206 if requested else 200)
         if self.ranges:
             handler.send_header("Accept-Ranges", "bytes")
-        if wanted:
-            first, size = int(wanted[1]), len(content)
-            content = content[first : int(wanted[2]) + 1]
+        if requested:
+            first, size = int(requested[1]), len(content)
+            content = content[first : int(requested[2]) + 1]
             handler.send_header("Content-Range", f"bytes {first}-{first + len(content) - 1}/{size}")
         handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
@@ -71,12 +71,12 @@ class FaultyServer:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[FaultyServer]:
-    """A server of `folder` while inside."""
+    """Serve `folder` inside the block."""
     files = FaultyServer(folder)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            files.answer(self)
+            files.respond(self)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -89,7 +89,7 @@ def serving(folder: Path) -> Iterator[FaultyServer]:
     try:
         yield files
     finally:
-        files.over.set()
+        files.stopped.set()
         server.shutdown()
         server.server_close()
         thread.join()

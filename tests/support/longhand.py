@@ -1,6 +1,6 @@
-"""The method written out by hand: loops over samples, slots, heads and keys, in double precision.
+"""Longhand reference of the method: loops over samples, slots, heads and keys, in double precision.
 
-Nothing of the package's model, attention, masking or objectives is used, only the weights by their names. Slow.
+It uses the weights by their names, but no code of the package's model, attention, masking or objectives. Slow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Weights = dict[str, Tensor]
 
 
 class Slot(NamedTuple):
-    """What attention must know of a slot."""
+    """Attributes of a slot that attention depends on."""
 
     order: int
     valid: bool
@@ -26,7 +26,7 @@ class Slot(NamedTuple):
 
 
 def loss(weights: Weights, batch: Batch, config: ModelConfig, objective: ObjectiveConfig) -> Tensor:
-    """a * mean AE + p * mean PAR over all targets of the batch."""
+    """Total loss: a * mean AE + p * mean PAR over all targets of the batch."""
     names = {"ae+par": ["ae", "par"], "ae+ar": ["ae", "par"], "ae": ["ae"], "par": ["par"], "ar": ["par"]}[
         objective.kind
     ]
@@ -42,9 +42,9 @@ def loss(weights: Weights, batch: Batch, config: ModelConfig, objective: Objecti
                 if name == "par" and objective.drop_kept and kept:
                     continue
                 slot = position if name == "ae" else batch.num_context + batch.num_predictions + m
-                terms[name].append(surprise(weights, hidden[slot], target, config))
+                terms[name].append(nll(weights, hidden[slot], target, config))
     factors = {"ae": objective.ae_weight, "par": objective.par_weight}
-    return torch.stack([factors[n] * torch.stack(found).mean() for n, found in terms.items() if found]).sum()
+    return torch.stack([factors[n] * torch.stack(nlls).mean() for n, nlls in terms.items() if nlls]).sum()
 
 
 def encode(weights: Weights, batch: Batch, b: int, config: ModelConfig) -> list[Tensor]:
@@ -72,18 +72,18 @@ def encode(weights: Weights, batch: Batch, b: int, config: ModelConfig) -> list[
 def one_layer(
     hidden: list[Tensor], weights: Weights, name: str, slots: list[Slot], config: ModelConfig
 ) -> list[Tensor]:
-    """Post-LN: attention over what each slot sees, then the feed-forward network."""
+    """Post-LN: attention over the visible slots, then the feed-forward network."""
     size = config.hidden_size // config.num_heads
     queries = [affine(x, weights, f"{name}.attention.query") for x in hidden]
     both = [affine(x, weights, f"{name}.attention.key_value") for x in hidden]
     new = []
     for q in range(len(hidden)):
-        seen = [k for k in range(len(hidden)) if slots[k].valid and sees(slots[q].order, slots[k].order)]
+        visible = [k for k in range(len(hidden)) if slots[k].valid and is_visible(slots[q].order, slots[k].order)]
         heads = []
         for h in range(config.num_heads):
             query = queries[q][h * size : (h + 1) * size]
             scores, values = [], []
-            for k in seen:
+            for k in visible:
                 key = both[k][2 * h * size : (2 * h + 1) * size]
                 values.append(both[k][(2 * h + 1) * size : (2 * h + 2) * size])
                 score = (query * key).sum() / math.sqrt(size)
@@ -102,8 +102,8 @@ def one_layer(
     return new
 
 
-def sees(query: int, key: int) -> bool:
-    """The signed rule: 0 context, +k originals of step k, -k pseudo masks of step k."""
+def is_visible(query: int, key: int) -> bool:
+    """Visibility rule of signed orders: 0 context, +k originals of step k, -k pseudo masks of step k."""
     if key < 0:
         return query == key
     return key <= query if query >= 0 else key < -query
@@ -119,8 +119,8 @@ def bucket(distance: int, config: ModelConfig) -> int:
     return a + (half if distance > 0 else 0)
 
 
-def surprise(weights: Weights, x: Tensor, target: int, config: ModelConfig) -> Tensor:
-    """Negative log-likelihood of `target` at a slot, over the real vocabulary."""
+def nll(weights: Weights, x: Tensor, target: int, config: ModelConfig) -> Tensor:
+    """Negative log-likelihood of `target` at a slot, over the vocabulary without padding rows."""
     h = norm(gelu(affine(x, weights, "head.dense")), weights, "head.norm", config)
     logits = [
         (weights["embeddings.token.weight"][v] * h).sum() + weights["head.bias"][v]
@@ -141,6 +141,6 @@ def gelu(x: Tensor) -> Tensor:
 
 def norm(x: Tensor, weights: Weights, name: str, config: ModelConfig) -> Tensor:
     """LayerNorm."""
-    centred = x - x.mean()
-    scaled = centred / (centred.square().mean() + config.layer_norm_eps).sqrt()
+    centered = x - x.mean()
+    scaled = centered / (centered.square().mean() + config.layer_norm_eps).sqrt()
     return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]

@@ -1,4 +1,4 @@
-"""A corpus with uneven shards whose samples are a function of their number, written by the project's own writer."""
+"""A corpus with shards of different sizes, whose samples are a function of their number."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, vocab_size=1000, special=(0, 1
 
 
 def tokens_of(split: str, number: int) -> np.ndarray:
-    """The sample with this number: a function of its split and number, some shorter than the sequence length."""
+    """Return sample `number` of `split`, a function of both; some are shorter than the sequence length."""
     random = np.random.default_rng([split == TRAIN, number])
     words = random.integers(5, 1000, int(random.integers(12, SEQUENCE_LENGTH - 2)))
     return np.array([2, *words[:6], 3, *words[6:], 3], dtype=np.uint16)
 
 
 def write_corpus(folder: Path, sizes: dict[str, Sequence[int]]) -> Path:
-    """A corpus with shards of these sizes."""
+    """Write a corpus with `sizes` samples per shard of each split; return its folder."""
     splits = {}
     for split, shard_sizes in sizes.items():
         shards, first = [], 0

@@ -1,4 +1,4 @@
-"""Object stores for tests: fsspec's memory file system under the protocol of another."""
+"""Object stores for tests: the memory file system of fsspec under another protocol."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 @contextmanager
 def object_store(scheme: str) -> Iterator[Any]:
-    """An empty store that fsspec finds at SCHEME:// while inside, in place of the one that would need a package."""
+    """An empty store at SCHEME:// inside the block, in place of the file system that needs another package."""
 
     class Store(MemoryFileSystem):
         protocol = scheme
@@ -28,6 +28,6 @@ def object_store(scheme: str) -> Iterator[Any]:
         def unstrip_protocol(self, name):
             return f"{scheme}://{name.lstrip('/')}"
 
-    known = importlib.import_module("fsspec.registry")  # the package has a mapping of that name
-    with patch.dict(known._registry, {scheme: Store}):
+    registry = importlib.import_module("fsspec.registry")  # the package has a mapping of that name
+    with patch.dict(registry._registry, {scheme: Store}):
         yield Store()

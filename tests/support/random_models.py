@@ -1,4 +1,4 @@
-"""Models with random weights, none of them zero, and the checkpoints and vocabularies of other programs."""
+"""Models with random nonzero weights, and checkpoints and vocabularies in the formats of `transformers`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, MPNetConfig, MPNetForMaske
 
 from pmlm_dist.config import ModelConfig
 from pmlm_dist.conversion.pretrained import PretrainedWeights, build_pretrained, hidden_states, logits, save_pretrained
-from pmlm_dist.conversion.tensors import own_shapes
+from pmlm_dist.conversion.tensors import parameter_shapes
 from pmlm_dist.vocab import Vocabulary
 
 WORDS = [
@@ -40,20 +40,20 @@ SHARED: dict[str, Any] = {
 
 
 def random_pretrained(*, seed: int = 0, **changes: Any) -> PretrainedWeights:
-    """A model whose every number is drawn."""
+    """Return a model with random parameters, biases and norms included."""
     model, generator = replace(MODEL, **changes), torch.Generator().manual_seed(seed)
-    weights = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in own_shapes(model).items()}
-    about = {"format": "bert", "from": "a random number generator", "notes": []}
-    return PretrainedWeights(model, weights, Vocabulary.from_tokens(WORDS), about)
+    weights = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in parameter_shapes(model).items()}
+    facts = {"format": "bert", "from": "a random number generator", "notes": []}
+    return PretrainedWeights(model, weights, Vocabulary.from_tokens(WORDS), facts)
 
 
-def saved(folder: Path, **changes: Any) -> Path:
-    """A folder with such a model, as `pmlm import` writes it."""
+def save_random_model(folder: Path, **changes: Any) -> Path:
+    """Save a model of `random_pretrained` as `pmlm import` does."""
     return save_pretrained(random_pretrained(**changes), folder)
 
 
 def random_text(*, length: int = 24, batch: int = 3, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, segments and validity [B, T]; every text is shorter than the one before it, and padded on the right."""
+    """Return ids, segments and validity [B, T]; each text is shorter than the one before, and padded on the right."""
     generator = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(1, len(WORDS), (batch, length), generator=generator)
     valid_BT = torch.arange(length) < length - 5 * torch.arange(batch)[:, None]
@@ -61,14 +61,15 @@ def random_text(*, length: int = 24, batch: int = 3, seed: int = 1) -> tuple[tor
     return ids_BT.masked_fill(~valid_BT, 0), segments_BT, valid_BT
 
 
-def own_answers(pretrained: PretrainedWeights, ids_BT, segments_BT, valid_BT) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last hidden states and logits in double precision."""
+def pmlm_outputs(pretrained: PretrainedWeights, ids_BT, segments_BT, valid_BT) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return last hidden states and logits of our implementation in double precision."""
     model = build_pretrained(pretrained).double()
     states_BTE = hidden_states(model, ids_BT, segments_BT=segments_BT, valid_BT=valid_BT)
     return states_BTE, logits(model, states_BTE)
 
 
-def randomised(model: torch.nn.Module) -> Any:
+def randomized(model: torch.nn.Module) -> Any:
+    """Set every parameter of a model of `transformers` to random numbers."""
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -77,23 +78,23 @@ def randomised(model: torch.nn.Module) -> Any:
 
 
 def bert_folder(folder: Path, *, kind: Any = BertForMaskedLM, words: list[str] = WORDS) -> Any:
-    """A BERT that `transformers` saved, with a vocab.txt; the model in double precision."""
-    model = randomised(kind(BertConfig(**SHARED, max_position_embeddings=48)))
+    """Save a BERT with `transformers`, and a vocab.txt; return the model in double precision."""
+    model = randomized(kind(BertConfig(**SHARED, max_position_embeddings=48)))
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
     return model.double()
 
 
 MPNET_WORDS = ["<s>", "<pad>", "</s>", "<unk>", *WORDS[:-5], "<mask>"]
-"""As the published MPNet has them: its own special tokens around BERT's vocabulary."""
+"""Tokens in the order of the published MPNet: its special tokens around BERT's vocabulary."""
 
 
 def mpnet_folder(folder: Path) -> Any:
-    """An MPNet that `transformers` saved, with a tokenizer.json; the model in double precision."""
+    """Save an MPNet with `transformers`, and a tokenizer.json; return the model in double precision."""
     config = MPNetConfig(**SHARED, max_position_embeddings=50, relative_attention_num_buckets=32)
-    model = randomised(MPNetForMaskedLM(config))
+    model = randomized(MPNetForMaskedLM(config))
     model.save_pretrained(folder)
-    specification = json.loads(Vocabulary.from_tokens(MPNET_WORDS).published)
+    specification = json.loads(Vocabulary.from_tokens(MPNET_WORDS).exported_json)
     ids = {word: id for id, word in enumerate(MPNET_WORDS)}
     special = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

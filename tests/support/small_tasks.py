@@ -12,7 +12,7 @@ import torch
 
 from pmlm_dist.config import ParallelConfig
 from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
-from pmlm_dist.conversion.tensors import own_shapes
+from pmlm_dist.conversion.tensors import parameter_shapes
 from pmlm_dist.downstream.settings import FinetuneConfig, InputConfig, Recipe
 from pmlm_dist.vocab import Vocabulary
 from support.small_runs import MODEL, write_engine_config
@@ -28,7 +28,7 @@ def write_model(folder: Path, *, seed: int = 0) -> Path:
     random = torch.Generator().manual_seed(seed)
     weights = {
         name: 0.1 * torch.randn(shape, generator=random) + (1.0 if name.endswith("norm.weight") else 0.0)
-        for name, shape in own_shapes(model).items()
+        for name, shape in parameter_shapes(model).items()
     }
     return save_pretrained(PretrainedWeights(model, weights, vocabulary), folder)
 

@@ -1,4 +1,4 @@
-"""Ranks that disagree are found and named; steps whose numbers are not finite change nothing and are bounded."""
+"""Guards: ranks that disagree are named; steps that are not finite change no weight and are bounded."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def failure_of_check_batches(tp: int, fault: str) -> str:
     ],
 )
 @pytest.mark.fault("F17")
-def test_batches_are_compared(tp, fault, expected):
+def test_batches_that_differ_raise_guard_error(tp, fault, expected):
     for message in run_world(failure_of_check_batches, 2, tp, fault):
         assert message.startswith(expected)
         assert bool(message) is bool(expected)
@@ -93,14 +93,14 @@ NORM, HEADS = "layers.0.ffn_norm.weight", "layers.0.attention.query.weight"
         (2, 1, 1, {1: NORM}, f"{NORM}: ranks 1 differ from ranks 0"),
         (2, 1, 2, {0: HEADS}, f"{HEADS}: ranks "),
         (2, 2, 1, {1: NORM}, f"{NORM}: ranks 1 differ from ranks 0"),
-        (2, 2, 1, {1: HEADS}, ""),  # peers hold different heads, nobody can tell
+        (2, 2, 1, {1: HEADS}, ""),  # peers hold different heads, the difference is invisible
         (4, 2, 1, {3: HEADS}, f"{HEADS}: ranks 3 differ from ranks 1"),
         (4, 2, 3, {3: NORM}, f"{NORM}: ranks 3 differ from ranks 2"),
         (2, 1, 3, {1: NORM}, ""),  # ZeRO-3 has cut it: there is one copy
     ],
 )
 @pytest.mark.fault("F75")
-def test_one_flipped_bit_of_a_replica_is_found_and_named(small_corpus, tmp_path, *, ranks, tp, zero, flipped, expected):
+def test_flipped_bit_of_a_replica_is_detected_and_named(small_corpus, tmp_path, *, ranks, tp, zero, flipped, expected):
     config = run_config(small_corpus, tmp_path, tp=tp, zero=zero, micro_batch=2)
     for message in run_world(failure_of_check_replicas, ranks, config, flipped):
         assert (expected in message) if expected else message == ""
@@ -154,9 +154,7 @@ def train_with_fault(config: RunConfig, step: int, fault: str) -> dict[str, Any]
     [(1, 0, "fp32"), (2, 0, "fp32"), (2, 1, "fp32"), (2, 2, "fp32"), (2, 3, "fp32"), (2, 1, "bf16"), (2, 3, "bf16")],
 )
 @pytest.mark.fault("F71")
-def test_a_step_that_is_not_finite_is_left_out_on_all_ranks_and_explained(
-    small_corpus, tmp_path, *, ranks, zero, precision, fault
-):
+def test_nonfinite_step_is_skipped_on_all_ranks_and_diagnosed(small_corpus, tmp_path, *, ranks, zero, precision, fault):
     config = run_config(small_corpus, tmp_path, steps=4, zero=zero, precision=precision)
     answers = run_world(train_with_fault, ranks, config, 2, fault)
     for answer in answers:
@@ -177,7 +175,7 @@ def test_a_step_that_is_not_finite_is_left_out_on_all_ranks_and_explained(
             assert "everything is finite" in cause
 
 
-def test_with_activation_checkpointing_the_loss_is_named(small_corpus, tmp_path):
+def test_nonfinite_step_with_activation_checkpointing_names_the_loss(small_corpus, tmp_path):
     config = with_model(run_config(small_corpus, tmp_path, steps=3), activation_checkpointing=True)
     (answer,) = run_world(train_with_fault, 1, config, 1, "loss")
     assert answer["skipped"] == [True, False, False]
@@ -185,7 +183,7 @@ def test_with_activation_checkpointing_the_loss_is_named(small_corpus, tmp_path)
 
 
 @pytest.mark.fault("F72")
-def test_too_many_skips_in_a_row_end_the_run():
+def test_too_many_consecutive_skips_raise():
     skips = SkippedSteps(limit=3)
     for skipped in (True, True, False, True, True):
         skips.count(skipped=skipped, last_good=None)
@@ -195,7 +193,7 @@ def test_too_many_skips_in_a_row_end_the_run():
 
 
 def pretrain_with_broken_weights(config: RunConfig, step: int) -> tuple[str, list[str]]:
-    """Pre-train while one weight becomes infinite before `step`; returns what ended the run and what was said."""
+    """Pre-train while one weight becomes infinite before `step`; returns the error and the log."""
     from pmlm_dist.metrics.run_log import RunLog
     from pmlm_dist.training import loop
     from pmlm_dist.training.run import pretrain
@@ -230,15 +228,15 @@ def breaking(small_corpus: Path, tmp_path: Path) -> RunConfig:
 
 
 @pytest.mark.fault("F72")
-def test_a_run_with_broken_weights_stops_and_names_them_and_its_last_good_checkpoint(breaking):
+def test_nonfinite_weights_end_the_run_and_name_the_last_good_checkpoint(breaking):
     ((message, logged),) = run_world(pretrain_with_broken_weights, 1, breaking, 4)
     assert message.startswith("3 steps in a row")
     assert message.endswith(f"the last good checkpoint is {breaking.run_dir / 'checkpoints' / 'step-00000002'}")
-    told = "step 4 was skipped, its gradient was not finite: rank 0: weights of layers.0.ffn_in.weight"
-    assert any(text.startswith(told) for text in logged)
+    expected = "step 4 was skipped, its gradient was not finite: rank 0: weights of layers.0.ffn_in.weight"
+    assert any(text.startswith(expected) for text in logged)
 
 
-def test_broken_weights_are_not_saved_even_at_the_end(breaking):
+def test_nonfinite_weights_are_not_saved_at_the_last_step(breaking):
     ((message, _),) = run_world(pretrain_with_broken_weights, 1, breaking, 6)
     assert message == "the weights of step 6 give logits that are not finite: not saved"
     kept = sorted(path.name for path in (breaking.run_dir / "checkpoints").glob("step-*"))

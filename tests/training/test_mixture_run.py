@@ -1,4 +1,4 @@
-"""Pre-training on a mixture, part of it behind a web server: what is logged, what may change, what is refused."""
+"""Pre-training on a mixture, part of it behind a web server: logs, changes on resume, errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def losses(config: RunConfig) -> dict[int, float]:
     return {step: scalars["train/total"] for step, scalars in read_metrics(config.run_dir).items()}
 
 
-def test_a_mixture_from_disk_and_server_goes_on_on_another_number_of_ranks(small_corpus, other, tmp_path):
+def test_mixture_of_disk_and_server_resumes_on_another_number_of_ranks(small_corpus, other, tmp_path):
     with serving(other) as server:
         here = {str(small_corpus): 0.75, str(other): 0.25}
         straight = configured(small_corpus, tmp_path / "straight", here)
@@ -75,7 +75,7 @@ def refusals(configs: list[RunConfig]) -> list[str]:
     return found
 
 
-def test_sources_that_do_not_fit_are_refused_before_the_first_step(small_corpus, other, tmp_path):
+def test_incompatible_sources_raise_before_the_first_step(small_corpus, other, tmp_path):
     words = write_corpus(tmp_path / "words", words=60)
     longer = write_corpus(tmp_path / "longer", sequence_length=48)
     with serving(other) as server:

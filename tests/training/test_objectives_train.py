@@ -57,7 +57,7 @@ def first_batch(config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", sorted(OBJECTIVES))
-def test_what_an_objective_reads(small_corpus: Path, tmp_path: Path, kind):
+def test_objective_predicts_at_its_own_slots(small_corpus: Path, tmp_path: Path, kind):
     (found,) = run_world(first_batch, 1, with_objective(run_config(small_corpus, tmp_path), kind))
     samples = len(found["spans"])
     ae_targets, par_targets = found["counts"][4:6]
@@ -77,7 +77,7 @@ def test_what_an_objective_reads(small_corpus: Path, tmp_path: Path, kind):
     ("kind", "relative_bias"),
     [("ae+par", True), ("ae+par", False), ("ae+ar", False), ("ae", False), ("par", False), ("ar", False)],
 )
-def test_every_row_of_table_6_trains_alike_on_one_and_two_ranks(small_corpus, tmp_path, kind, relative_bias):
+def test_every_row_of_table_6_trains_equally_on_one_and_two_ranks(small_corpus, tmp_path, kind, relative_bias):
     def trained(ranks: int, **engine: Any) -> Trained:
         config = run_config(small_corpus, tmp_path / str(ranks), steps=4, **engine)
         return run_world(train, ranks, with_objective(config, kind, relative_bias=relative_bias))[0]

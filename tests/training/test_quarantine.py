@@ -1,4 +1,4 @@
-"""A shard that breaks on the way is left out on every rank alike, in this run and when it goes on."""
+"""A shard that becomes unreadable is quarantined on every rank alike, also after a resume."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def whole(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.mark.parametrize(("ranks", "engine"), [(2, {}), (2, {"tp": 2})], ids=["dp2", "tp2"])
 @pytest.mark.fault("F50", "F54")
-def test_a_bad_shard_is_left_out_by_one_rule_also_after_a_resume(corpus, tmp_path, bad, whole, *, ranks, engine):
+def test_corrupt_shard_is_quarantined_by_one_rule_also_after_resume(corpus, tmp_path, bad, whole, *, ranks, engine):
     damage(corpus, bad)
     straight = configured(corpus, tmp_path / "straight", **engine)
     run_world(pretrained, ranks, straight)
@@ -102,7 +102,7 @@ def test_a_bad_shard_is_left_out_by_one_rule_also_after_a_resume(corpus, tmp_pat
     assert losses(stopped.run_dir) == pytest.approx(found, rel=1e-4)
 
 
-def test_a_run_that_begins_with_a_quarantine_never_opens_the_shard(corpus, tmp_path, bad):
+def test_quarantined_shard_is_never_opened(corpus, tmp_path, bad):
     shard = Manifest.load(corpus).splits[TRAIN].shards[bad]
     config = configured(corpus, tmp_path / "run")
     config.run_dir.mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ def test_a_run_that_begins_with_a_quarantine_never_opens_the_shard(corpus, tmp_p
 
 
 @pytest.mark.fault("F50")
-def test_above_the_limit_all_ranks_stop_and_say_why(corpus, tmp_path, bad):
+def test_quarantine_limit_exceeded_raises_on_all_ranks(corpus, tmp_path, bad):
     damage(corpus, bad)
     config = configured(corpus, tmp_path / "run")
     config = replace(config, data=replace(config.data, quarantine_limit=0.1))
@@ -146,7 +146,7 @@ def _with_a_bad_validation_shard(config: RunConfig) -> None:
 
 @pytest.mark.parametrize("validated_at", [STEPS - 4, STEPS], ids=["on the way", "last"])
 @pytest.mark.fault("F54")
-def test_a_validation_shard_that_one_rank_cannot_read_ends_all_at_once(corpus, tmp_path, validated_at):
+def test_validation_shard_unreadable_on_one_rank_ends_all_ranks(corpus, tmp_path, validated_at):
     """Not by the collectives' time limit: that is longer than the ranks are waited for."""
     config = with_train(
         configured(corpus, tmp_path / "run"),
@@ -180,7 +180,7 @@ def _with_a_killer(config: RunConfig) -> None:
 
 
 @pytest.mark.fault("F56")
-def test_a_killed_worker_ends_the_run_on_every_rank_with_its_name(corpus, tmp_path):
+def test_killed_loader_worker_ends_the_run_on_every_rank(corpus, tmp_path):
     config = configured(corpus, tmp_path / "run")
     config = replace(config, data=replace(config.data, workers=1))
     of_rank_0, of_rank_1 = failures_of_two_ranks(_with_a_killer, config)
@@ -189,7 +189,7 @@ def test_a_killed_worker_ends_the_run_on_every_rank_with_its_name(corpus, tmp_pa
     assert "died by signal SIGKILL" in of_rank_1
 
 
-def test_a_shard_that_is_lost_while_a_run_is_stopped_goes_into_quarantine(corpus, tmp_path, bad):
+def test_shard_lost_between_attempts_is_quarantined(corpus, tmp_path, bad):
     config = configured(corpus, tmp_path / "run")
     run_world(pretrained, 1, with_train(config, stop_at=3))
     (corpus / Manifest.load(corpus).splits[TRAIN].shards[bad].name).unlink()
@@ -199,7 +199,7 @@ def test_a_shard_that_is_lost_while_a_run_is_stopped_goes_into_quarantine(corpus
     assert max(losses(config.run_dir)) == STEPS
 
 
-def test_a_quarantine_that_cannot_be_read_is_refused(tmp_path):
+def test_unreadable_quarantine_raises_config_error(tmp_path):
     assert load_quarantine(tmp_path) == ()
     for content in ("{", "[]", json.dumps({"shards": [{"shard": "x"}]})):
         (tmp_path / "quarantine.json").write_text(content)

@@ -1,4 +1,4 @@
-"""Going on: N + N steps are 2N steps, bit for bit; another run's checkpoint is refused with all differences at once."""
+"""Resume: N + N steps equal 2N steps bit for bit; a checkpoint of another run raises with all differences."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def pretrained(config: RunConfig) -> str:
     return printed.getvalue()
 
 
-def refusals(configs: list[RunConfig]) -> list[list[str]]:
-    """Why each of `configs` is refused; empty where it is not."""
+def problems_on_rank(configs: list[RunConfig]) -> list[list[str]]:
+    """Return the problems of each of `configs`; empty if it can be resumed."""
     found = []
     for config in configs:
         try:
@@ -114,9 +114,7 @@ def interrupted_copy(config: RunConfig, run_dir: Path) -> RunConfig:
     ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
 )
 @pytest.mark.fault("F40", "F59")
-def test_a_run_that_was_interrupted_equals_one_that_was_not(
-    small_corpus: Path, tmp_path: Path, ranks: int, settings: dict[str, Any]
-):
+def test_resume_is_bit_exact(small_corpus: Path, tmp_path: Path, ranks: int, settings: dict[str, Any]):
     straight = dropping_out(small_corpus, tmp_path / "straight", **settings)
     run_world(pretrained, ranks, straight)
     resumed = interrupted_copy(straight, tmp_path / "resumed")
@@ -143,13 +141,13 @@ def finished(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Fi
     straight = dropping_out(small_corpus, folder / "straight")
     straight = replace(straight, data=replace(straight.data, lanes=4))
     stopped = with_train(replace(straight, run_dir=folder / "stopped"), stop_at=N, checkpoint_every=1000)
-    assert refusals_of(1, [straight, stopped]) == [[], []]
+    assert problems_of(1, [straight, stopped]) == [[], []]
     return Finished(straight, stopped)
 
 
-def refusals_of(ranks: int, configs: list[RunConfig]) -> list[list[str]]:
-    """Why `configs` are refused, after a check that all ranks say the same."""
-    answers = run_world(refusals, ranks, configs)
+def problems_of(ranks: int, configs: list[RunConfig]) -> list[list[str]]:
+    """Return the problems of `configs`, after a check that all ranks report the same."""
+    answers = run_world(problems_on_rank, ranks, configs)
     assert all(answer == answers[0] for answer in answers)
     return answers[0]
 
@@ -159,7 +157,7 @@ def copy_of(config: RunConfig, run_dir: Path) -> RunConfig:
     return replace(config, run_dir=run_dir)
 
 
-def test_a_run_stops_where_it_is_told_and_goes_on_with_its_own_lanes(finished: Finished, tmp_path: Path):
+def test_stop_at_ends_the_attempt_and_resume_keeps_the_lanes(finished: Finished, tmp_path: Path):
     """The lanes were set at first and are not set again: those of the checkpoint hold."""
     stopped = copy_of(finished.stopped, tmp_path / "stopped")
     assert checkpoint(stopped, N).is_dir()
@@ -172,7 +170,7 @@ def test_a_run_stops_where_it_is_told_and_goes_on_with_its_own_lanes(finished: F
     check_equal_bits(checkpoint(finished.straight, 2 * N), checkpoint(on, 2 * N))
 
 
-def test_a_complete_run_is_left_as_it_is(finished: Finished, tmp_path: Path):
+def test_complete_run_is_unchanged_by_a_restart(finished: Finished, tmp_path: Path):
     again = copy_of(finished.straight, tmp_path / "again")
     before = {
         file: file.read_bytes()
@@ -184,7 +182,7 @@ def test_a_complete_run_is_left_as_it_is(finished: Finished, tmp_path: Path):
     assert {file: file.read_bytes() for file in before} == before
 
 
-def test_a_run_that_ended_before_it_was_recorded_as_complete_is_recorded(finished: Finished, tmp_path: Path):
+def test_complete_run_without_record_is_recorded_at_restart(finished: Finished, tmp_path: Path):
     """A process can die between its last checkpoint and the record."""
     again = copy_of(finished.straight, tmp_path / "again")
     (again.run_dir / "COMPLETE").unlink()
@@ -192,7 +190,7 @@ def test_a_run_that_ended_before_it_was_recorded_as_complete_is_recorded(finishe
     assert json.loads((again.run_dir / "COMPLETE").read_text())["step"] == 2 * N
 
 
-def test_a_run_made_longer_is_not_complete_while_it_goes_on(finished: Finished, tmp_path: Path):
+def test_run_made_longer_is_not_complete_while_it_trains(finished: Finished, tmp_path: Path):
     longer = with_train(copy_of(finished.straight, tmp_path / "longer"), steps=3 * N, stop_at=2 * N + 1)
     run_world(pretrained, 1, longer)
     assert list(losses(longer))[-1] == 2 * N + 1
@@ -204,7 +202,7 @@ def with_engine(config: RunConfig, path: Path, **engine: Any) -> RunConfig:
 
 
 @pytest.mark.fault("F38")
-def test_each_difference_is_refused_by_its_name_alone(finished: Finished, tmp_path: Path):
+def test_each_identity_difference_raises_with_its_name_alone(finished: Finished, tmp_path: Path):
     run = finished.stopped
     other_text = write_corpus(tmp_path / "other text", seed=1)
     other_words = write_corpus(tmp_path / "other words", words=130)
@@ -220,25 +218,25 @@ def test_each_difference_is_refused_by_its_name_alone(finished: Finished, tmp_pa
         ("precision", "was 'fp32', is now 'bf16'"): with_engine(run, tmp_path / "bf16.json", precision="bf16"),
     }
     before = (run.run_dir / "metrics.jsonl").read_bytes()
-    for (name, values), problems in zip(changes, refusals_of(1, list(changes.values())), strict=True):
+    for (name, values), problems in zip(changes, problems_of(1, list(changes.values())), strict=True):
         assert len(problems) == 2, problems
         assert problems[0].startswith(f"{name} was")
         assert values in problems[0]
         assert "of another run" in problems[1]
         assert "choose another --run-dir" in problems[1]
-    (words,) = refusals_of(1, [replace(run, corpus=other_words)])
+    (words,) = problems_of(1, [replace(run, corpus=other_words)])
     assert [line.split(" was")[0] for line in words[:-1]] == ["corpus", "model.vocab_size", "vocabulary"]
     assert (run.run_dir / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("global_batch", [16, 6])
-def test_all_differences_are_listed_at_once(finished: Finished, tmp_path: Path, global_batch: int):
-    """Also where the lanes of the checkpoint, which nobody set, do not even fit the new batch: 4 does not divide 6."""
+def test_all_identity_differences_are_listed_together(finished: Finished, tmp_path: Path, global_batch: int):
+    """Also if the lanes of the checkpoint, chosen by default, do not fit the new batch: 4 does not divide 6."""
     run = replace(finished.stopped, data=replace(finished.stopped.data, lanes=None))
     other = with_engine(run, tmp_path / "ds.json", global_batch=global_batch, micro_batch=2)
     other = with_train(with_model(other, hidden_size=64), seed=8)
     other = replace(other, corpus=write_corpus(tmp_path / "other", seed=1), masking=replace(run.masking, max_span=5))
-    (problems,) = refusals_of(1, [other])
+    (problems,) = problems_of(1, [other])
     named = {line.split(" was")[0] for line in problems[:-1]}
     assert named - {"data.lanes"} == {
         "corpus",
@@ -249,18 +247,18 @@ def test_all_differences_are_listed_at_once(finished: Finished, tmp_path: Path, 
     }
 
 
-def test_ranks_that_cannot_share_the_lanes_of_a_run_are_refused_with_those_that_can(small_corpus: Path, tmp_path: Path):
+def test_ranks_that_do_not_divide_the_lanes_raise_with_usable_numbers(small_corpus: Path, tmp_path: Path):
     """Six lanes over four ranks: the order of samples would change."""
     config = run_config(small_corpus, tmp_path, steps=4, global_batch=12, micro_batch=3)
     config = replace(config, data=replace(config.data, lanes=6))
-    assert refusals_of(1, [with_train(config, stop_at=2)]) == [[]]
-    (problems,) = refusals_of(4, [replace(config, data=replace(config.data, lanes=None))])
+    assert problems_of(1, [with_train(config, stop_at=2)]) == [[]]
+    (problems,) = problems_of(4, [replace(config, data=replace(config.data, lanes=None))])
     assert problems == [
         "the run reads its corpus in 6 lanes, which 4 data-parallel ranks cannot share: use one of [1, 2, 3, 6] of them"
     ]
 
 
-def test_how_a_run_is_computed_and_logged_may_change(finished: Finished, tmp_path: Path):
+def test_settings_outside_the_identity_may_change_on_resume(finished: Finished, tmp_path: Path):
     stopped = copy_of(finished.stopped, tmp_path / "run")
     other = with_model(with_train(stopped, stop_at=None, log_every=2), activation_checkpointing=True)
     run_world(pretrained, 1, replace(other, data=replace(other.data, workers=1)))
@@ -272,11 +270,11 @@ def test_how_a_run_is_computed_and_logged_may_change(finished: Finished, tmp_pat
     assert losses(other)[2 * N]["validation/ae"] == pytest.approx(
         losses(finished.straight)[2 * N]["validation/ae"], rel=1e-5
     )
-    assert refusals_of(1, [with_model(finished.stopped, attention="reference")]) == [[]]
+    assert problems_of(1, [with_model(finished.stopped, attention="reference")]) == [[]]
 
 
 def optimizer_settings(config: RunConfig) -> list[tuple[float, float]]:
-    """Weight decay and beta2 of each group after a checkpoint has been loaded and gone on from."""
+    """Return weight decay and beta2 of each group after a resume."""
     from support.small_runs import start_run, take_steps
 
     from pmlm_dist.checkpoint.engine_state import EngineState
@@ -290,14 +288,14 @@ def optimizer_settings(config: RunConfig) -> list[tuple[float, float]]:
     return [(group["weight_decay"], group["betas"][1]) for group in engine.optimizer.param_groups]
 
 
-def test_settings_of_the_optimizer_may_change_and_then_hold(finished: Finished):
-    """DeepSpeed's own loader would go on with the saved ones and say nothing."""
+def test_optimizer_settings_may_change_on_resume(finished: Finished):
+    """DeepSpeed's own loader would silently keep the saved ones."""
     other = replace(finished.stopped, optim=replace(finished.stopped.optim, weight_decay=0.5, beta2=0.9))
     (groups,) = run_world(optimizer_settings, 1, other)
     assert groups == [(0.5, 0.9), (0.0, 0.9)]
 
 
-def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(finished: Finished, tmp_path: Path):
+def test_corrupt_checkpoint_falls_back_to_the_previous_one(finished: Finished, tmp_path: Path):
     run = copy_of(finished.straight, tmp_path / "run")
     (run.run_dir / "COMPLETE").unlink()
     file = next(checkpoint(run, 2 * N).glob("*.safetensors"))
@@ -310,7 +308,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(finished
     check_equal_bits(checkpoint(finished.straight, 2 * N), checkpoint(run, 2 * N))
 
 
-def test_stopping_before_what_is_reached_says_so_and_changes_nothing(small_corpus: Path, tmp_path: Path):
+def test_stop_at_below_the_reached_step_changes_nothing(small_corpus: Path, tmp_path: Path):
     config = run_config(small_corpus, tmp_path, steps=4)
     (printed,) = run_world(pretrained, 1, with_train(config, stop_at=2))
     assert "stopped after step 2 of 4" in printed

@@ -115,7 +115,7 @@ def test_fp32_equals_a_single_process(small_corpus, tmp_path, single, case):
     check_equal(run_world(train, case.ranks, config), single, tp=case.tp, tolerance=1e-5)
 
 
-def test_the_cases_meet_every_pair_of_settings():
+def test_cases_cover_every_pair_of_settings():
     """Among what fits: ZeRO stages with every tensor- and data-parallel size, with and without checkpointing."""
     sizes = {(case.tp, case.ranks // case.tp) for case in CASES}
     assert sizes == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)}
@@ -125,7 +125,7 @@ def test_the_cases_meet_every_pair_of_settings():
 
 
 @pytest.mark.parametrize("stop", ["exact", "paper"])
-def test_uneven_predictions_are_weighted_alike_under_any_split(small_corpus, tmp_path, stop):
+def test_uneven_predictions_are_weighted_equally_under_any_split(small_corpus, tmp_path, stop):
     """With `stop: paper` samples have different numbers of predictions; the mean is over the whole step."""
     import dataclasses
 
@@ -143,7 +143,7 @@ BF16_CASES = [case for case in CASES if case.zero > 0 and case.ranks > 1]
 
 @pytest.fixture(scope="module")
 def single_bf16(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """One process in bf16: ZeRO-1, which is refused to be 0."""
+    """One process in bf16: ZeRO-1, since stage 0 with bf16 raises."""
     config = run_config(
         small_corpus, tmp_path_factory.mktemp("bf16"), steps=STEPS, zero=1, precision="bf16", micro_batch=8
     )
@@ -172,7 +172,7 @@ def test_bf16_equals_a_single_process_within_its_rounding(small_corpus, tmp_path
     [Case(1, 1, zero=2, micro_batch=4), Case(2, 1, zero=3, micro_batch=2), Case(2, 2, zero=2, micro_batch=4)],
     ids=str,
 )
-def test_offload_to_the_cpu_adam_of_deepspeed_equals_it_too(small_corpus, tmp_path, single, case, precision):
+def test_cpu_adam_offload_equals_a_single_process(small_corpus, tmp_path, single, case, precision):
     """DeepSpeed compiles its optimizer when it is first used, which takes most of a minute."""
     if shutil.which("g++") is None:
         pytest.skip("DeepSpeed's CPU Adam is compiled with g++, which is not installed")

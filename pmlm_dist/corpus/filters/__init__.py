@@ -1,1 +1,1 @@
-"""Filters of documents: normalisation, language, duplicates, held-out texts."""
+"""Document filters: Unicode normalization, language, duplicates, held-out texts."""

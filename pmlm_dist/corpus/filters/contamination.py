@@ -1,10 +1,10 @@
-"""Texts that a corpus must not hold, because models will be tested on them.
+"""Decontamination: documents that share an n-gram of words with held-out evaluation texts.
 
-    held-out files -> every string in them -> words -> runs of N words -> 64-bit hashes, sorted: 8 bytes a run
-    a document that has one of the runs is left out (cleaning.py)
+    held-out files -> every string in them -> words -> word n-grams -> 64-bit hashes, sorted: 8 bytes an n-gram
+    a document with one of these n-grams is skipped (cleaning.py)
 
-A word is a run of letters, digits and underscores, in lower case and NFKC; what stands between words does not matter. A
-text of fewer than N words is one run, so it meets a document of the same words, not one that quotes it.
+A word is a sequence of letters, digits and underscores, in lower case and NFKC. Punctuation and spaces are ignored. A
+text of fewer than N words is a single n-gram: it matches a document of exactly these words, not one that quotes them.
 """
 
 from __future__ import annotations
@@ -19,65 +19,68 @@ from functools import lru_cache
 import numpy as np
 
 from pmlm_dist.config import ConfigError, raise_if_any
-from pmlm_dist.corpus.input.documents import list_units, read_strings
+from pmlm_dist.corpus.input.documents import read_strings
 from pmlm_dist.corpus.input.sources import find_files
+from pmlm_dist.corpus.input.units import list_units
 
 _WORD = re.compile(r"\w+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_WORDS_REMEMBERED = 1 << 20
+_CACHED_WORDS = 1 << 20
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """The runs of words of the texts that are held out."""
+class HeldOutNgrams:
+    """Hashed word n-grams of the held-out texts."""
 
-    runs: np.ndarray
-    """(R,) uint64, sorted, each once."""
+    hashes: np.ndarray
+    """(N,) uint64, sorted and distinct."""
     words: int
-    """Length of a run."""
+    """Words of an n-gram."""
 
     @classmethod
-    def of(cls, texts: Iterable[str], *, words: int) -> HeldOut:
-        """The runs of `words` words in `texts`."""
-        return cls(np.unique(np.concatenate([np.empty(0, np.uint64), *(_runs(text, words) for text in texts)])), words)
+    def from_texts(cls, texts: Iterable[str], *, words: int) -> HeldOutNgrams:
+        """Collect the n-grams of `words` words in `texts`."""
+        hashes = [np.empty(0, np.uint64), *(_ngrams(text, words) for text in texts)]
+        return cls(np.unique(np.concatenate(hashes)), words)
 
     def overlaps(self, text: str) -> bool:
-        """Whether `text` has one of the runs."""
-        runs = _runs(text, self.words)
-        first, last = (np.searchsorted(self.runs, runs, side=side) for side in ("left", "right"))
+        """Return True if `text` has one of the n-grams."""
+        hashes = _ngrams(text, self.words)
+        first, last = (np.searchsorted(self.hashes, hashes, side=side) for side in ("left", "right"))
         return bool((first < last).any())
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hexadecimal) of the runs."""
-        return hashlib.sha256(self.runs.tobytes()).hexdigest()
+        """sha256 (hexadecimal) of the hashes."""
+        return hashlib.sha256(self.hashes.tobytes()).hexdigest()
 
 
-def read_held_out(patterns: Sequence[str], *, words: int) -> HeldOut:
-    """The texts of files: of any field and column. Raises ConfigError for none, and for what cannot be read."""
+def read_held_out(patterns: Sequence[str], *, words: int) -> HeldOutNgrams:
+    """Read all strings of the files that match `patterns`. Raises ConfigError for no text or an unreadable record."""
     try:
         units = list_units(find_files(patterns))
-        held_out = HeldOut.of((text for unit in units for text in read_strings(unit)), words=words)
-        raise_if_any([f"there is no text in {', '.join(patterns)}: give the held-out files"] * (not len(held_out.runs)))
+        held_out = HeldOutNgrams.from_texts((text for unit in units for text in read_strings(unit)), words=words)
+        if not len(held_out.hashes):
+            raise_if_any([f"there is no text in {', '.join(patterns)}: give the held-out files"])
     except ConfigError as error:
         raise ConfigError([f"decontaminate: {problem}" for problem in error.problems]) from error
     return held_out
 
 
-def _runs(text: str, words: int) -> np.ndarray:
-    """(max(1, W - words + 1),) uint64 for a text of W words, (0,) for one without any."""
-    hashes = np.array([_hash(word) for word in _WORD.findall(_folded(text))], np.uint64)
+def _ngrams(text: str, words: int) -> np.ndarray:
+    """Polynomial hashes of the n-grams of `text`: (max(1, W - words + 1),) uint64 for W words, (0,) for none."""
+    hashes = np.array([_hash(word) for word in _WORD.findall(_normalize(text))], np.uint64)
     length = min(words, len(hashes))
-    found = np.zeros(len(hashes) - length + 1 if length else 0, np.uint64)
+    ngrams = np.zeros(len(hashes) - length + 1 if length else 0, np.uint64)
     for offset in range(length):
-        found = found * _MULTIPLIER + hashes[offset : offset + len(found)]
-    return found
+        ngrams = ngrams * _MULTIPLIER + hashes[offset : offset + len(ngrams)]
+    return ngrams
 
 
-def _folded(text: str) -> str:
+def _normalize(text: str) -> str:
     return (text if text.isascii() else unicodedata.normalize("NFKC", text)).lower()
 
 
-@lru_cache(maxsize=_WORDS_REMEMBERED)
+@lru_cache(maxsize=_CACHED_WORDS)
 def _hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")

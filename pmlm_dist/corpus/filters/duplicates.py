@@ -1,12 +1,12 @@
-"""Documents that are there already: equal ones, and near ones by MinHash. In bounded memory, through files.
+"""Exact duplicates by digest and near duplicates by MinHash, in bounded memory, through files.
 
-    every rank:       rows (digest, unit, number) of its units  ->  parts by digest
-    one rank a part:  groups of equal digest  ->  dropped: all but the first of a group
+    every rank:          rows (digest, unit, number) of its units  ->  partitions by digest
+    a rank a partition:  groups of equal digest  ->  duplicates: all but the first of a group
 
-For equal documents the digest is that of the text. For near ones a document has a digest for each band of its MinHash
-signature (Broder 1997; banding: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4); those who share one
-are compared by their whole signatures, and a document near an earlier one is dropped. `first` is by (unit, number), so
-the outcome does not depend on the number of ranks or parts.
+The digest of an exact duplicate is that of its text. For near duplicates a document has a digest for each LSH band of
+its MinHash signature (Broder 1997; banding: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4). Documents
+with a common band are compared by their whole signatures; one that is near an earlier one is a duplicate. The first of
+a group is that of the lowest (unit, number), so the result does not depend on the number of ranks or partitions.
 """
 
 from __future__ import annotations
@@ -23,64 +23,68 @@ import numpy as np
 from pmlm_dist.config import ConfigError
 
 ROW = np.dtype([("digest", "<u8"), ("unit", "<u4"), ("number", "<u4")])
-PART_ROWS = 4 << 20
-SIGNATURE = 128
-SHINGLE = 5
-_CHARACTERS = 1 << 20
-_SHINGLES_AT_ONCE = 1 << 12
+PARTITION_ROWS = 4 << 20
+NUM_HASHES = 128
+SHINGLE_WORDS = 5
+_MAX_CHARACTERS = 1 << 20
+_SHINGLE_BATCH = 1 << 12
+
+AreNear = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Function of two arrays of rows, [N] and [N], to booleans [N]: whether the two documents are near."""
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Rows dealt to files by digest; one `kind` (equal, near) of them."""
+class DigestPartitions:
+    """Rows of one kind of duplicate (exact, near), hash-partitioned into files by digest."""
 
     folder: Path
-    dropped: Path
-    """Folder of the outcome."""
+    duplicates: Path
+    """Folder of the result."""
     kind: str
     count: int
 
-    def deal(self, tables: Iterable[np.ndarray], *, rank: int) -> None:
-        """Append this rank's rows to its file of every part."""
+    def scatter(self, tables: Iterable[np.ndarray], *, rank: int) -> None:
+        """Append the rows of this rank to its file of each partition."""
         for table in tables:
-            part = table["digest"] % self.count
-            for number in np.unique(part):
+            partition = table["digest"] % self.count
+            for number in np.unique(partition):
                 with self._file(int(number), f"rank{rank:05d}").open("ab") as out:
-                    out.write(table[part == number].tobytes())
+                    out.write(table[partition == number].tobytes())
 
-    def judge(self, part: int, *, near: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None) -> None:
-        """Write what is to be dropped among all ranks' rows of a part; `near`: as in `repeated`."""
-        files = sorted(self.folder.glob(self._file(part, "rank*").name))
+    def find_duplicates(self, partition: int, *, are_near: AreNear | None = None) -> None:
+        """Write the duplicates among the rows of all ranks in a partition, and delete its files."""
+        files = sorted(self.folder.glob(self._file(partition, "rank*").name))
         table = np.concatenate([np.empty(0, ROW), *(np.fromfile(file, ROW) for file in files)])
-        found = np.unique(repeated(table, near=near)[["unit", "number"]])
-        np.save(self.dropped / f"{self.kind}-{part:05d}.npy", found)
+        duplicates = np.unique(duplicate_rows(table, are_near=are_near)[["unit", "number"]])
+        np.save(self.duplicates / f"{self.kind}-{partition:05d}.npy", duplicates)
         for file in files:
             file.unlink()
 
-    def _file(self, part: int, rank: str) -> Path:
-        return self.folder / f"{self.kind}-{part:05d}-{rank}"
+    def _file(self, partition: int, rank: str) -> Path:
+        return self.folder / f"{self.kind}-{partition:05d}-{rank}"
 
 
-def repeated(table: np.ndarray, *, near: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None) -> np.ndarray:
-    """The rows (`ROW`) whose digest an earlier document has, by (unit, number).
+def duplicate_rows(table: np.ndarray, *, are_near: AreNear | None = None) -> np.ndarray:
+    """Return the rows (`ROW`) whose digest an earlier document has, by (unit, number).
 
-    With `near(rows, others)`, which tells row by row whether two documents are near, a shared digest alone is not
-    enough: then a row is returned if it is near an earlier one of its digest that is not itself returned.
+    With `are_near`, an equal digest is not sufficient. A row is then a duplicate if it is near an earlier row of the
+    same digest that is not itself a duplicate.
     """
     table = table[np.lexsort((table["number"], table["unit"], table["digest"]))]
-    found = [table[:0]]
+    duplicates = [table[:0]]
     while len(table) > 1:
-        first = np.r_[True, table["digest"][1:] != table["digest"][:-1]]
-        heads = table[np.maximum.accumulate(np.where(first, np.arange(len(table)), 0))]
-        rest, heads = table[~first], heads[~first]
-        dropped = np.ones(len(rest), bool) if near is None else near(rest, heads)
-        found.append(rest[dropped])
-        table = rest[~dropped]
-    return np.concatenate(found)
+        # Each pass compares the rows of a group with its first row. Rows that are not near it form the next pass.
+        is_first = np.r_[True, table["digest"][1:] != table["digest"][:-1]]
+        heads = table[np.maximum.accumulate(np.where(is_first, np.arange(len(table)), 0))]
+        rest, heads = table[~is_first], heads[~is_first]
+        is_duplicate = np.ones(len(rest), bool) if are_near is None else are_near(rest, heads)
+        duplicates.append(rest[is_duplicate])
+        table = rest[~is_duplicate]
+    return np.concatenate(duplicates)
 
 
-def dropped(folder: Path, kind: str, unit: int) -> set[int]:
-    """Numbers of the documents of `unit` that `Parts.judge` dropped."""
+def duplicate_numbers(folder: Path, kind: str, unit: int) -> set[int]:
+    """Return the numbers of the documents of `unit` that `DigestPartitions.find_duplicates` wrote."""
     numbers: set[int] = set()
     for file in sorted(folder.glob(f"{kind}-*.npy")):
         table = np.load(file, mmap_mode="r")
@@ -93,63 +97,67 @@ def dropped(folder: Path, kind: str, unit: int) -> set[int]:
 
 
 @dataclass(frozen=True)
-class Bands:
-    """How a signature is cut for comparison: `count` bands of `width` values, chosen for a similarity."""
+class LshBands:
+    """Locality-sensitive hashing of signatures: `count` bands of `width` values each."""
 
     count: int
     width: int
 
     def digests(self, signatures: np.ndarray) -> np.ndarray:
-        """[documents, SIGNATURE] -> [documents, count]; equal bands of the same place give equal numbers."""
-        mixed = np.empty((len(signatures), self.count), np.uint64)
+        """[documents, NUM_HASHES] -> [documents, count]; equal values in a band give equal digests."""
+        digests = np.empty((len(signatures), self.count), np.uint64)
         for band in range(self.count):
-            digest = np.full(len(signatures), band + 1, np.uint64)
+            digest = np.full(len(signatures), band + 1, np.uint64)  # equal values in two different bands differ
             for values in signatures[:, band * self.width : (band + 1) * self.width].T:
                 digest = (digest ^ values.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
                 digest ^= digest >> np.uint64(29)
-            mixed[:, band] = digest
-        return mixed
+            digests[:, band] = digest
+        return digests
 
 
-class NearDuplicates:
-    """Signatures of documents and when two of them are near. Raises ConfigError without the library."""
+class NearDuplicateDetector:
+    """MinHash signatures and their comparison. Raises ConfigError if datasketch is not installed."""
 
     def __init__(self, threshold: float):
         try:
             from datasketch import MinHash, MinHashLSH
         except ImportError as error:
             raise ConfigError(
-                ["near_duplicates needs datasketch: pip install 'pmlm_dist[near-duplicates]', or leave it out"]
+                ["near_duplicates needs datasketch: pip install 'pmlm_dist[near-duplicates]', or omit the setting"]
             ) from error
         self.threshold = threshold
-        lsh: Any = MinHashLSH(threshold=threshold, num_perm=SIGNATURE)
-        self.bands = Bands(lsh.b, lsh.r)
-        self._empty = MinHash(SIGNATURE, hashfunc=zlib.crc32)
+        # The library's choice of bands for this threshold: least weighted sum of false positives and negatives.
+        lsh: Any = MinHashLSH(threshold=threshold, num_perm=NUM_HASHES)
+        self.bands = LshBands(lsh.b, lsh.r)
+        self._empty = MinHash(NUM_HASHES, hashfunc=zlib.crc32)
 
     def signature(self, text: str) -> np.ndarray:
-        """MinHash of the sets of five consecutive words (all words of a shorter text), shape [SIGNATURE], uint32.
+        """MinHash of the set of five-word shingles (all words of a shorter text), shape [NUM_HASHES], uint32.
 
-        Case and spacing do not matter. Of a longer text the first 2**20 characters count.
+        Case and spacing are ignored. Only the first 2**20 characters of a longer text count.
         """
-        words = text[:_CHARACTERS].casefold().split()
+        words = text[:_MAX_CHARACTERS].casefold().split()
         shingles = _shingles(words)
         sketch = self._empty.copy()
-        while batch := list(itertools.islice(shingles, _SHINGLES_AT_ONCE)):
+        while batch := list(itertools.islice(shingles, _SHINGLE_BATCH)):
             sketch.update_batch(batch)
         return sketch.hashvalues.astype(np.uint32)
 
     def rows(self, signatures: np.ndarray, *, unit: int, numbers: np.ndarray) -> np.ndarray:
-        """A `ROW` for each document and band."""
+        """Return a `ROW` for each document and band."""
         rows = np.empty((len(numbers), self.bands.count), ROW)
         rows["digest"] = self.bands.digests(signatures)
         rows["unit"], rows["number"] = unit, numbers[:, None]
         return rows.reshape(-1)
 
-    def near(self, signatures: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Row by row: whether the share of equal values, an estimate of the Jaccard index, reaches the threshold."""
+    def are_near(self, signatures: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Compare [N, NUM_HASHES] row by row -> [N]: whether the estimated Jaccard index reaches the threshold.
+
+        The fraction of equal values is an unbiased estimate of the Jaccard index of the shingle sets.
+        """
         return (signatures == others).mean(axis=1) >= self.threshold
 
 
 def _shingles(words: list[str]) -> Iterator[bytes]:
-    for at in range(max(1, len(words) - SHINGLE + 1)):
-        yield " ".join(words[at : at + SHINGLE]).encode()
+    for start in range(max(1, len(words) - SHINGLE_WORDS + 1)):
+        yield " ".join(words[start : start + SHINGLE_WORDS]).encode()

@@ -1,9 +1,9 @@
-"""The demo source: English prose that every Python installation carries, its docstrings.
+"""Demo source: the docstrings of a Python installation, which are English prose.
 
     *.py of the standard library and of site-packages  --ast-->  distinct docstrings  ->  one JSONL file
 
-Nothing is imported or run. Fields of a line: `text` (the dedented docstring), `package` (the top-level package) and
-`name` (the dotted name of the module, class or function).
+No code is imported or executed. Fields of a line: `text` (the dedented docstring), `package` (the top-level package),
+and `name` (the dotted name of the module, class or function).
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pmlm_dist.files import open_atomically
+
 MIN_CHARACTERS = 200
 _WORKERS = 4
 _MAX_SOURCE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One Python file and its module's dotted name."""
+class PythonFile:
+    """One Python file and the dotted name of its module."""
 
     path: Path
     module: str
@@ -44,7 +46,7 @@ class Docstring:
 
 @dataclass(frozen=True)
 class PythonDocsCounts:
-    """What `write_python_docs` found."""
+    """Counts of one call of `write_python_docs`."""
 
     files: int
     docstrings: int
@@ -52,62 +54,57 @@ class PythonDocsCounts:
 
 
 def library_folders() -> list[Path]:
-    """The standard library and every site-packages folder of `sys.path`."""
-    found = [Path(sysconfig.get_path("stdlib"))]
-    found += [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
-    return list(dict.fromkeys(folder.resolve() for folder in found if folder.is_dir()))
+    """Return the standard library and every site-packages folder of `sys.path`."""
+    folders = [Path(sysconfig.get_path("stdlib"))]
+    folders += [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    return list(dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir()))
 
 
-def source_files(folders: Iterable[Path]) -> list[SourceFile]:
-    """All Python files below `folders`, sorted by module name; nested site-packages belong to themselves."""
-    found = []
+def python_files(folders: Iterable[Path]) -> list[PythonFile]:
+    """Return all Python files below `folders`, sorted by module name, without nested site-packages."""
+    files = []
     for folder in folders:
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder).with_suffix("").parts
             if "site-packages" not in parts and "dist-packages" not in parts:
-                found.append(SourceFile(path, ".".join(part for part in parts if part != "__init__")))
-    return sorted(found, key=lambda file: (file.module, str(file.path)))
+                files.append(PythonFile(path, ".".join(part for part in parts if part != "__init__")))
+    return sorted(files, key=lambda file: (file.module, str(file.path)))
 
 
-def read_docstrings(file: SourceFile) -> list[Docstring] | None:
-    """Docstrings of `MIN_CHARACTERS` and more in source order; None if the file is no readable Python."""
+def read_docstrings(file: PythonFile) -> list[Docstring] | None:
+    """Return docstrings of more than `MIN_CHARACTERS` in source order; None if the file cannot be parsed."""
     try:
         if file.path.stat().st_size > _MAX_SOURCE_BYTES:
             return None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes and the like in others' code
+            warnings.simplefilter("ignore")  # invalid escapes and the like in third-party code
             tree = ast.parse(file.path.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
         return None
     package = file.module.partition(".")[0]
-    return [Docstring(text, package, name) for name, text in _documented(tree, name=file.module)]
+    return [Docstring(text, package, name) for name, text in _docstrings_in(tree, name=file.module)]
 
 
 def write_python_docs(path: Path, *, folders: Iterable[Path] | None = None) -> PythonDocsCounts:
-    """Write the distinct docstrings of `folders` (default: `library_folders()`) to the JSONL file `path`.
+    """Write the distinct docstrings of `folders` (default: `library_folders()`) to the JSONL file `path`, atomically.
 
-    The order is that of the sorted module names. The file appears under its name only when it is whole.
+    The order is that of the sorted module names.
     """
-    files = source_files(library_folders() if folders is None else folders)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    files = python_files(library_folders() if folders is None else folders)
     path.parent.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     unparsable = 0
-    try:
-        with temporary.open("w", encoding="utf-8") as out:
-            for found in _read_all(files):
-                unparsable += found is None
-                for docstring in found or ():
-                    if docstring.text not in seen:
-                        seen.add(docstring.text)
-                        out.write(json.dumps(docstring.__dict__, ensure_ascii=False) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open_atomically(path) as out:
+        for docstrings in _read_all(files):
+            unparsable += docstrings is None
+            for docstring in docstrings or ():
+                if docstring.text not in seen:
+                    seen.add(docstring.text)
+                    out.write((json.dumps(docstring.__dict__, ensure_ascii=False) + "\n").encode())
     return PythonDocsCounts(files=len(files), docstrings=len(seen), unparsable=unparsable)
 
 
-def _read_all(files: list[SourceFile]) -> Iterator[list[Docstring] | None]:
+def _read_all(files: list[PythonFile]) -> Iterator[list[Docstring] | None]:
     workers = min(_WORKERS, os.cpu_count() or 1, 1 + len(files) // 100)
     if workers == 1:
         yield from map(read_docstrings, files)
@@ -118,18 +115,18 @@ def _read_all(files: list[SourceFile]) -> Iterator[list[Docstring] | None]:
 
 
 def _use_all_cores() -> None:
-    """Undo the binding to one core that an MPI launcher gives to a rank and the rank to its children."""
+    """Remove the binding to one core: an MPI launcher binds its ranks, and child processes inherit it."""
     if sys.platform == "linux":
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
-def _documented(node: ast.AST, *, name: str) -> Iterator[tuple[str, str]]:
-    """Dotted names and docstrings of `node` and of all that it defines, at any depth."""
+def _docstrings_in(node: ast.AST, *, name: str) -> Iterator[tuple[str, str]]:
+    """Yield dotted names and docstrings of `node` and of all its definitions, at any depth."""
     pending = [(name, node)]
     while pending:
         name, node = pending.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = _prose(ast.get_docstring(node, clean=False))
+            text = _clean(ast.get_docstring(node, clean=False))
             if text:
                 yield name, text
         for child in reversed(list(ast.iter_child_nodes(node))):
@@ -138,8 +135,8 @@ def _documented(node: ast.AST, *, name: str) -> Iterator[tuple[str, str]]:
                 pending.append((f"{name}.{child.name}" if defines else name, child))
 
 
-def _prose(docstring: str | None) -> str | None:
-    """The dedented docstring, or None where it is missing, short, or not valid Unicode."""
+def _clean(docstring: str | None) -> str | None:
+    """Return the dedented docstring; None if it is missing, short, or invalid Unicode."""
     if docstring is None or len(docstring) <= MIN_CHARACTERS:
         return None
     text = inspect.cleandoc(docstring)

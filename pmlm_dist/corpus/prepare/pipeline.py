@@ -1,15 +1,15 @@
-"""The distributed program behind `pmlm prepare-corpus`: raw text to shuffled shards, on any number of MPI ranks.
+"""The distributed program of `pmlm prepare-corpus`: raw text to shuffled shards, on any number of MPI ranks.
 
-    sources -> units, dealt round-robin to the ranks
-      1 scan        clean; a row and, if asked for, a MinHash signature for every document   (cleaning.py, selection.py)
-      2 duplicates  rows by digest; all but the first of a group are dropped                            (duplicates.py)
-      3 vocabulary  loaded, or trained on rank 0 on a sample of the kept documents; sent to all
-      4 pack        tokenise, split, pack; samples by pseudo-random key into sorted runs                   (shuffle.py)
-      5 write       even shards of all runs merged, each by one rank; the manifest last, by rank 0
+    sources -> units, assigned round-robin to the ranks
+      1 scan        clean; a row and, if enabled, a MinHash signature for every document      (cleaning.py, sampling.py)
+      2 duplicates  rows partitioned by digest; all but the first of a group are skipped                (duplicates.py)
+      3 vocabulary  loaded, or trained by rank 0 on a sample of the kept documents; broadcast
+      4 pack        tokenize, split, pack; samples by pseudo-random key into sorted runs                   (shuffle.py)
+      5 write       merge all runs into even shards, each by one rank; rank 0 writes the manifest last
 
-What is written depends on the settings and the input alone: not on the number of ranks. All ranks see one file system.
-Units, runs and shards are each finished by themselves (unfinished.py): a run that was interrupted, whatever by, goes on
-there with any number of ranks, and leaves no manifest before. Run alone, it is rank 0 of 1.
+The output depends on the settings and the input only, not on the number of ranks. All ranks see one file system.
+Finished units, runs and shards are recorded in a journal (journal.py). An interrupted preparation resumes from it with
+any number of ranks. There is no manifest before the end. Without mpirun the program runs as rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -25,45 +25,46 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pmlm_dist.config import ConfigError, raise_if_any
-from pmlm_dist.corpus.filters.cleaning import normalized
-from pmlm_dist.corpus.input.documents import Skips, Unit, list_units, read_unit
-from pmlm_dist.corpus.input.sources import SourceFile, find_files, local_file
+from pmlm_dist.config import ConfigError
+from pmlm_dist.corpus.filters.cleaning import normalize
+from pmlm_dist.corpus.input.documents import read_unit
+from pmlm_dist.corpus.input.records import SkippedRecords
+from pmlm_dist.corpus.input.units import Unit, list_units
 from pmlm_dist.corpus.packing.packer import SPECIAL_TOKENS_PER_SAMPLE
-from pmlm_dist.corpus.packing.shuffle import BUCKET_BYTES, BUFFER_BYTES, Run, Shuffled, bucket_counts
-from pmlm_dist.corpus.packing.sorted_runs import RunPacker
-from pmlm_dist.corpus.packing.stream_digest import ORIGINS
+from pmlm_dist.corpus.packing.shuffle import BUCKET_BYTES, BUFFER_BYTES, MergedRuns, SortedRun, count_per_bucket
+from pmlm_dist.corpus.packing.stream_digest import UNIT_SAMPLES
 from pmlm_dist.corpus.prepare.counts import (
     UnitCounts,
     build_manifest,
     entropy,
-    merged,
     raise_if_empty,
     raise_if_too_small,
+    sum_counts,
     summary,
 )
 from pmlm_dist.corpus.prepare.journal import RUNS, SCAN, SHARDS, Journal
-from pmlm_dist.corpus.prepare.mpi import abort_on_failure, barrier, broadcast_from_root, print_once, track, world
+from pmlm_dist.corpus.prepare.mpi import abort_on_failure, barrier, broadcast_object, print_on_rank_zero, track, world
 from pmlm_dist.corpus.prepare.sampling import (
     VOCABULARY_BINS,
-    chosen,
-    cutoff,
-    held_out_below,
-    lowest_draw,
+    lowest_hash,
+    validation_threshold,
     vocabulary_bins,
+    vocabulary_documents,
     vocabulary_text,
+    vocabulary_threshold,
 )
 from pmlm_dist.corpus.prepare.scan import Scan
 from pmlm_dist.corpus.prepare.settings import (
-    FEWEST_SHARDS,
+    MIN_SHARDS,
     PYTHON_DOCS,
     SAMPLES_PER_SHARD,
     PrepareConfig,
-    patterns,
+    existing_corpus,
     raise_if_different,
-    recorded,
-    standing,
+    recorded_settings,
 )
+from pmlm_dist.corpus.prepare.sorted_runs import RunPacker
+from pmlm_dist.corpus.prepare.source_files import raise_if_changed, source_files, unsplittable_warnings
 from pmlm_dist.corpus.shards import (
     MANIFEST,
     SPLITS,
@@ -85,152 +86,153 @@ _VOCABULARY = "vocabulary"
 
 
 def prepare_corpus(config: PrepareConfig) -> Manifest:
-    """Prepare the corpus, on all ranks of the MPI world together; every rank returns the manifest.
+    """Prepare the corpus on all ranks of the MPI world together; every rank returns the manifest.
 
-    Goes on where an interrupted run with the same settings and input stopped. Does nothing if the corpus stands already
-    with the same settings. Raises ConfigError for wrong settings, unusable input, and a folder that holds another
-    corpus. With several ranks any error ends them all.
+    Resumes an interrupted preparation with the same settings and input. Does nothing if the corpus exists with the same
+    settings. Raises ConfigError for invalid settings, unusable input, and a folder with another corpus. With several
+    ranks any error ends all of them.
     """
     comm = world()
     with abort_on_failure(comm):
-        found = broadcast_from_root(comm, standing(config) if comm.rank == 0 else None)
-        if found is not None:
+        existing = broadcast_object(comm, existing_corpus(config) if comm.rank == 0 else None)
+        if existing is not None:
             if comm.rank == 0:
-                Journal(config.output).remove()  # of a run that ended just after its manifest
-            print_once(comm, f"{config.output} stands already with these settings; nothing to do")
-            return found
+                Journal(config.output).remove()  # left by a run that was killed right after it wrote the manifest
+            print_on_rank_zero(comm, f"{config.output} exists already with these settings; nothing to do")
+            return existing
         return _Preparation(config, comm).run()
 
 
 class _Preparation:
-    """One run; the phases in the order of the module's picture."""
+    """One run of the program; the phases are those of the module's picture."""
 
     def __init__(self, config: PrepareConfig, comm: Intracomm):
         self.config = config
         self.comm = comm
-        self.work = Journal(config.output)
-        self.scan = Scan(config, comm, self.work)
+        self.journal = Journal(config.output)
+        self.scan = Scan(config, comm, self.journal)
         self.seconds: dict[str, float] = {}
 
     def run(self) -> Manifest:
         with self._phase("sources"):
             units, settings = self._begin()
         with self._phase("scan"):
-            found = self.scan.run(units)
-        self._judge(raise_if_empty, found)
+            scanned = self.scan.run(units)
+        self._check(raise_if_empty, scanned)
         with self._phase("duplicates"):
             self.scan.find_duplicates(units)
         with self._phase("vocabulary"):
             vocabulary = self._vocabulary(units)
         with self._phase("pack"):
             runs = self._pack(units, vocabulary)
-        totals = merged([UnitCounts.from_json(run["tally"]) for run in runs.values()])
-        self._judge(raise_if_too_small, totals)
+        totals = sum_counts(UnitCounts.from_json(record["counts"]) for record in runs.values())
+        self._check(raise_if_too_small, totals)
         with self._phase("write"):
             shards = self._write(runs, totals, vocabulary)
-        totals.merge(found)
+        totals.merge(scanned)
         counts = self._token_counts(runs, vocabulary_size=vocabulary.size)
         manifest = build_manifest(settings, vocabulary, totals=totals, shards=shards, unigram_entropy=entropy(counts))
         if self.comm.rank == 0:
             vocabulary.save(self.config.output)
-            np.save(self.config.output / ORIGINS, _samples_of_units(runs, units=len(units)))
+            np.save(self.config.output / UNIT_SAMPLES, _unit_samples(runs, units=len(units)))
             manifest.save(self.config.output)
-            self.work.remove()
+            self.journal.remove()
             print(summary(self.config, manifest, totals, self.seconds), flush=True)
         barrier(self.comm)
         return manifest
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Time a phase and end it on all ranks together."""
-        began = time.perf_counter()
+        """Time a phase; wait for all ranks at its end."""
+        start = time.perf_counter()
         yield
         barrier(self.comm)
-        self.seconds[name] = time.perf_counter() - began
+        self.seconds[name] = time.perf_counter() - start
 
-    def _judge(self, check: Callable[[PrepareConfig, UnitCounts], None], counts: UnitCounts) -> None:
-        """Let rank 0 judge while the others wait."""
+    def _check(self, check: Callable[[PrepareConfig, UnitCounts], None], counts: UnitCounts) -> None:
+        """Check the counts on rank 0 while the others wait."""
         if self.comm.rank == 0:
-            with self._useless_if_refused():
+            with self._journal_removed_on_error():
                 check(self.config, counts)
         barrier(self.comm)
 
     @contextmanager
-    def _useless_if_refused(self) -> Iterator[None]:
-        """On rank 0: what is done under settings that cannot be goes, so that better ones are not refused for it."""
+    def _journal_removed_on_error(self) -> Iterator[None]:
+        """On rank 0: delete the work of unusable settings. Otherwise corrected settings would not match the journal."""
         try:
             yield
         except ConfigError:
-            self.work.remove()
+            self.journal.remove()
             raise
 
     # 0
 
     def _begin(self) -> tuple[list[Unit], dict[str, Any]]:
-        """The units and the recorded settings; what lies unfinished is kept if it comes from the same."""
-        found = None
+        """Return the units and the recorded settings. Start a journal, or resume one of the same settings and input."""
+        result = None
         if self.comm.rank == 0:
-            settings, before = recorded(self.config), self.work.identity()
-            if before is not None:
-                raise_if_different(self.work.folder, before["settings"], settings, holds="an unfinished corpus")
-            files = _source_files(self.config, goes_on=before is not None)
+            settings, identity = recorded_settings(self.config), self.journal.identity()
+            if identity is not None:
+                raise_if_different(self.journal.folder, identity["settings"], settings, content="an unfinished corpus")
+            files = source_files(self.config, is_resumed=identity is not None)
             listing = [list(dataclasses.astuple(file)) for file in files]
             units = list_units(files, unit_bytes=self.config.unit_bytes)
-            for line in uneven_files(files, ranks=self.comm.size, unit_bytes=self.config.unit_bytes):
+            for line in unsplittable_warnings(files, ranks=self.comm.size, unit_bytes=self.config.unit_bytes):
                 print(line, flush=True)
-            if before is None:
-                _clear(self.config.output)
-                self.work.begin({"settings": settings, "files": listing})
+            _remove_temporary_files(self.config.output)
+            if identity is None:
+                _remove_shards(self.config.output)
+                self.journal.begin({"settings": settings, "files": listing})
             else:
-                _refuse_changed(self.work.folder, before["files"], listing)
-                self._say_what_is_done(units)
-            found = units, settings
-        found = broadcast_from_root(self.comm, found)
-        assert found is not None
-        return found
+                raise_if_changed(self.journal.folder, identity["files"], listing)
+                self._print_resumed(units)
+            result = units, settings
+        result = broadcast_object(self.comm, result)
+        assert result is not None
+        return result
 
-    def _say_what_is_done(self, units: Sequence[Unit]) -> None:
-        packed = sum(len(run["units"]) for run in self.work.done(RUNS).values())
+    def _print_resumed(self, units: Sequence[Unit]) -> None:
+        packed = sum(len(record["units"]) for record in self.journal.committed(RUNS).values())
         print(
-            f"going on with an interrupted run: of {len(units)} parts of the input {len(self.work.done(SCAN))} are "
-            f"scanned and {packed} packed; {len(self.work.done(SHARDS))} shards are written",
+            f"resuming an interrupted run: of {len(units)} units of the input {len(self.journal.committed(SCAN))} are "
+            f"scanned and {packed} packed; {len(self.journal.committed(SHARDS))} shards are written",
             flush=True,
         )
 
     # 3
 
     def _vocabulary(self, units: Sequence[Unit]) -> Vocabulary:
-        folder = self.work.path(_VOCABULARY, "")
-        stands = broadcast_from_root(self.comm, folder.is_dir() if self.comm.rank == 0 else False)
-        trains = not stands and self.config.vocabulary is None
-        texts = self._vocabulary_texts(units) if trains else []
+        folder = self.journal.path(_VOCABULARY, "")
+        is_trained = broadcast_object(self.comm, folder.is_dir() if self.comm.rank == 0 else False)
+        needs_training = not is_trained and self.config.vocabulary is None
+        texts = self._vocabulary_texts(units) if needs_training else []
         vocabulary = None
         if self.comm.rank == 0:
-            if trains:
-                with self._useless_if_refused():
+            if needs_training:
+                with self._journal_removed_on_error():
                     vocabulary = Vocabulary.train(texts, self.config.vocabulary_size or 0)
                 vocabulary.save(temporary := folder.with_name(f".{_VOCABULARY}"))
-                temporary.replace(folder)
+                temporary.replace(folder)  # a folder of two files appears at once
             else:
-                vocabulary = Vocabulary.load(folder if stands else self.config.vocabulary or folder)
-        vocabulary = broadcast_from_root(self.comm, vocabulary)
+                vocabulary = Vocabulary.load(folder if is_trained else self.config.vocabulary or folder)
+        vocabulary = broadcast_object(self.comm, vocabulary)
         assert vocabulary is not None
         return vocabulary
 
     def _vocabulary_texts(self, units: Sequence[Unit]) -> list[str]:
-        """On rank 0 a pseudo-random sample of the kept documents; elsewhere nothing."""
+        """Return a pseudo-random sample of the kept documents on rank 0; an empty list on other ranks."""
         seed, bins = self.config.seed, np.zeros(VOCABULARY_BINS, np.int64)
-        for unit in self.scan.own(units):
+        for unit in self.scan.assigned(units):
             bins += vocabulary_bins(self.scan.kept(unit), seed=seed, unit=unit.number)
-        below = cutoff(self.comm.allreduce(bins), budget=self.config.vocabulary_sample_bytes)
+        below = vocabulary_threshold(self.comm.allreduce(bins), budget=self.config.vocabulary_sample_bytes)
         texts: list[str] = []
-        for unit in track(self.comm, self.scan.own(units), label="vocabulary"):
-            wanted = chosen(self.scan.kept(unit), seed=seed, unit=unit.number, below=below)
-            documents = read_unit(unit, text_field=self.config.text_field, skips=Skips()) if wanted else ()
+        for unit in track(self.comm, self.scan.assigned(units), label="vocabulary"):
+            sampled = vocabulary_documents(self.scan.kept(unit), seed=seed, unit=unit.number, below=below)
+            documents = read_unit(unit, text_field=self.config.text_field, skipped=SkippedRecords()) if sampled else ()
             texts += [
-                vocabulary_text(normalized(document, self.config.unicode))
+                vocabulary_text(normalize(document, self.config.unicode))
                 for document in documents
-                if document.number in wanted
+                if document.number in sampled
             ]
         barrier(self.comm)
         gathered = self.comm.gather(texts)
@@ -239,118 +241,87 @@ class _Preparation:
     # 4
 
     def _pack(self, units: Sequence[Unit], vocabulary: Vocabulary) -> dict[str, Any]:
-        """Pack what is not packed; the records of all pieces of work."""
-        packed = {int(number) for run in self._packed().values() for number in run["units"]}
+        """Pack the units that are not in the journal; return the records of all runs."""
+        packed = {int(number) for record in self._committed(RUNS).values() for number in record["units"]}
         missing = [unit for unit in units if unit.number not in packed]
-        packing = RunPacker(
-            self.scan, vocabulary, held_out_below=self._held_out_below(units), buffer_bytes=BUFFER_BYTES
-        )
-        for unit in track(self.comm, self.scan.own(missing), label="pack"):
-            packing.add(unit)
-        packing.finish()
+        threshold = self._validation_threshold(units)
+        packer = RunPacker(self.scan, vocabulary, validation_threshold=threshold, buffer_bytes=BUFFER_BYTES)
+        for unit in track(self.comm, self.scan.assigned(missing), label="pack"):
+            packer.add(unit)
+        packer.commit()
         barrier(self.comm)
-        return self._packed()
+        return self._committed(RUNS)
 
-    def _packed(self) -> dict[str, Any]:
-        return broadcast_from_root(self.comm, self.work.done(RUNS) if self.comm.rank == 0 else {})
+    def _committed(self, kind: str) -> dict[str, Any]:
+        return broadcast_object(self.comm, self.journal.committed(kind) if self.comm.rank == 0 else {})
 
-    def _held_out_below(self, units: Sequence[Unit]) -> int:
-        """Documents with a lower draw are held out."""
-        lowest = [
-            lowest_draw(self.scan.kept(unit), seed=self.config.seed, unit=unit.number) for unit in self.scan.own(units)
+    def _validation_threshold(self, units: Sequence[Unit]) -> int:
+        """Return the hash below which documents are in the validation split."""
+        hashes = [
+            lowest_hash(self.scan.kept(unit), seed=self.config.seed, unit=unit.number)
+            for unit in self.scan.assigned(units)
         ]
-        own = min((draw for draw in lowest if draw is not None), default=None)
-        return held_out_below(self.config.validation_fraction, self.comm.allgather(own))
+        lowest = min((hashed for hashed in hashes if hashed is not None), default=None)
+        return validation_threshold(self.config.validation_fraction, self.comm.allgather(lowest))
 
     def _token_counts(self, runs: Mapping[str, Any], *, vocabulary_size: int) -> np.ndarray:
-        """How often each token occurs in the training split."""
+        """Count each token in the training split, shape [vocabulary_size]."""
         counts = np.zeros(vocabulary_size, np.int64)
         for name in list(runs)[self.comm.rank :: self.comm.size]:
-            counts += np.load(self.work.path(RUNS, f"{name}.npy"))
+            counts += np.load(self.journal.path(RUNS, f"{name}.npy"))
         return self.comm.allreduce(counts)
 
     # 5
 
     def _write(self, runs: Mapping[str, Any], totals: UnitCounts, vocabulary: Vocabulary) -> dict[str, list[Shard]]:
-        """All shards by split, in order; each rank writes neighbours, which share what it has to read."""
-        for split, shards in _shard_numbers(self.config, totals.samples).items():
-            shuffled = self._shuffled(runs, split, totals, token_dtype(vocabulary.size))
-            done = broadcast_from_root(self.comm, set(self.work.done(SHARDS)) if self.comm.rank == 0 else set())
-            cuts = even_cuts(totals.samples[split], shards)
-            work = [(number, cut) for number, cut in enumerate(cuts) if f"{split}-{number:06d}" not in done]
-            first, last = even_cuts(len(work), self.comm.size)[self.comm.rank]
-            for number, (start, stop) in track(self.comm, work[first:last], label=f"write {split}"):
-                samples = shuffled.read(start, stop)
-                name, dtype = shard_name(split, number), token_dtype(vocabulary.size)
-                shard = write_shard(self.config.output, name, samples, first=start, dtype=dtype)
-                self.work.finish(SHARDS, f"{split}-{number:06d}", dataclasses.asdict(shard))
+        """Write all shards; return them by split, in order. A rank writes consecutive ones, which share buckets."""
+        dtype = token_dtype(vocabulary.size)
+        for split, shards in _shards_per_split(self.config, totals.samples).items():
+            merged = self._merged_runs(runs, split, totals, dtype)
+            written = self._committed(SHARDS)
+            ranges = even_ranges(totals.samples[split], shards)
+            missing = [
+                (number, each) for number, each in enumerate(ranges) if _shard_stem(split, number) not in written
+            ]
+            first, last = even_ranges(len(missing), self.comm.size)[self.comm.rank]
+            for number, (start, stop) in track(self.comm, missing[first:last], label=f"write {split}"):
+                samples = merged.read(start, stop)
+                shard = write_shard(self.config.output, shard_name(split, number), samples, first=start, dtype=dtype)
+                self.journal.commit(SHARDS, _shard_stem(split, number), dataclasses.asdict(shard))
             barrier(self.comm)
-        written = broadcast_from_root(self.comm, self.work.done(SHARDS) if self.comm.rank == 0 else {})
+        written = self._committed(SHARDS)
         return {
-            split: [Shard(**record) for name, record in written.items() if name.startswith(f"{split}-")]
+            split: [Shard(**record) for stem, record in written.items() if stem.startswith(f"{split}-")]
             for split in SPLITS
         }
 
-    def _shuffled(self, runs: Mapping[str, Any], split: str, totals: UnitCounts, dtype: TokenDtype) -> Shuffled:
+    def _merged_runs(self, runs: Mapping[str, Any], split: str, totals: UnitCounts, dtype: TokenDtype) -> MergedRuns:
         names = [name for record in runs.values() for name in record["runs"][split]]
-        sorted_runs = [Run(self.work.path(RUNS, ""), name, dtype) for name in names]
+        sorted_runs = [SortedRun(self.journal.path(RUNS, ""), name, dtype) for name in names]
         tokens = totals.content_tokens[split] + SPECIAL_TOKENS_PER_SAMPLE * totals.samples[split]
         buckets = max(1, math.ceil(tokens * np.dtype(dtype).itemsize / BUCKET_BYTES))
-        own = (bucket_counts(run, buckets) for run in sorted_runs[self.comm.rank :: self.comm.size])
-        return Shuffled(sorted_runs, self.comm.allreduce(sum(own, np.zeros(buckets, np.int64))).tolist())
+        own = (count_per_bucket(run, buckets) for run in sorted_runs[self.comm.rank :: self.comm.size])
+        return MergedRuns(sorted_runs, self.comm.allreduce(sum(own, np.zeros(buckets, np.int64))).tolist())
 
 
-# ------------------------------------------------------------------------------------------------------- pieces of work
+# ---------------------------------------------------------------------------------------------------- files and ranges
 
 
-def _source_files(config: PrepareConfig, *, goes_on: bool) -> list[SourceFile]:
-    """The input; the docstrings are collected first if they are asked for, and not there from an interrupted run."""
-    files = find_files(patterns(config))
-    if PYTHON_DOCS not in config.source:
-        return files
-    from pmlm_dist.corpus.input.python_docs import write_python_docs
-
-    path = config.output / f"{PYTHON_DOCS}.jsonl"
-    if not (goes_on and path.is_file()):
-        counts = write_python_docs(path)
-        print(
-            f"{counts.docstrings} docstrings in {counts.files} files, {counts.unparsable} files unreadable", flush=True
-        )
-    return [local_file(path), *files]
+def _remove_temporary_files(output: Path) -> None:
+    """Remove the temporary files of a killed run from the corpus."""
+    for name in (f"{MANIFEST}.tmp-*", f"{PYTHON_DOCS}.jsonl.tmp-*", "*/shard-*.tar.tmp-*"):
+        for leftover in output.glob(name):
+            leftover.unlink()
 
 
-def uneven_files(files: Sequence[SourceFile], *, ranks: int, unit_bytes: int) -> list[str]:
-    """A line if a file that cannot be cut into units is more than a rank's share of the input, so that others idle."""
-    share = max(sum(file.size for file in files) / ranks, unit_bytes)
-    whole = [file for file in files if file.kind[1] != "none" or not file.seekable]
-    largest = max(whole, key=lambda file: file.size, default=None)
-    if ranks == 1 or largest is None or largest.size <= share:
-        return []
-    return [
-        f"{largest.name} ({largest.size:,} bytes) cannot be cut: it is compressed, or its server gives whole files "
-        f"only. One of {ranks} ranks reads it while the others wait: unpack it, or split it into {ranks} files or more"
-    ]
-
-
-def _refuse_changed(folder: Path, before: list[list[Any]], now: list[list[Any]]) -> None:
-    """Raise ConfigError if files were changed (in size or time) since the interrupted run listed them."""
-    names = [file[0] for file in now if file not in before] or [file[0] for file in before if file not in now]
-    if names:
-        raise_if_any(
-            [
-                f"{folder} holds an unfinished corpus of other input: {len(names)} files changed since, {names[0]} for "
-                "one: remove the folder or give another --output"
-            ]
-        )
-
-
-def _clear(output: Path) -> None:
-    """Remove what other settings left in `output`."""
-    for leftover in [*output.glob(f".{MANIFEST}.*"), *output.glob("*/shard-*.tar"), output / ORIGINS]:
+def _remove_shards(output: Path) -> None:
+    """Remove the shards of a preparation with other settings."""
+    for leftover in [*output.glob("*/shard-*.tar"), output / UNIT_SAMPLES]:
         leftover.unlink(missing_ok=True)
 
 
-def _samples_of_units(runs: Mapping[str, Any], *, units: int) -> np.ndarray:
+def _unit_samples(runs: Mapping[str, Any], *, units: int) -> np.ndarray:
+    """Return the number of samples of every unit, shape [units, splits]."""
     table = np.zeros((units, len(SPLITS)), np.int64)
     for record in runs.values():
         for unit, samples in record["units"].items():
@@ -358,17 +329,22 @@ def _samples_of_units(runs: Mapping[str, Any], *, units: int) -> np.ndarray:
     return table
 
 
-def even_cuts(total: int, parts: int) -> list[tuple[int, int]]:
-    """(start, stop) of `parts` consecutive ranges of 0 .. total - 1 whose sizes differ by at most one."""
+def even_ranges(total: int, parts: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of `parts` consecutive ranges of 0 .. total - 1 whose sizes differ by at most one."""
     ends = [number * total // parts for number in range(parts + 1)]
     return list(itertools.pairwise(ends))
 
 
-def _shard_numbers(config: PrepareConfig, totals: Mapping[str, int]) -> dict[str, int]:
-    """Shards of each split; those of the validation split are about as large as the training shards."""
+def _shard_stem(split: str, number: int) -> str:
+    """Name of a shard in the journal."""
+    return f"{split}-{number:06d}"
+
+
+def _shards_per_split(config: PrepareConfig, samples: Mapping[str, int]) -> dict[str, int]:
+    """Return the number of shards of each split; validation shards are about as large as training shards."""
     shards = config.shards
     if shards is None and config.samples_per_shard is not None:
-        shards = math.ceil(totals[TRAIN] / config.samples_per_shard)
+        shards = math.ceil(samples[TRAIN] / config.samples_per_shard)
     elif shards is None:
-        shards = max(math.ceil(totals[TRAIN] / SAMPLES_PER_SHARD), min(FEWEST_SHARDS, totals[TRAIN]))
-    return {TRAIN: shards, VALIDATION: math.ceil(totals[VALIDATION] * shards / max(1, totals[TRAIN]))}
+        shards = max(math.ceil(samples[TRAIN] / SAMPLES_PER_SHARD), min(MIN_SHARDS, samples[TRAIN]))
+    return {TRAIN: shards, VALIDATION: math.ceil(samples[VALIDATION] * shards / max(1, samples[TRAIN]))}

@@ -1,4 +1,7 @@
-"""The first phases of a preparation: every document looked at once, duplicates found. See prepare.py."""
+"""Scan and duplicates phases of a preparation: every document is read once, and duplicates are found. See pipeline.py.
+
+units --clean--> rows and MinHash signatures in the journal --partition by digest--> numbers of duplicates
+"""
 
 from __future__ import annotations
 
@@ -11,137 +14,144 @@ import numpy as np
 
 from pmlm_dist.corpus.filters import duplicates
 from pmlm_dist.corpus.filters.cleaning import Cleaner, language_filter
-from pmlm_dist.corpus.filters.contamination import HeldOut, read_held_out
-from pmlm_dist.corpus.filters.duplicates import NearDuplicates, Parts
-from pmlm_dist.corpus.input.documents import Unit, label, read_unit
-from pmlm_dist.corpus.prepare.counts import UnitCounts, merged
-from pmlm_dist.corpus.prepare.journal import DROPPED, PARTS, SCAN, Journal
-from pmlm_dist.corpus.prepare.mpi import barrier, broadcast_from_root, track
-from pmlm_dist.corpus.prepare.sampling import SCANNED, scanned
+from pmlm_dist.corpus.filters.contamination import HeldOutNgrams, read_held_out
+from pmlm_dist.corpus.filters.duplicates import DigestPartitions, NearDuplicateDetector
+from pmlm_dist.corpus.input.documents import read_unit
+from pmlm_dist.corpus.input.units import Unit, unit_stem
+from pmlm_dist.corpus.prepare.counts import UnitCounts, sum_counts
+from pmlm_dist.corpus.prepare.journal import DUPLICATES, PARTITIONS, SCAN, Journal
+from pmlm_dist.corpus.prepare.mpi import barrier, broadcast_object, track
+from pmlm_dist.corpus.prepare.sampling import SCAN_ROW, scan_row
 from pmlm_dist.corpus.prepare.settings import PrepareConfig
 
 if TYPE_CHECKING:
     from pmlm_dist.corpus.prepare.mpi import Intracomm
 
-EQUAL, NEAR = "equal", "near"
-_COMPARED_AT_ONCE = 1 << 14
+EXACT, NEAR = "exact", "near"
+_COMPARED_ROWS = 1 << 14
 
 
 class Scan:
-    """What is known of the documents, unit by unit, on disk; the ranks work on it together."""
+    """Rows of the documents, unit by unit, in the journal. All ranks call its methods together."""
 
-    def __init__(self, config: PrepareConfig, comm: Intracomm, work: Journal):
+    def __init__(self, config: PrepareConfig, comm: Intracomm, journal: Journal):
         self.config = config
         self.comm = comm
-        self.work = work
-        self.near = None if config.near_duplicates is None else NearDuplicates(config.near_duplicates)
+        self.journal = journal
+        self.near = None if config.near_duplicates is None else NearDuplicateDetector(config.near_duplicates)
 
-    def own(self, units: Sequence[Unit]) -> Sequence[Unit]:
-        """This rank's share."""
+    def assigned(self, units: Sequence[Unit]) -> Sequence[Unit]:
+        """Return the units of this rank."""
         return units[self.comm.rank :: self.comm.size]
 
     def run(self, units: Sequence[Unit]) -> UnitCounts:
-        """Scan what is not scanned; the counts of all units."""
-        done = broadcast_from_root(self.comm, set(self.work.done(SCAN)) if self.comm.rank == 0 else set())
-        missing = [unit for unit in units if unit.label not in done]
-        for unit in track(self.comm, self.own(missing), label="scan"):
+        """Scan the units that are not in the journal; return the counts of all units."""
+        is_zero = self.comm.rank == 0
+        scanned = broadcast_object(self.comm, set(self.journal.committed(SCAN)) if is_zero else set())
+        missing = [unit for unit in units if unit.stem not in scanned]
+        for unit in track(self.comm, self.assigned(missing), label="scan"):
             self._scan_unit(unit)
         barrier(self.comm)
-        tallies = (
-            [UnitCounts.from_json(tally) for tally in self.work.done(SCAN).values()] if self.comm.rank == 0 else []
-        )
-        return broadcast_from_root(self.comm, merged(tallies))
+        counts = map(UnitCounts.from_json, self.journal.committed(SCAN).values() if is_zero else ())
+        return broadcast_object(self.comm, sum_counts(counts))
 
     def _scan_unit(self, unit: Unit) -> None:
         cleaner = self._cleaner()
         rows, signatures = [], []
-        documents = read_unit(unit, text_field=self.config.text_field, skips=cleaner.skips)
+        documents = read_unit(unit, text_field=self.config.text_field, skipped=cleaner.skipped)
         for document in cleaner.clean(documents):
-            rows.append(scanned(document))
+            rows.append(scan_row(document))
             if self.near is not None:
                 signatures.append(self.near.signature(document.text))
-        name = unit.label
-        np.save(self.work.path(SCAN, f"{name}.npy"), np.array(rows, SCANNED))
+        np.save(self.journal.path(SCAN, f"{unit.stem}.npy"), np.array(rows, SCAN_ROW))
         if self.near is not None:
-            table = np.array(signatures, np.uint32).reshape(-1, duplicates.SIGNATURE)
-            np.save(self.work.path(SCAN, f"{name}.minhash.npy"), table)
-        self.work.finish(SCAN, name, UnitCounts(changed=cleaner.changed, skips=cleaner.skips).as_json())
+            table = np.array(signatures, np.uint32).reshape(-1, duplicates.NUM_HASHES)
+            np.save(self.journal.path(SCAN, f"{unit.stem}.minhash.npy"), table)
+        counts = UnitCounts(changed=cleaner.changed, skipped=cleaner.skipped)
+        self.journal.commit(SCAN, unit.stem, counts.as_json())
 
     def rows(self, unit: Unit) -> np.ndarray:
-        """What the scan noted of a unit."""
-        return np.load(self.work.path(SCAN, f"{unit.label}.npy"))
+        """Return the rows (`SCAN_ROW`) of a unit."""
+        return self._load_rows(unit.number)
 
-    def _signatures(self, unit: int) -> np.ndarray:
-        return np.load(self.work.path(SCAN, f"{label(unit)}.minhash.npy"), mmap_mode="r")
+    def _load_rows(self, unit: int) -> np.ndarray:
+        return np.load(self.journal.path(SCAN, f"{unit_stem(unit)}.npy"))
+
+    def _load_signatures(self, unit: int) -> np.ndarray:
+        return np.load(self.journal.path(SCAN, f"{unit_stem(unit)}.minhash.npy"), mmap_mode="r")
 
     def find_duplicates(self, units: Sequence[Unit]) -> None:
-        """Write down which documents `dropped` names: equal ones, near ones, as the settings want."""
-        documents = self.comm.allreduce(sum(len(self.rows(unit)) for unit in self.own(units)))
+        """Find the duplicates, exact and near ones according to the settings, and record them in the journal."""
+        documents = self.comm.allreduce(sum(len(self.rows(unit)) for unit in self.assigned(units)))
         if self.config.deduplicate:
-            self._judge(EQUAL, (self._equal_rows(unit) for unit in self.own(units)), rows=documents)
+            tables = (self._exact_rows(unit) for unit in self.assigned(units))
+            self._find_duplicates(EXACT, tables, rows=documents)
         if self.near is not None:
-            tables = (self._near_rows(unit, near=self.near) for unit in self.own(units))
-            self._judge(NEAR, tables, rows=documents * self.near.bands.count)
+            tables = (self._near_rows(unit, near=self.near) for unit in self.assigned(units))
+            self._find_duplicates(NEAR, tables, rows=documents * self.near.bands.count)
 
-    def _judge(self, kind: str, tables: Iterator[np.ndarray], *, rows: int) -> None:
-        """Deal rows to parts and judge these; done anew from the start by a run that goes on."""
-        count = math.ceil(rows / duplicates.PART_ROWS)
-        if broadcast_from_root(self.comm, kind in self.work.done(DROPPED) if self.comm.rank == 0 else False):
+    def _find_duplicates(self, kind: str, tables: Iterator[np.ndarray], *, rows: int) -> None:
+        """Partition the rows and find duplicates in each partition; after an interruption, from the first row on."""
+        count = math.ceil(rows / duplicates.PARTITION_ROWS)
+        is_zero = self.comm.rank == 0
+        if broadcast_object(self.comm, kind in self.journal.committed(DUPLICATES) if is_zero else False):
             return
-        if self.comm.rank == 0:
-            for leftover in self.work.path(PARTS, "").glob(f"{kind}-*"):
+        folder = self.journal.path(PARTITIONS, "")
+        if is_zero:
+            # Ranks append to partition files: rows of an interrupted run would be counted twice.
+            for leftover in folder.glob(f"{kind}-*"):
                 leftover.unlink()
         barrier(self.comm)
-        parts = Parts(self.work.path(PARTS, ""), self.work.path(DROPPED, ""), kind, count)
-        parts.deal(tables, rank=self.comm.rank)
+        partitions = DigestPartitions(folder, self.journal.path(DUPLICATES, ""), kind, count)
+        partitions.scatter(tables, rank=self.comm.rank)
         barrier(self.comm)
-        for part in range(self.comm.rank, count, self.comm.size):
-            parts.judge(part, near=self._are_near if kind == NEAR else None)
+        for partition in range(self.comm.rank, count, self.comm.size):
+            partitions.find_duplicates(partition, are_near=self._are_near if kind == NEAR else None)
         barrier(self.comm)
-        if self.comm.rank == 0:
-            self.work.finish(DROPPED, kind, {"parts": count})
+        if is_zero:
+            self.journal.commit(DUPLICATES, kind, {"partitions": count})
 
-    def _equal_rows(self, unit: Unit) -> np.ndarray:
+    def _exact_rows(self, unit: Unit) -> np.ndarray:
         rows = self.rows(unit)
         table = np.empty(len(rows), duplicates.ROW)
         table["digest"], table["unit"], table["number"] = rows["digest"], unit.number, rows["number"]
         return table
 
-    def _near_rows(self, unit: Unit, *, near: NearDuplicates) -> np.ndarray:
-        return near.rows(self._signatures(unit.number), unit=unit.number, numbers=self.rows(unit)["number"])
+    def _near_rows(self, unit: Unit, *, near: NearDuplicateDetector) -> np.ndarray:
+        return near.rows(self._load_signatures(unit.number), unit=unit.number, numbers=self.rows(unit)["number"])
 
     def _are_near(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
         assert self.near is not None
-        answers = [np.empty(0, bool)]
-        for start in range(0, len(rows), _COMPARED_AT_ONCE):
-            part = slice(start, start + _COMPARED_AT_ONCE)
-            answers.append(self.near.near(self._signatures_of(rows[part]), self._signatures_of(others[part])))
-        return np.concatenate(answers)
+        results = [np.empty(0, bool)]
+        for start in range(0, len(rows), _COMPARED_ROWS):  # bounded memory: a signature has 512 bytes
+            part = slice(start, start + _COMPARED_ROWS)
+            results.append(self.near.are_near(self._signatures_of(rows[part]), self._signatures_of(others[part])))
+        return np.concatenate(results)
 
     def _signatures_of(self, rows: np.ndarray) -> np.ndarray:
-        found = np.empty((len(rows), duplicates.SIGNATURE), np.uint32)
+        signatures = np.empty((len(rows), duplicates.NUM_HASHES), np.uint32)
         for unit in np.unique(rows["unit"]).tolist():
-            here = rows["unit"] == unit
-            numbers = np.load(self.work.path(SCAN, f"{label(unit)}.npy"))["number"]
-            found[here] = self._signatures(unit)[np.searchsorted(numbers, rows["number"][here])]
-        return found
+            in_unit = rows["unit"] == unit
+            positions = np.searchsorted(self._load_rows(unit)["number"], rows["number"][in_unit])
+            signatures[in_unit] = self._load_signatures(unit)[positions]
+        return signatures
 
     def kept(self, unit: Unit) -> np.ndarray:
-        """The rows of a unit's documents that are no duplicates."""
+        """Return the rows of the documents of a unit without duplicates."""
         rows = self.rows(unit)
-        gone = self.dropped(unit, EQUAL) | self.dropped(unit, NEAR)
-        return rows[~np.isin(rows["number"], list(gone))] if gone else rows
+        numbers = self.duplicates(unit, EXACT) | self.duplicates(unit, NEAR)
+        return rows[~np.isin(rows["number"], list(numbers))] if numbers else rows
 
-    def dropped(self, unit: Unit, kind: str) -> set[int]:
-        """Numbers of the documents of a unit that `find_duplicates` dropped, by kind."""
-        return duplicates.dropped(self.work.path(DROPPED, ""), kind, unit.number)
+    def duplicates(self, unit: Unit, kind: str) -> set[int]:
+        """Return the numbers of the duplicates of a kind in a unit, after `find_duplicates`."""
+        return duplicates.duplicate_numbers(self.journal.path(DUPLICATES, ""), kind, unit.number)
 
     def _cleaner(self) -> Cleaner:
         address = self.config.language_filter
-        keeps = None if address is None else language_filter(address).keeps
-        return Cleaner(self.config.unicode, self.config.min_characters, keeps, self._held_out)
+        keep = None if address is None else language_filter(address).keep
+        return Cleaner(self.config.unicode, self.config.min_characters, keep, self._held_out)
 
     @cached_property
-    def _held_out(self) -> HeldOut | None:
+    def _held_out(self) -> HeldOutNgrams | None:
         files = self.config.decontaminate
         return read_held_out(files, words=self.config.decontaminate_words) if files else None

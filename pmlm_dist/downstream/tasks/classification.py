@@ -252,7 +252,7 @@ class Classification(Task[TextExample, TextFeature]):
     def build_model(self, config: ModelConfig, *, padded_vocab_size: int) -> TaskModel:
         """Build the model with one output per class, or one for the score."""
         outputs = len(self.settings.labels) or 1
-        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=outputs, objectives="first")
+        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=outputs, pooling="cls")
 
     def length(self, feature: TextFeature) -> int:
         """Return the number of tokens."""
@@ -265,14 +265,14 @@ class Classification(Task[TextExample, TextFeature]):
     def loss(self, engine: nn.Module, batch: TaskBatch) -> Tensor:
         """Return the summed cross entropy, or the summed squared error of the scores."""
         # In fp32: bf16 outputs have three digits, too few for the log-sum-exp and for differences of scores.
-        outputs_BC, targets_B = engine(**model_inputs(batch)).float(), batch.tensors["targets_B"]
+        outputs_BC, targets_B = engine(inputs=model_inputs(batch)).float(), batch.tensors["targets_B"]
         if self.settings.labels:
             return F.cross_entropy(outputs_BC, targets_B.long(), reduction="sum")
         return F.mse_loss(outputs_BC[:, 0], targets_B.float(), reduction="sum")
 
     def predict(self, engine: nn.Module, batch: TaskBatch) -> list[Any]:
         """Return class probabilities, or the score, of each input."""
-        outputs_BC = engine(**model_inputs(batch)).float()
+        outputs_BC = engine(inputs=model_inputs(batch)).float()
         return (outputs_BC.softmax(dim=-1) if self.settings.labels else outputs_BC[:, 0]).tolist()
 
     # ------------------------------------------------------------------------------------------------------ predictions

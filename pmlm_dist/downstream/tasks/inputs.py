@@ -13,6 +13,8 @@ import torch
 
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.downstream.tasks.task import Row, TaskBatch
+from pmlm_dist.masking.layout import SlotInputs
+from pmlm_dist.model.transformer import context_inputs
 from pmlm_dist.vocab import Vocabulary
 
 _MAX_LISTED = 5
@@ -62,9 +64,10 @@ def collate(encoded: Sequence[EncodedInput], vocabulary: Vocabulary, **labels: A
     return TaskBatch(tensors | {name: torch.tensor(values) for name, values in labels.items()}, len(encoded))
 
 
-def model_inputs(batch: TaskBatch) -> dict[str, torch.Tensor]:
-    """Return the tensors of `batch` that the model takes."""
-    return {name: batch.tensors[name] for name in ("tokens_BT", "segments_BT", "valid_BT")}
+def model_inputs(batch: TaskBatch) -> SlotInputs[torch.Tensor]:
+    """Return the model's input for `batch`: context slots only."""
+    tensors = batch.tensors
+    return context_inputs(tensors["tokens_BT"], segments_BT=tensors["segments_BT"], valid_BT=tensors["valid_BT"])
 
 
 def max_input_tokens(value: int | None, *, default: int, model: ModelConfig) -> int:

@@ -23,19 +23,19 @@ from torch import Tensor, nn
 
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.data.batch import special_ids
-from pmlm_dist.decoding.batch_generation import generate_batch, search_of
+from pmlm_dist.decoding.batch_generation import build_search, generate_batch
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.downstream.settings import FinetuneConfig, GenerationConfig
 from pmlm_dist.downstream.tasks.inputs import find_column, raise_if_missing, raise_row_problems, row_id, row_text
 from pmlm_dist.downstream.tasks.overlap import overlap_scores
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
+from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.vocab import Vocabulary
 
 SOURCES, TARGETS = ("src", "source", "text"), ("tgt", "target", "summary")
 """Possible names of the columns."""
-_INPUTS = ("tokens_BT", "positions_BT", "segments_BT", "order_BT", "valid_BT", "predicted_BM")
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         """Return the summed cross entropy of the target tokens with label smoothing."""
         tensors = batch.tensors
         losses_1MB, _ = engine(
-            **{name: tensors[name] for name in _INPUTS},
+            inputs=SlotInputs.of(tensors),
             targets_BM=tensors["targets_BM"],
             objectives=("par",),
             label_smoothing=self.settings.label_smoothing,
@@ -207,7 +207,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         # ZeRO-3 gathers weights in the module's forward pass only; decoding calls the parts of the module.
         with gathered_module(engine, self._new_module) as model:
             hypotheses = generate_batch(
-                model, sources, search=search_of(self.decoding, self._special), special=self._special
+                model, sources, search=build_search(self.decoding, self._special), special=self._special
             )
         generated = [list(best_first[0].tokens) if best_first else [] for best_first in hypotheses]
         return [GeneratedTarget(*output) for output in zip(generated, nll_B, counts_B, strict=True)]
@@ -222,7 +222,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         masks_BM = torch.full_like(targets_BM, self._special.mask)
         tokens_BT = torch.cat([_source_part(batch, "tokens_BT"), targets_BM, masks_BM], dim=1)
         losses_1MB, _ = engine(
-            **{**{name: tensors[name] for name in _INPUTS}, "tokens_BT": tokens_BT},
+            inputs=SlotInputs.of({**tensors, "tokens_BT": tokens_BT}),
             targets_BM=targets_BM,
             objectives=("par",),
         )

@@ -164,7 +164,7 @@ class Spans(Task[SpanExample, Window]):
     def features(self, examples: Sequence[SpanExample], *, training: bool) -> list[Window]:
         """Tokenize and split each passage into windows."""
         questions = self.vocabulary.encode_batch([example.question for example in examples])
-        passages = self.vocabulary.encode_with_places([example.passage for example in examples])
+        passages = self.vocabulary.encode_with_offsets([example.passage for example in examples])
         windows = []
         for number, (example, question, passage) in enumerate(zip(examples, questions, passages, strict=True)):
             self._num_truncated += len(question) > self.settings.max_question_tokens
@@ -201,7 +201,7 @@ class Spans(Task[SpanExample, Window]):
 
     def build_model(self, config: ModelConfig, *, padded_vocab_size: int) -> TaskModel:
         """Build the model with two outputs per token: start and end."""
-        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=2, objectives="all")
+        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=2, pooling="none")
 
     def length(self, feature: Window) -> int:
         """Return the number of tokens."""
@@ -223,7 +223,7 @@ class Spans(Task[SpanExample, Window]):
 
     def _scores(self, engine: nn.Module, batch: TaskBatch) -> Tensor:
         """Return scores [B, 2, T] in fp32; minus infinity at padding, which thus gets no probability."""
-        scores_B2T = engine(**model_inputs(batch)).float().transpose(1, 2)
+        scores_B2T = engine(inputs=model_inputs(batch)).float().transpose(1, 2)
         return scores_B2T.masked_fill(~batch.tensors["valid_BT"][:, None], float("-inf"))
 
     def predict(self, engine: nn.Module, batch: TaskBatch) -> list[SpanPrediction]:

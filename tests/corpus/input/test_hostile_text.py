@@ -1,4 +1,4 @@
-"""Text that nobody would write: counted or taken in, in bounded memory, never a crash."""
+"""Malformed and huge text: counted or read in bounded memory, without a crash."""
 
 import json
 import subprocess
@@ -7,8 +7,10 @@ from pathlib import Path
 
 from support.preparations import config, samples
 
-from pmlm_dist.corpus.input.documents import PART_BYTES, Skips, list_units, read_unit
+from pmlm_dist.corpus.input.documents import read_unit
+from pmlm_dist.corpus.input.records import PART_BYTES, SkippedRecords
 from pmlm_dist.corpus.input.sources import local_file
+from pmlm_dist.corpus.input.units import list_units
 from pmlm_dist.corpus.prepare.pipeline import prepare_corpus
 from pmlm_dist.corpus.shards import Manifest
 from pmlm_dist.corpus.verify import verify
@@ -24,21 +26,21 @@ from pmlm_dist.corpus.prepare.settings import PrepareConfig
 
 source, folder = sys.argv[1:]
 prepare_corpus(PrepareConfig((source,), Path(folder, "corpus"), vocabulary=Path(folder), shards=2, deduplicate=False))
-# Not getrusage, which counts what the process that started this one held.
+# Not getrusage: its maximum includes the memory of the parent process before exec.
 print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) >> 10)
 """
 
 
-def long_line(path: Path) -> None:
-    """200 MB without a line feed."""
+def write_long_line(path: Path) -> None:
+    """Write 200 MB without a line feed."""
     with path.open("w") as out:
         for start in range(0, WORDS, 100_000):
             out.write(f"{WORD} " * min(100_000, WORDS - start))
 
 
-def test_a_text_of_200_mb_in_one_line_takes_bounded_memory(tmp_path: Path):
-    """All of its words are in the corpus; the process stays far below what the text would take."""
-    long_line(tmp_path / "a.txt")
+def test_line_of_200_mb_is_prepared_in_bounded_memory(tmp_path: Path):
+    """All words are in the corpus; the process uses much less memory than the whole text would."""
+    write_long_line(tmp_path / "a.txt")
     Vocabulary.from_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", WORD]).save(tmp_path)
     program = [sys.executable, "-c", PREPARE, str(tmp_path / "a.txt"), str(tmp_path)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False)
@@ -49,19 +51,19 @@ def test_a_text_of_200_mb_in_one_line_takes_bounded_memory(tmp_path: Path):
     assert int(done.stdout.splitlines()[-1]) < 900
 
 
-def test_a_json_text_of_200_mb_comes_in_parts(tmp_path: Path):
+def test_json_text_of_200_mb_is_cut_into_parts(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"{WORD} " * WORDS}))
     (unit, *rest) = list_units([local_file(tmp_path / "a.jsonl")])
-    skips = Skips()
-    lengths = [len(document.text) for document in read_unit(unit, skips=skips)]
+    skipped = SkippedRecords()
+    lengths = [len(document.text) for document in read_unit(unit, skipped=skipped)]
     assert max(lengths) <= PART_BYTES
     assert sum(lengths) == WORDS * (len(WORD) + 1) - 1
     assert len(rest) > 20
-    assert not [document for later in rest for document in read_unit(later, skips=skips)]
+    assert not [document for later in rest for document in read_unit(later, skipped=skipped)]
 
 
-def test_bytes_that_are_no_text_are_counted_and_the_rest_is_kept(tmp_path: Path):
-    """Invalid UTF-8, NUL bytes, byte order mark, carriage returns, special tokens spelt out, an empty file."""
+def test_invalid_bytes_are_counted_and_valid_text_is_kept(tmp_path: Path):
+    """Invalid UTF-8, NUL bytes, byte order mark, carriage returns, literal special tokens, an empty file."""
     good = [f"a good text number {number} with some words" for number in range(60)]
     odd = ["\0\0\0", "words \0 with \0 nothing", "[CLS] [SEP] [MASK] spelt out", "\u202e turned \u200b round \ufeff"]
     blocks = [*(text.encode() for text in good + odd), b"caf\xe9 au lait", b"\xff\xfe\x00", b"\xed\xa0\x80 surrogate"]
@@ -69,7 +71,7 @@ def test_bytes_that_are_no_text_are_counted_and_the_rest_is_kept(tmp_path: Path)
     (tmp_path / "b.txt").touch()
     (tmp_path / "c.jsonl").write_bytes(b"\n".join([b"\0", b"{", b'{"text": "one more \\u0000 text"}', b"\xff"]))
     manifest = prepare_corpus(config(tmp_path, tmp_path / "corpus", shards=2))
-    assert manifest.counts["skipped"] == {"broken JSON": 2, "fewer than two tokens": 1, "not UTF-8": 4}
+    assert manifest.counts["skipped"] == {"invalid JSON": 2, "fewer than two tokens": 1, "not UTF-8": 4}
     assert sum(manifest.counts["documents"].values()) == len(good) + 3 + 1
     verify(tmp_path / "corpus")
     vocabulary = Vocabulary.load(tmp_path / "corpus")

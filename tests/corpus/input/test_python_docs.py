@@ -2,12 +2,12 @@ import json
 from pathlib import Path
 
 from pmlm_dist.corpus.input import python_docs
-from pmlm_dist.corpus.input.python_docs import Docstring, SourceFile, read_docstrings, source_files, write_python_docs
+from pmlm_dist.corpus.input.python_docs import Docstring, PythonFile, python_files, read_docstrings, write_python_docs
 
 LONG = "A sentence that says what this does. " * 8
 
 
-def library(folder: Path) -> Path:
+def write_library(folder: Path) -> Path:
     files = {
         "beta/__init__.py": f'"""{LONG}beta"""\n',
         "beta/inner.py": (
@@ -28,10 +28,10 @@ def library(folder: Path) -> Path:
     return folder
 
 
-def test_distinct_docstrings_in_the_order_of_module_names(tmp_path: Path):
-    counts = write_python_docs(tmp_path / "out.jsonl", folders=[library(tmp_path / "lib")])
+def test_docstrings_are_distinct_and_sorted_by_module(tmp_path: Path):
+    counts = write_python_docs(tmp_path / "out.jsonl", folders=[write_library(tmp_path / "lib")])
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    # alpha.f holds the text of beta's docstring; the first one stays.
+    # alpha.f has the same docstring as beta; the first one is kept.
     assert [(line["package"], line["name"]) for line in lines] == [
         ("alpha", "alpha.f"),
         ("beta", "beta.inner.C"),
@@ -43,8 +43,8 @@ def test_distinct_docstrings_in_the_order_of_module_names(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["out.jsonl"]
 
 
-def test_several_processes_write_the_same(tmp_path: Path, monkeypatch):
-    folder = library(tmp_path / "lib")
+def test_docstrings_are_independent_of_the_number_of_processes(tmp_path: Path, monkeypatch):
+    folder = write_library(tmp_path / "lib")
     for number in range(150):
         (folder / f"many{number:03d}.py").write_text(f'"""{LONG}{number}"""')
     write_python_docs(tmp_path / "several.jsonl", folders=[folder])
@@ -53,16 +53,16 @@ def test_several_processes_write_the_same(tmp_path: Path, monkeypatch):
     assert (tmp_path / "several.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
-def test_agrees_with_what_import_sees():
+def test_docstrings_equal_those_of_the_imported_module():
     import argparse
 
-    files = [file for file in source_files(python_docs.library_folders()) if file.module == "argparse"]
-    found = read_docstrings(files[0])
-    assert found
-    assert found[0] == Docstring((argparse.__doc__ or "").strip(), "argparse", "argparse")
+    files = [file for file in python_files(python_docs.library_folders()) if file.module == "argparse"]
+    docstrings = read_docstrings(files[0])
+    assert docstrings
+    assert docstrings[0] == Docstring((argparse.__doc__ or "").strip(), "argparse", "argparse")
 
 
 def test_huge_files_are_skipped(tmp_path: Path):
     path = tmp_path / "huge.py"
     path.write_text("x = 1\n" * 1_000_000)
-    assert read_docstrings(SourceFile(path, "huge")) is None
+    assert read_docstrings(PythonFile(path, "huge")) is None

@@ -7,16 +7,18 @@ from support.faulty_server import serving
 from support.object_store import object_store
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.corpus.input.documents import Skips, list_units, read_unit
+from pmlm_dist.corpus.input.documents import read_unit
+from pmlm_dist.corpus.input.records import SkippedRecords
 from pmlm_dist.corpus.input.sources import find_files, open_dataset
+from pmlm_dist.corpus.input.units import list_units
 
 TEXTS = [f"document {number} says something of its own" for number in range(200)]
 
 
 def read(pattern: str, *, unit_bytes: int = 1000, text_field: str = "text") -> tuple[int, list[str]]:
-    """Number of units, and all texts."""
+    """Return the number of units, and all texts."""
     units = list_units(find_files([pattern]), unit_bytes=unit_bytes)
-    found = [d.text for unit in units for d in read_unit(unit, text_field=text_field, skips=Skips())]
+    found = [d.text for unit in units for d in read_unit(unit, text_field=text_field, skipped=SkippedRecords())]
     return len(units), found
 
 
@@ -24,7 +26,7 @@ def jsonl(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-def test_files_are_sorted_and_each_once(tmp_path: Path):
+def test_files_are_sorted_and_distinct(tmp_path: Path):
     for name in ("b.txt", "a.jsonl", "c [1].txt"):
         (tmp_path / name).write_text("x")
     found = find_files([f"{tmp_path}/*.txt", f"{tmp_path}/c [1].txt", f"{tmp_path}/*"])
@@ -42,7 +44,7 @@ def test_unusable_sources_are_all_listed(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------------- fsspec
 
 
-def test_files_of_any_file_system_are_cut_and_read_like_local_ones(tmp_path: Path):
+def test_fsspec_files_are_read_like_local_ones(tmp_path: Path):
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
@@ -60,7 +62,7 @@ def test_files_of_any_file_system_are_cut_and_read_like_local_ones(tmp_path: Pat
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_files_of_an_object_store_are_asked_for_by_its_protocol(scheme: str):
+def test_object_store_files_are_read_through_its_protocol(scheme: str):
     with object_store(scheme) as store:
         store.pipe({"/bucket/a.jsonl": jsonl(TEXTS[:100]), "/bucket/b.jsonl": jsonl(TEXTS[100:])})
         assert [file.name for file in find_files([f"{scheme}://bucket/*"])] == [
@@ -71,18 +73,18 @@ def test_files_of_an_object_store_are_asked_for_by_its_protocol(scheme: str):
     assert units > 10
 
 
-def test_programs_are_no_sources(tmp_path: Path):
+def test_pipe_sources_raise_and_run_no_program(tmp_path: Path):
     witness = tmp_path / "witness"
     for pattern in (f"pipe:touch {witness}", f"pipe:touch {witness} s3://bucket/a.txt", f"pipe://touch {witness}"):
-        with pytest.raises(ConfigError, match="a source is no program: write its output to a file"):
+        with pytest.raises(ConfigError, match="a source cannot be a program: write its output to a file"):
             find_files([pattern])
     assert not witness.exists()
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "whole files"])
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_files_of_a_web_server(tmp_path: Path, ranges: bool, kind: str):
-    """Cut into units where the server gives parts of a file; else one unit, read as a whole."""
+def test_web_server_files_are_read_with_and_without_ranges(tmp_path: Path, ranges: bool, kind: str):
+    """With range requests a file is cut into units; without them it is one unit."""
     (tmp_path / f"a.{kind}").write_bytes(jsonl(TEXTS) if kind == "jsonl" else "\n\n".join(TEXTS).encode())
     with serving(tmp_path) as server:
         server.ranges = ranges
@@ -91,7 +93,7 @@ def test_files_of_a_web_server(tmp_path: Path, ranges: bool, kind: str):
     assert (units > 5) if ranges else (units == 1)
 
 
-def test_what_a_web_server_cannot_give_is_named(tmp_path: Path):
+def test_web_server_failures_name_the_source(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
     with serving(tmp_path) as server:
         with pytest.raises(ConfigError, match=r"b\.jsonl' matches no file"):
@@ -99,10 +101,10 @@ def test_what_a_web_server_cannot_give_is_named(tmp_path: Path):
         (unit,) = list_units(find_files([f"{server.address}/a.jsonl"]))
         server.suffix, server.faults = ".jsonl", ["cut"]
         with pytest.raises(ConfigError, match=r"a\.jsonl cannot be read .*run again"):
-            list(read_unit(unit, skips=Skips()))
+            list(read_unit(unit, skipped=SkippedRecords()))
 
 
-def test_a_missing_library_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch):
+def test_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch):
     for scheme, package in (("s3", "s3fs"), ("gs", "gcsfs")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ConfigError, match=rf"{scheme}:// needs more: pip install 'pmlm_dist\[{scheme}\]'"):
@@ -114,8 +116,8 @@ def test_a_missing_library_is_named_with_what_brings_it(monkeypatch: pytest.Monk
 # ----------------------------------------------------------------------------------------------------------- datasets
 
 
-def test_a_data_set_is_read_by_name(tmp_path: Path):
-    """A folder of data files and one that `save_to_disk` wrote are what a name on the hub is."""
+def test_data_set_is_read_from_saved_and_plain_folders(tmp_path: Path):
+    """Local folders take the place of a name on the hub."""
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_dict({"body": [*TEXTS, None, "  "], "number": list(range(202))})
     data.save_to_disk(tmp_path / "saved")
@@ -133,7 +135,7 @@ def test_a_data_set_is_read_by_name(tmp_path: Path):
         read(f"datasets://{tmp_path}/saved", text_field="number")
 
 
-def test_an_unusable_data_set_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unusable_data_set_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("datasets")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"source datasets://.*/empty: .*check name, config, split"):

@@ -16,8 +16,9 @@ from pmlm_dist.config import ConfigError
 from pmlm_dist.corpus.filters.cleaning import HELD_OUT
 from pmlm_dist.corpus.input.sources import SourceFile
 from pmlm_dist.corpus.prepare.counts import entropy
-from pmlm_dist.corpus.prepare.pipeline import even_cuts, prepare_corpus, uneven_files
+from pmlm_dist.corpus.prepare.pipeline import even_ranges, prepare_corpus
 from pmlm_dist.corpus.prepare.settings import PrepareConfig, problems
+from pmlm_dist.corpus.prepare.source_files import unsplittable_warnings
 from pmlm_dist.corpus.shards import Manifest
 from pmlm_dist.corpus.verify import verify
 from pmlm_dist.vocab import Vocabulary
@@ -37,7 +38,7 @@ def corpus(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_bytes_do_not_depend_on_the_number_of_ranks(source: Path, corpus: Path, tmp_path: Path, ranks: int):
+def test_corpus_is_independent_of_the_number_of_ranks(source: Path, corpus: Path, tmp_path: Path, ranks: int):
     done = subprocess.run(
         command(config(source, tmp_path / "corpus"), ranks=ranks),
         capture_output=True,
@@ -51,7 +52,7 @@ def test_bytes_do_not_depend_on_the_number_of_ranks(source: Path, corpus: Path, 
 
 
 def test_every_document_is_in_the_corpus_once(corpus: Path):
-    """The multiset of tokens, counted from the texts, is that of the shards; so are all the counts."""
+    """The multiset of tokens of the texts, and all counts, equal those of the shards."""
     manifest, vocabulary = Manifest.load(corpus), Vocabulary.load(corpus)
     expected = Counter(id for ids in vocabulary.encode_batch(texts()) for id in ids)
     found: Counter[int] = Counter()
@@ -64,10 +65,10 @@ def test_every_document_is_in_the_corpus_once(corpus: Path):
     assert found == expected
     assert manifest.counts["documents"]["train"] + manifest.counts["documents"]["validation"] == 300
     assert manifest.counts["characters"] == sum(map(len, texts()))
-    assert manifest.counts["skipped"] == {"broken JSON": 1, "duplicate": 1, "fewer than two tokens": 1}
+    assert manifest.counts["skipped"] == {"invalid JSON": 1, "duplicate": 1, "fewer than two tokens": 1}
 
 
-def test_manifest_describes_the_folder(corpus: Path):
+def test_manifest_matches_the_folder(corpus: Path):
     manifest, vocabulary = Manifest.load(corpus), Vocabulary.load(corpus)
     assert manifest.vocabulary == {"size": vocabulary.size, "fingerprint": vocabulary.fingerprint}
     assert (manifest.token_dtype, manifest.sequence_length) == ("uint16", 32)
@@ -78,12 +79,12 @@ def test_manifest_describes_the_folder(corpus: Path):
     total = counts.total()
     assert manifest.unigram_entropy == pytest.approx(-sum(c / total * np.log(c / total) for c in counts.values()))
     assert sorted(path.name for path in corpus.iterdir()) == [
-        *("manifest.json", "origins.npy", "tokenizer.json", "train", "validation", "vocab.txt")
+        *("manifest.json", "tokenizer.json", "train", "unit_samples.npy", "validation", "vocab.txt")
     ]
 
 
-def test_validation_holds_whole_documents_out(corpus: Path):
-    """The last word of every text is its number: no number is in both splits."""
+def test_validation_split_holds_whole_documents(corpus: Path):
+    """The last word of every text is its number; no number is in both splits."""
     vocabulary = Vocabulary.load(corpus)
     held_out = " ".join(vocabulary.decode(ids) for ids in samples(corpus, "validation"))
     train = " ".join(vocabulary.decode(ids) for ids in samples(corpus, "train"))
@@ -93,7 +94,7 @@ def test_validation_holds_whole_documents_out(corpus: Path):
 
 
 def test_samples_are_shuffled_over_the_sources(corpus: Path):
-    """Neighbours in the corpus come from anywhere: numbers of texts in shard order are not sorted."""
+    """The numbers of the texts in shard order are not sorted."""
     vocabulary = Vocabulary.load(corpus)
     words = " ".join(vocabulary.decode(ids) for ids in samples(corpus, "train")).split()
     numbers = [int(word) for word in words if word.isdigit()]
@@ -101,7 +102,7 @@ def test_samples_are_shuffled_over_the_sources(corpus: Path):
     assert 0.3 < rises < 0.85
 
 
-def test_seed_and_joining_change_the_samples(source: Path, corpus: Path, tmp_path: Path):
+def test_samples_depend_on_seed_and_packing(source: Path, corpus: Path, tmp_path: Path):
     given = Vocabulary.load(corpus)
     other = config(source, tmp_path / "seed", vocabulary=corpus, vocabulary_size=None, seed=1, samples_per_shard=30)
     manifest = prepare_corpus(dataclasses.replace(other, shards=None))
@@ -112,13 +113,13 @@ def test_seed_and_joining_change_the_samples(source: Path, corpus: Path, tmp_pat
     assert padded.splits["train"].samples > manifest.splits["train"].samples
 
 
-def test_one_validation_document_at_least(source: Path, tmp_path: Path):
+def test_validation_split_has_at_least_one_document(source: Path, tmp_path: Path):
     manifest = prepare_corpus(config(source, tmp_path / "corpus", validation_fraction=1e-12))
     assert manifest.counts["documents"]["validation"] == 1
     assert manifest.splits["validation"].samples >= 1
 
 
-def test_a_corpus_from_a_web_server_is_that_of_the_files(source: Path, corpus: Path, tmp_path: Path):
+def test_corpus_from_a_web_server_equals_that_of_the_files(source: Path, corpus: Path, tmp_path: Path):
     with serving(source) as server:
         server.ranges = True
         addresses = tuple(f"{server.address}/{path.name}" for path in sorted(source.iterdir()))
@@ -128,19 +129,19 @@ def test_a_corpus_from_a_web_server_is_that_of_the_files(source: Path, corpus: P
         assert content(tmp_path / "corpus" / part) == content(corpus / part)
 
 
-def test_texts_without_spaces_are_split_too(tmp_path: Path):
+def test_texts_without_spaces_are_in_both_splits(tmp_path: Path):
     (tmp_path / "a.txt").write_text("\n\n".join(f"日本語{number}" for number in range(300)))
     manifest = prepare_corpus(config(tmp_path, tmp_path / "corpus", validation_fraction=0.1))
     assert manifest.counts["documents"]["train"] + manifest.counts["documents"]["validation"] == 300
     assert 10 <= manifest.counts["documents"]["validation"] <= 60
 
 
-def test_a_standing_corpus_is_left_alone(source: Path, corpus: Path, tmp_path: Path, capsys):
+def test_existing_corpus_is_not_changed(source: Path, corpus: Path, tmp_path: Path, capsys):
     copy = tmp_path / "corpus"
     shutil.copytree(corpus, copy)
     before = content(copy)
     prepare_corpus(config(source, copy))
-    assert "stands already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
     with pytest.raises(ConfigError) as caught:
         prepare_corpus(config(source, copy, seed=4, shards=6))
     assert len(caught.value.problems) == 2
@@ -148,7 +149,7 @@ def test_a_standing_corpus_is_left_alone(source: Path, corpus: Path, tmp_path: P
     assert content(copy) == before
 
 
-def test_changed_input_is_not_taken_for_the_same(source: Path, corpus: Path, tmp_path: Path):
+def test_existing_corpus_of_changed_input_raises(source: Path, corpus: Path, tmp_path: Path):
     input, copy = tmp_path / "source", tmp_path / "corpus"
     shutil.copytree(source, input)
     prepare_corpus(config(input, copy))
@@ -158,14 +159,14 @@ def test_changed_input_is_not_taken_for_the_same(source: Path, corpus: Path, tmp
 
 
 @pytest.mark.distributed
-def test_one_rank_s_failure_ends_all_with_one_message(source: Path, tmp_path: Path):
-    """The damaged file is the second unit, so rank 1 meets it while rank 0 waits."""
+def test_failure_of_one_rank_ends_all_with_one_message(source: Path, tmp_path: Path):
+    """The corrupt file is the second unit, so rank 1 fails while rank 0 waits."""
     (tmp_path / "a.txt").write_text("\n\n".join(texts(20)))
     (tmp_path / "b.txt.gz").write_bytes((source / "c.txt.gz").read_bytes()[:-30])
     wanted = config(tmp_path, tmp_path / "corpus", unit_bytes=1 << 20)
     done = subprocess.run(command(wanted, ranks=2), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert done.stderr.count("b.txt.gz is damaged") == 1
+    assert done.stderr.count("b.txt.gz is corrupt") == 1
     assert "rank 1 of 2" in done.stderr
     assert not (tmp_path / "corpus/manifest.json").exists()
 
@@ -173,14 +174,14 @@ def test_one_rank_s_failure_ends_all_with_one_message(source: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("documents", "changes", "message"),
     [
-        ([], {}, "holds no usable document (1 x broken JSON (first: "),
+        ([], {}, "holds no usable document (1 x invalid JSON (first: "),
         (['{"body": "elsewhere"}'], {}, "check the files, --text-field"),
         (['{"text": "only one document"}'], {"shards": None}, "no sample is left for train"),
         ([json.dumps({"text": text}) for text in texts(30)], {"shards": 1000}, "shards (1000) exceeds the "),
     ],
 )
-def test_too_little_text_is_refused(tmp_path: Path, documents: list[str], changes: dict, message: str):
-    (tmp_path / "a.jsonl").write_text("\n".join([*documents, "broken"]))
+def test_too_little_text_raises(tmp_path: Path, documents: list[str], changes: dict, message: str):
+    (tmp_path / "a.jsonl").write_text("\n".join([*documents, "not json"]))
     wanted = config(tmp_path, tmp_path / "corpus", **changes)
     with pytest.raises(ConfigError) as caught:
         prepare_corpus(wanted)
@@ -188,28 +189,28 @@ def test_too_little_text_is_refused(tmp_path: Path, documents: list[str], change
     assert not (tmp_path / "corpus/manifest.json").exists()
 
 
-def test_every_problem_of_the_settings_is_listed():
+def test_invalid_settings_are_all_listed():
     wrong = PrepareConfig(
         sequence_length=5, shards=0, samples_per_shard=1, validation_fraction=1.5, vocabulary_size=0, unit_bytes=-1
     )
-    found = "\n".join(problems(wrong))
+    listed = "\n".join(problems(wrong))
     for part in ("source:", "exclude each other", "(5) must be at least 8", "(1.5)", "shards (0)", "unit_bytes (-1)"):
-        assert part in found
+        assert part in listed
     assert problems(PrepareConfig(source=("a.txt",), vocabulary_size=100)) == []
 
 
-def test_even_cuts_cover_everything():
+def test_even_ranges_cover_everything():
     for total, parts in ((10, 3), (3, 3), (64, 7), (5, 1)):
-        cuts = even_cuts(total, parts)
-        assert [n for start, stop in cuts for n in range(start, stop)] == list(range(total))
-        assert {stop - start for start, stop in cuts} <= {total // parts, total // parts + 1}
+        ranges = even_ranges(total, parts)
+        assert [n for start, stop in ranges for n in range(start, stop)] == list(range(total))
+        assert {stop - start for start, stop in ranges} <= {total // parts, total // parts + 1}
 
 
 def test_entropy_of_equal_counts_is_the_logarithm():
     assert entropy(np.array([5, 0, 5, 5])) == pytest.approx(np.log(3))
 
 
-def test_a_small_corpus_still_has_shards_for_many_ranks(source: Path, tmp_path: Path):
+def test_small_corpus_has_shards_for_many_ranks(source: Path, tmp_path: Path):
     manifest = prepare_corpus(config(source, tmp_path / "small", shards=None))
     train = manifest.splits["train"]
     assert len(train.shards) == min(64, train.samples)
@@ -219,10 +220,10 @@ def test_a_small_corpus_still_has_shards_for_many_ranks(source: Path, tmp_path: 
 # ----------------------------------------------------------------------------------------------------------- cleaning
 
 
-def test_cleaning_is_counted_and_every_record_accounted_for(tmp_path: Path):
+def test_cleaning_counts_add_up_to_all_records(tmp_path: Path):
     pytest.importorskip("datasketch")
-    choose = random.Random(5)
-    long = [" ".join(f"{word}{choose.randint(0, 99)}" for word in texts(1)[0].split() * 5) for _ in range(40)]
+    rng = random.Random(5)
+    long = [" ".join(f"{word}{rng.randint(0, 99)}" for word in texts(1)[0].split() * 5) for _ in range(40)]
     near = [text + " end" for text in long[:6]]
     other = [f"ein deutscher Satz Nummer {number}" for number in range(9)]
     decomposed = [unicodedata.normalize("NFD", f"déjà vu et été numéro {number}") for number in range(4)]
@@ -242,9 +243,9 @@ def test_cleaning_is_counted_and_every_record_accounted_for(tmp_path: Path):
         "duplicate": 4,
         "fewer than min_characters": 1,
         "near duplicate": 6,
-        "refused by the language filter": 9,
+        "rejected by the language filter": 9,
     }
-    assert manifest.counts["changed"] == {"Unicode normalisation": 4}
+    assert manifest.counts["changed"] == {"Unicode normalization": 4}
     assert sum(manifest.counts["documents"].values()) == len(documents) - 20
     verify(tmp_path / "corpus")
     (tmp_path / "languages.py").write_text("def wanted(text):\n    return True\n")
@@ -266,7 +267,7 @@ def test_held_out_texts_are_in_no_sample(source: Path, tmp_path: Path):
     kept = {tuple(id for id in ids if id not in vocabulary.special_ids) for ids in stored}
     assert len(kept) == 295
     assert not gone & kept
-    assert prepare_corpus(wanted).counts == manifest.counts  # it stands
+    assert prepare_corpus(wanted).counts == manifest.counts  # the existing corpus
     with (tmp_path / "test.jsonl").open("a") as file:
         file.write('"another text"\n')
     with pytest.raises(ConfigError, match="decontaminate_fingerprint"):
@@ -274,7 +275,7 @@ def test_held_out_texts_are_in_no_sample(source: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("patterns", [("none/*.jsonl",), ("test.csv",)])
-def test_unusable_held_out_files_are_refused_before_anything_is_written(source: Path, tmp_path: Path, patterns):
+def test_unusable_held_out_files_raise_before_any_write(source: Path, tmp_path: Path, patterns):
     (tmp_path / "test.csv").write_text("a,b\n")
     paths = tuple(f"{tmp_path}/{pattern}" for pattern in patterns)
     with pytest.raises(ConfigError, match="decontaminate"):
@@ -282,7 +283,7 @@ def test_unusable_held_out_files_are_refused_before_anything_is_written(source: 
     assert not (tmp_path / "corpus").exists()
 
 
-def test_kept_duplicates_are_all_there(source: Path, tmp_path: Path):
+def test_duplicates_are_kept_without_deduplication(source: Path, tmp_path: Path):
     manifest = prepare_corpus(config(source, tmp_path / "corpus", deduplicate=False))
     assert sum(manifest.counts["documents"].values()) == 301
     assert "duplicate" not in manifest.counts["skipped"]
@@ -290,7 +291,7 @@ def test_kept_duplicates_are_all_there(source: Path, tmp_path: Path):
 
 
 @pytest.mark.distributed
-def test_near_duplicates_do_not_depend_on_the_number_of_ranks(tmp_path: Path):
+def test_near_duplicates_are_independent_of_the_number_of_ranks(tmp_path: Path):
     pytest.importorskip("datasketch")
     (tmp_path / "a.txt").write_text("\n\n".join(f"{text} {text} {number}" for text in texts(60) for number in (1, 2)))
     wanted = config(tmp_path / "a.txt", tmp_path / "one", near_duplicates=0.7)
@@ -301,17 +302,17 @@ def test_near_duplicates_do_not_depend_on_the_number_of_ranks(tmp_path: Path):
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
-def test_a_file_that_one_rank_must_read_alone_is_named():
+def test_unsplittable_file_gives_a_warning():
     small, packed = SourceFile("a.txt", 100, ""), SourceFile("b.jsonl.gz", 200, "")
-    (line,) = uneven_files([small, packed], ranks=2, unit_bytes=10)
+    (line,) = unsplittable_warnings([small, packed], ranks=2, unit_bytes=10)
     assert "b.jsonl.gz (200 bytes) cannot be cut" in line
     assert "split it into 2 files or more" in line
-    whole_only = SourceFile("http://host/c.txt", 200, "", seekable=False)
-    assert uneven_files([small, whole_only], ranks=2, unit_bytes=10)
+    no_ranges = SourceFile("http://host/c.txt", 200, "", seekable=False)
+    assert unsplittable_warnings([small, no_ranges], ranks=2, unit_bytes=10)
     for files, ranks, unit_bytes in (
         ([small, packed], 1, 10),
         ([small, packed], 2, 300),
         ([packed] * 4, 2, 10),
         ([SourceFile("d.txt", 900, "")], 2, 10),
     ):
-        assert not uneven_files(files, ranks=ranks, unit_bytes=unit_bytes)
+        assert not unsplittable_warnings(files, ranks=ranks, unit_bytes=unit_bytes)

@@ -22,6 +22,7 @@ from pmlm_dist.data.batch import special_ids
 from pmlm_dist.decoding.settings import DecodingConfig
 from pmlm_dist.downstream.settings import FinetuneConfig, GenerationConfig, InputConfig, Recipe
 from pmlm_dist.downstream.tasks.overlap import overlap_scores
+from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
 from pmlm_dist.metrics.run_log import read_metrics
 
@@ -92,9 +93,8 @@ def test_reference_nll_equals_nll_under_layout_of_decoding(tuned: tuple[Path, fl
             [(source, target)], sample_ids=[0], epochs=[0], seed=0, rule=rule, special=special
         )
         tensors = {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
-        names = ("tokens_BT", "positions_BT", "segments_BT", "order_BT", "valid_BT", "predicted_BM")
         with torch.no_grad():
-            logits_1MBV = network(**{name: tensors[name] for name in names}, objectives=("par",))
+            logits_1MBV = network(inputs=SlotInputs.of(tensors), objectives=("par",))
         nll_M = -logits_1MBV[0, :, 0].log_softmax(dim=-1)[range(GENERATION.max_target), tensors["targets_BM"][0]]
         assert line["reference_nll"] == pytest.approx(float(nll_M @ tensors["weights_BM"][0]), abs=0.006)
         assert line["reference_tokens"] == len(target) + 1

@@ -171,7 +171,7 @@ def test_windows_overlap_cover_passage_and_mark_answer():
     windows = task.features(examples, training=True)
     assert len(windows) > 2
     covered = sorted({offsets for window in windows for offsets in window.offsets})
-    assert covered == sorted(VOCABULARY.encode_with_places([LONG["context"]])[0][1])
+    assert covered == sorted(VOCABULARY.encode_with_offsets([LONG["context"]])[0][1])
     for window in windows:
         assert len(window.encoded.ids) <= 24
         if window.end:

@@ -1,0 +1,167 @@
+"""MPNet of Hugging Face `transformers`: names and settings, in both directions.
+
+                       this model                       MPNet
+    relative bias      [heads, buckets]                 [32 buckets, heads], distances up to 128
+    segments           embeddings.segment               none: segment 0 is added to the positions, the others are lost
+    positions          rows 0, 1, 2, ...                from row 2 on
+    [PAD]              any id                           id 1: positions are counted over the ids other than 1
+    head               head.dense, head.norm            lm_head
+
+Weights are renamed and rearranged; the only arithmetic is the sum of positions and segment 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pmlm_dist.config import ConfigError, ModelConfig
+from pmlm_dist.conversion.huggingface import (
+    NEW_HEAD_NOTE,
+    ExportedModel,
+    add_prefix,
+    check_settings,
+    check_vocabulary,
+    dropped_note,
+    positive_setting,
+    read_shared_settings,
+    shared_settings,
+)
+from pmlm_dist.conversion.pretrained import PretrainedWeights
+from pmlm_dist.conversion.tensors import (
+    HEAD_BIAS,
+    POSITIONS,
+    RELATIVE_BIAS,
+    SEGMENTS,
+    TOKENS,
+    NameScheme,
+    StrictTensors,
+    Tensors,
+    attention_from_scheme,
+    from_scheme,
+    initial_head,
+    to_scheme,
+)
+from pmlm_dist.vocab import PAD, Vocabulary
+
+MPNET = NameScheme(
+    prefix="mpnet.",
+    encoder={
+        "embeddings.norm": "mpnet.embeddings.LayerNorm",
+        "layers.{}.attention.output": "mpnet.encoder.layer.{}.attention.attn.o",
+        "layers.{}.attention_norm": "mpnet.encoder.layer.{}.attention.LayerNorm",
+        "layers.{}.ffn_in": "mpnet.encoder.layer.{}.intermediate.dense",
+        "layers.{}.ffn_out": "mpnet.encoder.layer.{}.output.dense",
+        "layers.{}.ffn_norm": "mpnet.encoder.layer.{}.output.LayerNorm",
+    },
+    head={"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm"},
+    attention={part: f"mpnet.encoder.layer.{{}}.attention.attn.{part[0]}" for part in ("query", "key", "value")},
+)
+_TOKENS, _POSITIONS = (f"mpnet.embeddings.{table}_embeddings.weight" for table in ("word", "position"))
+_RELATIVE_BIAS, _HEAD_BIAS = "mpnet.encoder.relative_attention_bias.weight", "lm_head.bias"
+_PAD_ID = 1
+"""The id without a position in MPNet's code, whatever pad_token_id is."""
+_FIRST_POSITION = _PAD_ID + 1
+"""Row of the first position: the rows before it belong to padding."""
+_BUCKETS = {"relative_buckets": 32, "relative_max_distance": 128}
+"""Constants of MPNet's code."""
+
+
+def to_mpnet(pretrained: PretrainedWeights) -> ExportedModel:
+    """Convert to `MPNetForMaskedLM`. Raises `ConfigError` for other distance buckets than MPNet's.
+
+    A model without relative position bias gets a table of zeros, which computes the same.
+    """
+    model = pretrained.model
+    different = {name: getattr(model, name) for name in _BUCKETS if getattr(model, name) != _BUCKETS[name]}
+    if model.relative_bias and different:
+        raise ConfigError(
+            [f"MPNet requires model.{name} {_BUCKETS[name]}, this model has {value}: use --format unilm"
+             for name, value in different.items()]
+        )  # fmt: skip
+    # [PAD] must have MPNet's id: any other token with this id would shift all positions after it.
+    vocabulary = pretrained.vocabulary.with_ids_exchanged(pretrained.vocabulary.pad_id, _PAD_ID)
+    renumbered = pretrained.with_vocabulary(vocabulary, origin="MPNet")
+    settings = {
+        "model_type": "mpnet",
+        "architectures": ["MPNetForMaskedLM"],
+        **shared_settings(renumbered),
+        "max_position_embeddings": model.max_positions + _FIRST_POSITION,
+        "relative_attention_num_buckets": _BUCKETS["relative_buckets"],
+        "pad_token_id": _PAD_ID,
+        "bos_token_id": vocabulary.cls_id,
+        "eos_token_id": vocabulary.sep_id,
+    }
+    return ExportedModel(settings, _mpnet_tensors(renumbered), vocabulary, tuple(_limitations(pretrained.vocabulary)))
+
+
+def _mpnet_tensors(pretrained: PretrainedWeights) -> Tensors:
+    model, weights = pretrained.model, pretrained.weights
+    positions = weights[POSITIONS] + weights[SEGMENTS][0]
+    padding = torch.zeros(_FIRST_POSITION, model.hidden_size)
+    no_bias = torch.zeros(model.num_heads, _BUCKETS["relative_buckets"])
+    return {
+        _TOKENS: weights[TOKENS],
+        _POSITIONS: torch.cat([padding, positions]),
+        _RELATIVE_BIAS: weights.get(RELATIVE_BIAS, no_bias).t().contiguous(),
+        _HEAD_BIAS: weights[HEAD_BIAS],
+    } | to_scheme(weights, MPNET, model)
+
+
+def _limitations(vocabulary: Vocabulary) -> list[str]:
+    limitations = ["MPNet has no segment embeddings: every token has segment 0, the other rows of the table are lost."]
+    if vocabulary.pad_id != _PAD_ID:
+        limitations.append(
+            f"MPNet's code requires id {_PAD_ID} for padding: the ids of {PAD} ({vocabulary.pad_id} in the corpus) and "
+            f"{vocabulary.token(_PAD_ID)} are exchanged, in the tokenizer and in the weights."
+        )
+    return limitations
+
+
+def from_mpnet(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> PretrainedWeights:
+    """Convert an MPNet with or without masked-LM head. Raises one `ConfigError` for everything that does not match."""
+    check_settings(settings, origin)
+    buckets = settings.get("relative_attention_num_buckets", _BUCKETS["relative_buckets"])
+    if buckets != _BUCKETS["relative_buckets"]:
+        raise ConfigError(
+            [f"{origin}: relative_attention_num_buckets ({buckets}) must be 32, a constant of MPNet's code"]
+        )
+    model = replace(
+        read_shared_settings(settings, origin=origin),
+        max_positions=positive_setting(settings, "max_position_embeddings", origin) - _FIRST_POSITION,
+        segment_types=2,
+        relative_bias=True,
+        **_BUCKETS,
+    )
+    check_vocabulary(model, vocabulary, origin)
+    source = StrictTensors(add_prefix(tensors, MPNET), origin=origin)
+    weights, notes = _mpnet_weights(source, model)
+    source.finish()
+    return PretrainedWeights(model, weights, vocabulary, {"format": "mpnet", "from": origin, "notes": notes})
+
+
+def _mpnet_weights(source: StrictTensors, model: ModelConfig) -> tuple[Tensors, list[str]]:
+    size, rows, buckets = model.hidden_size, model.vocab_size, model.relative_buckets
+    assert rows is not None
+    weights = {
+        TOKENS: source.take(_TOKENS, (rows, size)),
+        POSITIONS: source.take(_POSITIONS, (model.max_positions + _FIRST_POSITION, size))[
+            _FIRST_POSITION:
+        ].contiguous(),
+        SEGMENTS: torch.zeros(model.segment_types, size),
+        RELATIVE_BIAS: source.take(_RELATIVE_BIAS, (buckets, model.num_heads)).t().contiguous(),
+        **from_scheme(source, MPNET.encoder, model),
+        **attention_from_scheme(source, MPNET, model),
+    }
+    source.drop("mpnet.embeddings.position_ids")
+    dropped = source.drop(*(f"mpnet.pooler.dense.{kind}" for kind in ("weight", "bias")))
+    notes = ["MPNet has no segment embeddings: both rows are initialized to zero", *dropped_note(dropped)]
+    if not source.has("lm_head."):
+        return weights | initial_head(model), [*notes, NEW_HEAD_NOTE]
+    weights |= from_scheme(source, MPNET.head, model)
+    weights[HEAD_BIAS] = source.take(_HEAD_BIAS, (rows,))
+    source.drop_tied("lm_head.decoder.weight", weights[TOKENS])
+    source.drop_tied("lm_head.decoder.bias", weights[HEAD_BIAS])
+    return weights, notes
