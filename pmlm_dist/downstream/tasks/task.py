@@ -17,8 +17,8 @@ target, for example) depend on (seed, epoch, ids) only, so that they are equal o
 
 **Model.** `task.build_model` returns a `PseudoMaskedLM`, or a subclass with a task head (`model/task_model.py`). `loss`
 and `predict` receive the engine and call it like the module, because ZeRO hooks need that. A task may also train the
-language model on layouts with appended slots: `engine(inputs=..., targets_BM=..., objectives=("par",))`. A `predict` that
-decodes step by step uses `engine.module`.
+language model on layouts with appended slots: `engine(inputs=..., targets_BM=..., objectives=("par",))`. A `predict`
+that decodes step by step uses `engine.module`.
 
 **Collectives.** All ranks call `loss` and `predict` equally often: tensor-parallel ranks with the same batch,
 data-parallel ranks with different batches.
