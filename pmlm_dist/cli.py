@@ -146,14 +146,14 @@ def generate(arguments: Sequence[str]) -> None:
 
 def fill(arguments: Sequence[str]) -> None:
     """Fill the masks of a text in any order: pmlm fill "text with [MASK] and [MASK:3]" --model DIR."""
-    from pmlm_dist.commands.generate import fill_masks
+    from pmlm_dist.commands.fill import fill_masks
 
     _parse(fill_masks, fill, arguments, flat=True)
 
 
 def extend_positions(arguments: Sequence[str]) -> None:
     """Give a model more positions, for longer sources and targets than it was pre-trained on."""
-    from pmlm_dist.commands.generate import extend_positions as write
+    from pmlm_dist.commands.extend_positions import extend_positions as write
 
     _parse(write, extend_positions, arguments)
 

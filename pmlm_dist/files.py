@@ -26,8 +26,11 @@ def write_atomically(path: Path, data: str | bytes, *, durable: bool = True) -> 
 
 
 @contextmanager
-def open_atomically(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends, and vanishes when it raises; see `write_atomically`."""
+def open_atomically(path: Path, *, durable: bool = True, replace: bool = True) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends, and vanishes when it raises; see `write_atomically`.
+
+    `replace=False`: raise FileExistsError if `path` exists at that moment.
+    """
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")  # not the process id: nodes share folders
     try:
         with temporary.open("xb") as file:
@@ -35,7 +38,11 @@ def open_atomically(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)  # fails for an existing file, without a race
+            temporary.unlink()
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

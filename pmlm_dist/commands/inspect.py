@@ -1,9 +1,9 @@
-"""Inspection: one sample as the model reads it, in the terminal and as a picture.
+"""`pmlm inspect`: the model input of one sample, in the terminal and as a picture.
 
     corpus --SplitReader--> token ids --BatchSource--> Batch of one --slots_of--> Slots --> text, table, matrix, PNG
 
-Nothing is recomputed here: spans, orders and visibility are read off the batch that training would get for the same
-(seed, epoch, sample).
+Spans, orders and visibility are those of the batch that training gets for the same (seed, epoch, sample); nothing is
+recomputed here.
 """
 
 from __future__ import annotations
@@ -33,81 +33,81 @@ if TYPE_CHECKING:
 
 Kind = Literal["context", "original", "pseudo"]
 
-COLOURS: dict[Kind, str] = {"context": "#5b7aa6", "original": "#2f9e78", "pseudo": "#e07a3f"}
+COLORS: dict[Kind, str] = {"context": "#5b7aa6", "original": "#2f9e78", "pseudo": "#e07a3f"}
 NAMES: dict[Kind, str] = {"context": "context", "original": "originals", "pseudo": "pseudo masks"}
-STEP_COLOURS = ("#b05fc4", "#c79a1b", "#1fa0b4", "#d6527b", "#7f9f2f", "#8a7a68")
+STEP_COLORS = ("#b05fc4", "#c79a1b", "#1fa0b4", "#d6527b", "#7f9f2f", "#8a7a68")
 _ROWS: dict[Kind, int] = {"context": 0, "original": 1, "pseudo": 2}
 _CELLS: dict[Kind, str] = {"context": "#c9d4e5", "original": "#8fd0b5", "pseudo": "#f3b890"}
 _INK, _FAINT = "#26303d", "#e4e8ed"
-_CAPTION = """AE predicts each masked token by itself, at its [M].
-PAR predicts the tokens of step k together, at their [P], given the originals of the steps before."""
+_CAPTION = """AE predicts each masked token independently, at its [M].
+PAR predicts the tokens of step k together, at their [P], given the originals of earlier steps."""
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Which sample to look at, and how."""
+    """Settings of `pmlm inspect`."""
 
     corpus: Path = Path("data/demo")
-    """Folder that `pmlm prepare-corpus` wrote."""
+    """Corpus folder, written by `pmlm prepare-corpus`."""
     sample: int = 0
-    """Number of the sample in the training split."""
+    """Index of the sample in the training split."""
     epoch: int = 0
-    """Epoch whose masks are shown."""
+    """Epoch of the masks."""
     seed: int = 0
-    """Seed of the run whose masks are shown."""
+    """Seed of the masks (`train.seed` of the run)."""
     window: int = 24
-    """Context tokens in table, matrix and picture; the text above them is whole."""
+    """Context tokens in table, matrix and picture; the text above them is not limited."""
     start: int | None = None
-    """First position of the window. None: so that the first factorization step is in it."""
+    """First position of the window. None: a window with the first factorization step."""
     png: Path | None = None
-    """Picture of layout and visibility to write."""
+    """File for a picture of layout and visibility."""
     example: bool = False
-    """Draw a hand-sized example into `png` instead of a sample; needs no corpus."""
+    """Draw a small example into `png` instead of a sample; needs no corpus."""
     masking: MaskingConfig = field(default_factory=MaskingConfig)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One slot of the layout, ready to be shown."""
+    """One slot of the layout, with its printed token."""
 
     token: str
-    """What the model reads there; [P] for a pseudo mask, [M] for a masked context slot."""
+    """Input token; [P] for a pseudo mask, [M] for a masked context slot."""
     position: int
     segment: int
     order: int
     """0 context, +k original, -k pseudo mask of step k."""
     step: int = 0
-    """Factorization step in which this slot's position is predicted; 0: it is not."""
+    """Factorization step that predicts this slot's position; 0: not predicted."""
 
     @property
     def kind(self) -> Kind:
-        """Group that the slot belongs to."""
+        """The group of the slot."""
         return "context" if self.order == 0 else "original" if self.order > 0 else "pseudo"
 
 
 def inspect(config: InspectConfig, *, console: Console | None = None) -> None:
-    """Print one sample: its text with numbered spans, its slots and who sees whom; write the picture if one is wanted.
+    """Print one sample: text with numbered spans, slots, visibility matrix; write the picture if `png` is set.
 
-    Raises ConfigError for a corpus or sample that is not there, and ShardError for a damaged shard.
+    Raises ConfigError for a missing corpus or sample, and ShardError for a corrupt shard.
     """
     console = console or Console()
     if config.example:
-        raise_if_any([] if config.png else ["--example draws a picture: name it with --png FILE"])
+        raise_if_any([] if config.png else ["--example draws a picture: give its file by --png FILE"])
         console.print(_matrix_text(example_slots(), console.width))
         _write_picture(example_slots(), config.png, console)
         return
     vocabulary = Vocabulary.load(config.corpus)
     slots = slots_of(_batch_of_one(config, vocabulary), vocabulary)
-    shown = _in_window(slots, start=config.start, window=config.window)
+    selected = _in_window(slots, start=config.start, window=config.window)
     console.print(
         Group(
             _headline(slots, config),
             Panel(_text_with_spans(slots), title="text with the spans of each factorization step", title_align="left"),
-            _prediction_table(shown),
-            _matrix_text(shown, console.width),
+            _prediction_table(selected),
+            _matrix_text(selected, console.width),
         )
     )
-    _write_picture(shown, config.png, console)
+    _write_picture(selected, config.png, console)
 
 
 def _write_picture(slots: Sequence[Slot], png: Path | None, console: Console) -> None:
@@ -117,7 +117,7 @@ def _write_picture(slots: Sequence[Slot], png: Path | None, console: Console) ->
 
 
 def slots_of(batch: Batch, vocabulary: Vocabulary, *, row: int = 0) -> list[Slot]:
-    """The valid slots of one row of a batch, in layout order."""
+    """Return the valid slots of one row of a batch, in layout order."""
     used = batch.weights_BM[row] > 0
     orders = batch.order_BT[row, batch.num_context : batch.num_context + batch.num_predictions][used].tolist()
     steps = dict(zip(batch.predicted_BM[row, used].tolist(), orders, strict=True))
@@ -125,13 +125,13 @@ def slots_of(batch: Batch, vocabulary: Vocabulary, *, row: int = 0) -> list[Slot
     valid = batch.valid_BT[row]
     slots = []
     for token, position, segment, order in zip(*(column[row, valid].tolist() for column in columns), strict=True):
-        shown = "[P]" if order < 0 else "[M]" if token == vocabulary.mask_id else vocabulary.token(token)
-        slots.append(Slot(shown, position, segment, order, step=steps.get(position, 0)))
+        text = "[P]" if order < 0 else "[M]" if token == vocabulary.mask_id else vocabulary.token(token)
+        slots.append(Slot(text, position, segment, order, step=steps.get(position, 0)))
     return slots
 
 
 def example_slots() -> list[Slot]:
-    """A sentence of eight tokens with a span of two as step 1 and a single token as step 2."""
+    """Return a sentence of eight tokens; step 1 predicts a span of two tokens, step 2 a single token."""
     tokens = ["[CLS]", "the", "cat", "sat", "on", "a", "mat", "[SEP]"]
     steps = {4: 1, 5: 1, 2: 2}
     context = [Slot("[M]" if at in steps else token, at, 0, 0, steps.get(at, 0)) for at, token in enumerate(tokens)]
@@ -170,8 +170,8 @@ def _headline(slots: Sequence[Slot], config: InspectConfig) -> Text:
     )
 
 
-def _colour(step: int) -> str:
-    return STEP_COLOURS[(step - 1) % len(STEP_COLOURS)]
+def _color(step: int) -> str:
+    return STEP_COLORS[(step - 1) % len(STEP_COLORS)]
 
 
 def _originals(slots: Sequence[Slot]) -> dict[int, str]:
@@ -179,7 +179,7 @@ def _originals(slots: Sequence[Slot]) -> dict[int, str]:
 
 
 def _text_with_spans(slots: Sequence[Slot]) -> Text:
-    """The original text; each span in the colour of its step, opened by the step's number."""
+    """Return the original text; each span has the color of its step and starts with the step's number."""
     text, originals, last_step = Text(), _originals(slots), 0
     for slot in slots:
         if slot.kind != "context":
@@ -188,50 +188,49 @@ def _text_with_spans(slots: Sequence[Slot]) -> Text:
         joined = token.startswith("##") and slot.step == last_step
         text.append("" if joined or not text else " ")
         if slot.step and slot.step != last_step:
-            text.append(f"{slot.step}:", style=f"dim {_colour(slot.step)}")
-        style = f"bold {_colour(slot.step)} underline" if slot.step else "dim" if token.startswith("[") else ""
+            text.append(f"{slot.step}:", style=f"dim {_color(slot.step)}")
+        style = f"bold {_color(slot.step)} underline" if slot.step else "dim" if token.startswith("[") else ""
         text.append(token[2:] if joined else token, style=style)
         last_step = slot.step
     return text
 
 
 def _prediction_table(slots: Sequence[Slot]) -> Table:
-    """A row for each predicted position: its three slots share position and segment."""
+    """Return a table with one row per predicted position; its three slots share position and segment."""
     table = Table(title="the three slots of each predicted position in the window", title_justify="left")
     for name in ("step", "position", "segment"):
         table.add_column(name, justify="right")
-    table.add_column("context slot (order 0)", style=COLOURS["context"])
-    table.add_column("original (order +k)", style=COLOURS["original"])
-    table.add_column("pseudo mask (order -k)", style=COLOURS["pseudo"])
+    table.add_column("context slot (order 0)", style=COLORS["context"])
+    table.add_column("original (order +k)", style=COLORS["original"])
+    table.add_column("pseudo mask (order -k)", style=COLORS["pseudo"])
     context = {slot.position: slot for slot in slots if slot.kind == "context"}
     for slot in slots:
         if slot.kind == "original":
-            step = Text(str(slot.step), style=_colour(slot.step))
-            read = Text(context[slot.position].token)
+            step = Text(str(slot.step), style=_color(slot.step))
+            masked = Text(context[slot.position].token)
             original, pseudo = Text(f"{slot.token}  +{slot.step}"), Text(f"[P]  -{slot.step}")
-            table.add_row(step, str(slot.position), str(slot.segment), read, original, pseudo)
+            table.add_row(step, str(slot.position), str(slot.segment), masked, original, pseudo)
     return table
 
 
 def _matrix_text(slots: Sequence[Slot], columns: int) -> Text:
-    """Rows are queries, columns are keys; a filled cell is seen, in the colour of the key's group.
+    """Return the matrix: rows are queries, columns are keys; a visible key is a cell in the color of its group.
 
-    A cell is two characters wide where `columns` of the terminal allow it, else one.
+    A cell is two characters wide if the `columns` of the terminal suffice, else one.
     """
     width = max((len(slot.token) for slot in slots), default=0)
     cell = 2 if width + 5 + 2 * len(slots) <= columns else 1
     text = Text("visibility among ", style="italic")
     for kind, name in NAMES.items():
-        text.append(f"{name}  ", style=COLOURS[kind])
-    text.append("(above: step): the row sees the filled columns\n" + " " * (width + 5))
+        text.append(f"{name}  ", style=COLORS[kind])
+    text.append("(above: step): rows attend to the filled columns\n" + " " * (width + 5))
     for slot in slots:
-        text.append(f"{abs(slot.order):>2}"[-cell:], style=f"not italic {COLOURS[slot.kind]}")
-    for slot, seen in zip(slots, _matrix(slots), strict=True):
-        text.append(f"\n{slot.token:>{width}} {_signed(slot.order):>3} ", style=f"not italic {COLOURS[slot.kind]}")
-        for key, sees in zip(slots, seen, strict=True):
-            text.append(
-                "█" * cell if sees else "·".rjust(cell), style=f"not italic {COLOURS[key.kind]}" if sees else "dim"
-            )
+        text.append(f"{abs(slot.order):>2}"[-cell:], style=f"not italic {COLORS[slot.kind]}")
+    for slot, visible in zip(slots, _matrix(slots), strict=True):
+        text.append(f"\n{slot.token:>{width}} {_signed(slot.order):>3} ", style=f"not italic {COLORS[slot.kind]}")
+        for key, is_visible in zip(slots, visible, strict=True):
+            style = f"not italic {COLORS[key.kind]}" if is_visible else "dim"
+            text.append("█" * cell if is_visible else "·".rjust(cell), style=style)
     return text
 
 
@@ -243,18 +242,18 @@ def _matrix(slots: Sequence[Slot]) -> np.ndarray:
 
 
 def draw_layout(slots: Sequence[Slot], *, path: Path) -> None:
-    """Write a picture of the slots, each over its position, and of the visibility matrix; the suffix names the format.
+    """Write a picture of the slots over their positions and of the visibility matrix; the suffix sets the format.
 
-    Up to ten context slots the two stand side by side, else one above the other.
+    The two are side by side for up to ten context slots, else one above the other.
     """
     from matplotlib.figure import Figure
 
     columns = 1 + max(slot.position for slot in slots) - min(slot.position for slot in slots)
     width, height, side = 0.78 * columns + 1.1, 3.6, 0.31 * len(slots) + 1.1
-    beside = columns <= 10
-    size = (width + side + 0.3, max(height, side)) if beside else (max(width, side), side + height)
+    side_by_side = columns <= 10
+    size = (width + side + 0.3, max(height, side)) if side_by_side else (max(width, side), side + height)
     figure = Figure(figsize=size, dpi=160, facecolor="white", layout="constrained")
-    if beside:
+    if side_by_side:
         left, right = figure.subplots(1, 2, width_ratios=[width, side])
     else:
         left, right = figure.subplots(2, 1, height_ratios=[height, side])
@@ -265,7 +264,7 @@ def draw_layout(slots: Sequence[Slot], *, path: Path) -> None:
 
 
 def _draw_slots(axes: Axes, slots: Sequence[Slot]) -> None:
-    """Three rows of boxes; the slots of one position stand in one column, the spans are shaded."""
+    """Draw three rows of boxes; the slots of a position share a column, spans are shaded."""
     positions = sorted({slot.position for slot in slots})
     for slot in slots:
         if slot.kind == "original":
@@ -273,7 +272,7 @@ def _draw_slots(axes: Axes, slots: Sequence[Slot]) -> None:
         _draw_slot(axes, slot)
     for step in sorted({slot.step for slot in slots} - {0}):
         middle = float(np.mean([slot.position for slot in slots if slot.order == step]))
-        axes.text(middle, 2.55, f"step {step}", color=_colour(step), fontweight="bold", **_label(8))
+        axes.text(middle, 2.55, f"step {step}", color=_color(step), fontweight="bold", **_label(8))
     axes.text(positions[0] - 0.45, 2.95, _CAPTION, color=_INK, fontsize=8.5, va="top", linespacing=1.5)
     axes.set(xlim=(positions[0] - 0.5, positions[-1] + 0.5), ylim=(3.7, -0.5), aspect="equal")
     axes.set_xticks(positions)
@@ -281,7 +280,7 @@ def _draw_slots(axes: Axes, slots: Sequence[Slot]) -> None:
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=9, colors=_INK)
     for kind, label in zip(_ROWS, axes.get_yticklabels(), strict=True):
-        label.set(color=COLOURS[kind], fontweight="bold")
+        label.set(color=COLORS[kind], fontweight="bold")
     axes.set_title("slots over their positions (small: order)", fontsize=10, color=_INK, loc="left", pad=10)
     axes.spines[:].set_visible(False)
 
@@ -289,7 +288,7 @@ def _draw_slots(axes: Axes, slots: Sequence[Slot]) -> None:
 def _band(slot: Slot) -> Patch:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((slot.position - 0.5, -0.42), 1, 3.17, color=_colour(slot.step), alpha=0.13, linewidth=0)
+    return Rectangle((slot.position - 0.5, -0.42), 1, 3.17, color=_color(slot.step), alpha=0.13, linewidth=0)
 
 
 def _draw_slot(axes: Axes, slot: Slot) -> None:
@@ -303,7 +302,7 @@ def _draw_slot(axes: Axes, slot: Slot) -> None:
         0.6,
         boxstyle="round,pad=0,rounding_size=0.09",
         facecolor="white" if hidden else _CELLS[slot.kind],
-        edgecolor=COLOURS[slot.kind],
+        edgecolor=COLORS[slot.kind],
         linestyle="--" if hidden else "-",
         linewidth=1.2,
     )
@@ -314,12 +313,12 @@ def _draw_slot(axes: Axes, slot: Slot) -> None:
 
 
 def _draw_matrix(axes: Axes, slots: Sequence[Slot]) -> None:
-    """Cells that the row's slot sees, in the colour of the column's group; lines part the groups."""
+    """Draw the matrix: visible keys in the color of their group, lines between groups."""
     from matplotlib.colors import to_rgb
 
-    seen = _matrix(slots)
-    key_colours = np.array([to_rgb(_CELLS[slot.kind]) for slot in slots])
-    pixels = np.where(seen[:, :, None], key_colours[None, :, :], 1.0)
+    visible = _matrix(slots)
+    key_colors = np.array([to_rgb(_CELLS[slot.kind]) for slot in slots])
+    pixels = np.where(visible[:, :, None], key_colors[None, :, :], 1.0)
     axes.imshow(pixels, interpolation="nearest")
     edges = np.arange(len(slots) + 1) - 0.5
     axes.hlines(edges, -0.5, len(slots) - 0.5, colors=_FAINT, linewidth=0.6)
@@ -333,8 +332,8 @@ def _draw_matrix(axes: Axes, slots: Sequence[Slot]) -> None:
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=8)
     for label, slot in zip([*axes.get_xticklabels(), *axes.get_yticklabels()], [*slots, *slots], strict=True):
-        label.set_color(COLOURS[slot.kind])
-    axes.set_title("visibility: the row sees the filled columns", fontsize=10, color=_INK, loc="left", pad=10)
+        label.set_color(COLORS[slot.kind])
+    axes.set_title("visibility: rows attend to the filled columns", fontsize=10, color=_INK, loc="left", pad=10)
     axes.spines[:].set_visible(False)
 
 

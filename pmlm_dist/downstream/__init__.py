@@ -1,1 +1,1 @@
-"""Fine-tuning and evaluation: the pre-trained network put to use."""
+"""Fine-tuning and evaluation of the pre-trained model on tasks."""

@@ -2,7 +2,7 @@
 
     checkpoint, DeepSpeed's JSON, rows   --prepare: all problems at once, on all ranks-->   FinetuneData
     FinetuneData + recipe + seed         --train_job-->   a folder each: checkpoint, vocabulary, scores, predictions
-    several recipes or seeds             --summarise-->   OUTPUT/summary.json: mean and deviation
+    several recipes or seeds             --summarize-->   OUTPUT/summary.json: mean and deviation
 
 An interrupted command resumes: complete jobs are read, the others start from their newest checkpoint.
 """
@@ -19,7 +19,7 @@ from pmlm_dist.config import problems_of_model, raise_if_any
 from pmlm_dist.downstream.job import SCORES, FinetuneJob
 from pmlm_dist.downstream.preparation import FinetuneData, engine_config_for_batch, prepare, task_model_config
 from pmlm_dist.downstream.settings import UNFINISHED, FinetuneConfig, Recipe, check, recipes
-from pmlm_dist.downstream.summary import FinetuneRun, summarise
+from pmlm_dist.downstream.summary import FinetuneRun, summarize
 from pmlm_dist.files import write_atomically
 from pmlm_dist.parallel.groups import run_on_all_ranks
 from pmlm_dist.supervision.heartbeat import Heartbeat
@@ -59,7 +59,7 @@ def _finetune(config: FinetuneConfig, attempt: Attempt) -> list[FinetuneRun]:
         (config.output / UNFINISHED).touch()
     runs = [_complete_run(job) or _train(job, attempt) for job in jobs]
     if len(jobs) > 1:
-        summary = summarise(runs, split=data.scored[0].name, metric=data.task.metric)
+        summary = summarize(runs, split=data.scored[0].name, metric=data.task.metric)
         if topology.is_rank_zero:
             write_atomically(config.output / SUMMARY, json.dumps(summary.as_json(), indent=2) + "\n")
             print(summary.table(), flush=True)

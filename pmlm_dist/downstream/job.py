@@ -181,7 +181,7 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
         data = self.data
         return {
             "task": data.config.task,
-            "settings": data.task.saved(),
+            "settings": data.task.as_json(),
             "training data": data.digest,
             "model": dataclasses.asdict(self.model_config),
             "weights": None if data.config.untrained else sha256_of(data.start.folder / MANIFEST),
@@ -203,7 +203,7 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
             "started_from": None if config.untrained else str(data.start.folder),
             "task": {
                 "kind": config.task,
-                "settings": data.task.saved(),
+                "settings": data.task.as_json(),
                 "data": config.data or TASKS[config.task].hub,
             },
             "engine": self.engine_config.raw,
@@ -304,7 +304,7 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
             split,
             self.topology,
             micro_batch=self.engine_config.micro_batch,
-            between=session.attempt.stop.check,
+            before_batch=session.attempt.stop.check,
         )
 
     def is_save_due(self, state: RunState) -> bool:

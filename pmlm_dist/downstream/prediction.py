@@ -1,4 +1,8 @@
-"""Predicting a whole split over all ranks: the same predictions and scores on any topology."""
+"""Evaluation of a split over all ranks, with equal predictions and scores on any topology.
+
+features --sorted by length, sharded over data-parallel ranks--> batches --task.predict--> outputs
+outputs of all ranks --all-gather--> task.predictions --> task.scores
+"""
 
 from __future__ import annotations
 
@@ -18,17 +22,17 @@ from pmlm_dist.parallel.groups import Topology
 
 @dataclass(frozen=True)
 class Split:
-    """Examples with what the network reads of them."""
+    """Examples with their features."""
 
     name: str
     examples: Sequence[Any]
     features: Sequence[Any]
-    labelled: bool = True
+    labeled: bool = True
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model says to a split, and how right it is; no scores where the split does not tell."""
+    """Predictions and scores of a split; no scores if it is unlabeled."""
 
     predictions: list[dict[str, Any]]
     scores: dict[str, float]
@@ -41,18 +45,18 @@ def evaluate(
     topology: Topology,
     *,
     micro_batch: int,
-    between: Callable[[], None] = lambda: None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Predict `split` without dropout and score the predictions; every rank must call and gets the same.
+    """Predict `split` without dropout and score the predictions. Collective: all ranks get equal results.
 
-    `between` is called before each batch, on every rank equally often.
+    `before_batch` is called before each batch, equally often on all ranks.
     """
     was_training = engine.training
     engine.eval()
-    outputs = _predict(engine, task, split, topology, micro_batch=micro_batch, between=between)
+    outputs = _predict(engine, task, split, topology, micro_batch=micro_batch, before_batch=before_batch)
     engine.train(was_training)
     predictions = task.predictions(split.examples, split.features, outputs)
-    return Evaluation(predictions, task.scores(split.examples, predictions) if split.labelled else {})
+    return Evaluation(predictions, task.scores(split.examples, predictions) if split.labeled else {})
 
 
 @torch.no_grad()
@@ -63,24 +67,26 @@ def _predict(
     topology: Topology,
     *,
     micro_batch: int,
-    between: Callable[[], None],
+    before_batch: Callable[[], None],
 ) -> list[Any]:
-    """One output a feature. Features are batched by length; every rank computes equally many batches."""
+    """Return one output per feature. All ranks compute equally many batches."""
     features = split.features
+    # Longest first: little padding, and an out-of-memory error comes with the first batch.
     by_length = sorted(range(len(features)), key=lambda number: task.length(features[number]), reverse=True)
-    own, found = by_length[topology.dp_rank :: topology.dp], {}
+    own, outputs = by_length[topology.dp_rank :: topology.dp], {}
     for start in range(0, math.ceil(len(features) / topology.dp), micro_batch):
-        between()
-        ids = own[start : start + micro_batch] or by_length[-1:]  # what another rank predicts, rather than nothing
+        before_batch()
+        ids = own[start : start + micro_batch] or by_length[-1:]  # `predict` is collective: repeat the shortest
         batch = task.collate([features[number] for number in ids], ids=ids, epoch=0, seed=0)
-        found.update(zip(ids, task.predict(engine, batch.to(topology.device)), strict=True))
-    gathered = topology.all_gather_object(found)[:: topology.tp]  # tensor-parallel peers know the same
-    everything = {number: output for part in reversed(gathered) for number, output in part.items()}
-    return [everything[number] for number in range(len(features))]
+        outputs.update(zip(ids, task.predict(engine, batch.to(topology.device)), strict=True))
+    per_rank = topology.all_gather_object(outputs)[:: topology.tp]  # tensor-parallel ranks have equal outputs
+    # Reversed: for a repeated feature, the output of the lowest rank wins.
+    merged = {number: output for part in reversed(per_rank) for number, output in part.items()}
+    return [merged[number] for number in range(len(features))]
 
 
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line. Raises `FileExistsError` rather than overwrite."""
+    """Write one JSON object per line. Raises `FileExistsError` if `path` exists."""
     with path.open("x", encoding="utf-8") as out:
         for prediction in predictions:
             out.write(json.dumps(prediction, ensure_ascii=False) + "\n")

@@ -60,7 +60,7 @@ def prepare(config: FinetuneConfig, topology: Topology) -> FinetuneData:
     train = _split(task, kind.train, rows, training=True)
     raise_if_any([] if train.features else [f"{source}: the split {kind.train} holds nothing to train on"])
     scored = tuple(_split(task, name, read_rows(source, name)) for name in kind.validation)
-    raise_if_any(task.problems_of_choosing(scored[0].examples))
+    raise_if_any(task.metric_problems(scored[0].examples))
     reported = tuple(read_split(task, name, source) for name in config.report)
     return FinetuneData(config, topology, start, task, train, scored, reported, _digest(rows))
 
@@ -72,7 +72,7 @@ def read_split(task: Task, name: str, source: str) -> Split:
 
 
 def _split(task: Task, name: str, rows: Sequence[Any], *, training: bool = False, labelled: bool = True) -> Split:
-    examples = task.read(rows, origin=f"split {name}", labelled=labelled)
+    examples = task.read(rows, origin=f"split {name}", labeled=labelled)
     return Split(name, examples, task.features(examples, training=training), labelled)
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, WatchdogConfig, raise_if_any
 from pmlm_dist.decoding.settings import DecodingConfig
-from pmlm_dist.ranges import BelowOne, NotNegative, Positive, Range, range_problems
+from pmlm_dist.ranges import BelowOne, NotNegative, Positive, Probability, Range, range_problems
 from pmlm_dist.supervision.run_lock import LOCK
 
 UNFINISHED = "UNFINISHED"
@@ -23,6 +23,8 @@ UNFINISHED = "UNFINISHED"
 
 PositiveFinite = Range("be positive and finite", lambda value: 0 < value < math.inf)
 NotNegativeFinite = Range("be finite and not negative", lambda value: 0 <= value < math.inf)
+AtLeastTwo = Range("be at least 2", lambda value: value >= 2)
+AtLeastThree = Range("be at least 3", lambda value: value >= 3)
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ class InputConfig:
     """Column of the class, the score, or the answers. None: what the data set calls it, else `label`."""
     max_tokens: int | None = None
     """Tokens of an input with [CLS] and [SEP]s. None: 128, for spans 384; never more than the model has positions."""
-    too_long: Literal["truncate", "refuse"] = "truncate"
-    """`truncate`: the longer text loses tokens at its end until the input fits; `refuse`: such an example is an error.
-    Passages of spans are cut into windows instead."""
+    too_long: Literal["truncate", "raise"] = "truncate"
+    """`truncate`: the longer text loses tokens at its end until the input fits; `raise`: such an example is an error.
+    Passages of spans are split into windows instead."""
     stride: Annotated[int, Positive] = 128
     """Spans: tokens from the start of a window to the start of the next."""
     max_question_tokens: Annotated[int, Positive] = 64
@@ -100,13 +102,13 @@ class InputConfig:
 class GenerationConfig:
     """Sources, targets and decoding of `--task seq2seq`."""
 
-    max_source: int = 464
-    """Tokens of a source with [CLS] and [SEP]; more are cut off at the end."""
-    max_target: int = 48
-    """Tokens of a target with its [SEP]; more are cut off at the end."""
-    target_mask_prob: float = 0.5
+    max_source: Annotated[int, AtLeastThree] = 464
+    """Tokens of a source with [CLS] and [SEP]; longer ones are truncated at the end."""
+    max_target: Annotated[int, AtLeastTwo] = 48
+    """Tokens of a target with its [SEP]; longer ones are truncated at the end."""
+    target_mask_prob: Annotated[float, Probability] = 0.5
     """Probability that a target token is replaced by the id drawn for its pseudo mask (against exposure bias)."""
-    label_smoothing: float = 0.1
+    label_smoothing: Annotated[float, Probability] = 0.1
     """Share of the target probability spread uniformly over the vocabulary."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 

@@ -1,4 +1,4 @@
-"""Several fine-tunings side by side: mean and deviation over seeds, the best recipe by validation."""
+"""Summary of several fine-tuning runs: mean and deviation over seeds, recipes ordered by validation score."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FinetuneRun:
-    """One fine-tuning and the scores of its best checkpoint: {split: {metric: value}}."""
+    """One fine-tuning run with the scores of its best checkpoint, {split: {metric: value}}."""
 
     recipe: dict[str, Any]
     seed: int
@@ -21,7 +21,7 @@ class FinetuneRun:
 
 @dataclass(frozen=True)
 class Spread:
-    """A metric over seeds. `deviation` is the sample's (n - 1); None for a single seed."""
+    """A metric over seeds. `deviation`: sample standard deviation (n - 1); None for a single seed."""
 
     mean: float
     deviation: float | None
@@ -30,7 +30,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class RecipeSummary:
-    """What a recipe has reached: {split: {metric: spread}}."""
+    """The results of a recipe over seeds, {split: {metric: spread}}."""
 
     recipe: dict[str, Any]
     spreads: dict[str, dict[str, Spread]]
@@ -39,48 +39,48 @@ class RecipeSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """All recipes, the best by the mean of `metric` on `split` first."""
+    """All recipes, ordered by the mean of `metric` on `split`, best first."""
 
     split: str
     metric: str
     recipes: tuple[RecipeSummary, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return JSON values."""
         return asdict(self)
 
     def table(self) -> str:
-        """For people: a recipe a paragraph."""
+        """Return a table for the console."""
         lines = [f"by {self.metric} on {self.split}, best first (mean ± deviation over seeds):"]
         for entry in self.recipes:
             lines.append(f"recipe {json.dumps(entry.recipe)}")
             lines += [
-                f"  {split}: " + ", ".join(f"{metric} {_shown(spread)}" for metric, spread in metrics.items())
+                f"  {split}: " + ", ".join(f"{metric} {_format_spread(spread)}" for metric, spread in metrics.items())
                 for split, metrics in entry.spreads.items()
             ]
         return "\n".join(lines)
 
 
-def _shown(spread: Spread) -> str:
+def _format_spread(spread: Spread) -> str:
     deviation = "" if spread.deviation is None else f" ± {spread.deviation:.4f}"
     return f"{spread.mean:.4f}{deviation} (n={len(spread.values)})"
 
 
-def summarise(trials: Sequence[FinetuneRun], *, split: str, metric: str) -> Summary:
-    """Group `trials` by recipe; every one has the same splits and metrics."""
+def summarize(runs: Sequence[FinetuneRun], *, split: str, metric: str) -> Summary:
+    """Group `runs` by recipe; all have equal splits and metrics."""
     by_recipe: dict[str, list[FinetuneRun]] = {}
-    for trial in trials:
-        by_recipe.setdefault(json.dumps(trial.recipe), []).append(trial)
-    found = [_summary(of_recipe) for of_recipe in by_recipe.values()]
-    return Summary(split, metric, tuple(sorted(found, key=lambda entry: -entry.spreads[split][metric].mean)))
+    for run in runs:
+        by_recipe.setdefault(json.dumps(run.recipe), []).append(run)
+    summaries = [_summarize_recipe(group) for group in by_recipe.values()]
+    return Summary(split, metric, tuple(sorted(summaries, key=lambda entry: -entry.spreads[split][metric].mean)))
 
 
-def _summary(trials: Sequence[FinetuneRun]) -> RecipeSummary:
+def _summarize_recipe(runs: Sequence[FinetuneRun]) -> RecipeSummary:
     spreads = {
-        split: {metric: _spread([trial.scores[split][metric] for trial in trials]) for metric in metrics}
-        for split, metrics in trials[0].scores.items()
+        split: {metric: _spread([run.scores[split][metric] for run in runs]) for metric in metrics}
+        for split, metrics in runs[0].scores.items()
     }
-    return RecipeSummary(trials[0].recipe, spreads, tuple(trial.folder for trial in trials))
+    return RecipeSummary(runs[0].recipe, spreads, tuple(run.folder for run in runs))
 
 
 def _spread(values: Sequence[float]) -> Spread:

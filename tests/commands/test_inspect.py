@@ -1,4 +1,4 @@
-"""What `pmlm inspect` shows is what training reads: slots and matrix against the batch and the rule."""
+"""`pmlm inspect`: slots and visibility matrix against the batch of training and the visibility rule."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pmlm_dist.commands.inspect import InspectConfig, draw_layout, example_slots
 from pmlm_dist.config import ConfigError
 
 
-def shown(config: InspectConfig, *, width: int = 100) -> str:
+def printed(config: InspectConfig, *, width: int = 100) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     inspect(config, console=console)
     return console.export_text()
 
 
-def filled(text: str, *, slots: int, cell: int) -> np.ndarray:
-    """The matrix that was printed, as booleans [slots, slots]."""
+def parse_matrix(text: str, *, slots: int, cell: int) -> np.ndarray:
+    """Return the printed matrix as booleans [slots, slots]."""
     rows = text.split("filled columns\n")[1].splitlines()[1 : slots + 1]
     return np.array([[row[-cell * slots :][cell * k + cell - 1] == "█" for k in range(slots)] for row in rows])
 
 
 @pytest.mark.parametrize(("width", "cell"), [(100, 2), (30, 1)])
-def test_the_example_matrix_is_the_rule_pair_by_pair(width, cell, tmp_path):
+def test_example_matrix_equals_visibility_rule(width, cell, tmp_path):
     slots = example_slots()
-    text = shown(InspectConfig(example=True, png=tmp_path / "example.png"), width=width)
-    for q, row in zip(slots, filled(text, slots=len(slots), cell=cell), strict=True):
-        for k, sees in zip(slots, row, strict=True):
+    text = printed(InspectConfig(example=True, png=tmp_path / "example.png"), width=width)
+    for q, row in zip(slots, parse_matrix(text, slots=len(slots), cell=cell), strict=True):
+        for k, is_visible in zip(slots, row, strict=True):
             if q.kind == "context":
                 expected = k.kind == "context"
             elif q.kind == "original":
@@ -35,10 +35,10 @@ def test_the_example_matrix_is_the_rule_pair_by_pair(width, cell, tmp_path):
             else:
                 earlier = k.kind == "original" and k.step < q.step
                 expected = k.kind == "context" or earlier or (k.kind == "pseudo" and k.step == q.step)
-            assert sees == expected, (q, k)
+            assert is_visible == expected, (q, k)
 
 
-def test_the_three_slots_of_a_position_share_it():
+def test_predicted_position_has_three_slots():
     slots = example_slots()
     for pseudo in (slot for slot in slots if slot.kind == "pseudo"):
         at_position = [slot for slot in slots if slot.position == pseudo.position]
@@ -46,8 +46,8 @@ def test_the_three_slots_of_a_position_share_it():
         assert {slot.step for slot in at_position} == {pseudo.step}
 
 
-def test_a_real_sample_is_shown_whole_with_its_masked_words(small_corpus):
-    text = shown(InspectConfig(corpus=small_corpus, sample=3, window=32), width=160)
+def test_sample_is_printed_with_its_predictions(small_corpus):
+    text = printed(InspectConfig(corpus=small_corpus, sample=3, window=32), width=160)
     assert "32 tokens, 5 predicted" in text
     body = text.split("visibility")[0]
     assert body.count("[P]") == 5
@@ -55,19 +55,19 @@ def test_a_real_sample_is_shown_whole_with_its_masked_words(small_corpus):
     assert "1:" in body
 
 
-def test_pictures_are_written(small_corpus, tmp_path):
-    shown(InspectConfig(corpus=small_corpus, png=tmp_path / "a.png"))
+def test_inspect_and_draw_layout_write_pictures(small_corpus, tmp_path):
+    printed(InspectConfig(corpus=small_corpus, png=tmp_path / "a.png"))
     draw_layout(example_slots(), path=tmp_path / "b.png")
     for name in ("a.png", "b.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("sample", [-1, 96])
-def test_a_sample_that_is_not_there_is_refused_with_the_range(small_corpus, sample):
+def test_sample_out_of_range_raises_with_range(small_corpus, sample):
     with pytest.raises(ConfigError, match="95"):
-        shown(InspectConfig(corpus=small_corpus, sample=sample))
+        printed(InspectConfig(corpus=small_corpus, sample=sample))
 
 
-def test_the_example_wants_a_picture():
+def test_example_without_png_raises():
     with pytest.raises(ConfigError, match="--png"):
-        shown(InspectConfig(example=True))
+        printed(InspectConfig(example=True))

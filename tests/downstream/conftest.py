@@ -1,4 +1,4 @@
-"""What the tests of fine-tuning start from; nobody writes into it."""
+"""Fixtures for the tests of fine-tuning; treat them as read-only."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from pmlm_dist.downstream.settings import (
     Recipe,
     recipes,
 )
-from pmlm_dist.downstream.summary import FinetuneRun, summarise
+from pmlm_dist.downstream.summary import FinetuneRun, summarize
 from pmlm_dist.metrics.run_log import read_metrics
 
 pytestmark = pytest.mark.distributed
@@ -216,7 +216,7 @@ def test_summary_sorts_by_mean():
         FinetuneRun({"lr": lr}, seed, {"v": {"m": value}}, "")
         for lr, seed, value in [(1, 0, 0.5), (1, 1, 0.7), (2, 0, 0.9), (2, 1, 0.1)]
     ]
-    summary = summarise(trials, split="v", metric="m")
+    summary = summarize(trials, split="v", metric="m")
     assert [entry.recipe["lr"] for entry in summary.recipes] == [1, 2]
     assert "0.6000 ± 0.1414 (n=2)" in summary.table()
 
@@ -239,14 +239,14 @@ def test_summary_sorts_by_mean():
         (text_rows(3), {"inputs": InputConfig(max_tokens=65)}, r"inputs.max_tokens \(65\) .* 64 positions"),
         (
             text_rows(5),
-            {"inputs": InputConfig(max_tokens=8, too_long="refuse")},
+            {"inputs": InputConfig(max_tokens=8, too_long="raise")},
             "9 tokens, at most 8 .*--inputs.too-long",
         ),
         (text_rows(3), {"recipe": Recipe(lr=-1.0, warmup=1.0)}, r"recipe.lr \(-1.0\)[^$]*recipe.warmup \(1.0\)"),
         (text_rows(3), {"recipe": Recipe(lr=float("inf")), "seed": -1}, r"recipe.lr \(inf\)[^$]*seed \(-1\)"),
         (text_rows(3), {"grid": ("ls=3",)}, "--grid .ls=3. is not NAME=VALUE"),
-        ([{"text": "a fish", "label": float("nan")}], {}, "row 1: nan in column label is no label"),
-        ([{"text": "a fish", "label": ""}, *text_rows(1)], {}, "row 1: '' in column label is no label"),
+        ([{"text": "a fish", "label": float("nan")}], {}, "row 1: nan in column label is not a label"),
+        ([{"text": "a fish", "label": ""}, *text_rows(1)], {}, "row 1: '' in column label is not a label"),
     ],
 )
 def test_invalid_settings_raise_one_message_and_write_nothing(
@@ -280,7 +280,7 @@ def test_constant_validation_scores_raise_before_training(model: Path, tmp_path:
     rows = [{"text": "a fish", "label": 1.5}, {"text": "a bird", "label": 2.5}]
     write_jsonl(tmp_path / "data" / "train.jsonl", rows)
     write_jsonl(tmp_path / "data" / "validation.jsonl", rows[:1] * 2)
-    with pytest.raises(ConfigError, match=r"all scores of the validation split are 1\.5: pearson is no number"):
+    with pytest.raises(ConfigError, match=r"all scores of the validation split are 1\.5: pearson is undefined"):
         learn(config(model, tmp_path / "data", tmp_path / "out", task="regression"))
     assert not (tmp_path / "out").exists()
 

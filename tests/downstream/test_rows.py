@@ -1,4 +1,4 @@
-"""Rows from every form of file, and what is no such file."""
+"""Dataset rows from every file format, and error messages for invalid files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SQUAD = {
 }
 
 
-def test_the_same_rows_from_every_form(tmp_path: Path):
+def test_all_formats_give_equal_rows(tmp_path: Path):
     rows = [{"text": 'a "b", c', "label": "x"}, {"text": "d", "label": "y"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
     (tmp_path / "validation.csv").write_text('text,label\n"a ""b"", c",x\nd,y\n')
@@ -37,13 +37,13 @@ def test_the_same_rows_from_every_form(tmp_path: Path):
     assert [read_rows(str(tmp_path), split) for split in ("train", "validation", "test")] == [rows] * 3
 
 
-def test_glue_calls_validation_dev_and_cola_does_not_name_its_columns(tmp_path: Path):
+def test_cola_without_header_is_read_as_validation_split_from_dev(tmp_path: Path):
     (tmp_path / "dev.tsv").write_text('gj04\t1\t\tThe "sailors" rode.\ngj05\t0\t*\tRode sailors.\n')
     rows = read_rows(str(tmp_path), "validation")
     assert [(row["label"], row["sentence"]) for row in rows] == [("1", 'The "sailors" rode.'), ("0", "Rode sailors.")]
 
 
-def test_squad_is_a_row_a_question(tmp_path: Path):
+def test_squad_has_one_row_per_question(tmp_path: Path):
     (tmp_path / "train-v2.0.json").write_text(json.dumps(SQUAD))
     first, second = read_rows(str(tmp_path), "train")
     assert first == {
@@ -55,7 +55,7 @@ def test_squad_is_a_row_a_question(tmp_path: Path):
     assert second["answers"] == {"text": [], "answer_start": []}
 
 
-def test_what_hugging_face_saved_has_labels_by_name(tmp_path: Path):
+def test_saved_hugging_face_data_set_has_label_names(tmp_path: Path):
     datasets = pytest.importorskip("datasets")
     label = datasets.ClassLabel(names=["no", "yes"])
     features = datasets.Features(text=datasets.Value("string"), label=label)
@@ -67,8 +67,8 @@ def test_what_hugging_face_saved_has_labels_by_name(tmp_path: Path):
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_windows_line_ends_marks_of_byte_order_and_blank_lines_are_nothing(tmp_path: Path, mark: str):
-    rows = [{"text": "a", "label": "x\u2028y"}, {"text": "b" * 200_000, "label": "z"}]  # beyond csv's own limit
+def test_crlf_byte_order_mark_and_blank_lines_are_ignored(tmp_path: Path, mark: str):
+    rows = [{"text": "a", "label": "x\u2028y"}, {"text": "b" * 200_000, "label": "z"}]  # above the default limit of csv
     texts = {
         "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows),
         "validation.csv": "\r\n".join(["text,label", *(f"{row['text']},{row['label']}" for row in rows), "", ""]),
@@ -84,43 +84,43 @@ def test_windows_line_ends_marks_of_byte_order_and_blank_lines_are_nothing(tmp_p
     [
         ("train.csv", "text,label,text\na,b,c\n", "more than one column is called 'text'"),
         ("train.tsv", "", "is empty"),
-        ("train.json", "", "not in SQuAD's form"),
+        ("train.json", "", "not in SQuAD's format"),
         ("train.jsonl", "", "is empty"),
         ("train.csv", "text,label\n", "is empty"),
         ("train.jsonl", '{"a": 1}\n{"a": \n', "line 2: not JSON"),
         ("train.jsonl", "[1]\n", "line 1: not a JSON object"),
         ("train.csv", "a,b\n1,2,3\n", "line 2: 3 columns instead of 2"),
-        ("train.json", '{"data": [{"paragraphs": [{}]}]}', "not in SQuAD's form"),
-        ("test.jsonl", '{"a": 1}\n', "has no split train.*it holds test.jsonl"),
+        ("train.json", '{"data": [{"paragraphs": [{}]}]}', "not in SQuAD's format"),
+        ("test.jsonl", '{"a": 1}\n', "has no split train.*it contains test.jsonl"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str, message: str):
+def test_invalid_file_raises_with_its_problem(tmp_path: Path, name: str, content: str, message: str):
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=message):
         read_rows(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("split", ["../test", "folder/test", "/test", ""])
-def test_a_split_is_no_path(tmp_path: Path, split: str):
+def test_split_with_path_raises(tmp_path: Path, split: str):
     (tmp_path / "test.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match="is a name, not a path"):
         read_rows(str(tmp_path / "folder"), split)
 
 
-def test_a_split_that_is_there_twice_is_refused(tmp_path: Path):
+def test_duplicate_split_raises(tmp_path: Path):
     for name in ("train.jsonl", "train.tsv"):
         (tmp_path / name).write_text("a\n")
     with pytest.raises(ConfigError, match=r"more than once: train.jsonl, train.tsv"):
         read_rows(str(tmp_path), "train")
 
 
-def test_a_data_set_that_the_hub_does_not_give_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unreachable_hub_raises_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     datasets = pytest.importorskip("datasets")
 
     def unreachable(*_: object) -> None:
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ConfigError, match=r"nyu-mll/glue:cola\) is no folder here.*: no network$"):
+    with pytest.raises(ConfigError, match=r"nyu-mll/glue:cola\) is not a folder here.*: no network$"):
         read_rows("nyu-mll/glue:cola", "train")

@@ -1,9 +1,10 @@
-"""A small pre-trained model without a run, and small data sets in the forms of GLUE and SQuAD."""
+"""A small model with random weights, small data sets, and fine-tuning settings for them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,14 @@ from pmlm_dist.downstream.settings import FinetuneConfig, InputConfig, Recipe
 from pmlm_dist.vocab import Vocabulary
 from support.small_runs import MODEL, write_engine_config
 
-WORDS = (
-    "red",
-    "green",
-    "blue",
-    "fish",
-    "bird",
-    "tree",
-    "swims",
-    "flies",
-    "stands",
-    "the",
-    "a",
-    "?",
-    ".",
-    "who",
-    "what",
-)
+COLORS, KINDS = ("red", "green", "blue"), ("fish", "bird", "tree")
+WORDS = (*COLORS, *KINDS, "swims", "flies", "stands", "the", "a", "?", ".", "who", "what")
 
 
 def write_model(folder: Path, *, seed: int = 0) -> Path:
-    """A model with random weights, as `pmlm import` writes one."""
+    """Write a model with random weights in the format of `pmlm import`."""
     vocabulary = Vocabulary.from_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
-    model = MODEL.__class__(**{**vars(MODEL), "vocab_size": vocabulary.size, "max_positions": 64})
+    model = replace(MODEL, vocab_size=vocabulary.size, max_positions=64)
     random = torch.Generator().manual_seed(seed)
     weights = {
         name: 0.1 * torch.randn(shape, generator=random) + (1.0 if name.endswith("norm.weight") else 0.0)
@@ -53,16 +39,13 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-COLOURS, KINDS = ("red", "green", "blue"), ("fish", "bird", "tree")
-
-
 def text_rows(count: int, *, first: int = 0) -> list[dict[str, Any]]:
-    """Texts whose class is their colour, of different lengths."""
+    """Texts of different lengths; the color is the class."""
     rows = []
     for number in range(first, first + count):
-        colour, kind = COLOURS[number % 3], KINDS[(number // 3) % 3]
-        text = " ".join(["the", colour, kind, *["stands"] * (number % 5), "."])
-        rows.append({"id": f"q{number}", "text": text, "label": colour})
+        color, kind = COLORS[number % 3], KINDS[(number // 3) % 3]
+        text = " ".join(["the", color, kind, *["stands"] * (number % 5), "."])
+        rows.append({"id": f"q{number}", "text": text, "label": color})
     return rows
 
 
@@ -74,7 +57,7 @@ def write_text_task(folder: Path, *, train: int = 21, validation: int = 9) -> Pa
 
 
 def config(model: Path, data: Path | None, output: Path, **changes: Any) -> FinetuneConfig:
-    """A fine-tuning of a few steps: 21 examples in batches of 8 are not cut evenly."""
+    """Settings of a run of a few steps; the 21 examples are no multiple of the batch of 8."""
     engine = {name: changes.pop(name) for name in ("zero", "micro_batch", "precision") if name in changes}
     settings: dict[str, Any] = {
         "task": "classification",

@@ -1,9 +1,9 @@
-"""The demo's two tasks side by side: their data, and their scores beside baselines.
+"""The two demo tasks: their data, and their scores beside baselines.
 
 data/demo/python-docs.jsonl  --write_data-->  data/demo-tasks/{package,summary}, held-out.jsonl
-pmlm prepare-corpus --decontaminate held-out.jsonl, train.py  -->  a model that has read no text of validation or test
-pmlm finetune, twice a task (pre-trained, --untrained; see the Makefile)  -->  runs/demo-{package,summary}[-untrained]
-write_table  -->  a table for people
+pmlm prepare-corpus --decontaminate held-out.jsonl, train.py  -->  a model trained without the validation and test texts
+pmlm finetune, twice per task (pre-trained, --untrained; see the Makefile)  -->  runs/demo-{package,summary}[-untrained]
+write_table  -->  a table on the console
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _HELD_OUT = ("validation", "test")
 
 @dataclass(frozen=True)
 class DemoTask:
-    """How one of them is made and what it is compared with."""
+    """A demo task: data, baselines, metrics."""
 
     write: Callable[[Path, Path], dict[str, int]]
-    """From the docstrings' file and a folder to the sizes of the splits."""
+    """(file of docstrings, output folder) -> {split: examples}."""
     baselines: Callable[[Path], Scores]
     metrics: tuple[str, ...]
 
@@ -47,12 +47,12 @@ DEMO_TASKS = {
 
 
 def write_data(source: Path = Path("data/demo/python-docs.jsonl"), output: Path = Path("data/demo-tasks")) -> None:
-    """Write the data of both tasks, those that are not there yet, and the docstrings that pre-training must not read.
+    """Write the data of both tasks unless they exist, and the docstrings to exclude from pre-training.
 
     Args:
-        source: Docstrings, as `pmlm prepare-corpus --source python-docs` writes them beside its corpus.
-        output: Where a folder for each task is written, and `held-out.jsonl`: the docstrings, whole and as they are,
-            that validation and test of either task are made from.
+        source: Docstrings, written by `pmlm prepare-corpus --source python-docs` beside its corpus.
+        output: Folder for the tasks, one folder each, and for `held-out.jsonl`: the full docstrings from which the
+            validation and test splits of both tasks are made.
     """
     for name, task in DEMO_TASKS.items():
         if not (output / name).exists():
@@ -72,27 +72,27 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_table(data: Path = Path("data/demo-tasks"), runs: Path = Path("runs")) -> None:
-    """Print the scores of what was fine-tuned on the test split, beside baselines.
+    """Print the test scores of the fine-tuned models beside the baselines.
 
     Args:
-        data: What `write_data` wrote.
-        runs: Where the fine-tunings demo-TASK and demo-TASK-untrained lie.
+        data: Folder that `pmlm demo-tasks data` wrote.
+        runs: Folder with the fine-tuning runs demo-TASK and demo-TASK-untrained.
     """
     for name, task in DEMO_TASKS.items():
-        found = task.baselines(data / name)
+        results = task.baselines(data / name)
         for label, folder in {"untrained network": f"demo-{name}-untrained", "pre-trained": f"demo-{name}"}.items():
-            found[label] = _test_scores(runs / folder / "scores.json")
-        shown = [metric for metric in task.metrics if metric in found["pre-trained"]]
-        print(f"\n{name}, test{'':12}" + "".join(f"{metric:>12}" for metric in shown))
-        for label, scores in found.items():
-            print(f"{label:25}" + "".join(_cell(scores, metric) for metric in shown))
+            results[label] = _test_scores(runs / folder / "scores.json")
+        metrics = [metric for metric in task.metrics if metric in results["pre-trained"]]
+        print(f"\n{name}, test{'':12}" + "".join(f"{metric:>12}" for metric in metrics))
+        for label, scores in results.items():
+            print(f"{label:25}" + "".join(_format_cell(scores, metric) for metric in metrics))
 
 
-def _cell(scores: dict[str, float], metric: str) -> str:
-    return f"{scores[metric]:12.3f}" if metric in scores else f"{'':12}"  # a rule knows no likelihood
+def _format_cell(scores: dict[str, float], metric: str) -> str:
+    return f"{scores[metric]:12.3f}" if metric in scores else f"{'':12}"  # baselines have no likelihood
 
 
 def _test_scores(path: Path) -> dict[str, float]:
     if not path.is_file():
-        raise ConfigError([f"there is no {path}: fine-tune first, `make demo-tasks` does all of it"])
+        raise ConfigError([f"there is no {path}: fine-tune first, `make demo-tasks` runs all steps"])
     return json.loads(path.read_text(encoding="utf-8"))["scores"]["test"]

@@ -1,17 +1,17 @@
-"""The demo's classification task, *which package*: the package that a docstring is from, without its name.
+"""Demo classification task, *which package*: predict the package of a docstring, with package names masked.
 
     data/demo/python-docs.jsonl (text, package, name; written by `pmlm prepare-corpus --source python-docs`)
-       | the packages with most docstrings      the classes
-       | names and aliases of packages          become the word "package", in every text, whichever it is from
-       | modules                                go to train, validation or test as a whole
-       | 8-word runs                            held-out texts that share a fifth of theirs with training are dropped
-    FOLDER/train.jsonl validation.jsonl test.jsonl    {"id", "text", "label"}, as many of each class
+       | the packages with most docstrings      are the classes
+       | names and aliases of packages          are replaced by the word "package" in all texts
+       | modules                                are assigned to train, validation or test as a whole
+       | 8-word n-grams                         held-out texts that share a fifth of theirs with training are dropped
+    FOLDER/train.jsonl validation.jsonl test.jsonl    {"id", "text", "label"}, equally many per class
 
-Baselines: the class that training has most often (they are balanced), and the class whose most frequent
-words, without those frequent in all classes, the text holds most of.
+Baselines: the majority class of training (classes are balanced), and the class that shares most frequent words with the
+text, without the words that are frequent in all classes.
 
-The label is the package, so a package cannot be held out; its modules can. Pre-training reads other docstrings of the
-same packages, as text without labels, but none of validation and test (demo_tasks.py, `held-out.jsonl`).
+The label is the package, so the split is by modules. Pre-training reads other docstrings of the same packages, without
+labels, but none of validation and test (demo_tasks.py, `held-out.jsonl`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,38 +38,38 @@ _ALIASES = {
     "torch": ("pytorch",),
     "transformers": ("huggingface",),
 }
-"""What packages are called besides their names."""
+"""Other names of packages."""
 _WORD = re.compile(r"\w+")
-_RUN = 8
-_SHARED = 0.2
-"""Share of a held-out text's 8-word runs that may stand in training texts."""
-_TENTHS = (*("train",) * 6, *("validation",) * 2, *("test",) * 2)
-_LARGEST_GROUP = 0.1
-"""A subpackage with more than this share of its package's docstrings is split by its modules instead."""
+_NGRAM = 8
+_MAX_OVERLAP = 0.2
+"""Fraction of a held-out text's 8-word n-grams from which on it is too similar to training."""
+_SPLIT_OF_TENTH = (*("train",) * 6, *("validation",) * 2, *("test",) * 2)
+_MAX_GROUP = 0.1
+"""A subpackage with a larger fraction of its package's docstrings is split by its modules."""
 
 
 @dataclass(frozen=True)
 class PackageTaskConfig:
-    """How the task is made."""
+    """Settings of the data set."""
 
     source: Path = Path("data/demo/python-docs.jsonl")
-    """Docstrings, as `pmlm prepare-corpus --source python-docs` writes them beside its corpus."""
+    """Docstrings, written by `pmlm prepare-corpus --source python-docs` beside its corpus."""
     output: Path = Path("data/demo-tasks/package")
-    """Folder to write, which must not be there yet."""
+    """Folder to write; it must not exist."""
     classes: int = 10
-    """Packages: those with most docstrings. An installation with fewer that have enough gives those it has."""
-    fewest_classes: int = 4
-    """With fewer packages than this there is nothing to tell apart, and the task is refused."""
+    """Number of classes: the packages with most docstrings. Fewer if the installation has fewer suitable packages."""
+    min_classes: int = 4
+    """Minimum number of suitable packages; fewer raise `ConfigError`."""
     train: int = 150
-    """Training examples of each class."""
+    """Training examples per class."""
     held_out: int = 50
-    """Examples of each class in validation, and as many in test."""
+    """Examples per class in validation; equally many in test."""
 
 
 def write_package_task(config: PackageTaskConfig) -> dict[str, int]:
-    """Write the data set; how many examples each split has. Raises `ConfigError` where there are too few docstrings."""
+    """Write the data set; returns {split: examples}. Raises `ConfigError` if there are too few docstrings."""
     if config.output.exists():
-        raise ConfigError([f"--output ({config.output}) is there already, and nothing is overwritten: name another"])
+        raise ConfigError([f"--output ({config.output}) exists already, and nothing is overwritten: name another"])
     splits = _package_examples(_read(config.source), config)
     config.output.mkdir(parents=True)
     for name, examples in splits.items():
@@ -88,46 +88,50 @@ def _read(path: Path) -> list[dict[str, str]]:
 def _package_examples(rows: Sequence[dict[str, str]], config: PackageTaskConfig) -> dict[str, list[dict[str, Any]]]:
     groups = _groups(rows)
     packages = _classes(rows, groups, config)
-    own = [row for row in rows if row["package"] in packages]
-    masked = _mask(packages)
+    selected = [row for row in rows if row["package"] in packages]
+    mask = _name_masker(packages)
     by_split: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in sorted(own, key=lambda row: _digest(row["name"] + row["text"])):
+    for row in sorted(selected, key=lambda row: _digest(row["name"] + row["text"])):
         split = _split_of(groups[row["name"]])
-        by_split[split].append({"id": row["name"], "text": masked(row["text"]), "label": row["package"]})
+        by_split[split].append({"id": row["name"], "text": mask(row["text"]), "label": row["package"]})
     train = _balanced(by_split["train"], packages, each=config.train, split="train")
-    known = {run for example in train for run in _runs(example["text"])}
-    found = {"train": train}
+    known = {ngram for example in train for ngram in _ngrams(example["text"])}
+    splits = {"train": train}
     for name in SPLITS[1:]:
-        new = [example for example in by_split[name] if _share_known(example["text"], known) < _SHARED]
-        found[name] = _balanced(new, packages, each=config.held_out, split=name)
-    return found
+        new = [example for example in by_split[name] if _overlap(example["text"], known) < _MAX_OVERLAP]
+        splits[name] = _balanced(new, packages, each=config.held_out, split=name)
+    return splits
 
 
 def _classes(rows: Sequence[dict[str, str]], groups: dict[str, str], config: PackageTaskConfig) -> list[str]:
-    """The packages with most docstrings that have enough of them in every split, twice what is held out."""
+    """Return the packages with most docstrings among those with enough in each split.
+
+    Validation and test need twice `held_out`, because some are dropped for their overlap with training.
+    """
     counts = Counter(row["package"] for row in rows)
     in_split = Counter((row["package"], _split_of(groups[row["name"]])) for row in rows)
-    wanted = {"train": config.train, "validation": 2 * config.held_out, "test": 2 * config.held_out}
-    fit = [name for name in counts if all(in_split[name, split] >= number for split, number in wanted.items())]
-    if len(fit) < min(config.classes, config.fewest_classes):
+    required = {"train": config.train, "validation": 2 * config.held_out, "test": 2 * config.held_out}
+    suitable = [name for name in counts if all(in_split[name, split] >= number for split, number in required.items())]
+    if len(suitable) < min(config.classes, config.min_classes):
         needed = f"{config.train} for training and {2 * config.held_out} for each other split"
         raise ConfigError(
-            [f"{len(fit)} packages have enough docstrings ({needed}), {config.fewest_classes} are wanted: install more"]
-        )
-    return sorted(fit, key=lambda name: (-counts[name], name))[: config.classes]
+            [f"{len(suitable)} packages have enough docstrings ({needed}), {config.min_classes} are required: "
+             "install more"]
+        )  # fmt: skip
+    return sorted(suitable, key=lambda name: (-counts[name], name))[: config.classes]
 
 
 def _groups(rows: Iterable[dict[str, str]]) -> dict[str, str]:
-    """For each dotted name what is never cut apart: its subpackage, or for a large one the module in it."""
+    """Map each dotted name to its group, the unit of splitting: its subpackage, or its module if that is large."""
     rows = list(rows)
     per_package = Counter(row["package"] for row in rows)
     per_group = Counter(_parts(row["name"], 2) for row in rows)
-    found = {}
+    groups = {}
     for row in rows:
         group = _parts(row["name"], 2)
-        is_large = per_group[group] > _LARGEST_GROUP * per_package[row["package"]]
-        found[row["name"]] = _parts(row["name"], 3) if is_large else group
-    return found
+        is_large = per_group[group] > _MAX_GROUP * per_package[row["package"]]
+        groups[row["name"]] = _parts(row["name"], 3) if is_large else group
+    return groups
 
 
 def _parts(name: str, count: int) -> str:
@@ -135,16 +139,16 @@ def _parts(name: str, count: int) -> str:
 
 
 def _split_of(group: str) -> str:
-    """Six of ten groups are for training, two each for validation and test."""
-    return _TENTHS[_digest(group) % 10]
+    """Return a split by the hash of `group`, which is stable over installations."""
+    return _SPLIT_OF_TENTH[_digest(group) % 10]
 
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _mask(packages: Sequence[str]) -> Any:
-    """A function that writes "package" for every word with a package's name in it, and for its aliases."""
+def _name_masker(packages: Sequence[str]) -> Callable[[str], str]:
+    """Return a function that replaces words with a package name in them, and aliases, by "package"."""
     names = "|".join(re.escape(name) for name in packages)
     aliases = "|".join(alias for name in packages for alias in _ALIASES.get(name, ())) or names
     pattern = re.compile(rf"\w*(?:{names})\w*|\b(?:{aliases})\b", flags=re.IGNORECASE)
@@ -154,54 +158,55 @@ def _mask(packages: Sequence[str]) -> Any:
 def _balanced(
     examples: Sequence[dict[str, Any]], packages: Sequence[str], *, each: int, split: str
 ) -> list[dict[str, Any]]:
-    """The first `each` examples of every package."""
-    found, counts = [], Counter()
+    """Return the first `each` examples of every package."""
+    selected, counts = [], Counter()
     for example in examples:
         if counts[example["label"]] < each:
             counts[example["label"]] += 1
-            found.append(example)
+            selected.append(example)
     few = [name for name in packages if counts[name] < each]
     if few:
-        raise ConfigError([f"{split}: only {counts[name]} docstrings of {name}, {each} are wanted" for name in few])
-    return found
+        raise ConfigError([f"{split}: only {counts[name]} docstrings of {name}, {each} are required" for name in few])
+    return selected
 
 
-def _runs(text: str) -> Iterator[str]:
+def _ngrams(text: str) -> Iterator[str]:
     words = _WORD.findall(text.lower())
-    return (" ".join(words[at : at + _RUN]) for at in range(max(1, len(words) - _RUN + 1)))
+    return (" ".join(words[at : at + _NGRAM]) for at in range(max(1, len(words) - _NGRAM + 1)))
 
 
-def _share_known(text: str, known: set[str]) -> float:
-    runs = list(_runs(text))
-    return sum(run in known for run in runs) / len(runs)
+def _overlap(text: str, known: set[str]) -> float:
+    """Return the fraction of the n-grams of `text` in `known`."""
+    ngrams = list(_ngrams(text))
+    return sum(ngram in known for ngram in ngrams) / len(ngrams)
 
 
 # ------------------------------------------------------------------------------------------------------------ baselines
 
-_FREQUENT = 100
-"""Words that stand for a class, and words that stand for none because they are frequent everywhere."""
+_NUM_FREQUENT = 100
+"""Number of words excluded because they are frequent in all classes; each class is described by twice as many."""
 
 
 def baseline_scores(folder: Path, split: str = "test") -> dict[str, dict[str, float]]:
-    """Accuracy and macro F1 of every baseline on a split that `write_package_task` has written."""
+    """Return accuracy and macro F1 of each baseline on a split that `write_package_task` wrote."""
     train, held_out = (_read(folder / f"{name}.jsonl") for name in ("train", split))
-    right = [row["label"] for row in held_out]
+    labels = [row["label"] for row in held_out]
     majority = Counter(row["label"] for row in train).most_common(1)[0][0]
-    said = {"majority class": [majority] * len(right), "frequent words": frequent_words(train, held_out)}
+    predictions = {"majority class": [majority] * len(labels), "frequent words": frequent_words(train, held_out)}
     return {
-        name: {"accuracy": scores.accuracy(right, labels), "macro_f1": scores.macro_f1(right, labels)}
-        for name, labels in said.items()
+        name: {"accuracy": scores.accuracy(labels, predicted), "macro_f1": scores.macro_f1(labels, predicted)}
+        for name, predicted in predictions.items()
     }
 
 
 def frequent_words(train: Sequence[dict[str, str]], held_out: Sequence[dict[str, str]]) -> list[str]:
-    """For each text the class that shares most of its words; ties go to the first in the alphabet."""
+    """Predict for each text the class with most typical words in common; the first in the alphabet for ties."""
     by_class: dict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
         by_class[row["label"]].update(sorted(_words(row["text"])))
-    everywhere = {word for word, _ in sum(by_class.values(), Counter()).most_common(_FREQUENT)}
+    everywhere = {word for word, _ in sum(by_class.values(), Counter()).most_common(_NUM_FREQUENT)}
     typical = {
-        label: {word for word, _ in counts.most_common(2 * _FREQUENT) if word not in everywhere}
+        label: {word for word, _ in counts.most_common(2 * _NUM_FREQUENT) if word not in everywhere}
         for label, counts in sorted(by_class.items())
     }
     return [max(typical, key=lambda label: len(typical[label] & _words(row["text"]))) for row in held_out]

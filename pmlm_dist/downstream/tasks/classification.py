@@ -1,7 +1,11 @@
-"""Classes and scores of one text or a pair: the head reads [CLS].
+"""Classification and regression of a text or a pair, from the task head's output at [CLS].
+
+    row {text, pair?, label} -> TextExample -> TextFeature -> model -> class probabilities [B, C] | scores [B, 1]
 
 A class is a string: labels of any type are compared as `str`. The classes are those of the training split, sorted, or
-the ones a task is known to have; a score is a number.
+the fixed ones of a GLUE task. A regression target is a number.
+
+Legend: B batch, C classes (1 for regression).
 """
 
 from __future__ import annotations
@@ -18,16 +22,17 @@ from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.downstream.settings import FinetuneConfig
 from pmlm_dist.downstream.tasks import scores
 from pmlm_dist.downstream.tasks.inputs import (
-    Encoded,
+    EncodedInput,
     collate,
-    column,
-    fit,
-    id_of,
+    find_column,
     join,
-    longest_input,
-    network_inputs,
+    max_input_tokens,
+    model_inputs,
+    raise_if_missing,
     raise_row_problems,
-    text_of,
+    row_id,
+    row_text,
+    truncate,
 )
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
 from pmlm_dist.model.task_model import TaskModel
@@ -38,7 +43,7 @@ MAX_TOKENS = 128
 Metric = Callable[[Sequence[Any], Sequence[Any]], float]
 METRICS: dict[str, Metric] = {
     "accuracy": scores.accuracy,
-    "f1": scores.f1_of("1"),
+    "f1": scores.f1_for_class("1"),
     "macro_f1": scores.macro_f1,
     "matthews": scores.matthews,
     "pearson": scores.pearson,
@@ -48,132 +53,142 @@ METRICS: dict[str, Metric] = {
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a task of this family is, before any data are seen."""
+class DatasetFormat:
+    """Columns, classes and metrics of a task kind, independent of any data."""
 
     text: tuple[str, ...] = ("text", "sentence")
-    """What the column of the text may be called."""
+    """Possible names of the text column."""
     pair: tuple[str, ...] = ("pair",)
-    """What the column of the second text may be called."""
+    """Possible names of the column with the second text."""
     label: tuple[str, ...] = ("label",)
-    """What the column of the class or score may be called."""
-    pairs: bool | None = None
-    """Whether there is a second text; None: if its column is there."""
+    """Possible names of the column with the class or score."""
+    has_pairs: bool | None = None
+    """True: pairs; False: single texts; None: pairs if the column exists."""
     labels: tuple[str, ...] = ()
-    """The classes; empty: those of the training split, or a score."""
-    names: dict[str, str] = field(default_factory=dict)
-    """Other names of classes that data may use."""
-    is_score: bool = False
+    """The classes; empty: those of the training split, or regression."""
+    label_aliases: dict[str, str] = field(default_factory=dict)
+    """Other names of the classes in data files -> names in `labels`."""
+    is_regression: bool = False
     metrics: tuple[str, ...] = ("accuracy", "macro_f1")
-    """What is measured. The best checkpoint is chosen by the first, or by the mean of those in `chosen_by`."""
-    chosen_by: tuple[str, ...] = ()
+    """Reported metrics; the first selects the best checkpoint, unless `averaged` lists several."""
+    averaged: tuple[str, ...] = ()
+    """Metrics whose mean selects the best checkpoint."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is saved of a task with its model."""
+class ClassificationSettings:
+    """The saved state of a task."""
 
     text: str
     pair: str | None
     label: str
     labels: tuple[str, ...]
-    """The classes in the order of the head's outputs; empty for a score."""
-    names: dict[str, str]
+    """The classes in the order of the head's outputs; empty for regression."""
+    label_aliases: dict[str, str]
     metrics: tuple[str, ...]
-    chosen_by: tuple[str, ...]
+    averaged: tuple[str, ...]
     max_tokens: int
     too_long: str
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """One column, or two for pairs."""
+        return (self.text, self.pair) if self.pair else (self.text,)
 
 
 @dataclass(frozen=True)
 class TextExample:
-    """One row, checked."""
+    """One validated row."""
 
     id: Any
     texts: tuple[str, ...]
     label: str | float | None
-    """A class, a score, or None where it is not told."""
-    where: str
+    """A class or a score; None if unlabeled."""
+    location: str
 
 
 @dataclass(frozen=True)
 class TextFeature:
-    """What the network reads, and the number of the class or the score."""
+    """Token ids, and the index of the class or the score."""
 
-    encoded: Encoded
+    encoded: EncodedInput
     target: float
 
 
 class Classification(Task[TextExample, TextFeature]):
-    """A class of a text or pair, or, without classes, a score."""
+    """Classification of a text or pair; regression if `settings.labels` is empty."""
 
-    def __init__(self, settings: Settings, vocabulary: Vocabulary):
+    def __init__(self, settings: ClassificationSettings, vocabulary: Vocabulary):
         self.settings, self.vocabulary = settings, vocabulary
-        self.metric = "mean" if len(settings.chosen_by) > 1 else settings.metrics[0]
-        self._cut = 0
+        self.metric = "mean" if len(settings.averaged) > 1 else settings.metrics[0]
+        self._num_truncated = 0
 
     @classmethod
     def make(
-        cls, shape: Shape, config: FinetuneConfig, rows: Sequence[Row], vocabulary: Vocabulary, model: ModelConfig
+        cls,
+        dataset: DatasetFormat,
+        config: FinetuneConfig,
+        rows: Sequence[Row],
+        vocabulary: Vocabulary,
+        model: ModelConfig,
     ) -> Classification:
-        """The task of `shape` for the training `rows`. Raises `ConfigError`."""
+        """Build the task for training `rows` in the format `dataset`. Raises `ConfigError`."""
         inputs, origin = config.inputs, f"--task {config.task}"
-        text = column(rows, inputs.text, shape.text, what="text", origin=origin)
+        text = find_column(rows, inputs.text, dataset.text, role="text", origin=origin)
         pair = None
-        if shape.pairs or inputs.pair or (shape.pairs is None and any(name in rows[0] for name in shape.pair)):
-            pair = column(rows, inputs.pair, shape.pair, what="pair", origin=origin)
-        label = column(rows, inputs.label, shape.label, what="label", origin=origin)
-        labels = shape.labels
-        if not shape.is_score and not labels:
+        has_column = dataset.has_pairs is None and any(name in rows[0] for name in dataset.pair)
+        if dataset.has_pairs or inputs.pair or has_column:
+            pair = find_column(rows, inputs.pair, dataset.pair, role="pair", origin=origin)
+        label = find_column(rows, inputs.label, dataset.label, role="label", origin=origin)
+        labels = dataset.labels
+        if not dataset.is_regression and not labels:
             labels = tuple(sorted({str(row[label]) for row in rows if _is_label(row.get(label))}))
         if len(labels) == 1:
             raise ConfigError([f"{origin}: every training example is of the class {labels[0]!r}: two are needed"])
-        settings = Settings(
+        settings = ClassificationSettings(
             text=text,
             pair=pair,
             label=label,
             labels=labels,
-            names=dict(shape.names),
-            metrics=shape.metrics,
-            chosen_by=shape.chosen_by,
-            max_tokens=longest_input(inputs.max_tokens, default=MAX_TOKENS, model=model),
+            label_aliases=dict(dataset.label_aliases),
+            metrics=dataset.metrics,
+            averaged=dataset.averaged,
+            max_tokens=max_input_tokens(inputs.max_tokens, default=MAX_TOKENS, model=model),
             too_long=inputs.too_long,
         )
         return cls(settings, vocabulary)
 
     @classmethod
     def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary) -> Classification:
-        """The task that `saved` was called of."""
-        lists = ("labels", "metrics", "chosen_by")
-        return cls(Settings(**{**saved, **{name: tuple(saved[name]) for name in lists}}), vocabulary)
+        """Rebuild the task from `as_json()`."""
+        lists = ("labels", "metrics", "averaged")
+        return cls(ClassificationSettings(**{**saved, **{name: tuple(saved[name]) for name in lists}}), vocabulary)
 
-    def saved(self) -> dict[str, Any]:
-        """The settings."""
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings."""
         return asdict(self.settings)
 
     # -------------------------------------------------------------------------------------------------------- examples
 
     def has_labels(self, rows: Sequence[Row]) -> bool:
-        """Whether rows have a label: those of a hidden test set have none, or -1 throughout."""
+        """Return False for a hidden test set: labels are missing, or -1 in all rows."""
         return not {str(row.get(self.settings.label)) for row in rows} <= {"None", "-1", "-1.0", ""}
 
-    def read(self, rows: Sequence[Row], *, origin: str, labelled: bool = True) -> list[TextExample]:
-        """Check texts and labels of all rows."""
+    def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[TextExample]:
+        """Validate texts and labels of all rows."""
         settings, problems, examples = self.settings, [], []
-        wanted = [settings.text, *([settings.pair] if settings.pair else []), *([settings.label] if labelled else [])]
-        missing = [name for name in wanted if name not in rows[0]]
-        if missing:
-            raise ConfigError([f"{origin}: no column {name}, there are {', '.join(rows[0])}" for name in missing])
+        raise_if_missing([*settings.text_columns, *([settings.label] if labeled else [])], rows, origin=origin)
         for number, row in enumerate(rows, start=1):
-            where = f"{origin}, row {number}"
-            names = [settings.text, *([settings.pair] if settings.pair else [])]
-            texts = tuple(text_of(row, name, where=where, problems=problems) for name in names)
-            label = self._label(row.get(settings.label), where=where, problems=problems) if labelled else None
-            examples.append(TextExample(id_of(row, number - 1), texts, label, where))
+            location = f"{origin}, row {number}"
+            texts = tuple(
+                row_text(row, column, location=location, problems=problems) for column in settings.text_columns
+            )
+            label = self._label(row.get(settings.label), location=location, problems=problems) if labeled else None
+            examples.append(TextExample(row_id(row, number - 1), texts, label, location))
         raise_row_problems(problems)
         return examples
 
-    def _label(self, value: Any, *, where: str, problems: list[str]) -> str | float | None:
+    def _label(self, value: Any, *, location: str, problems: list[str]) -> str | float | None:
         settings = self.settings
         if not settings.labels:
             try:
@@ -181,83 +196,83 @@ class Classification(Task[TextExample, TextFeature]):
             except (TypeError, ValueError):
                 score = math.nan
             if not math.isfinite(score):
-                problems.append(f"{where}: the score in column {settings.label} ({value!r}) is not a finite number")
+                problems.append(f"{location}: the score in column {settings.label} ({value!r}) is not a finite number")
             return score
-        label = settings.names.get(str(value), str(value))
+        label = settings.label_aliases.get(str(value), str(value))
         if not _is_label(value):
-            problems.append(f"{where}: {value!r} in column {settings.label} is no label")
+            problems.append(f"{location}: {value!r} in column {settings.label} is not a label")
         elif label not in settings.labels:
             problems.append(
-                f"{where}: the label {value!r} in column {settings.label} was not in training, which had "
+                f"{location}: the label {value!r} in column {settings.label} was not in training, which had "
                 f"{', '.join(settings.labels)}"
             )
         return label
 
     def features(self, examples: Sequence[TextExample], *, training: bool) -> list[TextFeature]:
-        """Token ids, cut or refused where too long."""
-        by_place = [self.vocabulary.encode_batch([e.texts[i] for e in examples]) for i in range(self._num_texts)]
-        room, problems, found = self.settings.max_tokens - 1 - self._num_texts, [], []
-        for example, parts in zip(examples, zip(*by_place, strict=True), strict=True):
+        """Tokenize and truncate; raises `ConfigError` for inputs that are too long if `too_long` is "raise"."""
+        num_texts = len(self.settings.text_columns)
+        token_columns = [self.vocabulary.encode_batch([e.texts[i] for e in examples]) for i in range(num_texts)]
+        room, problems, features = self.settings.max_tokens - 1 - num_texts, [], []
+        for example, parts in zip(examples, zip(*token_columns, strict=True), strict=True):
             if sum(map(len, parts)) > room:
-                self._cut += 1
-                if self.settings.too_long == "refuse":
+                self._num_truncated += 1
+                if self.settings.too_long == "raise":
                     problems.append(
-                        f"{example.where}: {sum(map(len, parts)) + 1 + len(parts)} tokens, at most "
-                        f"{self.settings.max_tokens} (inputs.max_tokens) are allowed with --inputs.too-long refuse"
+                        f"{example.location}: {sum(map(len, parts)) + 1 + len(parts)} tokens, at most "
+                        f"{self.settings.max_tokens} (inputs.max_tokens) are allowed with --inputs.too-long raise"
                     )
-            found.append(TextFeature(join(fit(parts, room=room), self.vocabulary), self._target(example)))
+            encoded = join(truncate(parts, room=room), self.vocabulary)
+            features.append(TextFeature(encoded, self._target(example)))
         raise_row_problems(problems)
-        return found
-
-    @property
-    def _num_texts(self) -> int:
-        return 2 if self.settings.pair else 1
+        return features
 
     def _target(self, example: TextExample) -> float:
         if example.label is None:
             return 0.0
         return float(self.settings.labels.index(str(example.label))) if self.settings.labels else float(example.label)
 
-    def problems_of_choosing(self, examples: Sequence[TextExample]) -> list[str]:
-        """A correlation needs scores that differ."""
+    def metric_problems(self, examples: Sequence[TextExample]) -> list[str]:
+        """A correlation is undefined if all labels are equal."""
         if self.settings.labels or len({example.label for example in examples}) > 1:
             return []
         metric, score = self.settings.metrics[0], examples[0].label
-        return [f"all scores of the validation split are {score}: {metric} is no number then, name at least two scores"]
+        return [f"all scores of the validation split are {score}: {metric} is undefined, at least two must differ"]
 
     def notes(self) -> list[str]:
-        """How many inputs were cut."""
-        if not self._cut:
+        """Return the number of truncated inputs."""
+        if not self._num_truncated:
             return []
         return [
-            f"{self._cut:,} inputs were longer than {self.settings.max_tokens} tokens; their longer text lost its end"
+            f"{self._num_truncated:,} inputs were longer than {self.settings.max_tokens} tokens; the end of their "
+            "longer text was truncated"
         ]
 
-    # --------------------------------------------------------------------------------------------------------- network
+    # ----------------------------------------------------------------------------------------------------------- model
 
     def build_model(self, config: ModelConfig, *, padded_vocab_size: int) -> TaskModel:
-        """An output for each class, or one for the score."""
+        """Build the model with one output per class, or one for the score."""
         outputs = len(self.settings.labels) or 1
         return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=outputs, pooling="cls")
 
     def length(self, feature: TextFeature) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return len(feature.encoded.ids)
 
     def collate(self, features: Sequence[TextFeature], *, ids: Sequence[int], epoch: int, seed: int) -> TaskBatch:
-        """Padded token ids with `targets_B`."""
+        """Pad token ids; `targets_B` has the class indices or scores."""
         return collate([f.encoded for f in features], self.vocabulary, targets_B=[f.target for f in features])
 
     def loss(self, engine: nn.Module, batch: TaskBatch) -> Tensor:
-        """Cross entropy, or squared error of the score, summed."""
-        outputs_BC, targets_B = engine(inputs=network_inputs(batch)).float(), batch.tensors["targets_B"]
+        """Return the summed cross entropy, or the summed squared error of the scores."""
+        # In fp32: bf16 outputs have three digits, too few for the log-sum-exp and for differences of scores.
+        outputs_BC, targets_B = engine(inputs=model_inputs(batch)).float(), batch.tensors["targets_B"]
         if self.settings.labels:
             return F.cross_entropy(outputs_BC, targets_B.long(), reduction="sum")
         return F.mse_loss(outputs_BC[:, 0], targets_B.float(), reduction="sum")
 
     def predict(self, engine: nn.Module, batch: TaskBatch) -> list[Any]:
-        """Probabilities of the classes, or the score."""
-        outputs_BC = engine(inputs=network_inputs(batch)).float()
+        """Return class probabilities, or the score, of each input."""
+        outputs_BC = engine(inputs=model_inputs(batch)).float()
         return (outputs_BC.softmax(dim=-1) if self.settings.labels else outputs_BC[:, 0]).tolist()
 
     # ------------------------------------------------------------------------------------------------------ predictions
@@ -265,29 +280,30 @@ class Classification(Task[TextExample, TextFeature]):
     def predictions(
         self, examples: Sequence[TextExample], features: Sequence[TextFeature], outputs: Sequence[Any]
     ) -> list[dict[str, Any]]:
-        """`label` and its `probability`, or `score`."""
+        """Return `label` and its `probability`, or `score`, of each example."""
+        return [
+            {"id": example.id, **self._prediction(output)} for example, output in zip(examples, outputs, strict=True)
+        ]
+
+    def _prediction(self, output: Any) -> dict[str, Any]:
         labels = self.settings.labels
-        found = []
-        for example, output in zip(examples, outputs, strict=True):
-            if labels:
-                best = max(range(len(labels)), key=output.__getitem__)
-                found.append({"id": example.id, "label": labels[best], "probability": round(output[best], 6)})
-            else:
-                found.append({"id": example.id, "score": output})
-        return found
+        if not labels:
+            return {"score": output}
+        best = max(range(len(labels)), key=output.__getitem__)
+        return {"label": labels[best], "probability": round(output[best], 6)}
 
     def scores(self, examples: Sequence[TextExample], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """The task's metrics."""
-        right = [example.label for example in examples]
+        """Return the task's metrics."""
+        labels = [example.label for example in examples]
         predicted = [prediction["label" if self.settings.labels else "score"] for prediction in predictions]
-        found = {name: METRICS[name](right, predicted) for name in self.settings.metrics}
+        values = {name: METRICS[name](labels, predicted) for name in self.settings.metrics}
         if self.metric == "mean":
-            found["mean"] = math.fsum(found[name] for name in self.settings.chosen_by) / len(self.settings.chosen_by)
-        return found
+            values["mean"] = math.fsum(values[name] for name in self.settings.averaged) / len(self.settings.averaged)
+        return values
 
 
 def _is_label(value: Any) -> bool:
-    """Whether `value` can name a class: a word or a number, not an empty cell."""
+    """Return True for a class name: a word or a finite number, not an empty cell."""
     if isinstance(value, str):
         return bool(value.strip())
     return isinstance(value, (int, float)) and math.isfinite(value)

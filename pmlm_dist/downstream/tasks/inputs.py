@@ -1,4 +1,4 @@
-"""One or two texts as the network reads them: `[CLS] text [SEP]`, `[CLS] text [SEP] pair [SEP]`.
+"""Model inputs of one text or a pair, `[CLS] text [SEP]` or `[CLS] text [SEP] pair [SEP]`, and checks of dataset rows.
 
 Legend: B batch, T tokens.
 """
@@ -17,29 +17,32 @@ from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.model.transformer import context_inputs
 from pmlm_dist.vocab import Vocabulary
 
-_SHOWN = 5
-"""Problems of rows that are listed before the rest is counted."""
-_PADDED_TO = 8
+_MAX_LISTED = 5
+"""Row problems listed in an error message; the others are counted."""
+_LENGTH_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Token ids with their special tokens, and how many of them are of the first segment."""
+class EncodedInput:
+    """Token ids with special tokens; the first `first` of them belong to segment 0, the others to segment 1."""
 
     ids: list[int]
     first: int
 
 
-def join(parts: Sequence[Sequence[int]], vocabulary: Vocabulary) -> Encoded:
-    """`[CLS]`, then each part with `[SEP]` after it."""
+def join(parts: Sequence[Sequence[int]], vocabulary: Vocabulary) -> EncodedInput:
+    """Return `[CLS]`, then each part followed by `[SEP]`."""
     ids = [vocabulary.cls_id]
     for part in parts:
         ids += [*part, vocabulary.sep_id]
-    return Encoded(ids, first=len(parts[0]) + 2)
+    return EncodedInput(ids, first=len(parts[0]) + 2)
 
 
-def fit(parts: Sequence[Sequence[int]], *, room: int) -> list[list[int]]:
-    """`parts` cut to `room` tokens in all: the longest part (of equals the last) loses tokens at its end first."""
+def truncate(parts: Sequence[Sequence[int]], *, room: int) -> list[list[int]]:
+    """Truncate `parts` to `room` tokens in total: the longest part (the last of equals) loses tokens at its end first.
+
+    Equal to the usual token-by-token loop, but removes all tokens of a part in one step.
+    """
     lengths = [len(part) for part in parts]
     while sum(lengths) > room:
         longest = max(range(len(parts)), key=lambda number: (lengths[number], number))
@@ -48,9 +51,9 @@ def fit(parts: Sequence[Sequence[int]], *, room: int) -> list[list[int]]:
     return [list(part[:length]) for part, length in zip(parts, lengths, strict=True)]
 
 
-def collate(encoded: Sequence[Encoded], vocabulary: Vocabulary, **labels: Any) -> TaskBatch:
-    """Padded at the end to a multiple of 8; `labels` become tensors beside `tokens_BT`, `segments_BT`, `valid_BT`."""
-    length = -(-max(len(one.ids) for one in encoded) // _PADDED_TO) * _PADDED_TO
+def collate(encoded: Sequence[EncodedInput], vocabulary: Vocabulary, **labels: Any) -> TaskBatch:
+    """Pad to a multiple of 8; `labels` become tensors beside `tokens_BT`, `segments_BT`, `valid_BT`."""
+    length = -(-max(len(one.ids) for one in encoded) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
     tokens_BT = torch.full((len(encoded), length), vocabulary.pad_id)
     segments_BT, valid_BT = torch.zeros_like(tokens_BT), torch.zeros_like(tokens_BT, dtype=torch.bool)
     for row, one in enumerate(encoded):
@@ -61,56 +64,67 @@ def collate(encoded: Sequence[Encoded], vocabulary: Vocabulary, **labels: Any) -
     return TaskBatch(tensors | {name: torch.tensor(values) for name, values in labels.items()}, len(encoded))
 
 
-def network_inputs(batch: TaskBatch) -> SlotInputs[torch.Tensor]:
-    """The model's input for a batch."""
+def model_inputs(batch: TaskBatch) -> SlotInputs[torch.Tensor]:
+    """Return the model's input for `batch`: context slots only."""
     tensors = batch.tensors
     return context_inputs(tensors["tokens_BT"], segments_BT=tensors["segments_BT"], valid_BT=tensors["valid_BT"])
 
 
-def longest_input(wanted: int | None, *, default: int, model: ModelConfig) -> int:
-    """Tokens of an input: `wanted`, or the default as far as the model has positions. Raises `ConfigError`."""
-    if wanted is None:
+def max_input_tokens(value: int | None, *, default: int, model: ModelConfig) -> int:
+    """Return `value` (`inputs.max_tokens`), or `default` limited to the model's positions. Raises `ConfigError`."""
+    if value is None:
         return min(default, model.max_positions)
-    if not _PADDED_TO <= wanted <= model.max_positions:
+    if not _LENGTH_MULTIPLE <= value <= model.max_positions:
         raise ConfigError(
-            [f"inputs.max_tokens ({wanted}) must be at least {_PADDED_TO} and at most the model's "
+            [f"inputs.max_tokens ({value}) must be at least {_LENGTH_MULTIPLE} and at most the model's "
              f"{model.max_positions} positions"]
         )  # fmt: skip
-    return wanted
+    return value
 
 
-def column(rows: Sequence[Row], wanted: str | None, known: Iterable[str], *, what: str, origin: str) -> str:
-    """The column of `rows` that holds `what`: `wanted`, or the first of `known` that is there. Raises `ConfigError`."""
-    names = [wanted] if wanted else list(known)
-    found = next((name for name in names if name in rows[0]), None)
-    if found is None:
+def find_column(
+    rows: Sequence[Row], name: str | None, known: Iterable[str], *, role: str, origin: str, option: str | None = None
+) -> str:
+    """Return `name`, or the first column of `known` in `rows`. Raises `ConfigError` if there is none.
+
+    For the error message: `role` (text, pair, label) and the `option` that sets `name`; None: `--inputs.ROLE`.
+    """
+    candidates = [name] if name else list(known)
+    column = next((candidate for candidate in candidates if candidate in rows[0]), None)
+    if column is None:
         raise ConfigError(
-            [f"{origin}: no column {' or '.join(names)} for the {what}, there are {', '.join(map(str, rows[0]))}: "
-             f"name it by --inputs.{what}"]
+            [f"{origin}: no column {' or '.join(candidates)} for the {role}, there are "
+             f"{', '.join(map(str, rows[0]))}: name it by {option or f'--inputs.{role}'}"]
         )  # fmt: skip
-    return found
+    return column
+
+
+def raise_if_missing(columns: Sequence[str], rows: Sequence[Row], *, origin: str) -> None:
+    """Raise one `ConfigError` that lists the `columns` missing in `rows`."""
+    missing = [name for name in columns if name not in rows[0]]
+    raise_if_any([f"{origin}: no column {name}, there are {', '.join(rows[0])}" for name in missing])
 
 
 def raise_row_problems(problems: Sequence[str]) -> None:
-    """Raise one `ConfigError` for what is wrong with rows: the first few, and how many more there are."""
-    more = [f"... and {len(problems) - _SHOWN} more rows"] if len(problems) > _SHOWN else []
-    raise_if_any([*problems[:_SHOWN], *more])
+    """Raise one `ConfigError` with the first few `problems` and the number of the others."""
+    more = [f"... and {len(problems) - _MAX_LISTED} more rows"] if len(problems) > _MAX_LISTED else []
+    raise_if_any([*problems[:_MAX_LISTED], *more])
 
 
-def id_of(row: Row, number: int) -> Any:
-    """What a row is called: GLUE and SQuAD have `id`, `idx` or `index`; else its number in the split, from 0."""
+def row_id(row: Row, number: int) -> Any:
+    """Return the id of a row: `id`, `idx` or `index` (GLUE, SQuAD), else its number in the split, from 0."""
     return next((row[name] for name in ("id", "idx", "index") if row.get(name) is not None), number)
 
 
-def text_of(row: Row, name: str, *, where: str, problems: list[str]) -> str:
-    """The text in a column; what is no text goes to `problems`."""
-    value = row.get(name)
+def row_text(row: Row, column: str, *, location: str, problems: list[str]) -> str:
+    """Return the text in a column; a missing, empty or undecodable text is added to `problems`."""
+    value = row.get(column)
     if isinstance(value, str) and value.strip() and is_unicode(value):
         return value
-    problems.append(f"{where}: column {name} holds no text ({value!r})")
+    problems.append(f"{location}: column {column} holds no text ({value!r})")
     return ""
 
 
 def is_unicode(text: str) -> bool:
-    """Whether there is no half of a surrogate pair in it, as JSON's escapes can give one; no tokenizer reads that."""
+    """Return False for unpaired surrogates: JSON escapes can produce them, and no tokenizer accepts them."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

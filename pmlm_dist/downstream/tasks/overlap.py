@@ -1,7 +1,7 @@
-"""How much of a reference a text holds: ROUGE (Lin, 2004) and BLEU (Papineni et al., 2002), by their usual libraries.
+"""Overlap metrics of generated text: ROUGE (Lin, 2004) by rouge-score, BLEU (Papineni et al., 2002) by sacrebleu.
 
-ROUGE-1, -2 and -L are mean F1 with Porter's stemmer, as reports of summaries give them (rouge-score); BLEU is that of
-the whole corpus without regard to case (sacrebleu). All from 0 to 100.
+ROUGE-1, ROUGE-2 and ROUGE-L: mean F1 with Porter's stemmer, as in summarization papers. BLEU: corpus level, lower case.
+All values lie between 0 and 100.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 def overlap_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The scores of `predictions`, one for each of `references`."""
+    """Score `predictions` against one reference each."""
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
     assert len(predictions) == len(references) > 0
     scorer = RougeScorer(_ROUGE, use_stemmer=True)
-    found = [scorer.score(reference, text) for reference, text in zip(references, predictions, strict=True)]
-    rouge = {name: 100 * statistics.fmean(of[name].fmeasure for of in found) for name in _ROUGE}
+    pairs = [scorer.score(reference, text) for reference, text in zip(references, predictions, strict=True)]
+    rouge = {name: 100 * statistics.fmean(pair[name].fmeasure for pair in pairs) for name in _ROUGE}
     return {**rouge, "bleu": sacrebleu.corpus_bleu(predictions, [list(references)], lowercase=True).score}

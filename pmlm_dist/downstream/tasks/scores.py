@@ -1,8 +1,8 @@
-"""Scores of understanding: pure functions from what is right and what was predicted to numbers.
+"""Metrics of classification, regression and question answering: pure functions of labels and predictions.
 
-Classification and correlation are scikit-learn's and SciPy's. The metrics of SQuAD (Rajpurkar et al., 2016, 2018) are
-written here as its evaluation defines them: answers are compared in lower case, without punctuation, English articles
-and extra blanks; a question scores the best of its right answers; one without an answer is right when none is given.
+Classification metrics are scikit-learn's, correlations SciPy's. SQuAD's metrics (Rajpurkar et al., 2016, 2018) follow
+its evaluation script. Answers are compared in lower case, without punctuation, English articles and extra white space.
+A prediction scores the maximum over the reference answers. An unanswerable question is correct if the answer is empty.
 """
 
 from __future__ import annotations
@@ -21,94 +21,101 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
 
 
-def accuracy(right: Sequence[str], predicted: Sequence[str]) -> float:
-    """Share of predictions that are right."""
-    return float(metrics.accuracy_score(right, predicted))
+def accuracy(labels: Sequence[str], predicted: Sequence[str]) -> float:
+    """Return the fraction of correct predictions."""
+    return float(metrics.accuracy_score(labels, predicted))
 
 
-def f1_of(positive: str) -> Callable[[Sequence[str], Sequence[str]], float]:
-    """F1 of the class `positive`; 0 where it is neither there nor predicted."""
+def f1_for_class(positive: str) -> Callable[[Sequence[str], Sequence[str]], float]:
+    """Return the F1 metric of class `positive`; it is 0 if the class occurs in neither labels nor predictions."""
 
-    def f1(right: Sequence[str], predicted: Sequence[str]) -> float:
-        hits = [label == positive for label in right], [label == positive for label in predicted]
-        return float(metrics.f1_score(*hits, zero_division=0))  # pyright: ignore[reportArgumentType]
+    def f1(labels: Sequence[str], predicted: Sequence[str]) -> float:
+        is_positive = [label == positive for label in labels], [label == positive for label in predicted]
+        return float(metrics.f1_score(*is_positive, zero_division=0))  # pyright: ignore[reportArgumentType]
 
     return f1
 
 
-def macro_f1(right: Sequence[str], predicted: Sequence[str]) -> float:
-    """Mean of the F1 of every class that is there or predicted."""
-    return float(metrics.f1_score(right, predicted, average="macro", zero_division=0))  # pyright: ignore
+def macro_f1(labels: Sequence[str], predicted: Sequence[str]) -> float:
+    """Return the mean F1 over the classes that occur in labels or predictions."""
+    return float(metrics.f1_score(labels, predicted, average="macro", zero_division=0))  # pyright: ignore
 
 
-def matthews(right: Sequence[str], predicted: Sequence[str]) -> float:
-    """Matthews' correlation coefficient; 0 where all predictions, or all that is right, are of one class."""
-    return float(metrics.matthews_corrcoef(right, predicted))
+def matthews(labels: Sequence[str], predicted: Sequence[str]) -> float:
+    """Return Matthews' correlation coefficient; 0 if all labels or all predictions are of one class."""
+    return float(metrics.matthews_corrcoef(labels, predicted))
 
 
-def pearson(right: Sequence[float], predicted: Sequence[float]) -> float:
-    """Pearson's correlation; NaN where either side is constant or holds a NaN."""
-    return _correlation(stats.pearsonr, right, predicted)
+def pearson(labels: Sequence[float], predicted: Sequence[float]) -> float:
+    """Return Pearson's correlation; NaN if either side is constant or has a NaN."""
+    return _correlation(stats.pearsonr, labels, predicted)
 
 
-def spearman(right: Sequence[float], predicted: Sequence[float]) -> float:
-    """Spearman's rank correlation; NaN where either side is constant or holds a NaN."""
-    return _correlation(stats.spearmanr, right, predicted)
+def spearman(labels: Sequence[float], predicted: Sequence[float]) -> float:
+    """Return Spearman's rank correlation; NaN if either side is constant or has a NaN."""
+    return _correlation(stats.spearmanr, labels, predicted)
 
 
 def _correlation(
-    measure: Callable[..., tuple[float, float]], right: Sequence[float], predicted: Sequence[float]
+    measure: Callable[..., tuple[float, float]], labels: Sequence[float], predicted: Sequence[float]
 ) -> float:
-    if len(right) < 2 or not all(map(math.isfinite, [*right, *predicted])):
+    if len(labels) < 2 or not all(
+        map(math.isfinite, [*labels, *predicted])
+    ):  # SciPy rejects a single pair and warns on infinities
         return math.nan
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="An input array is constant")  # NaN says it
-        return float(measure(right, predicted)[0])
+        warnings.filterwarnings("ignore", message="An input array is constant")  # the result is NaN anyway
+        return float(measure(labels, predicted)[0])
 
 
-def root_mean_square_error(right: Sequence[float], predicted: Sequence[float]) -> float:
-    """Of scores."""
-    return float(metrics.root_mean_squared_error(right, predicted)) if all(map(math.isfinite, predicted)) else math.nan
+def root_mean_square_error(labels: Sequence[float], predicted: Sequence[float]) -> float:
+    """Return the root mean square error; NaN if a prediction is not finite."""
+    is_finite = all(map(math.isfinite, predicted))
+    return float(metrics.root_mean_squared_error(labels, predicted)) if is_finite else math.nan
 
 
 # --------------------------------------------------------------------------------------------------------------- SQuAD
 
 
-def normalized(answer: str) -> str:
-    """An answer as SQuAD compares it.
+def normalize_answer(answer: str) -> str:
+    """Normalize an answer for SQuAD's comparison.
 
-    >>> normalised("The  Eiffel-Tower, in a word")
+    >>> normalize_answer("The  Eiffel-Tower, in a word")
     'eiffeltower in word'
     """
     kept = "".join(character for character in answer.lower() if character not in _PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", kept).split())
 
 
-def exact_match(answer: str, right: Sequence[str]) -> float:
-    """1 if `answer` is one of the right ones; for a question without an answer, if it is empty."""
-    return float(any(normalized(answer) == normalized(other) for other in right or [""]))
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """Return 1 if `answer` equals one of `references`; without references (unanswerable), if it is empty."""
+    return float(any(normalize_answer(answer) == normalize_answer(other) for other in references or [""]))
 
 
-def overlap_f1(answer: str, right: Sequence[str]) -> float:
-    """The best F1 over words of `answer` and one of the right ones; without words on either side, whether both are."""
-    return max(_word_f1(normalized(answer).split(), normalized(other).split()) for other in right or [""])
+def overlap_f1(answer: str, references: Sequence[str]) -> float:
+    """Return the maximum word-level F1 of `answer` over `references`; if either has no words: 1 if both are empty."""
+    words = normalize_answer(answer).split()
+    return max(_word_f1(words, normalize_answer(other).split()) for other in references or [""])
 
 
-def _word_f1(answer: list[str], right: list[str]) -> float:
-    if not answer or not right:
-        return float(answer == right)
-    common = (Counter(answer) & Counter(right)).total()
-    return 2 * common / (len(answer) + len(right))
+def _word_f1(answer: list[str], reference: list[str]) -> float:
+    if not answer or not reference:
+        return float(answer == reference)
+    common = (Counter(answer) & Counter(reference)).total()
+    return 2 * common / (len(answer) + len(reference))
 
 
-def squad_scores(right: Sequence[Sequence[str]], predicted: Sequence[str]) -> dict[str, float]:
-    """Mean exact match and F1 in percent, over all and, where there are both kinds, with and without an answer."""
-    pairs = list(zip(right, predicted, strict=True))
-    kinds = {"": pairs, "has_answer_": [p for p in pairs if p[0]], "no_answer_": [p for p in pairs if not p[0]]}
-    if not (kinds["has_answer_"] and kinds["no_answer_"]):
-        kinds = {"": pairs}
-    found = {}
-    for name, of_kind in kinds.items():
-        found[f"{name}exact"] = 100 * sum(exact_match(answer, golds) for golds, answer in of_kind) / len(of_kind)
-        found[f"{name}f1"] = 100 * sum(overlap_f1(answer, golds) for golds, answer in of_kind) / len(of_kind)
-    return found
+def squad_scores(references: Sequence[Sequence[str]], predicted: Sequence[str]) -> dict[str, float]:
+    """Return mean exact match and F1 in percent.
+
+    If the data set has both answerable and unanswerable questions, also for each kind: `has_answer_exact` and so on.
+    """
+    pairs = list(zip(references, predicted, strict=True))
+    groups = {"": pairs, "has_answer_": [p for p in pairs if p[0]], "no_answer_": [p for p in pairs if not p[0]]}
+    if not (groups["has_answer_"] and groups["no_answer_"]):
+        groups = {"": pairs}
+    scores = {}
+    for prefix, group in groups.items():
+        scores[f"{prefix}exact"] = 100 * sum(exact_match(answer, golds) for golds, answer in group) / len(group)
+        scores[f"{prefix}f1"] = 100 * sum(overlap_f1(answer, golds) for golds, answer in group) / len(group)
+    return scores

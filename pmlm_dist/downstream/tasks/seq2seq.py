@@ -1,12 +1,14 @@
-"""Writing the target of a source: `pmlm finetune --task seq2seq`, the method's pseudo-mask fine-tuning.
+"""Sequence-to-sequence generation: `pmlm finetune --task seq2seq`, pseudo-mask fine-tuning (Bao et al., 2020).
 
-    row {src, tgt} --read--> texts --features--> token ids --collate--> masking/seq2seq_layout.py, cut to the batch
-    loss      one forward pass reads every pseudo mask: smoothed cross entropy of each target token, summed
-    predict   the same network writes step by step (decoding/), from the source alone; how likely is the target
-    scores    ROUGE-1, 2, L (F1, stemmed) and BLEU of what was written; the best checkpoint has the highest ROUGE-L;
-              nll, the target's negative log-likelihood in nats a token, without smoothing and noise
+    row {src, tgt} --read--> texts --features--> token ids --collate--> seq2seq layout (masking/), trimmed to the batch
+    loss      one forward pass over all pseudo masks: label-smoothed cross entropy of the target tokens, summed
+    predict   decoding from the source alone (decoding/), and the negative log-likelihood of the reference target
+    scores    ROUGE-1, 2, L (F1, stemmed) and BLEU of the generated text; the best checkpoint has the highest ROUGE-L;
+              nll: negative log-likelihood of the references in nats per token, without label smoothing and noise
 
-The whole language model is trained, no head is added: pre-training, fine-tuning and decoding share one visibility rule.
+The language model is trained without a head. Pre-training, fine-tuning and decoding share one visibility rule.
+
+Legend: B batch, S source slots, M target slots, T = S + 2M.
 """
 
 from __future__ import annotations
@@ -22,41 +24,40 @@ from torch import Tensor, nn
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.decoding.batch_generation import build_search, generate_batch
-from pmlm_dist.decoding.beam_search import Hypothesis
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.downstream.settings import FinetuneConfig, GenerationConfig
-from pmlm_dist.downstream.tasks.inputs import column, id_of, raise_row_problems, text_of
+from pmlm_dist.downstream.tasks.inputs import find_column, raise_if_missing, raise_row_problems, row_id, row_text
 from pmlm_dist.downstream.tasks.overlap import overlap_scores
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
 from pmlm_dist.masking.layout import SlotInputs
-from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout, source_ids
+from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
 from pmlm_dist.vocab import Vocabulary
 
 SOURCES, TARGETS = ("src", "source", "text"), ("tgt", "target", "summary")
-"""What the columns may be called."""
+"""Possible names of the columns."""
 
 
 @dataclass(frozen=True)
 class PairExample:
-    """One row, checked; no target where it is not told."""
+    """One validated row; no target if unlabeled."""
 
     id: Any
     source: str
     target: str | None
-    where: str
+    location: str
 
 
 @dataclass(frozen=True)
 class GeneratedTarget:
-    """What the network says to one source."""
+    """The output for one source."""
 
     tokens: list[int]
-    """What it writes."""
+    """Generated tokens."""
     nll: float
-    """Negative log-likelihood of the target, its closing [SEP] included."""
+    """Negative log-likelihood of the reference target, its closing [SEP] included."""
     count: int
-    """Tokens of the target, as far as they are read."""
+    """Tokens of the reference target after truncation, [SEP] included."""
 
 
 @dataclass(frozen=True)
@@ -68,64 +69,64 @@ class PairFeature:
 
 
 class Seq2Seq(Task[PairExample, PairFeature]):
-    """A target to each source."""
+    """Generation of a target for each source."""
 
     metric = "rougeL"
 
     def __init__(self, settings: GenerationConfig, vocabulary: Vocabulary, *, columns: tuple[str, str], too_long: str):
         self.settings, self.vocabulary, self.columns, self.too_long = settings, vocabulary, columns, too_long
         self._special = special_ids(vocabulary)
-        self._cut: dict[str, int] = {}
-        self._model: ModelConfig | None = None
+        self._num_truncated: dict[str, int] = {}
+        self._model_config: ModelConfig | None = None
 
     @classmethod
     def make(cls, config: FinetuneConfig, rows: Sequence[Row], vocabulary: Vocabulary, model: ModelConfig) -> Seq2Seq:
-        """The task for the training `rows`. Raises `ConfigError`."""
+        """Build the task for the training `rows`. Raises `ConfigError`."""
         inputs, origin = config.inputs, f"--task {config.task}"
-        source = column(rows, inputs.text, SOURCES, what="text", origin=origin)
-        target = column(rows, inputs.label, TARGETS, what="label", origin=origin)
-        raise_if_any([*generation_problems(config.generation), *fitting_problems(config.generation, model)])
+        source = find_column(rows, inputs.text, SOURCES, role="text", origin=origin)
+        target = find_column(rows, inputs.label, TARGETS, role="label", origin=origin)
+        decoding = [f"generation.{problem}" for problem in decoding_problems(config.generation.decoding)]
+        raise_if_any([*decoding, *fitting_problems(config.generation, model)])
         return cls(config.generation, vocabulary, columns=(source, target), too_long=inputs.too_long)
 
     @classmethod
     def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary) -> Seq2Seq:
-        """The task that `saved` was called of."""
-        settings = generation_of(saved)
+        """Rebuild the task from `as_json()`."""
+        settings = generation_settings(saved)
         return cls(settings, vocabulary, columns=tuple(saved["columns"]), too_long=saved["too_long"])
 
-    def saved(self) -> dict[str, Any]:
-        """The settings."""
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings."""
         return {"generation": asdict(self.settings), "columns": list(self.columns), "too_long": self.too_long}
 
     # -------------------------------------------------------------------------------------------------------- examples
 
     def has_labels(self, rows: Sequence[Row]) -> bool:
-        """Whether rows have targets."""
+        """Return True if any row has a target."""
         return any(row.get(self.columns[1]) for row in rows)
 
-    def read(self, rows: Sequence[Row], *, origin: str, labelled: bool = True) -> list[PairExample]:
-        """Check sources and targets of all rows: both are texts, neither is empty."""
-        (source, target), problems, examples = self.columns, [], []
-        missing = [name for name in (source, *([target] if labelled else [])) if name not in rows[0]]
-        raise_if_any([f"{origin}: no column {name}, there are {', '.join(rows[0])}" for name in missing])
+    def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[PairExample]:
+        """Validate sources and targets of all rows; neither may be empty."""
+        columns, problems, examples = self.columns[: 1 + labeled], [], []
+        raise_if_missing(columns, rows, origin=origin)
         for number, row in enumerate(rows, start=1):
-            where = f"{origin}, row {number}"
-            texts = [text_of(row, name, where=where, problems=problems) for name in (source, target)[: 1 + labelled]]
-            examples.append(PairExample(id_of(row, number - 1), texts[0], texts[1] if labelled else None, where))
+            location = f"{origin}, row {number}"
+            texts = [row_text(row, column, location=location, problems=problems) for column in columns]
+            examples.append(PairExample(row_id(row, number - 1), texts[0], texts[1] if labeled else None, location))
         raise_row_problems(problems)
         return examples
 
     def features(self, examples: Sequence[PairExample], *, training: bool) -> list[PairFeature]:
-        """Token ids; what is too long is counted, and cut when it is laid out, or refused."""
+        """Tokenize; inputs that are too long are counted and later truncated by the layout, or raise `ConfigError`."""
         sources = self.vocabulary.encode_batch([example.source for example in examples])
         targets = self.vocabulary.encode_batch([example.target or "" for example in examples])
         problems: list[str] = []
         for example, source, target in zip(examples, sources, targets, strict=True):
             lengths = {"max_source": len(source) + 2, **({"max_target": len(target) + 1} if training else {})}
-            problems += self._too_long(example.where, lengths)
+            problems += self._length_problems(example.location, lengths)
             if training and not target:
                 problems.append(
-                    f"{example.where}: the target in column {self.columns[1]} has no token ({example.target!r})"
+                    f"{example.location}: the target in column {self.columns[1]} has no token ({example.target!r})"
                 )
         raise_row_problems(problems)
         return [
@@ -133,40 +134,40 @@ class Seq2Seq(Task[PairExample, PairFeature]):
             for source, target in zip(sources, targets, strict=True)
         ]
 
-    def _too_long(self, where: str, lengths: dict[str, int]) -> list[str]:
+    def _length_problems(self, location: str, lengths: dict[str, int]) -> list[str]:
         problems = []
         for name, length in lengths.items():
             largest = getattr(self.settings, name)
             if length > largest:
-                self._cut[name] = self._cut.get(name, 0) + 1
+                self._num_truncated[name] = self._num_truncated.get(name, 0) + 1
                 problems.append(
-                    f"{where}: {length} tokens, at most {largest} (generation.{name}) are allowed with "
-                    "--inputs.too-long refuse"
+                    f"{location}: {length} tokens, at most {largest} (generation.{name}) are allowed with "
+                    "--inputs.too-long raise"
                 )
-        return problems if self.too_long == "refuse" else []
+        return problems if self.too_long == "raise" else []
 
     def notes(self) -> list[str]:
-        """How many sources and targets were cut."""
+        """Return the numbers of truncated sources and targets."""
         return [
-            f"{count:,} {'sources' if name == 'max_source' else 'targets'} were longer than "
-            f"{getattr(self.settings, name)} tokens (generation.{name}) and lost their end"
-            for name, count in self._cut.items()
+            f"{count:,} {'sources' if name == 'max_source' else 'targets'} were truncated to "
+            f"{getattr(self.settings, name)} tokens (generation.{name})"
+            for name, count in self._num_truncated.items()
         ]
 
-    # --------------------------------------------------------------------------------------------------------- network
+    # ----------------------------------------------------------------------------------------------------------- model
 
     def build_model(self, config: ModelConfig, *, padded_vocab_size: int) -> PseudoMaskedLM:
-        """The language model itself."""
+        """Build the language model, without a head."""
         raise_if_any(fitting_problems(self.settings, config))
-        self._model = config
+        self._model_config = config
         return build_model(config, padded_vocab_size=padded_vocab_size)
 
     def length(self, feature: PairFeature) -> int:
-        """Tokens of the source: what predicting depends on."""
+        """Return the tokens of the source; decoding does not depend on the target."""
         return feature.source.size
 
     def collate(self, features: Sequence[PairFeature], *, ids: Sequence[int], epoch: int, seed: int) -> TaskBatch:
-        """The layout of `masking/seq2seq_layout.py`; its noise follows from (seed, epoch, id)."""
+        """Build the layout of `masking/seq2seq_layout.py`; its noise is a function of (seed, epoch, id)."""
         layout = build_seq2seq_layout(
             [(feature.source, feature.target) for feature in features],
             sample_ids=ids,
@@ -185,7 +186,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         return Seq2SeqRule(settings.max_source, settings.max_target, target_mask_prob=settings.target_mask_prob)
 
     def loss(self, engine: nn.Module, batch: TaskBatch) -> Tensor:
-        """Cross entropy of the target's tokens with smoothed labels, summed."""
+        """Return the summed cross entropy of the target tokens with label smoothing."""
         tensors = batch.tensors
         losses_1MB, _ = engine(
             inputs=SlotInputs.of(tensors),
@@ -196,42 +197,45 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         return (losses_1MB[0] * tensors["weights_BM"].t()).sum()
 
     def predict(self, engine: nn.Module, batch: TaskBatch) -> list[GeneratedTarget]:
-        """What is written to each source, and how likely its target is."""
-        from pmlm_dist.engine.deepspeed_engine import (
-            gathered_module,  # it needs DeepSpeed, which `pmlm generate` does without
-        )
+        """Decode a target for each source, and score its reference."""
+        # Imported here: it needs DeepSpeed, which `pmlm generate` does not load.
+        from pmlm_dist.engine.deepspeed_engine import gathered_module
 
-        nats_B, counts_B = self._target_nll(engine, batch)
-        tokens_BS, valid_BS = (_of_source(batch, name).cpu() for name in ("tokens_BT", "valid_BT"))
+        nll_B, counts_B = self._reference_nll(engine, batch)
+        tokens_BS, valid_BS = (_source_part(batch, name).cpu() for name in ("tokens_BT", "valid_BT"))
         sources = [row[valid].numpy() for row, valid in zip(tokens_BS, valid_BS, strict=True)]
-        with gathered_module(engine, self._fresh) as model:
-            found = generate_batch(
+        # ZeRO-3 gathers weights in the module's forward pass only; decoding calls the parts of the module.
+        with gathered_module(engine, self._new_module) as model:
+            hypotheses = generate_batch(
                 model, sources, search=build_search(self.decoding, self._special), special=self._special
             )
-        written = [list(hypotheses[0].tokens) if hypotheses else [] for hypotheses in found]
-        return [GeneratedTarget(*answer) for answer in zip(written, nats_B, counts_B, strict=True)]
+        generated = [list(best_first[0].tokens) if best_first else [] for best_first in hypotheses]
+        return [GeneratedTarget(*output) for output in zip(generated, nll_B, counts_B, strict=True)]
 
-    def _target_nll(self, engine: nn.Module, batch: TaskBatch) -> tuple[list[float], list[int]]:
-        """Negative log-likelihood [B] of each target, and its tokens [B], in one pass under the layout of decoding."""
+    def _reference_nll(self, engine: nn.Module, batch: TaskBatch) -> tuple[list[float], list[int]]:
+        """Return the negative log-likelihood [B] of each reference, and its token count [B], from one forward pass.
+
+        The layout is that of decoding: true tokens as originals and [MASK] at every pseudo mask, thus no noise.
+        """
         tensors = batch.tensors
         targets_BM, weights_BM = tensors["targets_BM"], tensors["weights_BM"]
         masks_BM = torch.full_like(targets_BM, self._special.mask)
-        tokens_BT = torch.cat([_of_source(batch, "tokens_BT"), targets_BM, masks_BM], dim=1)
+        tokens_BT = torch.cat([_source_part(batch, "tokens_BT"), targets_BM, masks_BM], dim=1)
         losses_1MB, _ = engine(
             inputs=SlotInputs.of({**tensors, "tokens_BT": tokens_BT}),
             targets_BM=targets_BM,
             objectives=("par",),
         )
-        nats_B = (losses_1MB[0].t() * weights_BM).sum(dim=1)
-        return nats_B.tolist(), weights_BM.sum(dim=1).long().tolist()
+        nll_B = (losses_1MB[0].t() * weights_BM).sum(dim=1)
+        return nll_B.tolist(), weights_BM.sum(dim=1).long().tolist()
 
-    def _fresh(self) -> nn.Module:
-        assert self._model is not None
-        return build_model(self._model, padded_vocab_size=self.vocabulary.padded_size())
+    def _new_module(self) -> nn.Module:
+        assert self._model_config is not None
+        return build_model(self._model_config, padded_vocab_size=self.vocabulary.padded_size())
 
     @property
     def decoding(self) -> DecodingConfig:
-        """How answers are searched for."""
+        """The decoding settings; evaluation needs the best hypothesis only."""
         return replace(self.settings.decoding, num_return_sequences=1)
 
     # ----------------------------------------------------------------------------------------------------- predictions
@@ -239,79 +243,57 @@ class Seq2Seq(Task[PairExample, PairFeature]):
     def predictions(
         self, examples: Sequence[PairExample], features: Sequence[PairFeature], outputs: Sequence[Any]
     ) -> list[dict[str, Any]]:
-        """`prediction`; where a target is told also `reference`, its `reference_nll` and `reference_tokens`."""
-        found = []
-        for example, answer in zip(examples, outputs, strict=True):
+        """Return `prediction`; for labeled examples also `reference`, `reference_nll` and `reference_tokens`."""
+        predictions = []
+        for example, output in zip(examples, outputs, strict=True):
             reference = {}
             if example.target is not None:
-                nll = round(answer.nll, 2)
-                reference = {"reference": example.target, "reference_nll": nll, "reference_tokens": answer.count}
-            found.append({"id": example.id, "prediction": self.vocabulary.decode(answer.tokens), **reference})
-        return found
+                nll = round(output.nll, 2)
+                reference = {"reference": example.target, "reference_nll": nll, "reference_tokens": output.count}
+            predictions.append({"id": example.id, "prediction": self.vocabulary.decode(output.tokens), **reference})
+        return predictions
 
     def scores(self, examples: Sequence[PairExample], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """ROUGE and BLEU, 0 to 100, and nats a token of the targets."""
+        """Return ROUGE and BLEU, 0 to 100, and `nll` of the references in nats per token."""
         references = [example.target or "" for example in examples]
-        nll, tokens = (sum(row[f"reference_{what}"] for row in predictions) for what in ("nll", "tokens"))
+        nll, tokens = (sum(row[f"reference_{name}"] for row in predictions) for name in ("nll", "tokens"))
         overlap = overlap_scores([prediction["prediction"] for prediction in predictions], references)
         return {**overlap, "nll": nll / tokens}
 
 
-def _of_source(batch: TaskBatch, name: str) -> Tensor:
-    """The source's slots [B, S] of a tensor [B, T]; the target's tokens and pseudo masks follow them."""
+def _source_part(batch: TaskBatch, name: str) -> Tensor:
+    """Return the source slots [B, S] of a tensor [B, T]; target tokens and pseudo masks follow them."""
     return batch.tensors[name][:, : -2 * batch.tensors["targets_BM"].shape[1]]
 
 
-def source_of(words: Sequence[int], settings: GenerationConfig, vocabulary: Vocabulary) -> np.ndarray:
-    """[CLS] words [SEP], cut to the longest source."""
-    rule = Seq2SeqRule(settings.max_source, settings.max_target)
-    return source_ids(np.array(words, dtype=np.int64), rule=rule, special=special_ids(vocabulary))
-
-
-def text_of_hypothesis(hypothesis: Hypothesis, vocabulary: Vocabulary) -> str:
-    """What was written."""
-    return vocabulary.decode(hypothesis.tokens)
-
-
-def generation_of(saved: dict[str, Any]) -> GenerationConfig:
-    """The settings in what `Seq2Seq.saved` gave."""
-    plain = saved["generation"]
-    return GenerationConfig(**{**plain, "decoding": DecodingConfig(**plain["decoding"])})
-
-
-def generation_problems(generation: GenerationConfig) -> list[str]:
-    """Everything that is wrong with `writing` by itself."""
-    found = []
-    for name, smallest in (("max_source", 3), ("max_target", 2)):
-        if getattr(generation, name) < smallest:
-            found.append(f"generation.{name} ({getattr(generation, name)}) must be at least {smallest}")
-    for name in ("target_mask_prob", "label_smoothing"):
-        if not 0.0 <= getattr(generation, name) <= 1.0:
-            found.append(f"generation.{name} ({getattr(generation, name)}) must lie between 0 and 1")
-    return [*found, *(f"generation.{problem}" for problem in decoding_problems(generation.decoding))]
+def generation_settings(saved: dict[str, Any]) -> GenerationConfig:
+    """Return the settings in `Seq2Seq.as_json()`."""
+    values = saved["generation"]
+    return GenerationConfig(**{**values, "decoding": DecodingConfig(**values["decoding"])})
 
 
 def fitting_problems(generation: GenerationConfig, model: ModelConfig) -> list[str]:
-    """Why `model` cannot write such answers."""
+    """Return why `model` has too few positions or segments for `generation`."""
     longest = max(generation.max_target, generation.decoding.max_length)
-    found = []
+    problems = []
     if generation.max_source + longest > model.max_positions:
-        found.append(
-            f"a source of {generation.max_source} tokens (generation.max_source) and an answer of {longest} (the larger of "
-            f"generation.max_target and generation.decoding.max_length) do not fit the model's {model.max_positions} "
-            f"positions: use at most {model.max_positions} together, or give the model more by `pmlm extend-positions`"
+        problems.append(
+            f"a source of {generation.max_source} tokens (generation.max_source) and a target of {longest} (the larger "
+            f"of generation.max_target and generation.decoding.max_length) do not fit the model's "
+            f"{model.max_positions} positions: use at most {model.max_positions} together, or give the model more by "
+            "`pmlm extend-positions`"
         )
     if model.segment_types < 2:
-        found.append(
-            f"the model has {model.segment_types} segment type, source and answer need 2: this checkpoint cannot write"
+        problems.append(
+            f"the model has {model.segment_types} segment type, source and target need 2: it cannot generate"
         )
-    return found
+    return problems
 
 
 def raise_if_not_seq2seq(configuration: dict[str, Any], folder: Any) -> None:
-    """Raise `ConfigError` when a checkpoint was fine-tuned for something other than writing."""
+    """Raise `ConfigError` if a checkpoint was fine-tuned for a task other than seq2seq."""
     task = configuration.get("task")
     if isinstance(task, dict) and task.get("kind") != "seq2seq":
         raise ConfigError(
-            [f"{folder} was fine-tuned for {task.get('kind')} and cannot write: use a model of --task seq2seq"]
+            [f"{folder} was fine-tuned for {task.get('kind')} and cannot generate: use a model of --task seq2seq"]
         )

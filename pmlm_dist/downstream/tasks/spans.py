@@ -1,14 +1,15 @@
-"""Spans of a passage that answer a question, as in SQuAD 1.1 and 2.0.
+"""Extractive question answering: a span of a passage answers a question, as in SQuAD 1.1 and 2.0.
 
     [CLS] question [SEP] window of the passage [SEP]     windows start `stride` tokens apart and overlap
       |                    |        |
-      no answer          start     end                   a score each for every token
+      no answer          start     end                   two scores per token: start, end
 
-A window without the (whole) answer is trained towards [CLS] at both ends. Predicting, a span scores start + end; the
-best span over all windows of a question is the answer, unless [CLS] + [CLS] beats it in the window where it does so
-least, and some question of the training split had no answer (SQuAD 2.0; the rule of Devlin et al., 2019).
+*Training.* A window that does not contain the whole answer has [CLS] as the target of start and end.
+*Prediction.* A span scores start + end; the best span over all windows of a question is the answer. If the training
+split has unanswerable questions (SQuAD 2.0), the answer is empty where the minimum of [CLS] + [CLS] over the windows
+exceeds the span's score (the rule of Devlin et al., 2019).
 
-Legend: B batch, T tokens.
+Legend: B batch, T tokens, P passage tokens of a window.
 """
 
 from __future__ import annotations
@@ -21,38 +22,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pmlm_dist.config import ConfigError, ModelConfig
+from pmlm_dist.config import ModelConfig
 from pmlm_dist.downstream.settings import FinetuneConfig
 from pmlm_dist.downstream.tasks import scores
 from pmlm_dist.downstream.tasks.inputs import (
-    Encoded,
+    EncodedInput,
     collate,
-    column,
-    id_of,
+    find_column,
     join,
-    longest_input,
-    network_inputs,
+    max_input_tokens,
+    model_inputs,
+    raise_if_missing,
     raise_row_problems,
-    text_of,
+    row_id,
+    row_text,
 )
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
 from pmlm_dist.model.task_model import TaskModel
 from pmlm_dist.vocab import Vocabulary
 
 MAX_TOKENS = 384
-_CANDIDATES = 20
+_NUM_CANDIDATES = 20
 """Best starts and best ends of a window that are combined."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is saved of the task with its model."""
+class SpanSettings:
+    """The saved state of the task."""
 
     question: str
     passage: str
     answers: str
     has_unanswerable: bool
-    """Whether "no answer" may be predicted: some question of the training split had none."""
+    """True: the empty answer may be predicted, because the training split has unanswerable questions."""
     max_tokens: int
     stride: int
     max_question_tokens: int
@@ -62,14 +64,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class SpanExample:
-    """A question, its passage and the right answers; none: it has no answer, or that is not told."""
+    """A question, its passage and the reference answers; no answers: unanswerable or unlabeled."""
 
     id: Any
     question: str
     passage: str
     answers: tuple[str, ...]
     starts: tuple[int, ...]
-    """First character of each answer."""
+    """Offset of the first character of each answer."""
 
 
 @dataclass(frozen=True)
@@ -77,48 +79,48 @@ class Window:
     """A question with a part of its passage."""
 
     example: int
-    """Number of the example in its split."""
-    encoded: Encoded
+    """Index of the example in its split."""
+    encoded: EncodedInput
     first: int
-    """Place of the first passage token in the input."""
-    places: tuple[tuple[int, int], ...]
-    """Characters [start, stop) of the passage that each passage token stands for."""
+    """Position of the first passage token in the input."""
+    offsets: tuple[tuple[int, int], ...]
+    """Character range [start, stop) in the passage of each passage token."""
     start: int
     end: int
-    """Places of the answer's first and last token in the input; 0, [CLS]: the window does not hold it."""
+    """Positions of the answer's first and last token in the input; 0 ([CLS]): the answer is not in this window."""
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """What a window says: its best span (None: there is none of a fair length) and how [CLS] scores."""
+class SpanPrediction:
+    """The best span of a window (None: no span of an allowed length), and the score of the empty answer."""
 
     score: float
     span: tuple[int, int] | None
-    """First and last passage token, counted in the window's passage."""
-    null: float
+    """First and last token, relative to the window's passage."""
+    null_score: float
 
 
 class Spans(Task[SpanExample, Window]):
-    """The span that answers a question, or that there is none."""
+    """The span that answers a question, or the empty answer."""
 
-    def __init__(self, settings: Settings, vocabulary: Vocabulary):
+    def __init__(self, settings: SpanSettings, vocabulary: Vocabulary):
         self.settings, self.vocabulary, self.metric = settings, vocabulary, "f1"
-        self._cut_questions = self._lost_answers = 0
+        self._num_truncated = self._num_lost = 0
 
     @classmethod
     def make(cls, config: FinetuneConfig, rows: Sequence[Row], vocabulary: Vocabulary, model: ModelConfig) -> Spans:
-        """The task for the training `rows`. Raises `ConfigError`."""
+        """Build the task for the training `rows`. Raises `ConfigError`."""
         inputs, origin = config.inputs, f"--task {config.task}"
-        answers = column(rows, inputs.label, ("answers",), what="label", origin=origin)
-        max_tokens = longest_input(inputs.max_tokens, default=MAX_TOKENS, model=model)
+        answers = find_column(rows, inputs.label, ("answers",), role="label", origin=origin)
+        max_tokens = max_input_tokens(inputs.max_tokens, default=MAX_TOKENS, model=model)
         max_question = min(inputs.max_question_tokens, (max_tokens - 3) // 2)
-        settings = Settings(
-            question=column(rows, inputs.text, ("question",), what="text", origin=origin),
-            passage=column(rows, inputs.pair, ("context", "passage"), what="pair", origin=origin),
+        settings = SpanSettings(
+            question=find_column(rows, inputs.text, ("question",), role="text", origin=origin),
+            passage=find_column(rows, inputs.pair, ("context", "passage"), role="pair", origin=origin),
             answers=answers,
-            has_unanswerable=any(not _texts(row.get(answers)) for row in rows),
+            has_unanswerable=any(not _answer_texts(row.get(answers)) for row in rows),
             max_tokens=max_tokens,
-            stride=min(inputs.stride, max_tokens - max_question - 3),  # no token between two windows
+            stride=min(inputs.stride, max_tokens - max_question - 3),  # every passage token is in some window
             max_question_tokens=max_question,
             max_answer_tokens=inputs.max_answer_tokens,
             null_threshold=inputs.null_threshold,
@@ -127,165 +129,169 @@ class Spans(Task[SpanExample, Window]):
 
     @classmethod
     def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary) -> Spans:
-        """The task that `saved` was called of."""
-        return cls(Settings(**saved), vocabulary)
+        """Rebuild the task from `as_json()`."""
+        return cls(SpanSettings(**saved), vocabulary)
 
-    def saved(self) -> dict[str, Any]:
-        """The settings."""
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings."""
         return asdict(self.settings)
 
     # -------------------------------------------------------------------------------------------------------- examples
 
     def has_labels(self, rows: Sequence[Row]) -> bool:
-        """Whether any row has an answer."""
-        return any(_texts(row.get(self.settings.answers)) for row in rows)
+        """Return True if any row has an answer."""
+        return any(_answer_texts(row.get(self.settings.answers)) for row in rows)
 
-    def read(self, rows: Sequence[Row], *, origin: str, labelled: bool = True) -> list[SpanExample]:
-        """Check that answers stand in their passages."""
+    def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[SpanExample]:
+        """Validate questions and passages, and that each answer is at its offset in the passage."""
         settings, problems, examples = self.settings, [], []
-        wanted = [settings.question, settings.passage, *([settings.answers] if labelled else [])]
-        missing = [name for name in wanted if name not in rows[0]]
-        if missing:
-            raise ConfigError([f"{origin}: no column {name}, there are {', '.join(rows[0])}" for name in missing])
+        columns = [settings.question, settings.passage, *([settings.answers] if labeled else [])]
+        raise_if_missing(columns, rows, origin=origin)
         for number, row in enumerate(rows, start=1):
-            where = f"{origin}, row {number}"
-            question = text_of(row, settings.question, where=where, problems=problems)
-            passage = text_of(row, settings.passage, where=where, problems=problems)
-            answers = _answers(row.get(settings.answers), passage, where=where, problems=problems) if labelled else []
+            location = f"{origin}, row {number}"
+            question = row_text(row, settings.question, location=location, problems=problems)
+            passage = row_text(row, settings.passage, location=location, problems=problems)
+            answers = (
+                _answers(row.get(settings.answers), passage, location=location, problems=problems) if labeled else []
+            )
             texts, starts = zip(*answers, strict=True) if answers else ((), ())
-            if labelled and not answers and not settings.has_unanswerable:
-                problems.append(f"{where}: no answer, and every question of the training split had one")
-            examples.append(SpanExample(id_of(row, number - 1), question, passage, texts, starts))
+            if labeled and not answers and not settings.has_unanswerable:
+                problems.append(f"{location}: no answer, and every question of the training split had one")
+            examples.append(SpanExample(row_id(row, number - 1), question, passage, texts, starts))
         raise_row_problems(problems)
         return examples
 
     def features(self, examples: Sequence[SpanExample], *, training: bool) -> list[Window]:
-        """The windows of every example."""
+        """Tokenize and split each passage into windows."""
         questions = self.vocabulary.encode_batch([example.question for example in examples])
         passages = self.vocabulary.encode_with_offsets([example.passage for example in examples])
         windows = []
         for number, (example, question, passage) in enumerate(zip(examples, questions, passages, strict=True)):
-            self._cut_questions += len(question) > self.settings.max_question_tokens
+            self._num_truncated += len(question) > self.settings.max_question_tokens
             windows += self._windows(number, example, question[: self.settings.max_question_tokens], *passage)
         if training:
-            found = {window.example for window in windows if window.end}
+            covered = {window.example for window in windows if window.end}
             answered = {number for number, example in enumerate(examples) if example.answers}
-            self._lost_answers = len(answered - found)
+            self._num_lost = len(answered - covered)
         return windows
 
     def _windows(
-        self, number: int, example: SpanExample, question: list[int], ids: list[int], places: list[tuple[int, int]]
+        self, number: int, example: SpanExample, question: list[int], ids: list[int], offsets: list[tuple[int, int]]
     ) -> Iterator[Window]:
-        size, first = self.settings.max_tokens - len(question) - 3, len(question) + 2
-        answer = _tokens_of(example, places)
+        size, first = self.settings.max_tokens - len(question) - 3, len(question) + 2  # one [CLS] and two [SEP]
+        answer = _answer_tokens(example, offsets)
         for at in range(0, max(1, len(ids) - size + self.settings.stride), self.settings.stride):
             part = ids[at : at + size]
             start = end = 0
             if answer and at <= answer[0] and answer[1] < at + len(part):
                 start, end = (first + token - at for token in answer)
             encoded = join([question, part], self.vocabulary)
-            yield Window(number, encoded, first, tuple(places[at : at + size]), start, end)
+            yield Window(number, encoded, first, tuple(offsets[at : at + size]), start, end)
 
     def notes(self) -> list[str]:
-        """What was cut or lost."""
-        cut, lost = self._cut_questions, self._lost_answers
+        """Return the numbers of truncated questions and of answers in no window."""
+        truncated, lost = self._num_truncated, self._num_lost
+        limit = self.settings.max_question_tokens
         return [
-            *([f"{cut:,} questions lost what came after {self.settings.max_question_tokens} tokens"] if cut else []),
+            *([f"{truncated:,} questions were truncated to {limit} tokens"] if truncated else []),
             *([f"{lost:,} answers of the training split fit in no window"] if lost else []),
         ]
 
-    # --------------------------------------------------------------------------------------------------------- network
+    # --------------------------------------------------------------------------------------------------------- model
 
     def build_model(self, config: ModelConfig, *, padded_vocab_size: int) -> TaskModel:
-        """A score as start and one as end for every token."""
+        """Build the model with two outputs per token: start and end."""
         return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=2, pooling="none")
 
     def length(self, feature: Window) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return len(feature.encoded.ids)
 
     def collate(self, features: Sequence[Window], *, ids: Sequence[int], epoch: int, seed: int) -> TaskBatch:
-        """Padded token ids with `targets_B2` (start, end) and `passage_B2`, the places [first, stop) of the passage."""
+        """Pad token ids; `targets_B2`: start and end, `passage_B2`: positions [first, stop) of the passage."""
         return collate(
             [window.encoded for window in features],
             self.vocabulary,
             targets_B2=[(window.start, window.end) for window in features],
-            passage_B2=[(window.first, window.first + len(window.places)) for window in features],
+            passage_B2=[(window.first, window.first + len(window.offsets)) for window in features],
         )
 
     def loss(self, engine: nn.Module, batch: TaskBatch) -> Tensor:
-        """Mean of the cross entropies of start and end over the tokens, summed over windows."""
+        """Return the mean of the start and end cross entropies over the tokens, summed over windows."""
         scores_B2T, targets_B2 = self._scores(engine, batch), batch.tensors["targets_B2"]
         return F.cross_entropy(scores_B2T.flatten(0, 1), targets_B2.flatten(), reduction="sum") / 2
 
     def _scores(self, engine: nn.Module, batch: TaskBatch) -> Tensor:
-        """[B, 2, T], minus infinity at padding."""
-        scores_B2T = engine(inputs=network_inputs(batch)).float().transpose(1, 2)
+        """Return scores [B, 2, T] in fp32; minus infinity at padding, which thus gets no probability."""
+        scores_B2T = engine(inputs=model_inputs(batch)).float().transpose(1, 2)
         return scores_B2T.masked_fill(~batch.tensors["valid_BT"][:, None], float("-inf"))
 
-    def predict(self, engine: nn.Module, batch: TaskBatch) -> list[Candidate]:
-        """The best span of each window."""
+    def predict(self, engine: nn.Module, batch: TaskBatch) -> list[SpanPrediction]:
+        """Return the best span of each window."""
         scores_B2T = self._scores(engine, batch).cpu()
         passages = batch.tensors["passage_B2"].tolist()
-        longest = self.settings.max_answer_tokens
+        max_length = self.settings.max_answer_tokens
         return [
-            best_span(scores_2T, first=first, stop=stop, longest=longest)
+            best_span(scores_2T, first=first, stop=stop, max_length=max_length)
             for scores_2T, (first, stop) in zip(scores_B2T, passages, strict=True)
         ]
 
     # ------------------------------------------------------------------------------------------------------ predictions
 
     def predictions(
-        self, examples: Sequence[SpanExample], features: Sequence[Window], outputs: Sequence[Candidate]
+        self, examples: Sequence[SpanExample], features: Sequence[Window], outputs: Sequence[SpanPrediction]
     ) -> list[dict[str, Any]]:
-        """`answer` (empty: none), the `score` of its span and, where that is asked, `no_answer_score`."""
-        by_example: list[list[tuple[Window, Candidate]]] = [[] for _ in examples]
-        for window, candidate in zip(features, outputs, strict=True):
-            by_example[window.example].append((window, candidate))
-        return [self._prediction(example, said) for example, said in zip(examples, by_example, strict=True)]
+        """Return `answer` (may be empty), the span's `score` and, with unanswerable questions, `no_answer_score`."""
+        by_example: list[list[tuple[Window, SpanPrediction]]] = [[] for _ in examples]
+        for window, output in zip(features, outputs, strict=True):
+            by_example[window.example].append((window, output))
+        return [self._prediction(example, pairs) for example, pairs in zip(examples, by_example, strict=True)]
 
-    def _prediction(self, example: SpanExample, said: list[tuple[Window, Candidate]]) -> dict[str, Any]:
-        window, best = max(said, key=lambda pair: pair[1].score)
-        null = min(candidate.null for _, candidate in said)
+    def _prediction(self, example: SpanExample, pairs: list[tuple[Window, SpanPrediction]]) -> dict[str, Any]:
+        window, best = max(pairs, key=lambda pair: pair[1].score)
+        null_score = min(output.null_score for _, output in pairs)
         answer = ""
         if best.span is not None:
-            (start, _), (_, stop) = window.places[best.span[0]], window.places[best.span[1]]
+            (start, _), (_, stop) = window.offsets[best.span[0]], window.offsets[best.span[1]]
             answer = example.passage[start:stop]
         score = {"score": best.score if best.span is not None else None}
         if not self.settings.has_unanswerable:
             return {"id": example.id, "answer": answer, **score}
-        if best.score - null < self.settings.null_threshold:
+        if best.score - null_score < self.settings.null_threshold:
             answer = ""
-        return {"id": example.id, "answer": answer, **score, "no_answer_score": null}
+        return {"id": example.id, "answer": answer, **score, "no_answer_score": null_score}
 
     def scores(self, examples: Sequence[SpanExample], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Exact match and F1, in percent."""
-        right = [example.answers for example in examples]
-        return scores.squad_scores(right, [prediction["answer"] for prediction in predictions])
+        """Return exact match and F1 in percent."""
+        references = [example.answers for example in examples]
+        return scores.squad_scores(references, [prediction["answer"] for prediction in predictions])
 
 
-def best_span(scores_2T: Tensor, *, first: int, stop: int, longest: int) -> Candidate:
-    """The span of at most `longest` tokens in [first, stop) with the largest start + end, among the best of each."""
-    null = float(scores_2T[0, 0] + scores_2T[1, 0])
+def best_span(scores_2T: Tensor, *, first: int, stop: int, max_length: int) -> SpanPrediction:
+    """Return the span of at most `max_length` tokens in [first, stop) with the maximum start + end score.
+
+    Only the best starts and ends are combined, so that the cost does not grow with the square of the passage.
+    """
+    null_score = float(scores_2T[0, 0] + scores_2T[1, 0])
     passage_2P = scores_2T[:, first:stop]
     if passage_2P.shape[1] == 0:
-        return Candidate(float("-inf"), None, null)
-    top = passage_2P.topk(min(_CANDIDATES, passage_2P.shape[1]), dim=1)
+        return SpanPrediction(float("-inf"), None, null_score)
+    top = passage_2P.topk(min(_NUM_CANDIDATES, passage_2P.shape[1]), dim=1)
     sums = top.values[0][:, None] + top.values[1][None, :]
     lengths = top.indices[1][None, :] - top.indices[0][:, None] + 1
-    sums = sums.masked_fill((lengths < 1) | (lengths > longest), float("-inf"))
-    row, place = divmod(int(sums.argmax()), sums.shape[1])
-    if not torch.isfinite(sums[row, place]):
-        return Candidate(float("-inf"), None, null)
-    return Candidate(float(sums[row, place]), (int(top.indices[0][row]), int(top.indices[1][place])), null)
+    sums = sums.masked_fill((lengths < 1) | (lengths > max_length), float("-inf"))
+    row, column = divmod(int(sums.argmax()), sums.shape[1])
+    if not torch.isfinite(sums[row, column]):
+        return SpanPrediction(float("-inf"), None, null_score)
+    return SpanPrediction(float(sums[row, column]), (int(top.indices[0][row]), int(top.indices[1][column])), null_score)
 
 
-def _tokens_of(example: SpanExample, places: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """First and last token that touch the example's first answer; None without an answer."""
+def _answer_tokens(example: SpanExample, offsets: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """Return the first and last token that overlap the example's first answer; None without an answer."""
     if not example.answers:
         return None
     begin, end = example.starts[0], example.starts[0] + len(example.answers[0])
-    inside = [number for number, (start, stop) in enumerate(places) if start < end and stop > begin]
+    inside = [number for number, (start, stop) in enumerate(offsets) if start < end and stop > begin]
     return (inside[0], inside[-1]) if inside else None
 
 
@@ -293,25 +299,25 @@ def _is_list(value: Any) -> bool:
     return value is None or (isinstance(value, Sequence) and not isinstance(value, str))
 
 
-def _stands_at(start: Any, text: str, passage: str) -> bool:
+def _is_at(start: Any, text: str, passage: str) -> bool:
     return isinstance(start, int) and start >= 0 and passage.startswith(text, start)
 
 
-def _texts(answers: Any) -> list[str]:
+def _answer_texts(answers: Any) -> list[str]:
     texts = answers.get("text") if isinstance(answers, Mapping) else None
     return list(texts) if texts and _is_list(texts) else []
 
 
-def _answers(value: Any, passage: str, *, where: str, problems: list[str]) -> list[tuple[str, int]]:
-    """Pairs of text and first character; what does not stand there goes to `problems`."""
+def _answers(value: Any, passage: str, *, location: str, problems: list[str]) -> list[tuple[str, int]]:
+    """Return pairs of text and character offset; invalid ones are added to `problems`."""
     if not isinstance(value, Mapping) or not all(_is_list(value.get(name, "")) for name in ("text", "answer_start")):
-        problems.append(f"{where}: answers ({value!r}) must be an object with the lists text and answer_start")
+        problems.append(f"{location}: answers ({value!r}) must be an object with the lists text and answer_start")
         return []
     texts, starts = list(value["text"] or []), list(value["answer_start"] or [])
     if len(texts) != len(starts):
-        problems.append(f"{where}: {len(texts)} answers with {len(starts)} places")
+        problems.append(f"{location}: {len(texts)} answers with {len(starts)} offsets")
         return []
     for text, start in zip(texts, starts, strict=True):
-        if not isinstance(text, str) or not text or not _stands_at(start, text, passage):
-            problems.append(f"{where}: the answer {text!r} does not stand at character {start} of its passage")
+        if not isinstance(text, str) or not text or not _is_at(start, text, passage):
+            problems.append(f"{location}: the answer {text!r} is not at character {start} of its passage")
     return list(zip(texts, starts, strict=True))

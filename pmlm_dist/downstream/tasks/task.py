@@ -1,28 +1,30 @@
-"""What a task is: the contract between the driver (`finetune.py`) and what is learned.
+"""The task interface: dataset rows -> examples -> features -> batches -> loss, predictions, scores.
 
-    rows of a data set        rows.py: dictionaries, one a line of a file
-       | task.read            examples: checked, with everything predictions and scores need
-       | task.features        what the network reads, token ids; an example may give several (windows of a passage)
-       | task.collate         a TaskBatch: padded tensors, and how many losses it sums up
-       | task.loss            forward pass through the engine -> SUM of the losses of the batch
-       | task.predict         forward pass through the engine -> one plain Python value for each feature
-       | task.predictions     one JSON object for each example, in their order
-       | task.scores          {name of a metric: value}
+    rows of a data set     rows.py: one dictionary per line of a file
+       | task.read         validated examples, with everything that predictions and scores need
+       | task.features     model inputs as token ids; one example may give several (windows of a passage)
+       | task.collate      TaskBatch: padded tensors, and the number of losses in their sum
+       | task.loss         forward pass through the engine -> SUM of the losses of the batch
+       | task.predict      forward pass through the engine -> one plain Python value per feature
+       | task.predictions  one JSON object per example, in the order of the examples
+       | task.scores       {metric: value}
 
-The driver owns order, ranks, steps, schedule, engine, checkpoints and files; a task knows none of them. It draws
-epoch e's order of the features from (seed, e), gives every data-parallel rank its part and scales the loss: the
-gradient of a step is that of sum(loss) / N, N the sum of `TaskBatch.count` over all micro-batches and data-parallel
-ranks. What a task draws at random in `collate` (a target's noise, say) it draws from (seed, epoch, ids), so that it is
-the same on any topology.
+**Division of labor.** The fine-tuning job (`job.py`) and the training loop own data order, ranks, schedule, engine,
+checkpoints and files; a task is independent of all of them. The job draws the feature order of epoch e from (seed, e),
+shards it over the data-parallel ranks and scales the loss. The gradient of a step is that of sum(loss) / N, where N is
+the sum of `TaskBatch.count` over all micro-batches and data-parallel ranks. Random draws in `collate` (noise in a
+target, for example) depend on (seed, epoch, ids) only, so that they are equal on any topology.
 
-**The model** is `task.build_model`'s: a `PseudoMaskedLM`, or one with a head on it (`model/task_model.py`). `loss` and
-`predict` get the engine (call it as the module: ZeRO needs that), so a task may just as well train the whole language
-model on layouts with appended slots: `engine(inputs=..., targets_BM=..., objectives=("par",))`. A `predict` that
-decodes step by step uses `engine.module`. Every rank of a world calls `loss` and `predict` equally often;
-tensor-parallel peers with the same batch, data-parallel ranks with different ones.
+**Model.** `task.build_model` returns a `PseudoMaskedLM`, or a subclass with a task head (`model/task_model.py`). `loss`
+and `predict` receive the engine and call it like the module, because ZeRO hooks need that. A task may also train the
+language model on layouts with appended slots: `engine(inputs=..., targets_BM=..., objectives=("par",))`. A `predict`
+that decodes step by step uses `engine.module`.
 
-A task is saved with its model as the JSON object `saved()`, and made from it again by its kind's `restore`; a kind is
-an entry of the table `tasks.py::TASKS`.
+**Collectives.** All ranks call `loss` and `predict` equally often: tensor-parallel ranks with the same batch,
+data-parallel ranks with different batches.
+
+**Serialization.** A task is saved with its model as the JSON object `as_json()`, and rebuilt from it by
+`TaskKind.restore`; `registry.py::TASKS` lists the kinds.
 """
 
 from __future__ import annotations
@@ -46,98 +48,98 @@ Feature = TypeVar("Feature")
 
 @dataclass(frozen=True, eq=False)
 class TaskBatch:
-    """Features as tensors."""
+    """Collated features."""
 
     tensors: dict[str, Tensor]
-    """Anything, by name; moved to the device by the driver."""
+    """Task-specific tensors by name; the job moves them to the device."""
     count: int
-    """Losses that the batch sums up: its examples, or its target tokens."""
+    """Number of losses in the sum: examples, or target tokens."""
 
     def to(self, device: Any) -> TaskBatch:
-        """The same batch on `device`."""
+        """Return the same batch on `device`."""
         return TaskBatch({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.count)
 
 
 class Task(ABC, Generic[Example, Feature]):
-    """One task with its labels, limits and vocabulary; see the module's docstring for what happens when."""
+    """A task with its labels, limits and vocabulary; the module docstring shows the order of calls."""
 
     metric: str
-    """The score by which the best checkpoint is chosen; higher is better."""
+    """The score that selects the best checkpoint; higher is better."""
 
     @abstractmethod
-    def read(self, rows: Sequence[Row], *, origin: str, labelled: bool = True) -> list[Example]:
-        """Check `rows` and take from them what is needed; `origin` names them in errors.
+    def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[Example]:
+        """Validate `rows` and convert them to examples; `origin` names the data set in error messages.
 
-        Without `labelled` rows need not say what is right (a hidden test set); scores are then not asked for. Raises
-        `ConfigError` with every problem: a missing column, a label that was not in training, a score that is NaN.
+        With `labeled=False` (a hidden test set) labels may be missing, and `scores` is not called. Raises
+        `ConfigError` with all problems: a missing column, a label unseen in training, a score that is NaN.
         """
 
     @abstractmethod
     def has_labels(self, rows: Sequence[Row]) -> bool:
-        """Whether `rows` say what is right, so that predictions of them can be scored."""
+        """Return True if `rows` have labels, so that predictions can be scored."""
 
     @abstractmethod
     def features(self, examples: Sequence[Example], *, training: bool) -> list[Feature]:
-        """What the network reads of `examples`. Raises `ConfigError` where one is too long and that is refused."""
+        """Tokenize `examples`. Raises `ConfigError` for an input that is too long, if `too_long` is "raise"."""
 
     @abstractmethod
     def length(self, feature: Feature) -> int:
-        """Tokens of a feature: features of like length are predicted together."""
+        """Return the tokens of a feature; prediction batches group features of similar length."""
 
     @abstractmethod
     def collate(self, features: Sequence[Feature], *, ids: Sequence[int], epoch: int, seed: int) -> TaskBatch:
-        """`features` (never empty; numbers `ids` of their split) as tensors on the CPU."""
+        """Build CPU tensors of `features` (at least one); `ids` are their indices in the split."""
 
     def build_model(self, config: ModelConfig, *, padded_vocab_size: int) -> PseudoMaskedLM:
-        """The network of the task, weights drawn; the language model itself unless the task puts a head on it."""
+        """Build the model with random weights: the language model itself, unless the task adds a head."""
         return build_model(config, padded_vocab_size=padded_vocab_size)
 
     @abstractmethod
     def loss(self, engine: nn.Module, batch: TaskBatch) -> Tensor:
-        """Sum of the losses of `batch`, a scalar with gradient."""
+        """Return the sum of the losses of `batch`: a scalar with gradient."""
 
     @abstractmethod
     def predict(self, engine: nn.Module, batch: TaskBatch) -> list[Any]:
-        """One small picklable value for each feature of `batch`; called in evaluation mode without gradients."""
+        """Return one small picklable value per feature of `batch`; runs in evaluation mode without gradients."""
 
     @abstractmethod
     def predictions(
         self, examples: Sequence[Example], features: Sequence[Feature], outputs: Sequence[Any]
     ) -> list[dict[str, Any]]:
-        """For each example what is predicted of it, as JSON values with its `id`; `outputs` are those of `features`."""
+        """Return one prediction per example: JSON values with its `id`. `outputs`: one per feature, from `predict`."""
 
     @abstractmethod
     def scores(self, examples: Sequence[Example], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """The metrics of labelled `examples`, `metric` among them."""
+        """Return the metrics of labeled `examples`; `self.metric` is one of them."""
 
     @abstractmethod
-    def saved(self) -> dict[str, Any]:
-        """What `restore` makes this task from again, as JSON values."""
+    def as_json(self) -> dict[str, Any]:
+        """Return the JSON values from which `TaskKind.restore` rebuilds this task."""
 
-    def problems_of_choosing(self, examples: Sequence[Example]) -> list[str]:
-        """Why `metric` of these labelled examples, the first validation split, is a number for no prediction."""
+    def metric_problems(self, examples: Sequence[Example]) -> list[str]:
+        """Return why `self.metric` is NaN on these labeled `examples` (the first validation split) for any model."""
         return []
 
     def notes(self) -> list[str]:
-        """What the user should know of how examples were read: how many were cut, for example."""
+        """Return remarks for the log: the number of truncated inputs, for example."""
         return []
 
 
 @dataclass(frozen=True)
 class TaskKind:
-    """A name that `--task` takes."""
+    """An entry of the task registry: one value of `--task`."""
 
     about: str
-    """One line for people."""
+    """One-line description for the user."""
     make: Callable[[FinetuneConfig, Sequence[Row], Vocabulary, ModelConfig], Task]
-    """The task for the rows it is trained on. Raises `ConfigError`."""
+    """Build the task for its training rows. Raises `ConfigError`."""
     restore: Callable[[dict[str, Any], Vocabulary], Task]
-    """The task that `saved()` was called of."""
+    """Rebuild a task from its `as_json()`."""
     hub: str | None = None
-    """Where its data are on the Hugging Face hub, NAME or NAME:CONFIG; None: it has no data of its own."""
+    """Its data set on the Hugging Face hub, NAME or NAME:CONFIG. None: no default data set."""
     preset: str = "glue"
-    """The preset of its recipe."""
+    """Preset of its recipe."""
     train: str = "train"
     """Name of the training split."""
     validation: tuple[str, ...] = field(default=("validation",))
-    """Names of the validation splits; the first chooses the best checkpoint."""
+    """Names of the validation splits; the first selects the best checkpoint."""

@@ -1,4 +1,4 @@
-"""The demo's tasks together: the summaries' data, and the texts that pre-training must not read."""
+"""Demo tasks: splits of the summary task, and the held-out texts of both tasks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = {"train": 40, "validation": 6, "test": 8}
 
 
 def write_docstrings(path: Path) -> Path:
-    """Sixty packages of twenty modules: a line, a blank line, forty words; one body stands in every package."""
+    """Sixty packages of twenty modules: a line, a blank line, forty words; one body is the same in all packages."""
     draw, rows = random.Random(0), []
     for package in range(60):
         for module in range(20):
@@ -42,12 +42,12 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.open()]
 
 
-def summaries(source: Path, folder: Path) -> SummaryTaskConfig:
+def summary_config(source: Path, folder: Path) -> SummaryTaskConfig:
     return SummaryTaskConfig(source, folder, **SIZES)
 
 
-def test_summaries_hold_out_packages_and_what_training_says_too(source: Path, tmp_path: Path):
-    assert write_summary_task(summaries(source, tmp_path / "summary")) == SIZES
+def test_summary_splits_share_no_package_and_no_text(source: Path, tmp_path: Path):
+    assert write_summary_task(summary_config(source, tmp_path / "summary")) == SIZES
     splits = {name: read(tmp_path / "summary" / f"{name}.jsonl") for name in SIZES}
     packages = {name: {row["id"].split(".")[0] for row in rows} for name, rows in splits.items()}
     assert not packages["train"] & (packages["validation"] | packages["test"])
@@ -57,25 +57,23 @@ def test_summaries_hold_out_packages_and_what_training_says_too(source: Path, tm
         assert not any("common1" in row["src"] for row in splits[name])
 
 
-def test_too_few_docstrings_are_refused_and_nothing_is_overwritten(source: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match="9999 are wanted"):
+def test_summary_task_with_too_few_docstrings_raises_and_nothing_is_overwritten(source: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="9999 are required"):
         write_summary_task(SummaryTaskConfig(source, tmp_path / "summary", train=40, validation=6, test=9999))
     assert not (tmp_path / "summary").exists()
-    write_summary_task(summaries(source, tmp_path / "summary"))
+    write_summary_task(summary_config(source, tmp_path / "summary"))
     with pytest.raises(ConfigError, match="nothing is overwritten"):
-        write_summary_task(summaries(source, tmp_path / "summary"))
+        write_summary_task(summary_config(source, tmp_path / "summary"))
     with pytest.raises(ConfigError, match="there is no"):
-        write_summary_task(summaries(tmp_path / "none.jsonl", tmp_path / "new"))
+        write_summary_task(summary_config(tmp_path / "none.jsonl", tmp_path / "new"))
 
 
-def test_what_either_task_holds_out_is_written_whole_for_pre_training_to_leave_out(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_held_out_file_has_full_docstrings_of_both_tasks(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def package(source: Path, output: Path) -> dict[str, int]:
         return write_package_task(PackageTaskConfig(source, output, 3, 3, train=4, held_out=1))
 
     def summary(source: Path, output: Path) -> dict[str, int]:
-        return write_summary_task(summaries(source, output))
+        return write_summary_task(summary_config(source, output))
 
     writes = {"package": package, "summary": summary}
     tasks = {name: dataclasses.replace(DEMO_TASKS[name], write=write) for name, write in writes.items()}

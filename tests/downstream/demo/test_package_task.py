@@ -1,4 +1,4 @@
-"""The demo's classification task: nothing of a held-out text is in training, and no text names its package."""
+"""Demo classification task: no overlap of held-out texts with training, no package names in texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = ("numpy", "pandas", "scipy")
 
 
 def write_docstrings(path: Path) -> Path:
-    """Forty modules a package, six docstrings each; one of them stands, but for two words, in every module."""
+    """Forty modules per package, six docstrings each; one is the same in all modules but for two words."""
     draw, rows = random.Random(0), []
     for package in PACKAGES:
         for module in range(40):
@@ -40,10 +40,10 @@ def write_docstrings(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("demo")
-    wanted = PackageTaskConfig(
+    settings = PackageTaskConfig(
         write_docstrings(root / "docs.jsonl"), root / "package", classes=3, train=60, held_out=12
     )
-    assert write_package_task(wanted) == {"train": 180, "validation": 36, "test": 36}
+    assert write_package_task(settings) == {"train": 180, "validation": 36, "test": 36}
     return root / "package"
 
 
@@ -51,7 +51,7 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in SPLITS}
 
 
-def test_classes_are_balanced_and_modules_lie_in_one_split(folder: Path):
+def test_classes_are_balanced_and_splits_share_no_module(folder: Path):
     splits = read(folder)
     modules = {name: {row["id"].rpartition(".")[0] for row in rows} for name, rows in splits.items()}
     assert not modules["train"] & modules["validation"]
@@ -62,15 +62,15 @@ def test_classes_are_balanced_and_modules_lie_in_one_split(folder: Path):
         assert len(set(counts)) == 1
 
 
-def test_an_installation_with_fewer_packages_gives_those_it_has(folder: Path, tmp_path: Path):
+def test_fewer_packages_give_fewer_classes(folder: Path, tmp_path: Path):
     source = folder.parent / "docs.jsonl"
-    few = PackageTaskConfig(source, tmp_path / "few", classes=10, fewest_classes=3, train=60, held_out=12)
+    few = PackageTaskConfig(source, tmp_path / "few", classes=10, min_classes=3, train=60, held_out=12)
     assert write_package_task(few) == {"train": 180, "validation": 36, "test": 36}
     with pytest.raises(ConfigError, match="3 packages have enough docstrings"):
         write_package_task(PackageTaskConfig(source, tmp_path / "none", train=60, held_out=12))
 
 
-def test_no_text_names_a_package_and_held_out_texts_are_new(folder: Path):
+def test_texts_have_no_package_names_and_held_out_texts_are_not_in_training(folder: Path):
     splits = read(folder)
     for rows in splits.values():
         for row in rows:
@@ -79,19 +79,19 @@ def test_no_text_names_a_package_and_held_out_texts_are_new(folder: Path):
     assert not any("common7" in row["text"] for name in SPLITS[1:] for row in splits[name])
 
 
-def test_baselines(folder: Path):
+def test_baselines_have_expected_scores(folder: Path):
     scores = baseline_scores(folder)
     assert scores["majority class"]["accuracy"] == pytest.approx(1 / 3)
-    assert scores["frequent words"]["accuracy"] > 0.9  # every class has words of its own
+    assert scores["frequent words"]["accuracy"] > 0.9  # every class has its own words
     train = [{"text": "red red cat", "label": "b"}, {"text": "blue dog", "label": "a"}]
-    assert frequent_words(train * 60, [{"text": "x"}]) == ["a"]  # nothing in common with any: the first
+    assert frequent_words(train * 60, [{"text": "x"}]) == ["a"]  # no common words: the first class
 
 
-def test_nothing_is_overwritten_and_too_few_docstrings_are_refused(folder: Path, tmp_path: Path):
+def test_package_task_with_too_few_docstrings_raises_and_nothing_is_overwritten(folder: Path, tmp_path: Path):
     source = folder.parent / "docs.jsonl"
-    with pytest.raises(ConfigError, match="is there already, and nothing is overwritten"):
+    with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
         write_package_task(PackageTaskConfig(source, folder))
-    with pytest.raises(ConfigError, match=r"0 packages have enough docstrings \(150 for .*\), 4 are wanted"):
+    with pytest.raises(ConfigError, match=r"0 packages have enough docstrings \(150 for .*\), 4 are required"):
         write_package_task(PackageTaskConfig(source, tmp_path / "new"))
     with pytest.raises(ConfigError, match="make it with `pmlm prepare-corpus"):
         write_package_task(PackageTaskConfig(tmp_path / "none.jsonl", tmp_path / "new"))

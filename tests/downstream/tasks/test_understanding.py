@@ -1,4 +1,4 @@
-"""GLUE's and SQuAD's tasks on small files in their forms: what is read, cut, answered."""
+"""Classification, regression and spans: dataset formats, truncation, windows, error messages, learning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.downstream.settings import EvaluateConfig, FinetuneConfig, InputConfig, Recipe
 from pmlm_dist.downstream.summary import FinetuneRun
 from pmlm_dist.downstream.tasks.classification import Classification
-from pmlm_dist.downstream.tasks.inputs import fit
+from pmlm_dist.downstream.tasks.inputs import truncate
 from pmlm_dist.downstream.tasks.registry import GLUE, TASKS
 from pmlm_dist.downstream.tasks.spans import Spans, best_span
 from pmlm_dist.vocab import Vocabulary
@@ -34,7 +34,9 @@ def make(task: str, rows: list[dict[str, Any]], **inputs: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------------- GLUE
 
-GLUE_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as on the Hugging Face hub, as in the original files
+GLUE_ROWS: dict[
+    str, tuple[dict[str, Any], dict[str, Any]]
+] = {  # (row on the Hugging Face hub, row in the original files)
     "cola": ({"sentence": "a", "label": "acceptable"}, {"source": "x", "label": "1", "note": "", "sentence": "a"}),
     "sst2": ({"sentence": "a", "label": "positive"}, {"sentence": "a", "label": "1"}),
     "mrpc": (
@@ -68,28 +70,28 @@ GLUE_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as on the Hug
 }
 
 
-def test_all_of_glue_is_there():
+def test_registry_has_all_glue_tasks():
     assert GLUE.keys() == GLUE_ROWS.keys()
     assert GLUE["mnli"].validation == ("validation_matched", "validation_mismatched")
 
 
 @pytest.mark.parametrize("name", GLUE)
-def test_both_forms_of_glue_mean_the_same(name: str):
-    read = []
+def test_hub_and_original_format_of_glue_give_equal_features(name: str):
+    results = []
     for row in GLUE_ROWS[name]:
         task: Classification = make(name, [row])
         (example,) = task.read([row], origin="here")
         (feature,) = task.features([example], training=True)
-        read.append((example.texts, example.label, feature.target, feature.encoded.ids))
-    assert read[0] == read[1]
+        results.append((example.texts, example.label, feature.target, feature.encoded.ids))
+    assert results[0] == results[1]
     is_pair = name not in ("cola", "sst2")
     ids = [VOCABULARY.encode_batch([word])[0][0] for word in ("a", "the")]
     sep = [VOCABULARY.sep_id]
-    assert read[0][3] == [VOCABULARY.cls_id, ids[0], *sep, *([ids[1], *sep] if is_pair else [])]
+    assert results[0][3] == [VOCABULARY.cls_id, ids[0], *sep, *([ids[1], *sep] if is_pair else [])]
 
 
 @pytest.mark.parametrize(
-    ("name", "right", "said", "scores"),
+    ("name", "labels", "predicted", "scores"),
     [
         ("cola", ["0", "1", "1", "0"], ["0", "1", "1", "1"], {"matthews": 1 / 3**0.5}),
         ("mrpc", ["1", "1", "0"], ["1", "0", "0"], {"accuracy": 2 / 3, "f1": 2 / 3, "mean": 2 / 3}),
@@ -97,32 +99,32 @@ def test_both_forms_of_glue_mean_the_same(name: str):
         ("mnli", ["neutral", "neutral"], ["neutral", "entailment"], {"accuracy": 0.5}),
     ],
 )
-def test_scores_are_glue_s(name: str, right: list[Any], said: list[Any], scores: dict[str, float]):
+def test_scores_are_those_of_glue(name: str, labels: list[Any], predicted: list[Any], scores: dict[str, float]):
     task: Classification = make(name, [GLUE_ROWS[name][0]])
-    rows = [{**GLUE_ROWS[name][0], "label": label} for label in right]
+    rows = [{**GLUE_ROWS[name][0], "label": label} for label in labels]
     key = "score" if name == "stsb" else "label"
-    found = task.scores(task.read(rows, origin="here"), [{key: value} for value in said])
-    assert found == pytest.approx(scores)
-    assert task.metric in found
+    values = task.scores(task.read(rows, origin="here"), [{key: value} for value in predicted])
+    assert values == pytest.approx(scores)
+    assert task.metric in values
 
 
 @pytest.mark.parametrize("score", [float("nan"), "nan", "", None, "high", float("inf")])
-def test_a_score_that_is_no_number_is_refused(score: Any):
+def test_non_finite_score_raises(score: Any):
     row = GLUE_ROWS["stsb"][0]
     task = make("stsb", [row])
     with pytest.raises(ConfigError, match=r"row 2: the score in column label .* is not a finite number"):
         task.read([row, {**row, "label": score}], origin="here")
 
 
-def test_a_hidden_test_set_has_no_labels():
+def test_hidden_test_set_has_no_labels():
     task = make("sst2", [GLUE_ROWS["sst2"][0]])
     assert task.has_labels([{"sentence": "a", "label": "positive"}])
     for hidden in ({"sentence": "a", "label": None}, {"sentence": "a"}, {"sentence": "a", "label": -1}):
         assert not task.has_labels([hidden])
-        assert task.read([hidden], origin="here", labelled=False)[0].label is None
+        assert task.read([hidden], origin="here", labeled=False)[0].label is None
 
 
-def test_many_bad_rows_are_counted_and_a_single_class_is_refused():
+def test_many_invalid_rows_are_counted_and_single_class_raises():
     task = make("classification", [{"text": "a", "label": "x"}, {"text": "a", "label": "y"}])
     with pytest.raises(ConfigError, match=r"row 1(.|\n)*row 5(.|\n)*\.\.\. and 4 more rows"):
         task.read([{"text": "a", "label": "z"}] * 9, origin="here")
@@ -130,7 +132,7 @@ def test_many_bad_rows_are_counted_and_a_single_class_is_refused():
         make("classification", [{"text": "a", "label": "x"}])
 
 
-def test_columns_can_be_named():
+def test_columns_are_configurable():
     rows = [{"q": "a", "r": "the", "class": 0}, {"q": "a", "r": "the", "class": 1}]
     task = make("classification", rows, text="q", pair="r", label="class")
     assert [example.label for example in task.read(rows, origin="here")] == ["0", "1"]
@@ -139,15 +141,15 @@ def test_columns_can_be_named():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_longer_text_loses_its_end(seed: int):
+def test_truncate_equals_token_by_token_truncation(seed: int):
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 12, (2,), generator=draw).tolist()
     parts, room = [list(range(n)) for n in lengths], int(torch.randint(2, 15, (), generator=draw))
     expected = [list(part) for part in parts]
-    while sum(map(len, expected)) > room:  # one by one; of equals the second
+    while sum(map(len, expected)) > room:  # token by token; the second for equal lengths
         (expected[0] if len(expected[0]) > len(expected[1]) else expected[1]).pop()
-    assert fit(parts, room=room) == expected
-    assert fit(parts[:1], room=room) == [parts[0][:room]]
+    assert truncate(parts, room=room) == expected
+    assert truncate(parts[:1], room=room) == [parts[0][:room]]
 
 
 # --------------------------------------------------------------------------------------------------------------- spans
@@ -163,17 +165,18 @@ def squad_row(question: str, passage: str, answer: str | None, id: str = "q") ->
 LONG = squad_row("who swims?", "the tree stands. " * 6 + "a red fish swims. " + "the bird flies. " * 4, "red fish")
 
 
-def test_windows_overlap_cover_the_passage_and_mark_the_answer():
+def test_windows_overlap_cover_passage_and_mark_answer():
     task: Spans = make("squad1", [LONG], max_tokens=24, stride=8)
     examples = task.read([LONG], origin="here")
     windows = task.features(examples, training=True)
     assert len(windows) > 2
-    covered = sorted({place for window in windows for place in window.places})
+    covered = sorted({offsets for window in windows for offsets in window.offsets})
     assert covered == sorted(VOCABULARY.encode_with_offsets([LONG["context"]])[0][1])
     for window in windows:
         assert len(window.encoded.ids) <= 24
         if window.end:
-            start, stop = window.places[window.start - window.first][0], window.places[window.end - window.first][1]
+            start = window.offsets[window.start - window.first][0]
+            stop = window.offsets[window.end - window.first][1]
             assert LONG["context"][start:stop] == "red fish"
             words = [VOCABULARY.token(id) for id in window.encoded.ids[window.start : window.end + 1]]
             assert words == ["red", "fish"]
@@ -182,7 +185,7 @@ def test_windows_overlap_cover_the_passage_and_mark_the_answer():
     assert not task.notes()
 
 
-def test_an_answer_in_no_window_is_told():
+def test_answer_in_no_window_is_noted():
     row = squad_row("who?", "the tree stands. a red fish swims.", "tree stands. a red fish swims.")
     task: Spans = make("squad1", [row], max_tokens=12, stride=2)
     task.features(task.read([row], origin="here"), training=True)
@@ -190,87 +193,92 @@ def test_an_answer_in_no_window_is_told():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_best_span_is_that_of_all_pairs(seed: int):
+def test_best_span_equals_exhaustive_search(seed: int):
     scores_2T = torch.randn(2, 15, generator=torch.Generator().manual_seed(seed))
-    first, stop, longest = 4, 14, 3
-    pairs = [(i, j) for i, j in itertools.product(range(first, stop), repeat=2) if i <= j < i + longest]
+    first, stop, max_length = 4, 14, 3
+    pairs = [(i, j) for i, j in itertools.product(range(first, stop), repeat=2) if i <= j < i + max_length]
     best = max(pairs, key=lambda pair: float(scores_2T[0, pair[0]] + scores_2T[1, pair[1]]))
-    found = best_span(scores_2T, first=first, stop=stop, longest=longest)
-    assert found.span == (best[0] - first, best[1] - first)
-    assert found.score == pytest.approx(float(scores_2T[0, best[0]] + scores_2T[1, best[1]]))
-    assert found.null == pytest.approx(float(scores_2T[:, 0].sum()))
+    prediction = best_span(scores_2T, first=first, stop=stop, max_length=max_length)
+    assert prediction.span == (best[0] - first, best[1] - first)
+    assert prediction.score == pytest.approx(float(scores_2T[0, best[0]] + scores_2T[1, best[1]]))
+    assert prediction.null_score == pytest.approx(float(scores_2T[:, 0].sum()))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answers": {"text": ["blue"], "answer_start": [0]}}, "the answer 'blue' does not stand at character 0"),
+        ({"answers": {"text": ["blue"], "answer_start": [0]}}, "the answer 'blue' is not at character 0"),
         ({"answers": ["blue"]}, "must be an object with the lists text and answer_start"),
         ({"answers": {"text": "blue", "answer_start": 4}}, "must be an object with the lists text and answer_start"),
-        ({"answers": {"text": ["the"], "answer_start": ["0"]}}, "the answer 'the' does not stand at character 0"),
-        ({"answers": {"text": ["the"], "answer_start": [-len(LONG["context"])]}}, "the answer 'the' does not stand at"),
-        ({"answers": {"text": ["the"], "answer_start": []}}, "1 answers with 0 places"),
+        ({"answers": {"text": ["the"], "answer_start": ["0"]}}, "the answer 'the' is not at character 0"),
+        (
+            {"answers": {"text": ["the"], "answer_start": [-len(LONG["context"])]}},
+            "the answer 'the' is not at character",
+        ),
+        ({"answers": {"text": ["the"], "answer_start": []}}, "1 answers with 0 offsets"),
         ({"answers": {"text": [], "answer_start": []}}, "no answer, and every question of the training split had one"),
         ({"question": ""}, "column question holds no text"),
     ],
 )
-def test_spans_that_do_not_fit_their_passage_are_refused(change: dict[str, Any], message: str):
+def test_invalid_answer_raises(change: dict[str, Any], message: str):
     task = make("squad1", [LONG])
     with pytest.raises(ConfigError, match=f"here, row 1: .*{message}"):
         task.read([{**LONG, **change}], origin="here")
 
 
 def squad_rows(count: int) -> list[dict[str, Any]]:
-    """Who does what? The passage tells, or tells of something else; the answer is at every place of it."""
+    """Questions "who VERB ?": the passage has the answer at varying positions, or no answer."""
     facts = [("fish", "swims"), ("bird", "flies"), ("tree", "stands")]
     rows = []
     for number in range(count):
         _, verb = facts[number % 3]
-        told = [facts[(number + k) % 3] for k in range(3 if number % 4 else 2)]
-        order = [told[(k + number // 3) % len(told)] for k in range(len(told))]
+        shown = [facts[(number + k) % 3] for k in range(3 if number % 4 else 2)]
+        order = [shown[(k + number // 3) % len(shown)] for k in range(len(shown))]
         passage = " ".join(f"the {subject} {does} ." for subject, does in order)
-        hidden = ("the " + facts[number % 3][0]) if number % 4 or number % 8 else None
-        if hidden is None:
+        answer = ("the " + facts[number % 3][0]) if number % 4 or number % 8 else None
+        if answer is None:
             passage = " ".join(f"the {subject} {does} ." for subject, does in order if does != verb)
-        rows.append(squad_row(f"who {verb} ?", passage, hidden, id=str(number)))
+        rows.append(squad_row(f"who {verb} ?", passage, answer, id=str(number)))
     return rows
 
 
-def learn(wanted: FinetuneConfig) -> tuple[list[FinetuneRun], dict[str, Any]]:
+def learn(settings: FinetuneConfig) -> tuple[list[FinetuneRun], dict[str, Any]]:
     from pmlm_dist.downstream.evaluate import evaluate_saved
     from pmlm_dist.downstream.finetune import finetune
 
-    trials = finetune(wanted)
-    again = evaluate_saved(EvaluateConfig(wanted.output, ds_config=wanted.ds_config))
-    return trials, {name: found.scores for name, found in again.items()}
+    runs = finetune(settings)
+    evaluations = evaluate_saved(EvaluateConfig(settings.output, ds_config=settings.ds_config))
+    return runs, {name: evaluation.scores for name, evaluation in evaluations.items()}
 
 
 @pytest.mark.distributed
-def test_spans_with_and_without_answer_are_learned(tmp_path: Path):
+def test_finetuning_learns_spans_and_unanswerable_questions(tmp_path: Path):
     model = write_model(tmp_path / "model")
     for split, rows in {"train": squad_rows(48), "validation": squad_rows(24)}.items():
         write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
     recipe = Recipe(lr=5e-3, batch=8, epochs=25, dropout=0.0)
-    wanted = config(model, tmp_path / "data", tmp_path / "out", task="squad2", recipe=recipe, evaluate_every=50)
-    wanted = wanted.__class__(**{**vars(wanted), "inputs": InputConfig(max_tokens=16, stride=4)})
-    ((trials, again),) = run_world(learn, 1, wanted)
-    scores = trials[0].scores["validation"]
-    assert scores == again["validation"]
+    inputs = InputConfig(max_tokens=16, stride=4)
+    finetuning = config(
+        model, tmp_path / "data", tmp_path / "out", task="squad2", recipe=recipe, inputs=inputs, evaluate_every=50
+    )
+    ((runs, evaluated),) = run_world(learn, 1, finetuning)
+    scores = runs[0].scores["validation"]
+    assert scores == evaluated["validation"]
     assert scores["no_answer_exact"] > 60
     assert scores["has_answer_exact"] > 60
 
 
 @pytest.mark.distributed
-def test_a_score_is_learned(tmp_path: Path):
+def test_finetuning_learns_regression(tmp_path: Path):
     model = write_model(tmp_path / "model")
     rows = [
         {"sentence1": f"the {a}", "sentence2": f"the {b}", "label": 5.0 * ("fish", "bird", "tree").index(b) / 2}
         for a, b in itertools.product(("fish", "bird", "tree"), repeat=2)
     ]
     write_jsonl(tmp_path / "data" / "train.jsonl", rows * 2)
-    write_jsonl(tmp_path / "data" / "validation.jsonl", rows)  # each once: the ranks of equal ones are rounding's
+    write_jsonl(tmp_path / "data" / "validation.jsonl", rows)  # no duplicates: rounding would decide their ranks
     recipe = Recipe(lr=2e-3, batch=6, epochs=40, dropout=0.0)
-    wanted = config(model, tmp_path / "data", tmp_path / "out", task="stsb", recipe=recipe, evaluate_every=60)
-    ((trials, again),) = run_world(learn, 1, wanted)
-    assert trials[0].scores["validation"]["pearson"] > 0.8
-    assert again["validation"] == pytest.approx(trials[0].scores["validation"], rel=1e-4)  # other micro-batches
+    finetuning = config(model, tmp_path / "data", tmp_path / "out", task="stsb", recipe=recipe, evaluate_every=60)
+    ((runs, evaluated),) = run_world(learn, 1, finetuning)
+    assert runs[0].scores["validation"]["pearson"] > 0.8
+    assert evaluated["validation"] == pytest.approx(runs[0].scores["validation"], rel=1e-4)  # other micro-batches

@@ -1,0 +1,14 @@
+"""Fixtures for the tests of commands; treat them as read-only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.small_tasks import write_model
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with random weights."""
+    return write_model(tmp_path_factory.mktemp("model") / "weights")
