@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pmlm_dist.checkpoint.initial_weights import COMPUTED, flag_of
+from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS, flag_of
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.conversion.files import (
     CONFIG,
@@ -63,7 +63,7 @@ def _numel(tensor: Any) -> int:
 def needed_flags(model: ModelConfig) -> list[str]:
     """The settings of a run of `model` that differ from the base preset's."""
     default = ModelConfig()
-    names = [name for name in COMPUTED if name != "vocab_size"]
+    names = [name for name in ARCHITECTURE_SETTINGS if name != "vocab_size"]
     return [flag_of(name, getattr(model, name)) for name in names if getattr(model, name) != getattr(default, name)]
 
 

@@ -30,7 +30,7 @@ from pmlm_dist.checkpoint.files import (
 )
 from pmlm_dist.checkpoint.folder import IMPORTED, CheckpointFolder, newest_valid_at
 from pmlm_dist.checkpoint.fragments import Fragment
-from pmlm_dist.checkpoint.initial_weights import COMPUTED
+from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, own_shapes
 from pmlm_dist.model.task_model import TASK_HEAD
@@ -138,7 +138,7 @@ def open_pretrained(path: Path, *, vocabulary: Path | None = None) -> Pretrained
 
 def _model_settings(saved: Any, folder: Path) -> ModelConfig:
     names = {item.name for item in fields(ModelConfig)}
-    if not isinstance(saved, dict) or not set(COMPUTED) <= saved.keys() <= names:
+    if not isinstance(saved, dict) or not set(ARCHITECTURE_SETTINGS) <= saved.keys() <= names:
         raise ConfigError([f"{folder}: {STATE} does not say which model it is of, as this release writes it"])
     return ModelConfig(**saved)
 
