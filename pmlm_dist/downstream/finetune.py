@@ -502,10 +502,10 @@ class FinetuneLoop:
             self.state,
             self.folder,
             log,
-            about={"identity": _identity(learner), "configuration": _configuration(learner)},
+            metadata={"identity": _identity(learner), "configuration": _configuration(learner)},
             timeout_s=_SAVE_TIMEOUT_S,
-            limit=stop.deadline,
-            alive=heartbeat.beat,
+            deadline=stop.deadline,
+            on_wait=heartbeat.beat,
             attempt=self.attempt.lease.attempt,
         )
         check_replicas(module_of(self.engine), session.topology)

@@ -1,6 +1,5 @@
 """What must hold across ranks, checked while training, and what happens to a step whose numbers are not finite.
 
-    check_engine     DeepSpeed knows which ranks are data-parallel
     check_batches    tensor-parallel peers read the same batch, data-parallel ranks different samples
     check_replicas   parameters that several ranks hold are equal bit for bit
     find_causes      which rank's losses, activations, gradients or weights were not finite in a step
@@ -35,15 +34,6 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 class GuardError(RuntimeError):
     """Ranks do not agree on what they must hold in common: going on would train another model than the one wanted."""
-
-
-def check_engine(averages_over: int | None, topology: Topology) -> None:
-    """Compare the number of ranks that an engine averages gradients over with the data-parallel ones."""
-    if averages_over != topology.dp:
-        raise GuardError(
-            f"DeepSpeed averages gradients over {averages_over} ranks, but {topology.dp} are data-parallel (tensor-"
-            f"parallel size {topology.tp}): it was not given the groups (mpu) of this topology"
-        )
 
 
 def check_batches(micro_batches: Sequence[Batch], topology: Topology) -> None:

@@ -114,15 +114,15 @@ def _pretrain(
         if newest is None and config.init is not None:
             log.info(f"weights: from {load_initial_weights(engine_state, config.init)}")
         _announce(run, engine, state, log)
-        about = {"identity": run.identity(), "configuration": run.configuration()}
+        metadata = {"identity": run.identity(), "configuration": run.configuration()}
         checkpointer = AsyncCheckpointer(
             engine_state,
             folder,
             log,
-            about=about,
+            metadata=metadata,
             timeout_s=train.save_timeout_s,
-            limit=signals.deadline,
-            alive=heartbeat.beat,
+            deadline=signals.deadline,
+            on_wait=heartbeat.beat,
             attempt=lease.attempt,
         )
         accounts.started(state.step)

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pmlm_dist.config import ObjectiveConfig
 from pmlm_dist.data.batch import Batch
+from pmlm_dist.metrics.run_log import Validation
 from pmlm_dist.objectives import NUM_COUNTS, OBJECTIVES, LossMeans, LossSums, loss_sums, target_weights
 from pmlm_dist.parallel.cross_entropy import vocab_parallel_argmax
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.vocab import Vocabulary
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Means over the held-out samples, and some of them filled in (Markdown, one text a sample)."""
-
-    means: LossMeans
-    fill_ins: list[str]
 
 
 @torch.no_grad()
