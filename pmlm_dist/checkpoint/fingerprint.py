@@ -63,8 +63,8 @@ def fingerprint_differences(saved: dict[str, Any], now: dict[str, Any], *, preci
         for name, was in before.items():
             if not abs(was - after[name]) <= tolerance * before["std"]:  # negated, so that NaN is reported
                 problems.append(
-                    f"{name} of the {objective} logits was {was:.6g} when the checkpoint was saved and is {after[name]:.6g} "
-                    f"now (tolerance {tolerance:g} standard deviations)"
+                    f"{name} of the {objective} logits was {was:.6g} when the checkpoint was saved, is "
+                    f"{after[name]:.6g} now (tolerance {tolerance:g} standard deviations)"
                 )
     return problems
 

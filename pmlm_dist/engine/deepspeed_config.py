@@ -248,14 +248,14 @@ def _checkpoint_problems(raw: dict[str, Any]) -> list[str]:
         value = _setting(raw, f"zero_optimization.{name}")
         if value not in (None, -1):
             problems.append(
-                f"zero_optimization.{name} ({value}) partitions weights in a way that checkpoints do not support: remove it"
+                f"zero_optimization.{name} ({value}) partitions weights as no checkpoint supports: remove it"
             )
     return problems
 
 
 def _nonfinite_problems(raw: dict[str, Any]) -> list[str]:
     return [
-        f"{name} ({json.dumps(value)}) hides whether a gradient is finite; a step whose gradient is not is skipped: remove it"
+        f"{name} ({json.dumps(value)}) hides a gradient that is not finite, whose step must be skipped: remove it"
         for name, value in _HIDES_NONFINITE.items()
         if _setting(raw, name) == value
     ]

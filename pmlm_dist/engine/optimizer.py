@@ -26,7 +26,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 
 
 def learning_rate(step: int, *, steps: int, optim: OptimConfig) -> float:
-    """Return the learning rate of update `step` (1 is the first): linear warmup to the peak, then linear decay to zero."""
+    """Return the learning rate of update `step`, counted from 1: linear warmup to the peak, linear decay to zero."""
     warm_up = step / max(1, optim.warmup_steps)
     decay = (steps - step + 1) / (steps - optim.warmup_steps)
     return optim.peak_lr * max(0.0, min(1.0, warm_up, decay))
