@@ -16,22 +16,23 @@ from typing import BinaryIO
 
 
 def write_atomically(path: Path, data: str | bytes, *, durable: bool = True) -> None:
-    """Replace the file `path` by `data` (text as UTF-8).
+    """Replace the contents of the file `path` by `data` (text as UTF-8).
 
-    `durable`: the contents and the name are on the disk on return, so that they survive a power failure. Raises
-    OSError, in which case `path` is unchanged and no temporary file is left.
+    `durable`: contents and name are on the disk on return and survive a power failure. On OSError `path` is unchanged
+    and no temporary file is left.
     """
     with open_atomically(path, durable=durable) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextmanager
-def open_atomically(path: Path, *, durable: bool = True, replace: bool = True) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends, and vanishes when it raises; see `write_atomically`.
+def open_atomically(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a binary file that replaces `path` when the block ends, and is removed when the block raises.
 
-    `replace=False`: raise FileExistsError if `path` exists at that moment.
+    `durable` as for `write_atomically`.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")  # not the process id: nodes share folders
+    # A random name: process ids repeat on the nodes that share a folder.
+    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
             yield file
@@ -51,7 +52,7 @@ def open_atomically(path: Path, *, durable: bool = True, replace: bool = True) -
 
 
 def fsync_folder(folder: Path) -> None:
-    """Write the names in `folder` to the disk."""
+    """Flush the file names of `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,20 +1,19 @@
-"""Saving while the training goes on.
+"""Asynchronous saving: training continues while a background thread writes.
 
-    training            save | forward, backward | update | ...                              | next save
-                          |                      ^ waits until copied                        ^ waits until written
-    writer, each rank     +-> copy to host memory -> write, flush, read back -> rank-i.done
-    writer, rank 0                                      all done -> manifest, name, `latest` -> old ones go
+    training             save | forward, backward | update | ...                              | next save
+                           |                      ^ waits until copied                        ^ waits until written
+    thread, each rank      +-> copy to host memory -> write, flush, read back -> rank-i.done
+    thread, rank 0                                       all done -> manifest, rename, `latest` -> retention
 
-Weights and moments change in the optimizer's update alone, so they are copied while the next forward and backward
-passes run. Ranks tell rank 0 that they are done by small files, so no collective runs outside the training's own
-thread and any shared file system will do. A write that fails on any rank costs this checkpoint and nothing else.
+Weights and moments change only in the optimizer's update, so the copy overlaps the next forward and backward passes.
+Ranks report to rank 0 by small files. No collective runs outside the training thread, and any shared file system
+suffices. A write that fails on any rank costs this checkpoint alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
 import secrets
 import shutil
 import threading
@@ -38,7 +37,7 @@ from pmlm_dist.checkpoint.files import (
     write_numbers,
 )
 from pmlm_dist.checkpoint.folder import CheckpointFolder
-from pmlm_dist.checkpoint.resume import RunState, describe
+from pmlm_dist.checkpoint.resume import RunState, progress_metadata
 from pmlm_dist.config import raise_if_any
 from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.parallel.groups import Topology
@@ -51,13 +50,13 @@ _LATE = "it took longer than --train.save-timeout-s, or than a signal to stop le
 
 
 class AsyncCheckpointer:
-    """Saves one engine's checkpoints into one folder; made, and told what to do, by every rank alike.
+    """Saves the checkpoints of one engine into one folder; constructed and called by every rank alike.
 
-    Raises `ConfigError` on every rank when rank 0 cannot write there, or another rank does not see what it writes.
-    `about`: what `state.json` says of the run (identity, configuration). `timeout_s`: a checkpoint that is not written
-    by then is given up; so is one that is not when `limit()` (`time.monotonic`) is past, which may come nearer.
-    `alive` is called again and again while the training waits for a checkpoint. `life`: name of this start of the run,
-    the same on all ranks; drawn when there is none.
+    `metadata`: the run's part of `state.json` (identity, configuration). `timeout_s`: time limit of one checkpoint.
+    `deadline`: a second limit as a `time.monotonic` value; it is polled, since a stop signal moves it closer. `on_wait`
+    is called at every poll while training waits for a checkpoint. `attempt`: name of this attempt of the run, the same
+    on all ranks; random if None. Raises `ConfigError` on every rank when rank 0 cannot write into the folder, or
+    another rank does not see its files.
     """
 
     def __init__(
@@ -66,20 +65,20 @@ class AsyncCheckpointer:
         folder: CheckpointFolder,
         log: RunLog,
         *,
-        about: dict[str, Any],
+        metadata: dict[str, Any],
         timeout_s: float,
-        limit: Callable[[], float] = lambda: math.inf,
-        alive: Callable[[], None] = lambda: None,
+        deadline: Callable[[], float] = lambda: math.inf,
+        on_wait: Callable[[], None] = lambda: None,
         attempt: str | None = None,
     ):
         self.failures = 0
         self.stalled_s = 0.0
-        """Seconds that the training has stood still for saving."""
+        """Seconds for which training has waited for saving."""
         self._engine, self._folder, self._log = engine, folder, log
-        self._about, self._timeout_s, self._limit, self._alive = about, timeout_s, limit, alive
+        self._metadata, self._timeout_s, self._deadline, self._on_wait = metadata, timeout_s, deadline, on_wait
         self._memory = StagingBuffer(engine.topology.device)
         self._writer: SaveThread | None = None
-        self._life = _begin_life(folder, engine.topology, attempt=attempt or secrets.token_hex(4))
+        self._attempt = _start_attempt(folder, engine.topology, attempt=attempt or secrets.token_hex(4))
         engine.before_optimizer_step(self._wait_until_copied)
 
     @property
@@ -87,24 +86,24 @@ class AsyncCheckpointer:
         """The newest checkpoint that has been written."""
         return next(reversed(self._folder.steps()), None)
 
-    def save(self, state: RunState, **facts: Any) -> None:
-        """Start to save `state`; waits until the last checkpoint is written, or has failed.
+    def save(self, state: RunState, **extra: Any) -> None:
+        """Start saving `state`; waits first until the previous checkpoint is written or has failed.
 
-        `facts`: what `state.json` says besides, as JSON values.
+        `extra`: further fields of `state.json`, as JSON values.
         """
         with self._stalled():
-            self._settle()
-            document = {**describe(self._engine, state), **self._about, **facts, "written_at": time.time()}
+            self._finish_previous()
+            document = {**progress_metadata(self._engine, state), **self._metadata, **extra, "written_at": time.time()}
             self._writer = SaveThread(
                 SaveRequest(
                     step=state.step,
                     folder=self._folder,
-                    temporary=self._folder.temporary(state.step, attempt=self._life),
+                    temporary=self._folder.temporary(state.step, attempt=self._attempt),
                     rank=self._engine.topology.rank,
                     ranks=self._engine.topology.world_size,
                     document=document,
-                    deadline=time.monotonic() + self._timeout_s,
-                    limit=self._limit,
+                    timeout_at=time.monotonic() + self._timeout_s,
+                    deadline=self._deadline,
                 ),
                 self._engine,
                 self._memory,
@@ -112,34 +111,34 @@ class AsyncCheckpointer:
             self._writer.start()
 
     def log_finished(self) -> None:
-        """Say what became of the last checkpoint, once that is known. To be called after every step; never waits."""
+        """Log the result of the last checkpoint once it is known. Called after every step; never waits."""
         writer = self._writer
-        if writer is None or writer.reported or (outcome := writer.state()) == _BUSY:
+        if writer is None or writer.reported or (status := writer.status()) == _BUSY:
             return
         writer.reported = True
         if writer.error is not None:
             raise writer.error
         if writer.path is not None:
             self._log.info(f"checkpoint: {writer.path}" + (f"; warning: {writer.problem}" if writer.problem else ""))
-        elif outcome:
-            self._report_failure(writer.order.step, outcome)
+        elif status:
+            self._report_failure(writer.request.step, status)
 
     def wait(self) -> bool:
-        """Wait until the last checkpoint is written; whether it could be."""
-        self._settle()
+        """Wait until the last checkpoint is written or has failed; return True unless it failed."""
+        self._finish_previous()
         return self._writer is None or not self._writer.failed_anywhere
 
     def close(self) -> None:
-        """Wait until the last checkpoint is written. Raises RuntimeError when it could not be."""
+        """Wait until the last checkpoint is written. Raises RuntimeError when it failed."""
         if not self.wait():
             assert self._writer is not None
             raise RuntimeError(
-                f"the last checkpoint, of step {self._writer.order.step}, could not be written (see above): make room, "
-                "then start the run again"
+                f"the last checkpoint, of step {self._writer.request.step}, could not be written (see above): make "
+                "room, then start the run again"
             )
 
     def abandon(self) -> None:
-        """Give a checkpoint that is being written a few seconds to get done: this process ends before its time."""
+        """Wait a few seconds at most for a checkpoint being written: the process is about to exit on an error."""
         if self._writer is not None:
             self._writer.join(_GRACE_S)
 
@@ -147,26 +146,28 @@ class AsyncCheckpointer:
         self.failures += 1
         self._log.failed_checkpoints(self.failures, step=step)
         self._log.info(
-            f"warning: the checkpoint of step {step} was not written ({problem}); the training goes on, the one before "
-            f"stands; {self.failures} failed since this run was started"
+            f"warning: the checkpoint of step {step} was not written ({problem}); training continues, the previous "
+            f"checkpoint is kept; {self.failures} failed since this attempt started"
         )
 
-    def _settle(self) -> None:
+    def _finish_previous(self) -> None:
         """Wait, on all ranks together, until the last checkpoint is written or has failed.
 
-        No rank waits for another inside a collective for longer than a poll: a slow disk must not end the run.
+        Ranks poll with short collectives. A rank that blocked in one until its disk is done would let the other ranks
+        run into the collective timeout, and a slow disk must not end the run.
         """
         writer, topology = self._writer, self._engine.topology
-        if writer is None or writer.settled:
+        if writer is None or writer.finished:
             return
-        while _BUSY in (states := topology.all_gather_object(writer.state())):
-            problems = {rank: state for rank, state in enumerate(states) if state not in ("", _BUSY)}
+        while _BUSY in (statuses := topology.all_gather_object(writer.status())):
+            problems = {rank: status for rank, status in enumerate(statuses) if status not in ("", _BUSY)}
             if problems:
-                writer.give_up(problems)
-            self._alive()
+                writer.set_failed_ranks(problems)
+            self._on_wait()
             time.sleep(_POLL_S)
-        writer.settled, writer.failed_anywhere = True, states[0] != ""
-        if writer.is_alive():  # past its time and still at it: leave it its copy, and never its name to what it writes
+        # Rank 0 decides: it alone commits, and reports success only after the commit.
+        writer.finished, writer.failed_anywhere = True, statuses[0] != ""
+        if writer.is_alive():  # timed out but still running: it keeps its buffer and must never commit
             writer.abandoned = True
             self._memory = StagingBuffer(topology.device)
         self.log_finished()
@@ -183,8 +184,8 @@ class AsyncCheckpointer:
         self.stalled_s += time.perf_counter() - start
 
 
-def _begin_life(folder: CheckpointFolder, topology: Topology, *, attempt: str) -> str:
-    """A name for this start of the run, once nothing of earlier ones is left and all ranks have seen a first sign."""
+def _start_attempt(folder: CheckpointFolder, topology: Topology, *, attempt: str) -> str:
+    """Clean up after earlier attempts and verify that all ranks share `folder`; return the attempt's name."""
     problems: list[str] = []
     if topology.is_rank_zero:
         try:
@@ -210,7 +211,7 @@ def _begin_life(folder: CheckpointFolder, topology: Topology, *, attempt: str) -
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """One checkpoint to be written, as one rank sees it."""
+    """One checkpoint to write, from the view of one rank."""
 
     step: int
     folder: CheckpointFolder
@@ -219,134 +220,139 @@ class SaveRequest:
     ranks: int
     document: dict[str, Any]
     """Content of `state.json`; rank 0 writes it."""
-    deadline: float
-    limit: Callable[[], float]
+    timeout_at: float
+    """`time.monotonic` at which the time limit of a checkpoint expires."""
+    deadline: Callable[[], float]
+    """Second limit, which a stop signal moves closer."""
 
     def is_late(self, *, slack_s: float = 0.0) -> bool:
-        """Whether the time to write it is over, and `slack_s` seconds more."""
-        return time.monotonic() > min(self.deadline, self.limit()) + slack_s
+        """Whether either limit passed more than `slack_s` seconds ago."""
+        return time.monotonic() > min(self.timeout_at, self.deadline()) + slack_s
 
 
 class SaveThread(threading.Thread):
-    """Writes this rank's part of one checkpoint; rank 0's then makes the checkpoint of all parts."""
+    """Writes this rank's part of one checkpoint; on rank 0 also collects the other parts and commits."""
 
-    def __init__(self, order: SaveRequest, engine: EngineState, memory: StagingBuffer):
-        super().__init__(name=f"checkpoint of step {order.step}", daemon=True)
-        self.order = order
+    def __init__(self, request: SaveRequest, engine: EngineState, memory: StagingBuffer):
+        super().__init__(name=f"checkpoint of step {request.step}", daemon=True)
+        self.request = request
         self.copied = threading.Event()
         self.path: Path | None = None
+        """Committed checkpoint, on rank 0."""
         self.problem: str | None = None
+        """Failure that costs this checkpoint alone; with `path`, one of retention."""
         self.error: BaseException | None = None
-        self.reported = self.settled = self.failed_anywhere = self.abandoned = False
+        """Error of the program, to be raised in the training thread."""
+        self.reported = self.finished = self.failed_anywhere = self.abandoned = False
         self._engine, self._memory = engine, memory
-        self._ready = _mark(engine.topology.device)
-        self._given_up: dict[int, str] = {}
+        self._ready = _record_event(engine.topology.device)
+        self._failed_ranks: dict[int, str] = {}
 
-    def state(self) -> str:
-        """`busy`, or what went wrong, or nothing when all is done."""
+    def status(self) -> str:
+        """Return `busy`, the problem of a failure, or "" after success."""
         if self.is_alive():
-            return _LATE if self.order.is_late(slack_s=2 * _POLL_S) else _BUSY
+            # With slack, so that a rank 0 about to time out by itself can still remove the folder.
+            return _LATE if self.request.is_late(slack_s=2 * _POLL_S) else _BUSY
         if self.error is not None:
             return repr(self.error)
         return "" if self.path is not None or self.problem is None else self.problem
 
-    def give_up(self, problems: dict[int, str]) -> None:
-        """Tell that other ranks have failed, and how: there is no need to wait for their word."""
-        self._given_up = problems
+    def set_failed_ranks(self, problems: dict[int, str]) -> None:
+        """Pass on the problems of ranks that have failed, by rank: rank 0 stops waiting for their files."""
+        self._failed_ranks = problems
 
     def run(self) -> None:
-        """Copy, write, and on rank 0 collect and commit. What fails is kept for the training's thread to report."""
+        """Copy, write, and on rank 0 collect and commit. Failures are kept for the training thread to report."""
         try:
             try:
-                pieces = self._engine.fragments_to_write()
-                self._memory.take(pieces, self._ready)
+                owned = self._engine.fragments_to_write()
+                self._memory.take(owned, self._ready)
             finally:
-                self.copied.set()
-            self._write(pieces)
+                self.copied.set()  # also after a failure: the next optimizer step waits for it
+            self._write(owned)
         except (OSError, CorruptCheckpoint) as error:
             self.problem = str(error)
-            self._withdraw()
-        except BaseException as error:  # a fault of the program: raised again where it ends the run
+            self._clean_up()
+        except BaseException as error:  # an error of the program: raised in the training thread, where it ends the run
             self.error = error
 
-    def _write(self, pieces: list[OwnedFragment]) -> None:
-        order = self.order
-        order.temporary.mkdir(parents=True, exist_ok=True)
-        fragments = [piece.fragment for piece in pieces]
-        written = write_numbers(order.temporary / rank_file(order.rank), fragments, self._memory.chunks())
-        if order.rank == 0:
-            self._complete(written)
+    def _write(self, owned: list[OwnedFragment]) -> None:
+        request = self.request
+        request.temporary.mkdir(parents=True, exist_ok=True)
+        fragments = [part.fragment for part in owned]
+        written = write_numbers(request.temporary / rank_file(request.rank), fragments, self._memory.chunks())
+        if request.rank == 0:
+            self._commit(written)
         else:
-            self._mark_done("done", asdict(written))
+            self._report_to_rank_zero("done", asdict(written))
 
-    def _complete(self, written: FileDigest) -> None:
-        order = self.order
-        files = {rank_file(0): written, STATE: write_json(order.temporary / STATE, order.document)}
-        for rank, word in self._wait_for_all_ranks().items():
-            if "sha256" not in word:
-                raise OSError(f"rank {rank}: {word['problem']}")
-            files[rank_file(rank)] = FileDigest(**word)
-            (order.temporary / f"{rank_file(rank)}.done").unlink()
-        if self.abandoned:
+    def _commit(self, written: FileDigest) -> None:
+        request = self.request
+        files = {rank_file(0): written, STATE: write_json(request.temporary / STATE, request.document)}
+        for rank, report in self._wait_for_all_ranks().items():
+            if "sha256" not in report:
+                raise OSError(f"rank {rank}: {report['problem']}")
+            files[rank_file(rank)] = FileDigest(**report)
+            (request.temporary / f"{rank_file(rank)}.done").unlink()
+        if self.abandoned:  # training has reported a failure meanwhile: committing now would contradict it
             raise OSError(_LATE)
-        self.path = order.folder.commit(order.step, order.temporary, files)
+        self.path = request.folder.commit(request.step, request.temporary, files)
         try:
-            order.folder.remove_old(self.path)
+            request.folder.remove_old(self.path)
         except OSError as error:
             self.problem = f"older checkpoints could not be removed ({error})"
 
-    def _withdraw(self) -> None:
-        """Leave nothing behind: a rank its own file, rank 0 the folder once all have told how they fared."""
-        order = self.order
+    def _clean_up(self) -> None:
+        """Remove partial files: a rank its own, rank 0 the folder after every rank has reported."""
+        request = self.request
         with contextlib.suppress(OSError):
-            (order.temporary / rank_file(order.rank)).unlink(missing_ok=True)
-        if order.rank == 0:
+            (request.temporary / rank_file(request.rank)).unlink(missing_ok=True)
+        if request.rank == 0:
             self._wait_for_all_ranks()
-            shutil.rmtree(order.temporary, ignore_errors=True)
+            shutil.rmtree(request.temporary, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
-                self._mark_done("failed", {"problem": self.problem})
+                self._report_to_rank_zero("failed", {"problem": self.problem})
 
-    def _mark_done(self, word: str, value: dict[str, Any]) -> None:
-        """Leave word for rank 0, in a file that is whole or not there."""
-        name = self.order.temporary / f"{rank_file(self.order.rank)}.{word}"
-        part = name.with_suffix(".part")
-        write_json(part, value)
-        os.replace(part, name)
+    def _report_to_rank_zero(self, outcome: str, report: dict[str, Any]) -> None:
+        # Atomic, not durable: rank 0 must not read half of it, but no later process reads it. An fsync of the folder
+        # would race with rank 0, which renames the folder as soon as it has all reports.
+        name = f"{rank_file(self.request.rank)}.{outcome}"
+        write_json(self.request.temporary / name, report, durable=False)
 
     def _wait_for_all_ranks(self) -> dict[int, dict[str, Any]]:
-        """What every other rank has told, or why it has not, by rank."""
-        heard: dict[int, dict[str, Any]] = {}
-        while len(heard) < self.order.ranks - 1:
-            is_late = self.order.is_late()
-            for rank in set(range(1, self.order.ranks)) - heard.keys():
-                word = self._wait_for_rank(rank)
-                if word is None and (is_late or rank in self._given_up):
-                    word = {"problem": self._given_up.get(rank, _LATE)}
-                if word is not None:
-                    heard[rank] = word
-            if len(heard) < self.order.ranks - 1:
+        """Return the report of every other rank by rank; for one that failed or is late, its problem."""
+        received: dict[int, dict[str, Any]] = {}
+        while len(received) < self.request.ranks - 1:
+            is_late = self.request.is_late()  # before the files are read: a report in time always counts
+            for rank in set(range(1, self.request.ranks)) - received.keys():
+                report = self._report_of(rank)
+                if report is None and (is_late or rank in self._failed_ranks):
+                    report = {"problem": self._failed_ranks.get(rank, _LATE)}
+                if report is not None:
+                    received[rank] = report
+            if len(received) < self.request.ranks - 1:
                 time.sleep(_POLL_S)
-        return heard
+        return received
 
-    def _wait_for_rank(self, rank: int) -> dict[str, Any] | None:
-        for word in ("done", "failed"):
-            path = self.order.temporary / f"{rank_file(rank)}.{word}"
+    def _report_of(self, rank: int) -> dict[str, Any] | None:
+        for outcome in ("done", "failed"):
+            path = self.request.temporary / f"{rank_file(rank)}.{outcome}"
             if path.exists():
                 return read_json(path)
         return None
 
 
 class StagingBuffer:
-    """One block of host memory that every save's copy is taken into; page-locked where the device is an accelerator."""
+    """Host memory for the copy of a checkpoint, reused by every save; page-locked if the device is an accelerator."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._block = torch.empty(0)
 
-    def take(self, pieces: list[OwnedFragment], ready: torch.cuda.Event | None) -> None:
-        """Copy the numbers of `pieces`, one piece after another, each with its kinds in order."""
-        sources = [numbers for piece in pieces for numbers in piece.numbers.values()]
+    def take(self, owned: list[OwnedFragment], ready: torch.cuda.Event | None) -> None:
+        """Copy the tensors of `owned` into one block, fragment by fragment, each with its kinds in order."""
+        sources = [tensor for part in owned for tensor in part.tensors.values()]
         size = sum(source.numel() for source in sources)
         if self._block.numel() != size:
             self._block = _allocate(size, pinned=self._device.type == "cuda")
@@ -354,6 +360,7 @@ class StagingBuffer:
         if ready is None:
             _copy(sources, targets)
             return
+        # A side stream: the copy starts after the work queued at `save`, and overlaps the work queued since.
         torch.cuda.set_device(self._device)
         stream = torch.cuda.Stream()
         stream.wait_event(ready)
@@ -362,15 +369,15 @@ class StagingBuffer:
         stream.synchronize()
 
     def chunks(self) -> Iterator[memoryview]:
-        """The bytes of the copy."""
-        numbers = self._block.view(torch.uint8).numpy().data
-        return (numbers[at : at + _CHUNK_BYTES] for at in range(0, numbers.nbytes, _CHUNK_BYTES))
+        """Yield the bytes of the copy."""
+        data = self._block.view(torch.uint8).numpy().data
+        return (data[start : start + _CHUNK_BYTES] for start in range(0, data.nbytes, _CHUNK_BYTES))
 
 
 def _allocate(size: int, *, pinned: bool) -> Tensor:
     try:
         return torch.empty(size, pin_memory=pinned)
-    except RuntimeError as error:  # torch has no exception of its own for host memory that is not there
+    except RuntimeError as error:  # torch has no exception of its own for missing host memory
         raise OSError(f"no host memory for a copy of {size * 4:,} bytes ({error})") from error
 
 
@@ -379,8 +386,8 @@ def _copy(sources: list[Tensor], targets: tuple[Tensor, ...]) -> None:
         target.copy_(source, non_blocking=True)
 
 
-def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """A mark in the accelerator's work: what was queued before it is what is to be copied."""
+def _record_event(device: torch.device) -> torch.cuda.Event | None:
+    """Record an event after the work queued so far on an accelerator: the state to copy."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()

@@ -1,12 +1,12 @@
-"""What a DeepSpeed engine holds, piece by piece: the only module that knows how ZeRO cuts it.
+"""State of a DeepSpeed engine as fragments: the only module that depends on ZeRO's partitioning.
 
-    parameter [tensor-parallel slice]     fp32 weight, exp_avg, exp_avg_sq of ...
-        stage 0                           the whole slice, on every data-parallel rank
-        stage 1, 2                        a run of it: parameters one after another, cut into equal partitions
-        stage 3                           a run of it: each parameter cut into equal partitions, the last one padded
+    parameter [tensor-parallel slice]     where a data-parallel rank holds fp32 master, exp_avg and exp_avg_sq
+        stage 0                           all of it, replicated on every rank
+        stage 1, 2                        its part of a flat group: parameters concatenated, cut into equal partitions
+        stage 3                           its partition of each parameter; the last partitions are padded
 
-Every piece is a run of the flat fp32 tensor that the optimizer updates, beside its moments in the optimizer's state.
-bf16 and fp16 weights are these masters rounded, so they are never stored but rounded again.
+Each fragment is a contiguous range of a flat fp32 master that the optimizer updates; the moments in the optimizer's
+state have the same layout. bf16 and fp16 weights are rounded masters: never saved, but cast again after loading.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.parallel.layers import is_sharded, sharded_dimension
 
 _VOCABULARY_TENSORS = ("embeddings.token.weight", "head.bias")
-"""Their first dimension is the vocabulary, padded."""
+"""Tensors whose first dimension is the padded vocabulary."""
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
-class _Run:
-    """`numel` numbers of a parameter [its slice, flat] from `start` on; they lie in a flat tensor from `at` on."""
+class _Range:
+    """`numel` elements of a parameter, from `start` of its flat slice, stored from `offset` of a flat master."""
 
     parameter: Tensor
     start: int
     numel: int
-    at: int
+    offset: int
 
 
 @dataclass(frozen=True)
 class OwnedFragment:
-    """A run of a tensor, and where its numbers of each kind (weight and moments) lie on this rank: fp32 [numel]."""
+    """A fragment, and views of its master and moments on this rank by kind: fp32 [numel] each."""
 
     fragment: Fragment
-    numbers: dict[str, Tensor]
+    tensors: dict[str, Tensor]
 
 
 class EngineState:
-    """The engine's weights, moments and counters, to be read and filled. Every rank makes one, after `build_engine`.
+    """Read and fill the weights, moments and counters of an engine. Every rank makes one, after `initialize_engine`.
 
-    Moments that do not exist before the first update are made here, as the optimizer would make them: zeros.
+    Moments do not exist before the first update; they are created here as the optimizer would: zeros.
     """
 
     def __init__(self, engine: DeepSpeedEngine, topology: Topology):
@@ -66,12 +66,12 @@ class EngineState:
         self._adam = engine.basic_optimizer
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self._layout = list(_layout(engine, topology))
-        for flat, _ in self._layout:
-            _make_moments(self._adam, flat)
+        for master, _ in self._layout:
+            _initialize_moments(self._adam, master)
 
     @property
     def precision(self) -> str:
-        """What the model computes with: `fp32`, `bf16` or `fp16`."""
+        """Precision of the model's weights and activations: `fp32`, `bf16` or `fp16`."""
         if self.engine.bfloat16_enabled():
             return "bf16"
         return "fp16" if self.engine.fp16_enabled() else "fp32"
@@ -79,20 +79,20 @@ class EngineState:
     # -------------------------------------------------------------------------------------------------------- reading
 
     def owned_fragments(self) -> list[OwnedFragment]:
-        """What this rank's optimizer updates."""
-        return [self._piece(flat, run, self._placement(run)) for flat, run in self._runs()]
+        """Return everything that this rank's optimizer updates."""
+        return [self._owned(master, part, self._fragment(part)) for master, part in self._ranges()]
 
     def fragments_to_write(self) -> list[OwnedFragment]:
-        """This rank's part of a checkpoint: what several ranks hold alike is divided evenly among them."""
+        """Return this rank's part of a checkpoint: replicated state is divided evenly among its replicas."""
         return [
-            self._piece(flat, run, share)
-            for flat, run in self._runs()
-            if (share := self._placement(run).share(*self._turn(run.parameter))) is not None
+            self._owned(master, part, share)
+            for master, part in self._ranges()
+            if (share := self._fragment(part).share(*self._replica(part.parameter))) is not None
         ]
 
     def counters(self) -> dict[str, Any]:
-        """The engine's counters, Adam's step and the loss scale: JSON values, equal on every rank."""
-        steps = {int(self._adam.state[flat]["step"]) for flat, _ in self._layout}
+        """Return the engine's counters, Adam's step and the loss scale as JSON values, equal on every rank."""
+        steps = {int(self._adam.state[master]["step"]) for master, _ in self._layout}
         assert len(steps) == 1, f"parameters have been updated {sorted(steps)} times"
         engine, scaler = self.engine, getattr(self._zero, "loss_scaler", None)
         return {
@@ -104,75 +104,75 @@ class EngineState:
         }
 
     def before_optimizer_step(self, callback: Callable[[], None]) -> None:
-        """Call `callback` before weights and moments change, in every step from now on."""
+        """Register `callback`, called in every step before weights and moments change."""
         self._adam.register_step_pre_hook(lambda *_: callback())
 
     # -------------------------------------------------------------------------------------------------------- filling
 
     def restore(self, reader: CheckpointReader, counters: dict[str, Any]) -> None:
-        """Fill weights, moments and counters; every rank must call. Settings of the optimizer stay as they are.
+        """Fill weights, moments and counters; every rank must call. Optimizer settings are not changed.
 
-        Raises `ConfigError` when the checkpoint is of another model.
+        Raises `ConfigError` when the checkpoint has other tensors than the model.
         """
         if not reader.has_moments:
-            raise ConfigError(["the checkpoint holds weights alone, no run can go on from it: start one with --init"])
+            raise ConfigError(
+                ["the checkpoint holds weights alone, no run can resume from it: start a new run with --init"]
+            )
         self._fill_from(reader, KINDS)
         self._restore_counters(counters)
 
     def load_weights(self, reader: CheckpointReader, *, fresh: str | None = None) -> None:
-        """Fill the weights alone, as for a run that is about to start; every rank must call.
+        """Fill the weights alone, for a run that starts at step 0; every rank must call.
 
-        Tensors whose names begin with `fresh` stay as they were drawn, whether the checkpoint has such or not. Raises
-        `ConfigError` when the checkpoint is of another model.
+        Tensors whose names begin with `fresh` keep their random initialization, even if the checkpoint has them.
+        Raises `ConfigError` when the checkpoint has other tensors than the model.
         """
         self._fill_from(reader, KINDS[:1], fresh=fresh)
 
     def _fill_from(self, reader: CheckpointReader, kinds: tuple[str, ...], *, fresh: str | None = None) -> None:
-        raise_if_any(self._misfits(reader, but=fresh))
-        _before_filling(self._zero)
-        for piece in self.owned_fragments():
-            for kind in () if fresh and piece.fragment.name.startswith(fresh) else kinds:
-                _fill(piece.numbers[kind], piece.fragment, kind, reader)
-        _round_weights(self._zero)
+        raise_if_any(self._mismatches(reader, ignored=fresh))
+        _partition_gathered_parameters(self._zero)
+        for owned in self.owned_fragments():
+            for kind in () if fresh and owned.fragment.name.startswith(fresh) else kinds:
+                _fill(owned.tensors[kind], owned.fragment, kind, reader)
+        _cast_masters_to_weights(self._zero)
 
     def _restore_counters(self, counters: dict[str, Any]) -> None:
-        for flat, _ in self._layout:
-            self._adam.state[flat]["step"] = _adam_step(self._adam, flat, counters["adam_step"])
+        for master, _ in self._layout:
+            self._adam.state[master]["step"] = _adam_step(self._adam, master, counters["adam_step"])
         engine, scaler = self.engine, getattr(self._zero, "loss_scaler", None)
         for name in ("global_steps", "global_samples", "skipped_steps"):
             setattr(engine, name, counters[name])
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-        saved = counters["loss_scale"]
-        if saved.keys() == {
-            name for name in _LOSS_SCALE if hasattr(scaler, name)
-        }:  # else fixed scale <-> dynamic scale
+        saved, present = counters["loss_scale"], {name for name in _LOSS_SCALE if hasattr(scaler, name)}
+        if saved.keys() == present:  # they differ after a change between fixed and dynamic loss scale
             for name, value in saved.items():
                 setattr(scaler, name, value)
 
-    def _misfits(self, reader: CheckpointReader, *, but: str | None = None) -> list[str]:
-        saved, mine = reader.tensors, {name: self._whole(p) for name, p in self.model.named_parameters()}
-        if but:
-            saved, mine = ({n: w for n, w in whole.items() if not n.startswith(but)} for whole in (saved, mine))
-        found = [f"the checkpoint has no {name}" for name in mine if name not in saved]
-        found += [f"the checkpoint has {name}, the model has not" for name in saved if name not in mine]
-        for name in mine.keys() & saved.keys():
-            (was, rows), (now, rows_now) = ((w.shape, w.used_rows) for w in (saved[name], mine[name]))
-            if was[1:] != now[1:] or rows != rows_now:
-                found.append(f"{name} has shape {list(was)} in the checkpoint and {list(now)} in the model")
-        return sorted(found)
+    def _mismatches(self, reader: CheckpointReader, *, ignored: str | None = None) -> list[str]:
+        saved, own = reader.tensors, {name: self._whole(p) for name, p in self.model.named_parameters()}
+        if ignored:
+            saved, own = ({n: w for n, w in tensors.items() if not n.startswith(ignored)} for tensors in (saved, own))
+        problems = [f"the checkpoint has no {name}" for name in own if name not in saved]
+        problems += [f"the checkpoint has {name}, the model has not" for name in saved if name not in own]
+        for name in own.keys() & saved.keys():
+            (was, rows), (now, rows_now) = ((w.shape, w.used_rows) for w in (saved[name], own[name]))
+            if was[1:] != now[1:] or rows != rows_now:  # not was[0] != now[0]: the padding depends on the topology
+                problems.append(f"{name} has shape {list(was)} in the checkpoint and {list(now)} in the model")
+        return sorted(problems)
 
-    # --------------------------------------------------------------------------------------------------------- places
+    # ------------------------------------------------------------------------------------------------------ fragments
 
-    def _turn(self, parameter: Tensor) -> tuple[int, int]:
-        """Which of the ranks that hold the same numbers of a parameter this one is, and how many they are."""
+    def _replica(self, parameter: Tensor) -> tuple[int, int]:
+        """Return this rank's index among the ranks that hold the same state of a parameter, and their number."""
         topology = self.topology
-        replicas, turn = (topology.dp, topology.dp_rank) if self.engine.zero_optimization_stage() == 0 else (1, 0)
+        replicas, index = (topology.dp, topology.dp_rank) if self.engine.zero_optimization_stage() == 0 else (1, 0)
         if is_sharded(parameter):
-            return turn, replicas
-        return turn * topology.tp + topology.tp_rank, replicas * topology.tp
+            return index, replicas
+        return index * topology.tp + topology.tp_rank, replicas * topology.tp
 
     def _whole(self, parameter: Tensor) -> Fragment:
-        """All of the tensor that `parameter` is this rank's slice of."""
+        """Return the full tensor of which `parameter` is this rank's slice."""
         name, shape = self._names[id(parameter)], list(_shape(parameter))
         dim = sharded_dimension(parameter)
         if is_sharded(parameter):
@@ -180,10 +180,10 @@ class EngineState:
         rows = self.model.config.vocab_size if name in _VOCABULARY_TENSORS else None
         return Fragment.whole(name, shape, used_rows=rows, dim=dim)
 
-    def _placement(self, run: _Run) -> Fragment:
-        whole = self._whole(run.parameter)
-        size = _shape(run.parameter)[whole.dim]
-        first = self.topology.tp_rank * size if is_sharded(run.parameter) else 0
+    def _fragment(self, part: _Range) -> Fragment:
+        whole = self._whole(part.parameter)
+        size = _shape(part.parameter)[whole.dim]
+        first = self.topology.tp_rank * size if is_sharded(part.parameter) else 0
         return Fragment(
             whole.name,
             whole.shape,
@@ -191,117 +191,121 @@ class EngineState:
             dim=whole.dim,
             first_row=first,
             last_row=first + size,
-            start=run.start,
-            stop=run.start + run.numel,
+            start=part.start,
+            stop=part.start + part.numel,
         )
 
-    def _runs(self) -> Iterator[tuple[Tensor, _Run]]:
-        return ((flat, run) for flat, runs in self._layout for run in runs)
+    def _ranges(self) -> Iterator[tuple[Tensor, _Range]]:
+        return ((master, part) for master, parts in self._layout for part in parts)
 
-    def _piece(self, flat: Tensor, run: _Run, fragment: Fragment) -> OwnedFragment:
-        """The numbers at `placement`, which is a part of `run`'s."""
-        at = run.at + fragment.start - run.start
-        state = self._adam.state[flat]
-        flats = {"weight": flat.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
-        return OwnedFragment(fragment, {kind: flat.view(-1)[at : at + fragment.numel] for kind, flat in flats.items()})
+    def _owned(self, master: Tensor, part: _Range, fragment: Fragment) -> OwnedFragment:
+        """Views of `fragment`, which lies within `part`."""
+        # Both starts count elements of the same flat slice: their difference shifts the offset in the master.
+        offset = part.offset + fragment.start - part.start
+        state = self._adam.state[master]
+        flat = {"weight": master.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
+        views = {kind: tensor.view(-1)[offset : offset + fragment.numel] for kind, tensor in flat.items()}
+        return OwnedFragment(fragment, views)
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:
-    return tuple(
-        getattr(parameter, "ds_shape", parameter.shape)
-    )  # ZeRO-3 empties parameters and keeps their shape here
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties parameters; ds_shape is their shape
 
 
-# ------------------------------------------------------------------------------------------------------- ZeRO's layouts
+# ---------------------------------------------------------------------------------------------------- ZeRO's partitions
 
 
-def _layout(engine: DeepSpeedEngine, topology: Topology) -> Iterator[tuple[Tensor, list[_Run]]]:
-    """The flat tensors that this rank's optimizer updates, and which runs of parameters each is made of."""
+def _layout(engine: DeepSpeedEngine, topology: Topology) -> Iterator[tuple[Tensor, list[_Range]]]:
+    """Yield each fp32 master that this rank's optimizer updates, with the ranges of parameters that it consists of."""
     zero: Any = engine.optimizer
     stage = engine.zero_optimization_stage()
     if stage == 0:
         assert isinstance(engine.module, torch.nn.Module)
         for parameter in engine.module.parameters():
-            yield parameter, [_Run(parameter, start=0, numel=parameter.numel(), at=0)]
+            yield parameter, [_Range(parameter, start=0, numel=parameter.numel(), offset=0)]
     elif stage == 3:
-        for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-            yield flat, list(_partitions(group, rank=topology.dp_rank))
+        for group, master in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+            yield master, list(_stage3_ranges(group, rank=topology.dp_rank))
     else:
-        for flat, offsets in _partitioned_groups(zero):
-            yield flat, list(_cut(offsets, first=topology.dp_rank * flat.numel(), numel=flat.numel()))
+        for master, offsets in _stage12_groups(zero):
+            # Partitions are of equal size, so that of rank r starts at r * size of the flat group.
+            first = topology.dp_rank * master.numel()
+            yield master, list(_ranges_in_partition(offsets, first=first, numel=master.numel()))
 
 
-def _partitions(group: list[Any], *, rank: int) -> Iterator[_Run]:
-    """Stage 3: rank r holds numbers [r n, (r + 1) n) of each parameter of a group; the last ranks' may be padding."""
-    at = 0
+def _stage3_ranges(group: list[Any], *, rank: int) -> Iterator[_Range]:
+    """Stage 3: rank r holds elements [r n, (r + 1) n) of each parameter; partitions of the last ranks may be padded."""
+    offset = 0
     for parameter in group:
         size = parameter.partition_numel()
         numel = min(size, math.prod(parameter.ds_shape) - rank * size)
-        if numel > 0:
-            yield _Run(parameter, start=rank * size, numel=numel, at=at)
-        at += size
+        if numel > 0:  # otherwise the partition is padding alone
+            yield _Range(parameter, start=rank * size, numel=numel, offset=offset)
+        offset += size  # padding takes space in the flat master too
 
 
-def _partitioned_groups(zero: Any) -> Iterator[tuple[Tensor, list[tuple[Tensor, int]]]]:
-    """Stages 1 and 2: this rank's flat partition of each group, and where each parameter starts in the whole group."""
+def _stage12_groups(zero: Any) -> Iterator[tuple[Tensor, list[tuple[Tensor, int]]]]:
+    """Stages 1 and 2: this rank's partition of each flat group, and the offset of each parameter in the group."""
     if hasattr(zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: stage 1 with bf16 and fp32 gradients
-        for group, flat in zip(zero.bf16_groups, zero.fp32_groups_flat_partition, strict=True):
+        for group, master in zip(zero.bf16_groups, zero.fp32_groups_flat_partition, strict=True):
             *starts, _ = itertools.accumulate((parameter.numel() for parameter in group), initial=0)
-            yield flat, list(zip(group, starts, strict=True))
+            yield master, list(zip(group, starts, strict=True))
     else:
+        # The round-robin lists: with `round_robin_gradients` the order in the flat group is not the model's.
         groups = zip(
             zero.round_robin_bit16_groups,
             zero.round_robin_bit16_offsets,
             zero.single_partition_of_fp32_groups,
             strict=True,
         )
-        for group, offsets, flat in groups:
-            yield flat, list(zip(group, offsets, strict=True))
+        for group, offsets, master in groups:
+            yield master, list(zip(group, offsets, strict=True))
 
 
-def _cut(offsets: list[tuple[Tensor, int]], *, first: int, numel: int) -> Iterator[_Run]:
-    """The runs of the parameters at `offsets` of a group that lie in its partition [first, first + numel)."""
+def _ranges_in_partition(offsets: list[tuple[Tensor, int]], *, first: int, numel: int) -> Iterator[_Range]:
+    """Yield the ranges of a flat group's parameters that lie in its partition [first, first + numel)."""
     for parameter, offset in offsets:
         start, stop = max(offset, first), min(offset + parameter.numel(), first + numel)
         if start < stop:
-            yield _Run(parameter, start=start - offset, numel=stop - start, at=start - first)
+            yield _Range(parameter, start=start - offset, numel=stop - start, offset=start - first)
 
 
-def _make_moments(adam: torch.optim.Optimizer, flat: Tensor) -> None:
-    """Adam's state of `flat` before the first update, as torch's AdamW or DeepSpeed's CPU Adam makes it."""
-    if flat.dtype != torch.float32:
-        raise ConfigError([f"master weights in {flat.dtype} cannot be saved: remove *_master_weights_and_grads"])
-    state = adam.state[flat]
+def _initialize_moments(adam: torch.optim.Optimizer, master: Tensor) -> None:
+    """Create Adam's state of `master` before the first update, as torch's AdamW or DeepSpeed's CPU Adam does."""
+    if master.dtype != torch.float32:
+        raise ConfigError([f"master weights in {master.dtype} cannot be saved: remove *_master_weights_and_grads"])
+    state = adam.state[master]
     if state:
         return
-    state["step"] = _adam_step(adam, flat, 0)
+    state["step"] = _adam_step(adam, master, 0)
     for kind in KINDS[1:]:
-        state[kind] = torch.zeros_like(flat, memory_format=torch.preserve_format, requires_grad=False)
+        state[kind] = torch.zeros_like(master, memory_format=torch.preserve_format, requires_grad=False)
 
 
-def _adam_step(adam: torch.optim.Optimizer, flat: Tensor, step: int) -> Tensor | int:
-    """`step` as torch's fused AdamW counts it, or DeepSpeed's CPU Adam."""
+def _adam_step(adam: torch.optim.Optimizer, master: Tensor, step: int) -> Tensor | int:
+    """Return `step` in the type that the optimizer uses: a tensor in torch's fused AdamW, an int in CPU Adam."""
     is_torch = isinstance(adam, torch.optim.AdamW)
-    return torch.full((), step, dtype=torch.float32, device=flat.device) if is_torch else step
+    return torch.full((), step, dtype=torch.float32, device=master.device) if is_torch else step
 
 
-def _fill(numbers: Tensor, fragment: Fragment, kind: str, reader: CheckpointReader) -> None:
-    if numbers.device.type == "cpu":
-        reader.fill(numbers.numpy(), fragment, kind)
+def _fill(tensor: Tensor, fragment: Fragment, kind: str, reader: CheckpointReader) -> None:
+    if tensor.device.type == "cpu":
+        reader.fill(tensor.numpy(), fragment, kind)
     else:
-        staged = numbers.cpu()
+        staged = tensor.cpu()  # a copy of the old values: padding rows are not in the checkpoint and must stay
         reader.fill(staged.numpy(), fragment, kind)
-        numbers.copy_(staged)
+        tensor.copy_(staged)
 
 
-def _before_filling(zero: Any) -> None:
-    if hasattr(zero, "checkpoint_event_prologue"):  # stage 3: parameters that are whole would keep their old numbers
+def _partition_gathered_parameters(zero: Any) -> None:
+    """Stage 3: release parameters that are gathered at the moment; they would keep their old values."""
+    if hasattr(zero, "checkpoint_event_prologue"):
         zero.checkpoint_event_prologue()
 
 
 @torch.no_grad()
-def _round_weights(zero: Any) -> None:
-    """Make the weights that the model computes with from the masters; every rank must call."""
+def _cast_masters_to_weights(zero: Any) -> None:
+    """Cast the fp32 masters to the weights that the model computes with; every rank must call."""
     if hasattr(zero, "update_lp_params"):  # stages 1 and 2
         zero.update_lp_params()
     elif hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3

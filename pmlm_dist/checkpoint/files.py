@@ -1,15 +1,16 @@
-"""The files of one checkpoint: numbers any engine can be filled from, and how to tell whether they are whole.
+"""Files of one checkpoint: format, integrity checks, and reading of any part of any tensor.
 
     step-00000400/
-        manifest.json              version of the format; sha256 and size of every other file
+        manifest.json              format version; sha256 and size of every other file
         state.json                 progress, identity and configuration of the run, counters, loss scale, fingerprint
-        rank-00000.safetensors     what rank 0 wrote: runs of fp32 weights and of both Adam moments
+        rank-00000.safetensors     fragments written by rank 0: fp32 weights and both Adam moments
         rank-00001.safetensors     ...
 
-A rank file is plain safetensors: tensors `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, and in its metadata the
-`Placement` of each NAME in the whole tensor. Together the files hold every number of every tensor exactly once; weights
-that were imported have no moments, and no run goes on from them, one starts. Nothing here is ever unpickled, and
-nothing here needs torch: `read_weights` serves whoever wants whole weights.
+A rank file is plain safetensors with tensors `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`. Its metadata holds the
+`Fragment` of each NAME: the place of its elements in the full tensor. Together the files hold every element of every
+tensor exactly once. Imported weights have no moments: a run can start from them but not resume.
+
+Nothing is unpickled, and nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pmlm_dist.checkpoint.fragments import Fragment, coverage_problems, overlaps
+from pmlm_dist.files import write_atomically
 
-VERSION = 2
+VERSION = 3
 MANIFEST, STATE = "manifest.json", "state.json"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 BYTES_PER_NUMBER = 4
-_PLACEMENTS = "placements"
+_FRAGMENTS = "fragments"
 _STATE_FIELDS = ("step", "samples_consumed", "tokens_seen", "identity", "configuration")
 
 
@@ -45,7 +47,7 @@ class CorruptCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class FileDigest:
-    """A file as the manifest lists it."""
+    """Size and checksum of a file, as listed in the manifest."""
 
     bytes: int
     sha256: str
@@ -68,9 +70,8 @@ def write_numbers(
 ) -> FileDigest:
     """Write a rank file, flush it to the disk and read it back.
 
-    `chunks`: the bytes (little-endian fp32) of each placement's `kinds` (weight, exp_avg and exp_avg_sq, or the weight
-    alone), one placement after another, cut anywhere. Raises OSError when the disk does not take them or gives back
-    something else.
+    `chunks`: little-endian fp32 bytes of `fragments` in order, for each fragment its `kinds` in order; chunk boundaries
+    are arbitrary. Raises OSError when the disk rejects the bytes or returns different ones.
     """
     digest, size = hashlib.sha256(), 0
     header, expected = _header(list(fragments), kinds)
@@ -81,9 +82,10 @@ def write_numbers(
             size += memoryview(chunk).nbytes
         file.flush()
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is read back then comes from the disk
+        # Drop the page cache, so that the checksum below reads the disk and not the memory just written.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if size != expected:
-        raise ValueError(f"{path} got {size} bytes, its placements need {expected}")
+        raise ValueError(f"{path} got {size} bytes, its fragments need {expected}")
     written = FileDigest(bytes=size, sha256=digest.hexdigest())
     if sha256_of(path) != written.sha256:
         raise OSError(errno.EIO, "reads back with another checksum than was written", str(path))
@@ -91,71 +93,64 @@ def write_numbers(
 
 
 def _header(fragments: list[Fragment], kinds: tuple[str, ...]) -> tuple[bytes, int]:
-    """The head of a rank file, and the size of the whole file."""
+    """Return the header of a rank file and the size of the complete file in bytes."""
     index = json.dumps([fragment.as_json() for fragment in fragments])
-    entries: dict[str, Any] = {"__metadata__": {_PLACEMENTS: index}}
-    at = 0
+    entries: dict[str, Any] = {"__metadata__": {_FRAGMENTS: index}}
+    offset = 0
     for fragment in fragments:
         shape = list(fragment.shape) if fragment.is_whole else [fragment.numel]
         for kind in kinds:
-            end = at + fragment.numel * BYTES_PER_NUMBER
-            entries[f"{kind}/{fragment.name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
-            at = end
+            end = offset + fragment.numel * BYTES_PER_NUMBER
+            entries[f"{kind}/{fragment.name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
+            offset = end
     text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, 8 + len(text) + at
+    text += b" " * (-len(text) % 8)  # safetensors aligns the data to 8 bytes
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + offset
 
 
-def write_json(path: Path, value: dict[str, Any]) -> FileDigest:
-    """Write `value` and flush it to the disk."""
-    text = json.dumps(value, indent=2) + "\n"
-    path.write_text(text, encoding="utf-8")
-    fsync_file(path)
-    return FileDigest(bytes=len(text.encode()), sha256=hashlib.sha256(text.encode()).hexdigest())
+def write_json(path: Path, value: dict[str, Any], *, durable: bool = True) -> FileDigest:
+    """Write `value` atomically; `durable` as for `write_atomically`."""
+    data = (json.dumps(value, indent=2) + "\n").encode()
+    write_atomically(path, data, durable=durable)
+    return FileDigest(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def write_manifest(folder: Path, files: dict[str, FileDigest]) -> None:
-    """List `files` by name in the manifest of `folder`."""
+    """Write the manifest of `folder`, which lists `files` by name."""
     listed = {name: asdict(written) for name, written in sorted(files.items())}
     write_json(folder / MANIFEST, {"version": VERSION, "files": listed})
-
-
-def fsync_file(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ----------------------------------------------------------------------------------------------------------- checking
 
 
 def checkpoint_problems(folder: Path, *, thorough: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, a sentence each; empty when it is whole. Checksums only if `thorough`."""
+    """Return what is wrong with a checkpoint, one sentence each; empty when it is valid.
+
+    `thorough`: also compare checksums, which reads every byte.
+    """
     try:
         listed = _read_manifest(folder)
     except CorruptCheckpoint as error:
         return [str(error)]
-    found = [
-        fault
+    problems = [
+        problem
         for name, written in listed.items()
-        for fault in _faults_of_file(folder / name, written, thorough=thorough)
+        for problem in _file_problems(folder / name, written, thorough=thorough)
     ]
     unknown = {path.name for path in folder.iterdir()} - {MANIFEST, *listed}
-    found += [f"{name} is not in the manifest" for name in sorted(unknown)]
-    return found or content_problems(folder)
+    problems += [f"{name} is not in the manifest" for name in sorted(unknown)]
+    return problems or _content_problems(folder)
 
 
-def content_problems(folder: Path) -> list[str]:
-    """What is wrong with the content of a checkpoint whose files are as they were written."""
+def _content_problems(folder: Path) -> list[str]:
+    """Problems of the content, for a checkpoint whose files match their checksums."""
     try:
         read_state(folder)
-        fragments = [fragment for path in _rank_files(folder) for fragment in _placements_of(path)]
+        fragments = [fragment for path in _rank_files(folder) for fragment in _fragments_of(path)]
     except CorruptCheckpoint as error:
         return [str(error)]
-    return coverage_problems(fragments) or ([] if fragments else ["it holds no numbers"])
+    return coverage_problems(fragments) or ([] if fragments else ["it holds no tensors"])
 
 
 def _read_manifest(folder: Path) -> dict[str, FileDigest]:
@@ -167,13 +162,13 @@ def _read_manifest(folder: Path) -> dict[str, FileDigest]:
         )
     try:
         files = {name: FileDigest(**listed) for name, listed in manifest["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:  # any JSON may stand there
+    except (KeyError, TypeError, AttributeError) as error:  # valid JSON of any other structure
         raise CorruptCheckpoint(f"{MANIFEST} cannot be read ({error!r})") from error
     if STATE not in files or rank_file(0) not in files:
         raise CorruptCheckpoint(f"{MANIFEST} does not list {STATE} and {rank_file(0)}")
-    strange = [name for name in files if name != STATE and not _is_rank_file(name)]
-    if strange:
-        raise CorruptCheckpoint(f"{MANIFEST} lists {strange[0]!r}, which is no file of a checkpoint")
+    unexpected = [name for name in files if name != STATE and not _is_rank_file(name)]
+    if unexpected:  # a name such as ../latest would make the checks read outside the folder
+        raise CorruptCheckpoint(f"{MANIFEST} lists {unexpected[0]!r}, which is no file of a checkpoint")
     return files
 
 
@@ -182,7 +177,7 @@ def _is_rank_file(name: str) -> bool:
     return digits.isdecimal() and name == rank_file(int(digits))
 
 
-def _faults_of_file(path: Path, expected: FileDigest, *, thorough: bool) -> list[str]:
+def _file_problems(path: Path, expected: FileDigest, *, thorough: bool) -> list[str]:
     try:
         if path.is_symlink() or not path.is_file():
             return [f"{path.name} is missing"]
@@ -197,7 +192,7 @@ def _faults_of_file(path: Path, expected: FileDigest, *, thorough: bool) -> list
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
+    """Return the sha256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -206,7 +201,7 @@ def sha256_of(path: Path) -> str:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint. Raises `Damaged` when it lacks what every checkpoint has."""
+    """Return `state.json` of a checkpoint. Raises `CorruptCheckpoint` when a required field is missing."""
     state = read_json(folder / STATE)
     missing = [name for name in _STATE_FIELDS if name not in state]
     if missing or not isinstance(state["identity"], dict) or not isinstance(state["configuration"], dict):
@@ -215,18 +210,21 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """The whole fp32 weights of a checkpoint by name, without rows that pad. Raises `Damaged` when it is not whole."""
-    faults = checkpoint_problems(folder)
-    if faults:
-        raise CorruptCheckpoint(f"checkpoint {folder} is not whole: {faults[0]}")
+    """Return the full fp32 weights of a checkpoint by name, without padding rows.
+
+    Raises `CorruptCheckpoint` when the checkpoint is not valid.
+    """
+    problems = checkpoint_problems(folder)
+    if problems:
+        raise CorruptCheckpoint(f"checkpoint {folder} is corrupt: {problems[0]}")
     with CheckpointReader(folder) as reader:
         return {whole.name: reader.read(whole, "weight")[: whole.used_rows] for whole in reader.tensors.values()}
 
 
 class CheckpointReader:
-    """Numbers of a checkpoint by their place in the whole tensors; reads from the disk what is asked for alone.
+    """Reads tensors of a valid checkpoint, or any fragment of them; only the requested elements are read.
 
-    A context manager; the checkpoint must have been found whole. Raises `Damaged` when its index cannot be read.
+    A context manager. Raises `CorruptCheckpoint` when an index cannot be read.
     """
 
     def __init__(self, folder: Path):
@@ -234,7 +232,7 @@ class CheckpointReader:
         self._sources: dict[str, list[tuple[Any, Fragment]]] = {}
         for path in _rank_files(folder):
             file = self._files.enter_context(_open(path))
-            for fragment in _placements(file, path):
+            for fragment in _indexed_fragments(file, path):
                 self._sources.setdefault(fragment.name, []).append((file, fragment))
 
     def __enter__(self) -> CheckpointReader:
@@ -245,7 +243,7 @@ class CheckpointReader:
 
     @property
     def has_moments(self) -> bool:
-        """Whether there is more than weights."""
+        """Whether the checkpoint holds Adam's moments besides weights."""
         return all(f"{KINDS[1]}/{source.name}" in file.keys() for file, source in self._all_sources())  # noqa: SIM118
 
     def _all_sources(self) -> Iterator[tuple[Any, Fragment]]:
@@ -253,34 +251,34 @@ class CheckpointReader:
 
     @property
     def tensors(self) -> dict[str, Fragment]:
-        """Every tensor, whole, by name."""
+        """Every full tensor by name."""
         first = (sources[0][1] for sources in self._sources.values())
         return {
             part.name: Fragment.whole(part.name, part.shape, used_rows=part.used_rows, dim=part.dim) for part in first
         }
 
     def read(self, whole: Fragment, kind: str) -> np.ndarray:
-        """A whole tensor in its shape, fp32."""
-        numbers = np.empty(whole.numel, np.float32)
-        self.fill(numbers, whole, kind)
-        return numbers.reshape(whole.shape)
+        """Return a full tensor in its shape, fp32."""
+        values = np.empty(whole.numel, np.float32)
+        self.fill(values, whole, kind)
+        return values.reshape(whole.shape)
 
-    def fill(self, numbers: np.ndarray, fragment: Fragment, kind: str) -> None:
-        """Write `kind` (of `KINDS`) of the numbers at `placement` into the fp32 array `numbers` [numel].
+    def fill(self, values: np.ndarray, fragment: Fragment, kind: str) -> None:
+        """Write the elements of `fragment` into the fp32 array `values` [numel]; `kind` is one of `KINDS`.
 
-        Where the tensor has more rows that pad than the checkpoint's, those are left as they are.
+        Padding rows that the checkpoint does not have stay unchanged.
         """
         for file, source in self._sources[fragment.name]:
             for part in overlaps(source, fragment):
+                # One contiguous read per overlap: it spans the gaps between rows, which strides then skip.
                 span = (part.rows - 1) * part.source_stride + part.columns
-                block = _read_run(file, f"{kind}/{source.name}", part.source_at, part.source_at + span)
-                _matrix(numbers[part.target_at :], part.rows, part.columns, part.target_stride)[...] = _matrix(
-                    block, part.rows, part.columns, part.source_stride
-                )
+                block = _read_range(file, f"{kind}/{source.name}", part.source_offset, part.source_offset + span)
+                target = _matrix(values[part.target_offset :], part.rows, part.columns, part.target_stride)
+                target[...] = _matrix(block, part.rows, part.columns, part.source_stride)
 
 
-def _read_run(file: Any, name: str, start: int, stop: int) -> np.ndarray:
-    """Numbers [start, stop), in row-major order, of a tensor of any shape."""
+def _read_range(file: Any, name: str, start: int, stop: int) -> np.ndarray:
+    """Return elements [start, stop), in row-major order, of a tensor of any shape."""
     tensor = file.get_slice(name)
     width = math.prod(tensor.get_shape()[1:])
     first = start // width
@@ -288,9 +286,9 @@ def _read_run(file: Any, name: str, start: int, stop: int) -> np.ndarray:
     return rows[start - first * width :][: stop - start]
 
 
-def _matrix(numbers: np.ndarray, rows: int, columns: int, stride: int) -> np.ndarray:
-    step = numbers.itemsize
-    return np.lib.stride_tricks.as_strided(numbers, (rows, columns), (stride * step, step))
+def _matrix(values: np.ndarray, rows: int, columns: int, stride: int) -> np.ndarray:
+    step = values.itemsize
+    return np.lib.stride_tricks.as_strided(values, (rows, columns), (stride * step, step))
 
 
 def _rank_files(folder: Path) -> list[Path]:
@@ -304,32 +302,33 @@ def _open(path: Path) -> Any:
         raise CorruptCheckpoint(f"{path.name} cannot be read ({error})") from error
 
 
-def _placements_of(path: Path) -> list[Fragment]:
+def _fragments_of(path: Path) -> list[Fragment]:
     with _open(path) as file:
-        return _placements(file, path)
+        return _indexed_fragments(file, path)
 
 
-def _placements(file: Any, path: Path) -> list[Fragment]:
-    """The index of an opened rank file, checked against its tensors."""
+def _indexed_fragments(file: Any, path: Path) -> list[Fragment]:
+    """Return the index of an opened rank file, checked against its tensors."""
     try:
-        index = json.loads((file.metadata() or {})[_PLACEMENTS])
-        found = [Fragment.from_json(entry) for entry in index]
+        index = json.loads((file.metadata() or {})[_FRAGMENTS])
+        fragments = [Fragment.from_json(entry) for entry in index]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path.name} has no readable index of its tensors ({error!r})") from error
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     sizes = {name: math.prod(tensor.get_shape()) for name, tensor in slices.items() if tensor.get_dtype() == "F32"}
     kinds = KINDS if any(name.startswith(KINDS[1:]) for name in sizes) else KINDS[:1]
-    expected = {f"{kind}/{fragment.name}": fragment.numel for fragment in found for kind in kinds}
-    if sizes != expected or len(slices) != len(sizes) or len(expected) != len(found) * len(kinds):
-        raise CorruptCheckpoint(f"{path.name} holds other tensors than its index says")
-    return found
+    expected = {f"{kind}/{fragment.name}": fragment.numel for fragment in fragments for kind in kinds}
+    # The two length checks catch tensors of another dtype and names that the index lists twice.
+    if sizes != expected or len(slices) != len(sizes) or len(expected) != len(fragments) * len(kinds):
+        raise CorruptCheckpoint(f"{path.name} holds other tensors than its index lists")
+    return fragments
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `Damaged` whatever else stands there."""
+    """Return the JSON object in a file. Raises `CorruptCheckpoint` for any other content."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: brackets a million deep
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: brackets nested a million deep
         raise CorruptCheckpoint(f"{path.name} cannot be read ({error!r})") from error
     if not isinstance(value, dict):
         raise CorruptCheckpoint(f"{path.name} cannot be read (it holds no object)")

@@ -1,18 +1,17 @@
-"""The checkpoints of a run on disk: which count, which is the newest whole one, which go.
+"""Checkpoints of a run on disk: atomic commit, choice of the newest valid one, retention.
 
     RUN_DIR/checkpoints/
-        step-00000400/              a checkpoint (see `checkpoint_files.py`)
-        step-00000600.tmp-ATTEMPT/     one that is being written, or was when its run (life) ended; never counts
-        latest                      the newest one, for people; loading looks at the folders themselves
+        step-00000400/                 a committed checkpoint (checkpoint/files.py)
+        step-00000600.tmp-ATTEMPT/     being written, or left by an attempt that ended; never loaded
+        latest                         name of the newest checkpoint, for people; loading scans the folders instead
 
-A folder gets its name when all ranks have written, every byte is on the disk and each file is accounted for. Whatever
-ends the process between two operations, a whole checkpoint is left and nothing broken counts.
+A folder gets its final name after all ranks have written, every byte is on the disk and every file is checked. If the
+process ends between any two operations, a valid checkpoint remains and no partial one is committed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,16 +24,16 @@ from pmlm_dist.checkpoint.files import (
     CorruptCheckpoint,
     FileDigest,
     checkpoint_problems,
-    fsync_file,
     read_json,
     sha256_of,
     write_json,
     write_manifest,
 )
 from pmlm_dist.config import ConfigError
+from pmlm_dist.files import fsync_folder
 
 IMPORTED = "weights"
-"""What `pmlm import` calls the folder of its one checkpoint, which holds weights alone."""
+"""Folder into which `pmlm import` writes its one checkpoint, which holds weights alone."""
 _LATEST = "latest"
 _TEMPORARY = ".tmp-"
 
@@ -43,9 +42,9 @@ _TEMPORARY = ".tmp-"
 class CheckpointFolder:
     """The checkpoints below `root`, seen from one process.
 
-    The newest `keep` stay, every one whose step is a multiple of `keep_every`, and those of which `keeps` says so.
-    `fence` is called right before a checkpoint gets its name; it raises when this process may not commit any more
-    (`run_lock.py`).
+    Retention: the newest `keep`, every step that is a multiple of `keep_every`, and every step for which `keeps` is
+    true. `fence` is called right before a checkpoint gets its name; it raises when this process may no longer commit
+    (supervision/run_lock.py).
     """
 
     root: Path
@@ -55,82 +54,86 @@ class CheckpointFolder:
     keeps: Callable[[int], bool] = lambda step: False
 
     def newest_valid(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that verifies (None if there is none at all), and what is wrong with newer ones.
+        """Return the newest valid checkpoint (None if there are no checkpoints) and the problems of newer ones.
 
-        Raises `ConfigError` when checkpoints are there but none verifies: starting from nothing would lose them.
+        Raises `ConfigError` when there are checkpoints but none is valid: restarting from step 0 would lose them.
         """
-        complaints: list[str] = []
+        skipped: list[str] = []
         for folder in reversed(self.steps()):
-            faults = checkpoint_problems(folder)
-            if not faults:
-                return folder, [*complaints, *self._pointer_faults()]
-            complaints += [f"checkpoint {folder} is not whole: {fault}" for fault in faults]
-        if complaints:
+            problems = checkpoint_problems(folder)
+            if not problems:
+                return folder, [*skipped, *self._pointer_problems()]
+            skipped += [f"checkpoint {folder} is corrupt: {problem}" for problem in problems]
+        if skipped:
             raise ConfigError(
-                [*complaints, f"no whole checkpoint is left: restore one, or remove {self.root} to start anew"]
+                [*skipped, f"no valid checkpoint is left: restore one, or remove {self.root} to restart from step 0"]
             )
         return None, []
 
     def steps(self) -> list[Path]:
-        """The folders that have a checkpoint's name, oldest step first."""
-        found = [path for path in self.root.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
-        return sorted(found, key=step_of)
+        """Return the folders with the name of a checkpoint, oldest step first."""
+        folders = [path for path in self.root.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
+        return sorted(folders, key=step_of)
 
     def folder(self, step: int) -> Path:
-        """Where the checkpoint of `step` lies once it is whole."""
+        """Return the final path of the checkpoint of `step`."""
         return self.root / f"step-{step:08d}"
 
     def temporary(self, step: int, *, attempt: str) -> Path:
-        """Where the processes that call themselves `life` write the checkpoint of `step`, and no earlier ones."""
+        """Return the path into which the ranks of `attempt` write `step`. Other attempts never share it."""
         return self.root / f"step-{step:08d}{_TEMPORARY}{attempt}"
 
     def remove_temporary(self) -> None:
-        """Remove what earlier lives left half written or half removed.
+        """Remove what earlier attempts left half written or half removed.
 
-        It loses its name first, at once: an old rank that is about to commit it finds nothing, or has committed it.
+        Each folder is renamed first, atomically. A stale rank about to commit then finds it missing, or has committed.
         """
         for path in self.root.glob(f"step-*{_TEMPORARY}*"):
             doomed = path.with_name(f"{path.name.partition(_TEMPORARY)[0]}{_TEMPORARY}removed-{secrets.token_hex(4)}")
             with contextlib.suppress(OSError):
                 path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+        for path in self.root.glob(f"{_LATEST}{_TEMPORARY}*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def commit(self, step: int, temporary: Path, files: Mapping[str, FileDigest]) -> Path:
-        """Make what was written into `temporary` the checkpoint of `step`. Raises `Damaged` when it is not complete.
+        """Make the contents of `temporary` the checkpoint of `step`; return its path.
 
-        `files`: what its writers say they wrote, by name, flushed to the disk already.
+        `files`: digest of each file as reported by its writer, already flushed to the disk. Raises `CorruptCheckpoint`
+        when the files do not form a complete checkpoint.
         """
         write_manifest(temporary, dict(files))
-        faults = checkpoint_problems(temporary, thorough=False)
-        if faults:
-            raise CorruptCheckpoint(f"{temporary} is not complete: {faults[0]}")
-        fsync_file(temporary)
+        problems = checkpoint_problems(temporary, thorough=False)
+        if problems:
+            raise CorruptCheckpoint(f"{temporary} is not complete: {problems[0]}")
+        fsync_folder(temporary)
         self.fence()
         final = self.folder(step)
-        if final.exists():  # of an earlier life, and not whole: else this run would have gone on from it
+        if final.exists():  # corrupt: otherwise this run would have resumed from it
             self._remove(final)
         temporary.rename(final)
-        fsync_file(self.root)
+        fsync_folder(self.root)
         self._point_to(final)
         return final
 
     def keep_only(self, step: int) -> None:
-        """Remove all checkpoints but that of `step`, which is the latest from then on."""
+        """Remove all checkpoints except that of `step`, and point `latest` to it."""
         self._point_to(self.folder(step))
         for folder in self.steps():
             if step_of(folder) != step:
                 self._remove(folder)
 
     def remove_old(self, newest: Path) -> None:
-        """Remove those before the newest `keep` sound ones up to `newest`, but for each `keep_every`-th step.
+        """Apply the retention rule to the checkpoints up to `newest`.
 
-        Those after `newest`, which this run fell back behind, neither count nor go: the one just written must outlive
-        them. Broken ones do not count either.
+        Later steps exist when the run fell back behind corrupt checkpoints. They neither count nor are removed: the
+        checkpoint just written must outlive them. Corrupt checkpoints do not count either.
         """
-        before = [folder for folder in self.steps() if step_of(folder) <= step_of(newest)]
-        sound = [folder for folder in before if folder == newest or not checkpoint_problems(folder, thorough=False)]
-        oldest_kept = step_of(sound[-self.keep :][0])
-        for folder in before:
+        candidates = [folder for folder in self.steps() if step_of(folder) <= step_of(newest)]
+        valid = [folder for folder in candidates if folder == newest or not checkpoint_problems(folder, thorough=False)]
+        oldest_kept = step_of(valid[-self.keep :][0])
+        for folder in candidates:
             if step_of(folder) < oldest_kept and not self._is_kept(step_of(folder)):
                 self._remove(folder)
 
@@ -138,7 +141,7 @@ class CheckpointFolder:
         return self.keeps(step) or bool(self.keep_every and step % self.keep_every == 0)
 
     def _remove(self, folder: Path) -> None:
-        """Take a checkpoint its name first: one that is half removed must not look like one."""
+        """Rename a checkpoint, then remove it: a half-removed one must not look like a checkpoint."""
         doomed = self.temporary(step_of(folder), attempt="removed")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
@@ -146,11 +149,10 @@ class CheckpointFolder:
 
     def _point_to(self, folder: Path) -> None:
         pointer = {"checkpoint": folder.name, "manifest_sha256": sha256_of(folder / MANIFEST)}
-        write_json(self.root / f"{_LATEST}.tmp", pointer)
-        os.replace(self.root / f"{_LATEST}.tmp", self.root / _LATEST)
+        write_json(self.root / _LATEST, pointer)
 
-    def _pointer_faults(self) -> list[str]:
-        """What is wrong with the pointer. It may be one step behind: a process can end just before it moves."""
+    def _pointer_problems(self) -> list[str]:
+        """Return what is wrong with `latest`. One step behind is valid: the process may end before it moves."""
         path = self.root / _LATEST
         try:
             name = read_json(path).get("checkpoint")
@@ -160,32 +162,33 @@ class CheckpointFolder:
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoints at `path`, oldest step first: one, those in it, those of a run's folder, or imported weights.
+    """Return the checkpoints at `path`, oldest step first.
 
-    Raises `ConfigError` when there is none.
+    `path`: one checkpoint, a folder of checkpoints, a run's folder, or a folder of imported weights. Raises
+    `ConfigError` when there is none.
     """
     if path.is_dir() and ((path / STATE).is_file() or path.name.startswith("step-")):
         return [path]
     for place in (path, path / "checkpoints", path / IMPORTED):
-        found = CheckpointFolder(place, keep=1).steps()
-        if found:
-            return found
+        checkpoints = CheckpointFolder(place, keep=1).steps()
+        if checkpoints:
+            return checkpoints
     runs = sorted(str(folder.parent) for folder in path.glob("*/checkpoints"))
     way_out = f"name one of its runs, {runs[0]} for example" if runs else "pass RUN_DIR, or RUN_DIR/checkpoints/step-N"
     raise ConfigError([f"there is no checkpoint in {path}: {way_out}"])
 
 
 def newest_valid_at(path: Path) -> Path:
-    """The newest checkpoint at `path` that verifies. Raises `ConfigError`, with what is wrong, when none does."""
-    found = []
+    """Return the newest valid checkpoint at `path`. Raises `ConfigError` with all problems when none is valid."""
+    skipped = []
     for folder in reversed(checkpoints_at(path)):
-        faults = checkpoint_problems(folder)
-        if not faults:
+        problems = checkpoint_problems(folder)
+        if not problems:
             return folder
-        found += [f"{folder}: {fault}" for fault in faults]
-    raise ConfigError(found)
+        skipped += [f"{folder}: {problem}" for problem in problems]
+    raise ConfigError(skipped)
 
 
 def step_of(folder: Path) -> int:
-    """The step whose checkpoint a folder holds."""
+    """Return the step whose checkpoint a folder holds."""
     return int(folder.name.removeprefix("step-"))

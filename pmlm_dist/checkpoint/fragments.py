@@ -1,10 +1,10 @@
-"""Where a run of numbers lies in a whole tensor: what makes a checkpoint independent of who wrote it (pure).
+"""Fragments: where elements that one rank holds lie in the full tensor. Pure arithmetic.
 
-    whole tensor  --tensor parallelism-->  slice along one dimension  --ZeRO-->  run [start, stop) of the flat slice
+    full tensor  --tensor parallelism-->  slice along one dimension  --ZeRO-->  range [start, stop) of the flat slice
 
-Seen along the sliced dimension, a tensor is a matrix [product of the dimensions before, product of the rest], and a
-run of a slice is at most three rectangles of it: the rest of a row, whole rows, the beginning of a row. Numbers that
-two runs share are the intersections of their rectangles, whatever tensor- and data-parallel sizes made them.
+Fragments make a checkpoint independent of the topology that wrote it. Along the sliced dimension a tensor is a matrix
+[product of the dimensions before, product of the rest]. A range of a slice is at most three rectangles of that matrix:
+the end of a row, full rows, the beginning of a row. Two fragments share the intersections of their rectangles.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Fragment:
-    """The run [start, stop) of the numbers, in row-major order, of a slice of the tensor `name`."""
+    """Elements [start, stop), in row-major order, of a slice of the tensor `name`."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the full tensor."""
     used_rows: int
-    """Rows of the first dimension that mean something; those after it pad and never train."""
+    """Rows of the first dimension that hold parameters; the rest is padding and never trains."""
     dim: int
     """Dimension along which the tensor is sliced."""
     first_row: int
     """First index of the slice along `dim`."""
     last_row: int
-    """Index after its last one."""
+    """End of the slice along `dim`, exclusive."""
     start: int
     stop: int
 
     @classmethod
     def whole(cls, name: str, shape: Iterable[int], *, used_rows: int | None = None, dim: int = 0) -> Fragment:
-        """All numbers of a tensor."""
+        """Return the fragment that is all of a tensor."""
         shape = tuple(shape)
         rows = shape[0] if used_rows is None else used_rows
         return cls(
@@ -45,25 +45,25 @@ class Fragment:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Fragment:
-        """The placement that `as_json` wrote. Raises ValueError when it describes no run of any tensor."""
+        """Return the fragment that `as_json` wrote. Raises ValueError when `value` describes none."""
         try:
-            found = cls(**{**value, "shape": tuple(value["shape"])})
-            sound = found._is_sound()
+            fragment = cls(**{**value, "shape": tuple(value["shape"])})
+            is_valid = fragment._is_valid()
         except (TypeError, KeyError) as error:
             raise ValueError(f"{value} describes no part of a tensor") from error
-        if not sound:
+        if not is_valid:
             raise ValueError(f"{value} describes no part of a tensor")
-        return found
+        return fragment
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values that `from_json` reads."""
+        """Return JSON values that `from_json` reads."""
         return {**vars(self), "shape": list(self.shape)}
 
-    def _is_sound(self) -> bool:
-        numbers = (*self.shape, self.used_rows, self.dim, self.first_row, self.last_row, self.start, self.stop)
+    def _is_valid(self) -> bool:
+        integers = (*self.shape, self.used_rows, self.dim, self.first_row, self.last_row, self.start, self.stop)
         return (
             isinstance(self.name, str)
-            and all(type(number) is int for number in numbers)
+            and all(type(integer) is int for integer in integers)  # `true` is an int to isinstance
             and min(self.shape, default=0) > 0
             and 0 < self.used_rows <= self.shape[0]
             and 0 <= self.dim < len(self.shape)
@@ -73,55 +73,63 @@ class Fragment:
 
     @property
     def numel(self) -> int:
-        """Numbers of the run."""
+        """Number of elements of the fragment."""
         return self.stop - self.start
 
     @property
     def slice_numel(self) -> int:
-        """Numbers of the slice that the run is part of."""
+        """Number of elements of the slice that contains the fragment."""
         return math.prod(self.shape) // self.shape[self.dim] * (self.last_row - self.first_row)
 
     @property
     def is_whole(self) -> bool:
-        """Whether the run is all of the tensor."""
+        """Whether the fragment is all of the tensor."""
         return self.numel == math.prod(self.shape)
 
+    @property
+    def spans_dim(self) -> bool:
+        """Whether the slice is the full tensor, not cut along `dim`."""
+        return self.last_row - self.first_row == self.shape[self.dim]
+
     def share(self, part: int, parts: int) -> Fragment | None:
-        """Part number `part` when the run is divided evenly into `parts`; None when it is empty."""
+        """Divide the fragment evenly into `parts`; return number `part`, None when it is empty."""
         start, stop = (self.start + self.numel * number // parts for number in (part, part + 1))
         return replace(self, start=start, stop=stop) if start < stop else None
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Numbers that two runs share, as a matrix: element (i, j) is number `at + i * stride + j` of each run's own."""
+    """Elements that two fragments share, as a matrix [rows, columns].
+
+    Element (i, j) is number `offset + i * stride + j` of the source and of the target, each with its own two values.
+    """
 
     rows: int
     columns: int
-    source_at: int
+    source_offset: int
     source_stride: int
-    target_at: int
+    target_offset: int
     target_stride: int
 
 
 @dataclass(frozen=True)
 class _Rectangle:
-    """Rows [top, bottom) and columns [left, right) of the whole tensor; `at`: place of its first number in the run."""
+    """Rows [top, bottom) and columns [left, right) of the full tensor; `offset`: of its first element, in the range."""
 
     top: int
     bottom: int
     left: int
     right: int
-    at: int
+    offset: int
 
-    def place(self, row: int, column: int) -> int:
-        return self.at + (row - self.top) * (self.right - self.left) + column - self.left
+    def offset_of(self, row: int, column: int) -> int:
+        return self.offset + (row - self.top) * (self.right - self.left) + column - self.left
 
 
 def overlaps(source: Fragment, target: Fragment) -> Iterator[Overlap]:
-    """What two runs of the same tensor share. Their shapes may differ in the rows that pad."""
-    dim = target.dim if source.dim != target.dim and _spans_its_dimension(source) else source.dim
-    assert dim == target.dim or _spans_its_dimension(target), f"{source} and {target} are cut along two dimensions"
+    """Yield the elements that two fragments of the same tensor share. Padding rows may differ in number."""
+    dim = target.dim if source.dim != target.dim and source.spans_dim else source.dim
+    assert dim == target.dim or target.spans_dim, f"{source} and {target} are cut along two dimensions"
     for a, b in itertools.product(_rectangles(source, dim), _rectangles(target, dim)):
         top, bottom = max(a.top, b.top), min(a.bottom, b.bottom)
         left, right = max(a.left, b.left), min(a.right, b.right)
@@ -129,49 +137,43 @@ def overlaps(source: Fragment, target: Fragment) -> Iterator[Overlap]:
             yield Overlap(
                 rows=bottom - top,
                 columns=right - left,
-                source_at=a.place(top, left),
+                source_offset=a.offset_of(top, left),
                 source_stride=a.right - a.left,
-                target_at=b.place(top, left),
+                target_offset=b.offset_of(top, left),
                 target_stride=b.right - b.left,
             )
 
 
-def _spans_its_dimension(fragment: Fragment) -> bool:
-    return fragment.last_row - fragment.first_row == fragment.shape[fragment.dim]
-
-
-def _rectangles(run: Fragment, dim: int) -> list[_Rectangle]:
-    """`run` in the tensor as a matrix seen along `dim`; a slice that spans its own dimension can be seen along any."""
-    first, last = (run.first_row, run.last_row) if dim == run.dim else (0, run.shape[dim])
-    inner = math.prod(run.shape[dim + 1 :])
+def _rectangles(fragment: Fragment, dim: int) -> list[_Rectangle]:
+    """Rectangles of `fragment` in the tensor as a matrix along `dim`. A full slice may be seen along any dimension."""
+    first, last = (fragment.first_row, fragment.last_row) if dim == fragment.dim else (0, fragment.shape[dim])
+    inner = math.prod(fragment.shape[dim + 1 :])
     left, width = first * inner, (last - first) * inner
-    cuts = sorted({run.start, min(run.stop, -(-run.start // width) * width), _floor(run, width), run.stop})
+    start, stop = fragment.start, fragment.stop
+    first_row_end = min(stop, -(-start // width) * width)
+    last_row_start = max(start, stop // width * width)
     return [
         _Rectangle(
-            top=start // width,
-            bottom=-(-stop // width),
-            left=left + start % width,
-            right=left + start % width + min(stop - start, width),
-            at=start - run.start,
+            top=begin // width,
+            bottom=-(-end // width),
+            left=left + begin % width,
+            right=left + begin % width + min(end - begin, width),
+            offset=begin - start,
         )
-        for start, stop in itertools.pairwise(cuts)
+        for begin, end in itertools.pairwise(sorted({start, first_row_end, last_row_start, stop}))
     ]
 
 
-def _floor(run: Fragment, width: int) -> int:
-    return max(run.start, run.stop // width * width)
-
-
 def coverage_problems(fragments: Iterable[Fragment]) -> list[str]:
-    """Where `placements` fail to hold every number of every tensor they name exactly once, a sentence a tensor."""
-    found, by_name = [], itertools.groupby(sorted(fragments, key=_order), key=lambda fragment: fragment.name)
+    """Return one sentence for each tensor whose elements are not all held exactly once."""
+    problems, by_name = [], itertools.groupby(sorted(fragments, key=_order), key=lambda fragment: fragment.name)
     for name, group in by_name:
         parts = list(group)
         if len({(part.shape, part.used_rows, part.dim) for part in parts}) > 1:
-            found.append(f"parts of {name} disagree about its shape")
+            problems.append(f"parts of {name} disagree about its shape")
         elif not _tiles(parts):
-            found.append(f"parts of {name} do not hold each of its numbers exactly once")
-    return found
+            problems.append(f"parts of {name} do not hold each of its elements exactly once")
+    return problems
 
 
 def _order(fragment: Fragment) -> tuple[str, int, int, int, int]:
@@ -179,12 +181,12 @@ def _order(fragment: Fragment) -> tuple[str, int, int, int, int]:
 
 
 def _tiles(parts: list[Fragment]) -> bool:
-    """Whether parts of one tensor, in order, follow upon each other: slices along its dimension, runs in each slice."""
-    reached = 0
+    """Whether sorted parts of one tensor tile it: slices along its dimension, ranges within each slice."""
+    covered = 0
     for (first, last), group in itertools.groupby(parts, key=lambda part: (part.first_row, part.last_row)):
-        runs = list(group)
-        ends = [0, *(run.stop for run in runs)]
-        if first != reached or [run.start for run in runs] != ends[:-1] or ends[-1] != runs[0].slice_numel:
+        ranges = list(group)
+        ends = [0, *(part.stop for part in ranges)]
+        if first != covered or [part.start for part in ranges] != ends[:-1] or ends[-1] != ranges[0].slice_numel:
             return False
-        reached = last
-    return reached == parts[0].shape[parts[0].dim]
+        covered = last
+    return covered == parts[0].shape[parts[0].dim]

@@ -1,9 +1,9 @@
-"""Weights that a run starts from instead of drawing them: `train.py --init DIR`.
+"""Initial weights from a checkpoint instead of random ones: `train.py --init DIR`.
 
-    DIR (`pmlm import` wrote it, or another run did)  --same model? same vocabulary?-->  weights of step 0
+    DIR (written by `pmlm import` or another run)  --same architecture, same vocabulary-->  weights of step 0
 
-Weights alone: moments, counters, schedule and place in the corpus begin anew. A run that has a checkpoint of its own
-goes on from that and does not look here.
+Only weights are loaded: moments, counters, schedule and corpus position start at zero. A run with a checkpoint of its
+own resumes from that and ignores `--init`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pmlm_dist.vocab import Vocabulary
 if TYPE_CHECKING:
     from pmlm_dist.checkpoint.engine_state import EngineState
 
-COMPUTED = (
+ARCHITECTURE_SETTINGS = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_positions", "segment_types"),
     *("relative_bias", "relative_buckets", "relative_max_distance", "layer_norm_eps"),
 )
-"""The settings of the model that, with its weights, say what it computes; the others may be chosen anew."""
-_OF_RELATIVE_BIAS = ("relative_buckets", "relative_max_distance")
+"""Model settings that, with the weights, determine the logits; all others may differ."""
+_RELATIVE_BIAS_SETTINGS = ("relative_buckets", "relative_max_distance")
 
 
 def initial_weights_problems(path: Path, model: ModelConfig, vocabulary: Vocabulary) -> list[str]:
-    """Why a run of `model` on a corpus with `vocabulary` cannot start from the weights at `path`; reads every byte."""
+    """Return why a run of `model` with `vocabulary` cannot start from the weights at `path`; reads every byte."""
     try:
         folder = newest_valid_at(path)
         state = read_state(folder)
@@ -37,31 +37,31 @@ def initial_weights_problems(path: Path, model: ModelConfig, vocabulary: Vocabul
         return [f"--init ({path}): {problem}" for problem in error.problems]
     except CorruptCheckpoint as error:
         return [f"--init ({path}): {error}"]
-    found = _other_settings(folder, state["configuration"].get("model"), model)
+    problems = _architecture_problems(folder, state["configuration"].get("model"), model)
     if state["identity"].get("vocabulary") != vocabulary.fingerprint:
-        found.append(
+        problems.append(
             f"--init ({path}): its vocabulary is not the corpus': prepare the corpus with `--vocabulary` of these "
             "weights, or, when only the ids of the same tokens differ, import them with `--vocabulary` of the corpus"
         )
-    return found
+    return problems
 
 
-def _other_settings(folder: Path, saved: Any, model: ModelConfig) -> list[str]:
+def _architecture_problems(folder: Path, saved: Any, model: ModelConfig) -> list[str]:
     names = {field.name for field in fields(ModelConfig)}
-    if not isinstance(saved, dict) or not set(COMPUTED) <= saved.keys() <= names:
-        return [f"--init ({folder}) does not say which model its weights are of: import it again with this release"]
+    if not isinstance(saved, dict) or not set(ARCHITECTURE_SETTINGS) <= saved.keys() <= names:
+        return [f"--init ({folder}) lacks the model settings of its weights: import it again with this release"]
     both_without = not (saved["relative_bias"] or model.relative_bias)
-    compared = [name for name in COMPUTED if not (both_without and name in _OF_RELATIVE_BIAS)]
+    compared = [name for name in ARCHITECTURE_SETTINGS if not (both_without and name in _RELATIVE_BIAS_SETTINGS)]
     return [
         f"model.{name} ({getattr(model, name)}) is {saved[name]} for the weights of --init ({folder}): "
         f"use {flag_of(name, saved[name])}"
         for name in compared
-        if saved[name] != getattr(model, name) and name != "vocab_size"  # a matter of the vocabulary
+        if saved[name] != getattr(model, name) and name != "vocab_size"  # reported by the vocabulary check
     ]
 
 
 def flag_of(name: str, value: Any) -> str:
-    """How `train.py` is told the setting `name` of the model."""
+    """Return the argument of `train.py` that sets the model's `name` to `value`."""
     dashed = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--model.{'' if value else 'no-'}{dashed}"
@@ -71,7 +71,7 @@ def flag_of(name: str, value: Any) -> str:
 def load_initial_weights(engine: EngineState, path: Path) -> Path:
     """Fill the weights of `engine` from those at `path`, whatever topology wrote them; every rank must call.
 
-    `initial_weights_problems` has found nothing. Returns the folder that was read.
+    Returns the checkpoint that was read. `initial_weights_problems` must have returned none.
     """
     folder = engine.topology.broadcast_object(newest_valid_at(path) if engine.topology.is_rank_zero else None)
     with CheckpointReader(folder) as reader:

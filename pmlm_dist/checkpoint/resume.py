@@ -1,10 +1,10 @@
-"""From a run to its checkpoints and back: what is saved besides numbers, which checkpoint is loaded, what must fit.
+"""Resuming a run: what a checkpoint records besides tensors, which one is loaded, and whether it fits this run.
 
-    find_checkpoint (rank 0 chooses, all follow) -> state.json -> the run's identity fits? -> load_checkpoint
-    Saver (saver.py) -> rank files and state.json (checkpoint_files.py) -> step-N (checkpoint_folder.py)
+    find_checkpoint (rank 0 chooses for all) -> state.json -> identity of the run compared -> load_checkpoint
+    AsyncCheckpointer (async_save.py) -> rank files and state.json (files.py) -> step-N (folder.py)
 
-Dropout and masks are functions of seed and samples consumed (`parallel/seeding.py`), so there is no random state to
-keep; the sample order is elastic, so there is no place in a stream to keep either.
+No random state is saved: dropout and masks are functions of seed and samples consumed (parallel/seeding.py). No stream
+position is saved: the sample order is elastic and follows from samples consumed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pmlm_dist.parallel.groups import Topology
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is; with the configuration this determines everything that follows."""
+    """Progress of a run; with the configuration it determines all later steps."""
 
     step: int = 0
     samples_consumed: int = 0
@@ -32,48 +32,48 @@ class RunState:
 
 
 def find_checkpoint(folder: CheckpointFolder, topology: Topology) -> Path | None:
-    """The checkpoint to go on from, chosen by rank 0 for all; every rank must call.
+    """Return the checkpoint to resume from, chosen by rank 0; every rank must call.
 
-    Newer ones that are not whole are named in warnings. Raises `ConfigError` on every rank if none of several is whole.
+    Warns of newer checkpoints that are corrupt. Raises `ConfigError` on every rank if there are some but none is valid.
     """
-    path, complaints, problems = None, [], []
+    path, skipped, problems = None, [], []
     if topology.is_rank_zero:
         try:
-            path, complaints = folder.newest_valid()
+            path, skipped = folder.newest_valid()
         except ConfigError as error:
             problems = error.problems
     path, problems = topology.broadcast_object((path, problems))
     raise_if_any(problems)
-    for complaint in complaints:
-        warnings.warn(f"{complaint}; going on from {path}", stacklevel=2)
+    for problem in skipped:
+        warnings.warn(f"{problem}; resuming from {path}", stacklevel=2)
     return path
 
 
-def describe(engine: EngineState, state: RunState) -> dict[str, Any]:
-    """What `state.json` says of progress and engine; every rank must call, for the fingerprint.
+def progress_metadata(engine: EngineState, state: RunState) -> dict[str, Any]:
+    """Return progress, engine counters and fingerprint for `state.json`; every rank must call, for the fingerprint.
 
-    Raises `FloatingPointError` when the model answers with numbers that are not finite: such weights are not kept.
+    Raises `FloatingPointError` when the model's logits are not finite: such weights are not saved.
     """
-    answers = _probe_statistics(engine)
-    if not is_finite(answers):
+    current = _fingerprint_of(engine)
+    if not is_finite(current):
         raise FloatingPointError(f"the weights of step {state.step} give logits that are not finite: not saved")
-    return {**asdict(state), "counters": engine.counters(), "fingerprint": answers}
+    return {**asdict(state), "counters": engine.counters(), "fingerprint": current}
 
 
 def load_checkpoint(engine: EngineState, path: Path) -> RunState:
-    """Fill `engine` from the checkpoint at `path`, which is whole and of the same run, whatever topology wrote it.
+    """Fill `engine` from the valid checkpoint at `path`, whatever topology wrote it; every rank must call.
 
-    Every rank must call. Raises `ConfigError` when the filled model is another one, or answers differently.
+    Raises `ConfigError` when the model has other tensors, or when its fingerprint differs from the saved one.
     """
     saved = read_state(path)
     with CheckpointReader(path) as reader:
         engine.restore(reader, saved["counters"])
-    found = fingerprint_differences(saved["fingerprint"], _probe_statistics(engine), precision=engine.precision)
-    raise_if_any([f"{path}: {difference}" for difference in found] + ([_MISREAD] if found else []))
+    problems = fingerprint_differences(saved["fingerprint"], _fingerprint_of(engine), precision=engine.precision)
+    raise_if_any([f"{path}: {problem}" for problem in problems] + ([_OTHER_LOGITS] if problems else []))
     return RunState(**{name: saved[name] for name in asdict(RunState())})
 
 
-def _probe_statistics(engine: EngineState) -> dict[str, Any]:
+def _fingerprint_of(engine: EngineState) -> dict[str, Any]:
     model = engine.model.config
     assert model.vocab_size is not None
     return fingerprint(
@@ -85,14 +85,14 @@ def _probe_statistics(engine: EngineState) -> dict[str, Any]:
     )
 
 
-_MISREAD = (
-    "the model does not compute what it computed when this checkpoint was saved, though its files are whole: go on "
+_OTHER_LOGITS = (
+    "the model does not compute what it computed when this checkpoint was saved, though its files are valid: resume "
     "with the release that saved it, or on the device it was saved on"
 )
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """How the identity of a saved run differs from that of this one, a sentence a setting."""
+    """Return one sentence for each setting in which the identities of two runs differ."""
     return [
         f"{name} was {saved.get(name)!r}, is now {now.get(name)!r}"
         for name in sorted({*saved, *now})

@@ -1,6 +1,6 @@
-"""`pmlm checkpoint ls | verify | reshape`: looking at checkpoints, checking them, rewriting one as whole tensors.
+"""`pmlm checkpoint ls | verify | reshape`: list checkpoints, verify them, rewrite one as full tensors.
 
-None of this needs torch, a GPU or the ranks that wrote them.
+Needs neither torch nor a GPU, nor as many ranks as wrote the checkpoint.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from pmlm_dist.config import ConfigError, raise_if_any
 
 
 def ls(folder: Path, /) -> None:
-    """List the checkpoints in a folder: step, size, age, who wrote them, and whether all files are there.
+    """List the checkpoints in a folder: step, size, age, topology of the run, and missing files.
 
-    Checksums are left to `pmlm checkpoint verify`.
+    Checksums are not compared; see `pmlm checkpoint verify`.
     """
     print(f"{'step':>10}  {'size':>9}  {'age':>9}  {'written by':32}  files")
     for path in checkpoints_at(folder):
@@ -40,31 +40,31 @@ def ls(folder: Path, /) -> None:
 
 
 def verify(folder: Path, /) -> None:
-    """Read a checkpoint, or all in a folder: every checksum, and that each number of each tensor is there once."""
-    found = []
+    """Verify a checkpoint, or all in a folder: every checksum, and that each tensor is complete."""
+    all_problems = []
     for path in checkpoints_at(folder):
-        faults = checkpoint_problems(path)
-        print(f"{path}: {'damaged' if faults else 'whole'}")
-        found += [f"{path}: {fault}" for fault in faults]
-    raise_if_any(found)
+        problems = checkpoint_problems(path)
+        print(f"{path}: {'corrupt' if problems else 'valid'}")
+        all_problems += [f"{path}: {problem}" for problem in problems]
+    raise_if_any(all_problems)
 
 
 def reshape(folder: Path, /, *, output: Path) -> None:
-    """Rewrite a checkpoint (of several, the newest whole one) with whole tensors, in a single file any tool can read.
+    """Rewrite a checkpoint (of several, the newest valid one) as full tensors in a single safetensors file.
 
-    `output`: a folder of checkpoints, as RUN_DIR/checkpoints is; a run goes on from what is written there as from any
-    other. It is written under a temporary name first, so half of it never counts.
+    `output`: a folder of checkpoints, such as RUN_DIR/checkpoints; a run resumes from the result as from any other
+    checkpoint. The write is atomic.
     """
     path, target = newest_valid_at(folder), CheckpointFolder(output, keep=1)
     state = read_state(path)
     step = int(state["step"])
     if target.folder(step).exists():
-        raise ConfigError([f"{target.folder(step)} is there already: choose another --output"])
+        raise ConfigError([f"{target.folder(step)} already exists: choose another --output"])
     target.remove_temporary()
     temporary = target.temporary(step, attempt="reshape")
     try:
         temporary.mkdir(parents=True)
-        files = {rank_file(0): _write_whole_tensors(path, temporary / rank_file(0))}
+        files = {rank_file(0): _write_full_tensors(path, temporary / rank_file(0))}
         files[STATE] = write_json(temporary / STATE, state)
         print(f"written: {target.commit(step, temporary, files)}")
     except OSError as error:
@@ -72,7 +72,7 @@ def reshape(folder: Path, /, *, output: Path) -> None:
         raise ConfigError([f"--output ({output}) cannot be written: {error}; nothing is left there"]) from error
 
 
-def _write_whole_tensors(path: Path, file: Path) -> FileDigest:
+def _write_full_tensors(path: Path, file: Path) -> FileDigest:
     with CheckpointReader(path) as reader:
         wholes, kinds = list(reader.tensors.values()), KINDS if reader.has_moments else KINDS[:1]
         chunks = (reader.read(whole, kind).reshape(-1).view(np.uint8).data for whole in wholes for kind in kinds)
@@ -80,7 +80,7 @@ def _write_whole_tensors(path: Path, file: Path) -> FileDigest:
 
 
 def _row(path: Path) -> Iterator[str]:
-    faults = checkpoint_problems(path, thorough=False)
+    problems = checkpoint_problems(path, thorough=False)
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     try:
         state: dict[str, Any] = read_state(path)
@@ -90,7 +90,7 @@ def _row(path: Path) -> Iterator[str]:
     yield f"{_size(size):>9}"
     yield f"{_age(state.get('written_at')):>9}"
     yield f"{_topology(state.get('configuration', {})):32}"
-    yield faults[0] if faults else "all there"
+    yield problems[0] if problems else "complete"
 
 
 def _size(size: int) -> str:

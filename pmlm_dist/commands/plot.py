@@ -1,4 +1,4 @@
-"""A run's losses as a picture, from its `metrics.jsonl`."""
+"""`pmlm plot`: the losses of a run as a picture, from its `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from pmlm_dist.config import ConfigError
 from pmlm_dist.metrics.run_log import read_metrics
 
-_COLOURS = {"ae": "#1f6feb", "par": "#d1490b"}
+_COLORS = {"ae": "#1f6feb", "par": "#d1490b"}
 _NAMES = {"ae": "AE", "par": "PAR"}
 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Which run to draw, and where to."""
+    """Run to plot, and picture to write."""
 
     run_dir: Path = Path("runs/demo")
     """Folder of the run."""
@@ -23,9 +23,9 @@ class PlotConfig:
 
 
 def plot_losses(config: PlotConfig) -> None:
-    """Draw training and validation losses of both objectives by step, beside the corpus' unigram entropy.
+    """Plot training and validation losses of both objectives by step, beside the unigram entropy of the corpus.
 
-    Raises `ConfigError` when the run has logged nothing yet.
+    Raises `ConfigError` when the run has not logged any step.
     """
     import matplotlib
 
@@ -33,15 +33,13 @@ def plot_losses(config: PlotConfig) -> None:
     from matplotlib import pyplot as plt
 
     if not (config.run_dir / "metrics.jsonl").is_file():
-        raise ConfigError(
-            [f"{config.run_dir} holds no metrics.jsonl: pass the --run-dir of a run that has logged steps"]
-        )
+        raise ConfigError([f"{config.run_dir} has no metrics.jsonl: pass the --run-dir of a run that has logged steps"])
     metrics = read_metrics(config.run_dir)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    for objective, colour in _COLOURS.items():
-        axes.plot(*_series(metrics, f"train/{objective}"), color=colour, alpha=0.35, linewidth=1.2)
-        held_out = _series(metrics, f"validation/{objective}")
-        axes.plot(*held_out, color=colour, marker="o", label=f"{_NAMES[objective]}, held-out")
+    for objective, color in _COLORS.items():
+        axes.plot(*_series(metrics, f"train/{objective}"), color=color, alpha=0.35, linewidth=1.2)
+        validation = _series(metrics, f"validation/{objective}")
+        axes.plot(*validation, color=color, marker="o", label=f"{_NAMES[objective]}, validation")
     steps, entropy = _series(metrics, "validation/unigram_entropy")
     if steps:
         axes.axhline(entropy[-1], color="#666666", linestyle="--", linewidth=1, label="unigram entropy of the corpus")

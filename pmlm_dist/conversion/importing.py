@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pmlm_dist.checkpoint.initial_weights import COMPUTED, flag_of
+from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS, flag_of
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.conversion.bert import from_bert
 from pmlm_dist.conversion.files import (
@@ -61,7 +61,7 @@ def import_weights(path: Path, /, *, output: Path, vocabulary: Path | None = Non
 def needed_flags(model: ModelConfig) -> list[str]:
     """Return the command line flags of `model` that differ from the base preset."""
     default = ModelConfig()
-    names = [name for name in COMPUTED if name != "vocab_size"]
+    names = [name for name in ARCHITECTURE_SETTINGS if name != "vocab_size"]
     return [flag_of(name, getattr(model, name)) for name in names if getattr(model, name) != getattr(default, name)]
 
 

@@ -30,7 +30,7 @@ from pmlm_dist.checkpoint.files import (
 )
 from pmlm_dist.checkpoint.folder import IMPORTED, CheckpointFolder, newest_valid_at
 from pmlm_dist.checkpoint.fragments import Fragment
-from pmlm_dist.checkpoint.initial_weights import COMPUTED
+from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, parameter_shapes
 from pmlm_dist.model.task_model import TASK_HEAD

@@ -1,1 +1,1 @@
-"""DeepSpeed: its JSON, its engine, the optimizer and what it compiles."""
+"""DeepSpeed: configuration, engine, optimizer and the extension it compiles."""

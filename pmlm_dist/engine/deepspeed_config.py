@@ -1,7 +1,7 @@
-"""DeepSpeed's JSON, read and checked before any engine is built.
+"""DeepSpeed's JSON, read and checked before an engine is built. Standard library only.
 
-It is the home of batch sizes, precision, ZeRO stage, clipping and offload, in DeepSpeed's own schema. What DeepSpeed
-would swallow silently or compute wrongly is refused here. Standard library only.
+The file sets batch sizes, precision, ZeRO stage, clipping and offload, in DeepSpeed's own schema. Settings that
+DeepSpeed would ignore silently or compute wrongly raise `ConfigError`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ALLOWED = {
     "train_batch_size": "sequences of one optimizer step over all ranks",
     "train_micro_batch_size_per_gpu": "sequences of one forward pass on one rank",
     "gradient_accumulation_steps": "derived from the two batch sizes when absent",
-    "gradient_clipping": "largest gradient norm; absent: no clipping, as in the paper",
+    "gradient_clipping": "maximum gradient norm; absent: no clipping, as in the paper",
     "zero_optimization": "ZeRO",
     "bf16": "bfloat16 weights with fp32 master copies",
     "fp16": "half precision with loss scaling",
@@ -41,10 +41,10 @@ _UNSUPPORTED = {
     "scheduler": "the schedule is set by `--optim.warmup-steps` and `--train.steps`: remove the section",
     "tensor_parallel": "tensor parallelism is set by `--parallel.tp`; AutoTP would replace it: remove the section",
     "activation_checkpointing": "it is set by `--model.activation-checkpointing`: remove the section",
-    "checkpoint": "checkpoints are written and reshaped by the training itself: remove the section",
+    "checkpoint": "checkpoints are written and reshaped by this program: remove the section",
     "tensorboard": "TensorBoard files are written to RUN_DIR/tensorboard: remove the section",
     "amp": "use bf16 or fp16: remove the section",
-    "aio": "it serves offload to NVMe, from which no checkpoint can be made: remove the section",
+    "aio": "it configures offload to NVMe, from which no checkpoint can be made: remove the section",
 }
 _NOT_CHECKPOINTABLE = {
     "zero_optimization.offload_optimizer.device": "nvme",
@@ -54,34 +54,32 @@ _NOT_CHECKPOINTABLE = {
     "bf16.bf16_optimizer_states": True,
     "fp16.fp16_master_weights_and_grads": True,
 }
-"""Where masters or moments would lie outside memory, or not be fp32: checkpoints hold them as fp32 from memory."""
-_UNGUARDED = {
+"""Values with which masters or moments are not fp32 tensors in memory, as checkpoints need them."""
+_HIDES_NONFINITE = {
     "zero_optimization.compute_grad_norm": False,
     "bf16.check_grad_overflow": False,
 }
-"""Where DeepSpeed would not tell, or not heed, that a gradient is not finite."""
+"""Values with which DeepSpeed does not detect gradients that are not finite, or does not skip their step."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the training must know of DeepSpeed's JSON."""
+    """Settings of DeepSpeed's JSON that other modules use."""
 
     raw: dict[str, Any]
-    """What the file says."""
+    """The file as written."""
     global_batch: int
     micro_batch: int
     precision: Literal["fp32", "bf16", "fp16"]
     zero_stage: int
     offload_optimizer: bool
     gradient_clipping: float
-    """Largest gradient norm; 0: no clipping."""
+    """Maximum gradient norm; 0: no clipping."""
 
     def for_deepspeed(self) -> dict[str, Any]:
-        """The JSON that DeepSpeed gets: as the file says, silent, and without the clipping that is its own default.
-
-        With ZeRO-0 it never clips: the training does, which needs the gradient's norm anyway. Where it keeps fp32 sums
-        of bf16 gradients, these go into them as soon as they are there (engine/bf16_optimizer.py).
-        """
+        """Return the JSON for DeepSpeed: the file without console output and without DeepSpeed's default clipping."""
+        # With ZeRO-0 `optimizer_step` clips, since it needs the norm anyway. With bf16, gradients are accumulated as
+        # soon as they are ready, as engine/bf16_optimizer.py expects.
         clipping = self.gradient_clipping if self.zero_stage else 0.0
         settings = {"steps_per_print": 2**31, **self.raw, "gradient_clipping": clipping}
         if self.precision == "bf16":
@@ -89,16 +87,16 @@ class EngineConfig:
         return settings
 
     def accumulation(self, dp: int) -> int:
-        """Gradient accumulation steps on `dp` data-parallel ranks."""
+        """Return the gradient accumulation steps on `dp` data-parallel ranks."""
         return self.global_batch // (self.micro_batch * dp)
 
 
 def load_engine_config(
     path: Path, *, has_accelerator: bool, overrides: Mapping[str, Any] | None = None
 ) -> EngineConfig:
-    """Read and check DeepSpeed's JSON at `path`; raises `ConfigError` with everything that is wrong with it.
+    """Read and check DeepSpeed's JSON at `path`.
 
-    `overrides` replace settings of the file; sections are merged.
+    `overrides` replace settings of the file; sections are merged. Raises `ConfigError` with all problems.
     """
     raw = _read(path)
     for name, value in (overrides or {}).items():
@@ -117,7 +115,7 @@ def load_engine_config(
 
 
 def batch_problems(engine: EngineConfig, *, dp: int) -> list[str]:
-    """Why the global batch cannot be cut over `dp` data-parallel ranks, if it cannot."""
+    """Return why the global batch does not divide over `dp` data-parallel ranks; empty when it does."""
     if engine.global_batch % (engine.micro_batch * dp):
         usable = [
             d
@@ -170,47 +168,47 @@ def _problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
         *_clipping_problems(raw),
         *_section_problems(raw),
         *_precision_problems(raw, has_accelerator=has_accelerator),
-        *_layout_problems(raw),
-        *_guard_problems(raw),
-        *_summing_problems(raw),
+        *_checkpoint_problems(raw),
+        *_nonfinite_problems(raw),
+        *_accumulation_problems(raw),
     ]
 
 
 def _key_problems(raw: dict[str, Any]) -> list[str]:
-    found = []
+    problems = []
     for key in raw:
         if key in _UNSUPPORTED:
-            found.append(f"section `{key}` is not taken from here: {_UNSUPPORTED[key]}")
+            problems.append(f"section `{key}` is not supported: {_UNSUPPORTED[key]}")
         elif key not in _ALLOWED:
             close = difflib.get_close_matches(key, _ALLOWED, n=1)
-            found.append(f"unknown setting `{key}`" + (f": did you mean `{close[0]}`?" if close else ": remove it"))
-    return found
+            problems.append(f"unknown setting `{key}`" + (f": did you mean `{close[0]}`?" if close else ": remove it"))
+    return problems
 
 
 def _batch_size_problems(raw: dict[str, Any]) -> list[str]:
-    found = []
+    problems = []
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         if type(raw.get(key)) is not int or raw[key] < 1:  # `true` is an int to isinstance
-            found.append(f"`{key}` ({raw.get(key)}) must be a positive integer: {_ALLOWED[key]}")
-    return found
+            problems.append(f"`{key}` ({raw.get(key)}) must be a positive integer: {_ALLOWED[key]}")
+    return problems
 
 
 def _clipping_problems(raw: dict[str, Any]) -> list[str]:
-    largest = raw.get("gradient_clipping", 0.0)
-    if type(largest) in (int, float) and largest >= 0:  # `true` is an int to isinstance
+    max_norm = raw.get("gradient_clipping", 0.0)
+    if type(max_norm) in (int, float) and max_norm >= 0:  # `true` is an int to isinstance
         return []
-    return [f"`gradient_clipping` ({largest!r}) must be a number, 0 (no clipping) or more"]
+    return [f"`gradient_clipping` ({max_norm!r}) must be a number, 0 (no clipping) or more"]
 
 
 def _section_problems(raw: dict[str, Any]) -> list[str]:
-    found = []
+    problems = []
     for name in _SECTIONS:
         section = raw.get(name, {})
         if not isinstance(section, dict):
-            found.append(f"`{name}` ({section}) must be an object: {_ALLOWED[name]}")
+            problems.append(f"`{name}` ({section}) must be an object: {_ALLOWED[name]}")
         elif not isinstance(section.get("enabled", False), bool):
-            found.append(f"{name}.enabled ({section['enabled']!r}) must be true or false")
-    return found
+            problems.append(f"{name}.enabled ({section['enabled']!r}) must be true or false")
+    return problems
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -221,56 +219,58 @@ def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
 def _precision_problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:
     enabled = [name for name in ("bf16", "fp16") if _section(raw, name).get("enabled", False)]
     stage = _section(raw, "zero_optimization").get("stage", 0)
-    found = []
+    problems = []
     if type(stage) is not int or stage not in (0, 1, 2, 3):
-        found.append(f"zero_optimization.stage ({stage}) must be 0, 1, 2 or 3")
+        problems.append(f"zero_optimization.stage ({stage}) must be 0, 1, 2 or 3")
     if len(enabled) == 2:
-        found.append("bf16 and fp16 are both enabled: choose one")
+        problems.append("bf16 and fp16 are both enabled: choose one")
     elif enabled and stage == 0:
-        found.append(
+        problems.append(
             f"ZeRO stage 0 with {enabled[0]} trains wrongly in DeepSpeed: use zero_optimization.stage 1 "
             "(with one data-parallel rank it costs nothing)"
         )
     if "fp16" in enabled and not has_accelerator:
-        found.append("fp16 needs a GPU; there is none here: use bf16 or fp32")
-    return found
+        problems.append("fp16 needs a GPU; there is none here: use bf16 or fp32")
+    return problems
 
 
-def _layout_problems(raw: dict[str, Any]) -> list[str]:
-    """Ways to hold weights and moments that a checkpoint cannot be made from, or filled into."""
-    found = [
+def _checkpoint_problems(raw: dict[str, Any]) -> list[str]:
+    """Layouts of weights and moments that a checkpoint cannot be made from, or loaded into."""
+    problems = [
         f"{name} ({json.dumps(value)}) cannot be saved to a checkpoint: remove it"
         for name, value in _NOT_CHECKPOINTABLE.items()
         if _setting(raw, name) == value
     ]
     ratio = _setting(raw, "zero_optimization.offload_optimizer.ratio")
     if ratio not in (None, 1):
-        found.append(f"zero_optimization.offload_optimizer.ratio ({ratio}) must be 1: offload all of it or nothing")
+        problems.append(f"zero_optimization.offload_optimizer.ratio ({ratio}) must be 1: offload all of it or nothing")
     for name in ("mics_shard_size", "zenflow"):
         value = _setting(raw, f"zero_optimization.{name}")
         if value not in (None, -1):
-            found.append(f"zero_optimization.{name} ({value}) cuts weights in a way checkpoints do not know: remove it")
-    return found
+            problems.append(
+                f"zero_optimization.{name} ({value}) partitions weights as no checkpoint supports: remove it"
+            )
+    return problems
 
 
-def _guard_problems(raw: dict[str, Any]) -> list[str]:
+def _nonfinite_problems(raw: dict[str, Any]) -> list[str]:
     return [
-        f"{name} ({json.dumps(value)}) hides whether a gradient is finite; a step without one is left out: remove it"
-        for name, value in _UNGUARDED.items()
+        f"{name} ({json.dumps(value)}) hides a gradient that is not finite, whose step must be skipped: remove it"
+        for name, value in _HIDES_NONFINITE.items()
         if _setting(raw, name) == value
     ]
 
 
-def _summing_problems(raw: dict[str, Any]) -> list[str]:
+def _accumulation_problems(raw: dict[str, Any]) -> list[str]:
     name = "bf16.immediate_grad_update"
     value = _setting(raw, name)
     if value is None or value is True:
         return []
-    return [f"{name} ({json.dumps(value)}): gradients are always summed as soon as they are there: remove it"]
+    return [f"{name} ({json.dumps(value)}): gradients are always accumulated as soon as they are ready: remove it"]
 
 
 def _setting(raw: dict[str, Any], name: str) -> Any:
-    """Value of a setting by its dotted name; None where it is not set."""
+    """Return the value of a setting by its dotted name; None if it is not set."""
     value: Any = raw
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None

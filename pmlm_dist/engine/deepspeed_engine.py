@@ -1,7 +1,4 @@
-"""The DeepSpeed engine: how it is built around a model, and one update of its weights.
-
-Pre-training (`training/loop.py`) and fine-tuning (`downstream/finetune.py`) train with the same.
-"""
+"""DeepSpeed engine: construction around a model, and one optimizer step. Pre-training and fine-tuning share it."""
 
 from __future__ import annotations
 
@@ -30,7 +27,6 @@ from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.engine.optimizer import clip_or_drop_gradients, gradient_norm, parameter_groups
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel.groups import ModelParallelUnit, Topology
-from pmlm_dist.training.guards import check_engine
 
 
 def initialize_engine(
@@ -41,56 +37,65 @@ def initialize_engine(
     topology: Topology,
     keep_memory: bool = True,
 ) -> DeepSpeedEngine:
-    """Optimizer and engine of `model`, whose weights are drawn; every rank must call.
+    """Return the engine of an initialized `model`, with its optimizer; every rank must call.
 
-    `keep_memory`: on a CPU, whether the process keeps freed memory (engine/malloc.py). Raises `ConfigError` on
-    every rank when DeepSpeed does not know, or cannot read, a setting inside a section of its JSON.
+    `keep_memory`: on a CPU, whether the process keeps freed memory (engine/malloc.py). Raises `ConfigError` on every
+    rank when a setting inside a section of DeepSpeed's JSON is unknown or invalid.
     """
-    # Training does not use this op; compiling it takes a lock that a killed rank leaves behind for ever.
+    # Training does not use this op. Compiling it takes a lock file that a killed rank would leave behind for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names used by DeepSpeed
     if topology.device.type == "cpu":
         keep_freed_memory(keep=keep_memory)
     try:
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=lambda _: _optimizer(model, optim=optim, config=config),  # made once the JSON has been read
+            optimizer=lambda _: _optimizer(model, optim=optim, config=config),  # called after the JSON is validated
             config=config.for_deepspeed(),
             mpu=ModelParallelUnit(),
             dist_init_required=False,
         )
     except ValidationError as error:
         raise ConfigError(_setting_problems(error, config.raw)) from error
-    check_engine(engine.dp_world_size, topology)
+    _check_groups(engine, topology)
     optimizer: Any = engine.optimizer
     if isinstance(optimizer, BF16_Optimizer):
-        optimizer.__class__ = SummingBF16Optimizer  # DeepSpeed lets nobody name the class
+        optimizer.__class__ = SummingBF16Optimizer  # DeepSpeed has no setting for the class
     if config.zero_stage == 0 or isinstance(optimizer, SummingBF16Optimizer):
-        engine.enable_backward_allreduce = topology.dp > 1  # one rank would copy all gradients to and fro for nothing
+        engine.enable_backward_allreduce = topology.dp > 1  # a single rank would only copy its gradients
     return engine
 
 
+def _check_groups(engine: DeepSpeedEngine, topology: Topology) -> None:
+    """Check that the engine averages gradients over the data-parallel ranks, by their number."""
+    if engine.dp_world_size != topology.dp:
+        raise RuntimeError(
+            f"DeepSpeed averages gradients over {engine.dp_world_size} ranks, but {topology.dp} are data-parallel "
+            f"(tensor-parallel size {topology.tp}): it was not given the groups (mpu) of this topology"
+        )
+
+
 def _setting_problems(error: ValidationError, raw: dict[str, Any]) -> list[str]:
-    """What DeepSpeed says against settings inside sections, each with its whole name."""
-    found = []
+    """Return DeepSpeed's complaints about settings inside sections, each with the dotted name of the setting."""
+    problems = []
     for problem in error.errors():
         names = [str(part) for part in problem["loc"]]
-        if not names:  # it holds of several settings together, and names them
-            found.append(f"DeepSpeed's JSON (--ds-config): {problem['msg']}")
+        if not names:  # a constraint on several settings, named in the message
+            problems.append(f"DeepSpeed's JSON (--ds-config): {problem['msg']}")
             continue
         sections = [name for name, section in raw.items() if isinstance(section, dict) and names[0] in section]
         name, value = ".".join([*sections[:1], *names]), json.dumps(problem["input"], default=str)
         unknown = problem["type"] == "extra_forbidden"
-        reason = "DeepSpeed knows no such setting: correct its name or remove it" if unknown else problem["msg"]
-        found.append(f"{name} ({value}) in DeepSpeed's JSON (--ds-config): {reason}")
-    return found
+        reason = "DeepSpeed has no such setting: correct its name or remove it" if unknown else problem["msg"]
+        problems.append(f"{name} ({value}) in DeepSpeed's JSON (--ds-config): {reason}")
+    return problems
 
 
 def _optimizer(model: PseudoMaskedLM, *, optim: OptimConfig, config: EngineConfig) -> torch.optim.Optimizer:
     parameters = parameter_groups(model, weight_decay=optim.weight_decay)
     betas = (optim.beta1, optim.beta2)
     if config.offload_optimizer:
-        # Unless it was installed compiled DeepSpeed does that now, with the ninja that pip put beside this interpreter.
+        # DeepSpeed compiles CPU Adam now unless it was installed precompiled. Pip puts ninja beside this interpreter.
         os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
         with nullcontext() if installed_ops.get("cpu_adam") else build_lock():
             return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps)
@@ -98,14 +103,14 @@ def _optimizer(model: PseudoMaskedLM, *, optim: OptimConfig, config: EngineConfi
 
 
 def optimizer_step(engine: DeepSpeedEngine, config: EngineConfig, topology: Topology, *, is_boundary: bool) -> float:
-    """Let the engine step. At a boundary of accumulation weights change, unless the gradient's norm is not finite.
+    """Step the engine. At an accumulation boundary weights change, unless the gradient norm is not finite.
 
-    Returns the norm, NaN where there is none yet.
+    Returns the norm; NaN before a boundary, and infinite or NaN for a skipped step.
     """
-    if config.zero_stage == 0 and is_boundary:  # DeepSpeed neither knows a norm then nor looks for infinities
-        _fill_gradients(module_of(engine))
+    if config.zero_stage == 0 and is_boundary:  # DeepSpeed then computes no norm and does not check for infinities
+        _add_missing_gradients(module_of(engine))
         norm = gradient_norm(module_of(engine), topology)
-        clip_or_drop_gradients(module_of(engine), norm=norm, largest=config.gradient_clipping)
+        clip_or_drop_gradients(module_of(engine), norm=norm, max_norm=config.gradient_clipping)
         engine.step()
         return norm
     engine.step()
@@ -114,40 +119,40 @@ def optimizer_step(engine: DeepSpeedEngine, config: EngineConfig, topology: Topo
     return math.nan if norm is None or overflown else float(norm)
 
 
-def _fill_gradients(model: nn.Module) -> None:
-    """Give parameters that the loss did not reach, a head not in use, gradients of zero, as ZeRO does by itself."""
+def _add_missing_gradients(model: nn.Module) -> None:
+    """Give parameters out of the loss, such as an unused head, zero gradients, as ZeRO does from stage 1 on."""
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether torch multiplies bf16 matrices on `device` by more than single numbers.
+    """Whether torch has vectorized bf16 matrix products on `device`.
 
-    On a CPU it needs AVX-512 for that, or what came later; without, a product took 200 times as long as in fp32.
+    On a CPU this needs AVX-512 or newer; without it a product took 200 times as long as in fp32.
     """
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def module_of(engine: DeepSpeedEngine) -> nn.Module:
-    """The model in the engine."""
+    """Return the model in the engine."""
     assert isinstance(engine.module, nn.Module)
     return engine.module
 
 
 @contextmanager
 def gathered_module(engine: nn.Module, build: Callable[[], nn.Module]) -> Iterator[Any]:
-    """The model in an engine, in evaluation mode and with whole weights, for calling its parts one by one.
+    """Yield the model in an engine with full weights, so that its submodules can be called one by one.
 
-    With ZeRO-3, which gathers weights only while the whole is called, it is a copy in a fresh module that `build`
-    makes; every rank must call then.
+    ZeRO-3 gathers weights only while the whole model is called. Then a copy in a new module from `build` is yielded, in
+    evaluation mode, and every rank must call.
     """
     if not isinstance(engine, DeepSpeedEngine) or engine.zero_optimization_stage() < 3:
         yield engine.module if isinstance(engine, DeepSpeedEngine) else engine
         return
     own = module_of(engine)
     copy = build().to(device=engine.device, dtype=next(own.parameters()).dtype).eval()
-    for to, parameter in zip(copy.parameters(), own.parameters(), strict=True):
-        with deepspeed.zero.GatheredParameters([parameter]):
-            to.data.copy_(parameter.data)
+    for target, parameter in zip(copy.parameters(), own.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([parameter]):  # one at a time: a full second model may not fit
+            target.data.copy_(parameter.data)
     yield copy

@@ -1,9 +1,9 @@
-"""The optimizer that DeepSpeed compiles when it is first used, for offloading to the CPU.
+"""Build lock for DeepSpeed's CPU Adam, which is compiled on first use.
 
-torch guards a compilation by a file, which a process that is killed leaves behind: whoever comes later waits for it for
-ever. Here the ranks of a machine take turns by a lock that the system takes back when its holder dies. Whoever has it
-and finds torch's removes all that was begun there, the folder too: the compiler itself may still be writing to it.
-A folder of this project and machine is compiled in, so that nobody else's work is disturbed.
+torch guards a compilation by a lock file. A killed process leaves the file behind, and later ones wait for it for ever.
+Here the ranks of a machine serialize by `flock`, which the system releases when its owner dies. The next owner removes
+each folder with a stale lock file: the compiler of the killed process may still be writing into it. The build folder
+belongs to this project and machine, so no other program's build is removed.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _FOLDER = "TORCH_EXTENSIONS_DIR"
 
 @contextmanager
 def build_lock() -> Iterator[None]:
-    """A place to compile in, one process of this machine at a time.
+    """Provide a folder to compile in, to one process of this machine at a time.
 
-    Raises `ConfigError` where there is none that can be written to and locked.
+    Raises `ConfigError` when the folder cannot be written to or locked.
     """
     given, folder = os.environ.get(_FOLDER), _folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        turn = (folder / "in-turn").open("w")
-        fcntl.flock(turn, fcntl.LOCK_EX)
+        lock_file = (folder / "build.lock").open("w")
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
     except OSError as error:
         raise ConfigError(
             [f"DeepSpeed's CPU Adam cannot be compiled in {folder}: {error}; set {_FOLDER} to a folder on a local disk"]
         ) from error
-    with turn:
-        for left in folder.glob("*/lock"):
-            shutil.rmtree(left.parent)
+    with lock_file:
+        for stale in folder.glob("*/lock"):  # of a killed process: this one has the only build lock
+            shutil.rmtree(stale.parent)
         os.environ[_FOLDER] = str(folder)
         try:
             yield
@@ -52,7 +52,7 @@ def build_lock() -> Iterator[None]:
 
 
 def _folder() -> Path:
-    """Machines may share a home and have other processors."""
+    """Build folder of this machine: a shared home may serve machines with other processors."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = os.environ.get(_FOLDER) or get_default_build_root()

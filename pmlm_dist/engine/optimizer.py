@@ -1,4 +1,4 @@
-"""What is updated how fast: parameter groups, the learning rate of a step, the gradient's norm."""
+"""Optimizer settings of a step: parameter groups, learning rate, gradient norm and clipping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pmlm_dist.parallel.layers import is_sharded
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; biases, the relative position table among them, and LayerNorm without."""
+    """Return two groups: matrices with weight decay; LayerNorm, biases and the relative position table without."""
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
         is_bias = parameter.ndim < 2 or name.startswith("relative_bias.")
@@ -26,23 +26,23 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 
 
 def learning_rate(step: int, *, steps: int, optim: OptimConfig) -> float:
-    """Learning rate of the update `step` (1 is the first): linear warm-up to the peak, then decay towards zero."""
+    """Return the learning rate of update `step`, counted from 1: linear warmup to the peak, linear decay to zero."""
     warm_up = step / max(1, optim.warmup_steps)
     decay = (steps - step + 1) / (steps - optim.warmup_steps)
     return optim.peak_lr * max(0.0, min(1.0, warm_up, decay))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of a torch or DeepSpeed optimizer the learning rate `rate`."""
+    """Set the learning rate of every group of a torch or DeepSpeed optimizer."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 @torch.no_grad()
 def gradient_norm(model: nn.Module, topology: Topology) -> float:
-    """2-norm of the gradient of the whole model, from gradients that are reduced over data-parallel ranks already.
+    """Return the 2-norm of the model's gradient; gradients must already be reduced over data-parallel ranks.
 
-    Tensor-parallel ranks add the squares of their own shards; what they hold in common is counted once.
+    Squares of sharded parameters are summed over tensor-parallel ranks; replicated ones are counted once.
     """
     gradients: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for parameter in model.parameters():
@@ -53,15 +53,15 @@ def gradient_norm(model: nn.Module, topology: Topology) -> float:
 
 
 @torch.no_grad()
-def clip_or_drop_gradients(model: nn.Module, *, norm: float, largest: float) -> None:
-    """Scale gradients of 2-norm `norm` down to `largest` (0: any size is fine); drop them when they are not finite.
+def clip_or_drop_gradients(model: nn.Module, *, norm: float, max_norm: float) -> None:
+    """Scale gradients of 2-norm `norm` down to `max_norm` (0: no clipping); drop them when they are not finite.
 
-    What DeepSpeed does by itself from ZeRO-1 on.
+    DeepSpeed does the same by itself from ZeRO-1 on.
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if not math.isfinite(norm):
         for parameter in model.parameters():
-            parameter.grad = None
-    elif 0 < largest < norm:
+            parameter.grad = None  # AdamW skips it: neither weights nor moments nor its step change
+    elif 0 < max_norm < norm:
         for gradient in gradients:
-            gradient.mul_(largest / (norm + 1e-6))
+            gradient.mul_(max_norm / (norm + 1e-6))  # the epsilon of torch and DeepSpeed

@@ -1,7 +1,7 @@
-"""What a run tells: console lines, TensorBoard, `metrics.jsonl`. Only rank 0 writes.
+"""Log of a run: console, TensorBoard, `metrics.jsonl`. Only rank 0 writes.
 
-RUN_DIR/tensorboard/     scalars, configuration and fill-ins as text
-RUN_DIR/metrics.jsonl    the same scalars, one JSON object a line; after a resume the last line of a step counts
+RUN_DIR/tensorboard/     scalars, and configuration and fill-ins as text
+RUN_DIR/metrics.jsonl    the same scalars, one JSON object a line; after a resume the last line of a step is valid
 """
 
 from __future__ import annotations
@@ -14,23 +14,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from pmlm_dist.files import write_atomically
 from pmlm_dist.metrics.stragglers import RankTimes
 from pmlm_dist.objectives import LossMeans
-
-if TYPE_CHECKING:
-    from pmlm_dist.training.validation import Validation
 
 _RANKS_SHOWN = 64
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One interval of training, as logged. Rates are of the whole world, seconds those of this rank for one step."""
+    """One logging interval. Rates are of all ranks together, seconds of this rank for one step."""
 
     step: int
     steps: int
@@ -39,7 +37,7 @@ class Progress:
     gradient_norm: float | None
     loss_scale: float | None
     skipped_steps: int
-    """Since the run was started."""
+    """Since this attempt started."""
     tokens_per_s: float
     slots_per_s: float
     mfu: float | None
@@ -47,8 +45,17 @@ class Progress:
     eta_s: float
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Means over the validation samples, and some samples with the model's predictions filled in."""
+
+    means: LossMeans
+    fill_ins: list[str]
+    """Markdown, one text a sample."""
+
+
 class RunLog:
-    """Writes what happens; on ranks other than 0 every method does nothing."""
+    """Writes the log of a run; on ranks other than 0 every method does nothing."""
 
     def __init__(self, run_dir: Path, *, enabled: bool, first_step: int):
         self.enabled = enabled
@@ -62,7 +69,7 @@ class RunLog:
         self._lines = _open_lines(run_dir / "metrics.jsonl")
 
     def info(self, text: str) -> None:
-        """Print `text` once for the whole run; a terminal or disk that is gone does not end the training."""
+        """Print `text`, on rank 0 alone. A closed terminal or a full disk does not end training."""
         if self.enabled:
             try:
                 print(text, flush=True)
@@ -70,13 +77,14 @@ class RunLog:
                 self.lost_lines += 1
 
     def write_configuration(self, configuration: dict[str, Any]) -> None:
-        """The resolved configuration as RUN_DIR/config.json and as TensorBoard text."""
+        """Write the resolved configuration to RUN_DIR/config.json and as TensorBoard text."""
         if self.enabled:
-            (self._run_dir / "config.json").write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
-            self._writer.add_text("configuration", f"```json\n{json.dumps(configuration, indent=2)}\n```")
+            text = json.dumps(configuration, indent=2)
+            write_atomically(self._run_dir / "config.json", f"{text}\n", durable=False)
+            self._writer.add_text("configuration", f"```json\n{text}\n```")
 
     def progress(self, progress: Progress, device: torch.device) -> None:
-        """A console line and the training scalars of an interval."""
+        """Write a console line and the training scalars of an interval."""
         if not self.enabled:
             return
         scalars: dict[str, float | None] = {"log/lost_lines": self.lost_lines or None}
@@ -96,7 +104,7 @@ class RunLog:
         self.info(_console_line(progress))
 
     def validation(self, validation: Validation, *, step: int, unigram_entropy: float) -> None:
-        """Held-out losses beside the corpus' unigram entropy, and the fill-ins."""
+        """Write validation losses beside the unigram entropy of the corpus, and the fill-ins."""
         if not self.enabled:
             return
         means = validation.means
@@ -113,35 +121,35 @@ class RunLog:
         self.info(f"validation at step {step}:  {'  '.join(parts)}")
         self._writer.flush()
 
-    def ranks(self, of_rank: Sequence[RankTimes], *, step: int) -> None:
-        """Data, compute and step time of each rank, by its number; of a large world the median and the largest."""
+    def ranks(self, per_rank: Sequence[RankTimes], *, step: int) -> None:
+        """Write data, compute and step time of each rank; in a large world only median and maximum."""
         if not self.enabled:
             return
         scalars: dict[str, float | None] = {}
         for name in ("data_s", "compute_s", "step_s"):
-            values = [getattr(times, name) for times in of_rank]
-            scalars |= {f"ranks/{name}/median": median(values), f"ranks/{name}/largest": max(values)}
+            values = [getattr(times, name) for times in per_rank]
+            scalars |= {f"ranks/{name}/median": median(values), f"ranks/{name}/max": max(values)}
             if len(values) <= _RANKS_SHOWN:
                 scalars |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(values)}
         self._scalars(scalars, step=step)
 
     def data_progress(self, scalars: dict[str, float | None], *, step: int) -> None:
-        """How far the corpora have been read, and what of them cannot be."""
+        """Write samples and epochs read of each corpus, and quarantined data."""
         if self.enabled:
             self._scalars(scalars, step=step)
 
     def scores(self, scalars: dict[str, float | None], *, step: int) -> None:
-        """What a fine-tuning has measured."""
+        """Write losses and task metrics of fine-tuning."""
         if self.enabled:
             self._scalars(scalars, step=step)
 
     def failed_checkpoints(self, count: int, *, step: int) -> None:
-        """How many checkpoints could not be written since the run was started; the last of them at `step`."""
+        """Write the number of failed checkpoints since this attempt started; the last one failed at `step`."""
         if self.enabled:
             self._scalars({"checkpoint/failed": count}, step=step)
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Flush and close all files."""
         if self.enabled:
             self._writer.close()
             with contextlib.suppress(OSError):
@@ -159,36 +167,36 @@ class RunLog:
 
 
 def _open_lines(path: Path) -> TextIO:
-    """`path` for appending lines; a line that a killed run left open is ended first."""
-    torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    """Open `path` for appending lines; a partial line of a killed run is terminated first."""
+    is_partial = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
     lines = path.open("a", encoding="utf-8")
-    lines.write("\n" if torn else "")
+    lines.write("\n" if is_partial else "")
     return lines
 
 
 def read_metrics(run_dir: Path) -> dict[int, dict[str, float]]:
-    """All scalars of a run by step, ascending; where a step was logged again after a resume, the last one counts."""
+    """Return all scalars of a run by ascending step; of a step logged again after a resume, the last values."""
     by_step: dict[int, dict[str, float]] = {}
     with (run_dir / "metrics.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             try:
                 scalars = json.loads(line)
-            except ValueError:  # torn by a kill
+            except ValueError:  # partial line of a killed run
                 continue
             by_step.setdefault(int(scalars.pop("step")), {}).update(scalars)
     return dict(sorted(by_step.items()))
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this rank has held, in GiB: on the accelerator, or of the process on a CPU."""
+    """Return the peak memory of this rank in GiB: allocated on the accelerator, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def format_duration(seconds: float) -> str:
-    """`1:02:03` for 3723 seconds."""
+    """Return `1:02:03` for 3723 seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

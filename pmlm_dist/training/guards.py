@@ -36,15 +36,6 @@ class GuardError(RuntimeError):
     """Ranks disagree on batches or replicas: further steps would train another model than the one configured."""
 
 
-def check_engine(averages_over: int | None, topology: Topology) -> None:
-    """Compare the number of ranks that an engine averages gradients over with the data-parallel ones."""
-    if averages_over != topology.dp:
-        raise GuardError(
-            f"DeepSpeed averages gradients over {averages_over} ranks, but {topology.dp} are data-parallel (tensor-"
-            f"parallel size {topology.tp}): it was not given the groups (mpu) of this topology"
-        )
-
-
 def check_batches(micro_batches: Sequence[Batch], topology: Topology) -> None:
     """Compare a step's batches over all ranks; every rank calls. Raises `GuardError` on all alike."""
     own = [

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pmlm_dist.config import ObjectiveConfig
 from pmlm_dist.data.batch import Batch
+from pmlm_dist.metrics.run_log import Validation
 from pmlm_dist.objectives import NUM_COUNTS, OBJECTIVES, LossMeans, LossSums, loss_sums, target_weights
 from pmlm_dist.parallel.cross_entropy import vocab_parallel_argmax
 from pmlm_dist.parallel.groups import Topology

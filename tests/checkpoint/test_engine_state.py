@@ -1,4 +1,4 @@
-"""What an engine holds, to the last counter: layouts that ZeRO may choose, fp16, offload; and other models."""
+"""Engine state is saved and restored to the last counter: ZeRO layouts, fp16, offload; other models raise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.distributed
 
 
 def built(config: RunConfig) -> tuple[Any, Any, EngineState]:
-    """Run, engine and its state on this rank; fp16 is let run on a CPU, which takes it for tests alone."""
+    """Return run, engine and its state on this rank; fp16 is enabled on a CPU, for tests alone."""
     from deepspeed.accelerator import get_accelerator
 
     from pmlm_dist.training import resolve as run_module
@@ -42,59 +42,59 @@ def built(config: RunConfig) -> tuple[Any, Any, EngineState]:
     return run, engine, EngineState(engine, run.topology)
 
 
-def saver_of(run: Any, state: EngineState) -> AsyncCheckpointer:
+def checkpointer_of(run: Any, state: EngineState) -> AsyncCheckpointer:
     log = RunLog(run.config.run_dir, enabled=False, first_step=0)
-    about = {"identity": run.identity(), "configuration": run.configuration()}
-    return AsyncCheckpointer(state, CheckpointFolder(run.checkpoints, keep=9), log, about=about, timeout_s=60)
+    metadata = {"identity": run.identity(), "configuration": run.configuration()}
+    return AsyncCheckpointer(state, CheckpointFolder(run.checkpoints, keep=9), log, metadata=metadata, timeout_s=60)
 
 
 def save(run: Any, engine_state: EngineState, state: RunState) -> Path:
-    checkpointer = saver_of(run, engine_state)
+    checkpointer = checkpointer_of(run, engine_state)
     checkpointer.save(state)
     checkpointer.close()
     return CheckpointFolder(run.checkpoints, keep=9).folder(state.step)
 
 
-def numbers_of(engine_state: EngineState) -> dict[str, np.ndarray]:
+def tensors_of(engine_state: EngineState) -> dict[str, np.ndarray]:
     return {
-        f"{kind}/{piece.fragment.name}/{piece.fragment.start}": numbers.numpy().copy()
-        for piece in engine_state.owned_fragments()
-        for kind, numbers in piece.numbers.items()
+        f"{kind}/{owned.fragment.name}/{owned.fragment.start}": tensor.numpy().copy()
+        for owned in engine_state.owned_fragments()
+        for kind, tensor in owned.tensors.items()
     }
 
 
-def goes_on(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two steps, a save, two more; then the saved ones in a new engine, and two more. What each came to."""
+def train_and_resume(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two steps, a save, two more; then resume in a new engine for two more. Return the result of both."""
     run, engine, engine_state = built(config)
     state, _, _ = take_steps(run, engine, RunState(), steps=2)
     path = save(run, engine_state, state)
-    answers = [end_of(run, engine, engine_state, state)]
+    results = [result_of(run, engine, engine_state, state)]
     run, engine, engine_state = built(config)
     state = load_checkpoint(engine_state, path)
-    answers.append(end_of(run, engine, engine_state, state))
-    return answers[0], answers[1]
+    results.append(result_of(run, engine, engine_state, state))
+    return results[0], results[1]
 
 
-def end_of(run: Any, engine: Any, engine_state: EngineState, state: RunState) -> dict[str, Any]:
+def result_of(run: Any, engine: Any, engine_state: EngineState, state: RunState) -> dict[str, Any]:
     state, losses, norms = take_steps(run, engine, state, steps=2)
-    ended = {"state": asdict(state), "losses": losses, "norms": norms, "counters": engine_state.counters()}
-    return {**ended, "micro_steps": engine.micro_steps, "numbers": numbers_of(engine_state)}
+    result = {"state": asdict(state), "losses": losses, "norms": norms, "counters": engine_state.counters()}
+    return {**result, "micro_steps": engine.micro_steps, "tensors": tensors_of(engine_state)}
 
 
 def check_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
-    numbers, others = first.pop("numbers"), second.pop("numbers")
+    tensors, others = first.pop("tensors"), second.pop("tensors")
     assert first == second
-    assert numbers.keys() == others.keys()
-    assert all(np.array_equal(value, others[name]) for name, value in numbers.items())
+    assert tensors.keys() == others.keys()
+    assert all(np.array_equal(value, others[name]) for name, value in tensors.items())
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 @pytest.mark.fault("F40")
-def test_fp16_goes_on_with_its_loss_scale_and_its_skipped_steps(small_corpus: Path, tmp_path: Path, zero: int):
-    """The scale begins at 2^32, which overflows; it is halved by each skipped step, and grows again after a window."""
+def test_fp16_resume_restores_loss_scale_and_skipped_steps(small_corpus: Path, tmp_path: Path, zero: int):
+    """The initial scale of 2^32 overflows; each skipped step halves it, and it doubles again after a window."""
     fp16 = {"enabled": True, "initial_scale_power": 32, "loss_scale_window": 2, "hysteresis": 1}
     config = run_config(small_corpus, tmp_path, steps=4, zero=zero, fp16=fp16)
-    for first, second in run_world(goes_on, 2, config):
+    for first, second in run_world(train_and_resume, 2, config):
         check_equal(first, second)
         scale = first["counters"]["loss_scale"]
         assert scale["cur_scale"] < 2**32
@@ -106,20 +106,20 @@ def test_fp16_goes_on_with_its_loss_scale_and_its_skipped_steps(small_corpus: Pa
 @pytest.mark.parametrize(
     "settings",
     [
-        {"zero": 2, "round": True},
+        {"zero": 2, "round_robin": True},
         {"zero": 2, "tp": 2, "micro_batch": 2},
         {"zero": 3, "sub_group": 2000},
         {"zero": 1, "precision": "bf16", "data_types": {}},
     ],
     ids=lambda settings: "-".join(f"{name}{value}" for name, value in settings.items()),
 )
-def test_other_layouts_of_zero_are_known(small_corpus: Path, tmp_path: Path, settings: dict[str, Any]):
-    """Gradients owned in turn, sub-groups of stage 3, bf16 without fp32 gradients (another of DeepSpeed's classes)."""
+def test_resume_with_other_zero_layouts_is_bit_exact(small_corpus: Path, tmp_path: Path, settings: dict[str, Any]):
+    """Round-robin gradients, sub-groups of stage 3, bf16 without fp32 gradients (another optimizer class)."""
     settings = dict(settings)
-    shuffled, sub_group = settings.pop("round", False), settings.pop("sub_group", None)
+    round_robin, sub_group = settings.pop("round_robin", False), settings.pop("sub_group", None)
     config = run_config(small_corpus, tmp_path, steps=4, **settings)
     raw = config.ds_config.read_text()
-    if shuffled:
+    if round_robin:
         raw = raw.replace('"stage": 2,', '"stage": 2, "round_robin_gradients": true,')
     if sub_group:
         raw = raw.replace('"stage": 3,', f'"stage": 3, "sub_group_size": {sub_group},')
@@ -127,12 +127,12 @@ def test_other_layouts_of_zero_are_known(small_corpus: Path, tmp_path: Path, set
         raw = raw.replace('"data_types": {"grad_accum_dtype": "fp32"}', '"data_types": {}')
     config.ds_config.write_text(raw)
     ranks = 4 if settings.get("tp") else 2
-    for first, second in run_world(goes_on, ranks, config):
+    for first, second in run_world(train_and_resume, ranks, config):
         check_equal(first, second)
 
 
-def masters_are_where_they_are_said_to_be(config: RunConfig) -> bool:
-    """Before any step the low-precision weights are the masters rounded: each at the place its piece names."""
+def fragments_match_parameters(config: RunConfig) -> bool:
+    """Whether bf16 weights before the first step equal the rounded masters at the place of each fragment."""
     import deepspeed
 
     _, engine, engine_state = built(config)
@@ -140,60 +140,63 @@ def masters_are_where_they_are_said_to_be(config: RunConfig) -> bool:
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
         return all(
             torch.equal(
-                piece.numbers["weight"].to(parameters[piece.fragment.name].dtype),
-                parameters[piece.fragment.name].detach().view(-1)[piece.fragment.start : piece.fragment.stop],
+                owned.tensors["weight"].to(parameters[owned.fragment.name].dtype),
+                parameters[owned.fragment.name].detach().view(-1)[owned.fragment.start : owned.fragment.stop],
             )
-            for piece in engine_state.owned_fragments()
+            for owned in engine_state.owned_fragments()
         )
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("round_robin", [False, True])
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_each_piece_lies_where_it_says(small_corpus: Path, tmp_path: Path, zero: int, shuffled: bool):
+def test_fragments_match_the_gathered_parameters(small_corpus: Path, tmp_path: Path, zero: int, round_robin: bool):
     config = run_config(small_corpus, tmp_path, steps=4, zero=zero, precision="bf16", micro_batch=2)
     raw = config.ds_config.read_text().replace('"stage": 2,', '"stage": 2, "round_robin_gradients": true,')
-    if shuffled:
+    if round_robin:
         config.ds_config.write_text(raw)
-    assert run_world(masters_are_where_they_are_said_to_be, 4, config) == [True] * 4
+    assert run_world(fragments_match_parameters, 4, config) == [True] * 4
 
 
-def saved_fresh(config: RunConfig) -> bool:
-    """Whether a run that is saved and opened before its first step takes the same steps as one that is not."""
+def resumes_before_the_first_step(config: RunConfig) -> bool:
+    """Whether a run saved and resumed before its first step takes the same steps as one without a resume."""
     run, engine, engine_state = built(config)
     path = save(run, engine_state, RunState())
     _, losses, norms = take_steps(run, engine, RunState(), steps=2)
-    first = numbers_of(engine_state)
+    first = tensors_of(engine_state)
     run, engine, engine_state = built(config)
     assert load_checkpoint(engine_state, path) == RunState()
-    _, *again = take_steps(run, engine, RunState(), steps=2)
-    second = numbers_of(engine_state)
-    return again == [losses, norms] and all(np.array_equal(value, second[name]) for name, value in first.items())
+    _, *resumed = take_steps(run, engine, RunState(), steps=2)
+    second = tensors_of(engine_state)
+    return resumed == [losses, norms] and all(np.array_equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
-def test_a_run_can_be_saved_before_its_first_step(small_corpus: Path, tmp_path: Path, zero: int):
-    assert run_world(saved_fresh, 2, run_config(small_corpus, tmp_path, steps=4, zero=zero)) == [True, True]
+def test_checkpoint_before_the_first_step_resumes(small_corpus: Path, tmp_path: Path, zero: int):
+    assert run_world(resumes_before_the_first_step, 2, run_config(small_corpus, tmp_path, steps=4, zero=zero)) == [
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(("zero", "precision"), [(2, "fp32"), (2, "bf16"), (3, "bf16")])
 def test_offloaded_moments_are_saved_and_restored(small_corpus: Path, tmp_path: Path, zero: int, precision: str):
-    """DeepSpeed's CPU Adam multiplies up the powers of its betas; anew it raises them: the last bit may differ."""
+    """CPU Adam multiplies powers of its betas by steps, but computes them after a resume: the last bit may differ."""
     if shutil.which("g++") is None:
         pytest.skip("DeepSpeed's CPU Adam is compiled with g++, which is not installed")
     config = run_config(small_corpus, tmp_path, steps=4, zero=zero, precision=precision, offload=True)
-    for first, second in run_world(goes_on, 2, config, timeout_s=400.0):
+    for first, second in run_world(train_and_resume, 2, config, timeout_s=400.0):
         assert first["counters"] == second["counters"]
         assert first["counters"]["adam_step"] == 4
         np.testing.assert_allclose(first["losses"], second["losses"], rtol=1e-5)
-        for name, value in first["numbers"].items():
-            np.testing.assert_allclose(value, second["numbers"][name], rtol=1e-3, atol=1e-5)
+        for name, value in first["tensors"].items():
+            np.testing.assert_allclose(value, second["tensors"][name], rtol=1e-3, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- other models
 
 
-def refusal(config: RunConfig, path: Path) -> list[str]:
-    """Why a checkpoint is not loaded into the engine of `config`, whatever its identity says."""
+def load_problems(config: RunConfig, path: Path) -> list[str]:
+    """Return why a checkpoint does not load into the engine of `config`, without a comparison of identities."""
     _, _, engine_state = built(config)
     try:
         load_checkpoint(engine_state, path)
@@ -214,18 +217,18 @@ def saved(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return config, run_world(saved_after_a_step, 1, config)[0]
 
 
-def test_another_model_is_refused_tensor_by_tensor(saved: tuple[RunConfig, Path]):
+def test_loading_into_another_model_raises_and_reports_each_tensor(saved: tuple[RunConfig, Path]):
     config, path = saved
-    (wider,) = run_world(refusal, 1, with_model(config, ffn_size=128), path)
+    (wider,) = run_world(load_problems, 1, with_model(config, ffn_size=128), path)
     assert "layers.0.ffn_in.weight has shape [64, 32] in the checkpoint and [128, 32] in the model" in wider
-    (deeper,) = run_world(refusal, 1, with_model(config, num_layers=3), path)
+    (deeper,) = run_world(load_problems, 1, with_model(config, num_layers=3), path)
     assert "the checkpoint has no layers.2.ffn_out.bias" in deeper
-    (shallower,) = run_world(refusal, 1, with_model(config, num_layers=1), path)
+    (shallower,) = run_world(load_problems, 1, with_model(config, num_layers=1), path)
     assert "the checkpoint has layers.1.attention.query.bias, the model has not" in shallower
 
 
-def test_a_model_that_computes_something_else_is_refused_by_its_logits(saved: tuple[RunConfig, Path]):
-    """The same tensors, another activation: nothing but the fingerprint can tell."""
+def test_loading_into_a_model_with_other_logits_raises(saved: tuple[RunConfig, Path]):
+    """The same tensors with another activation: only the fingerprint detects it."""
     config, path = saved
     (problems,) = run_world(with_another_activation, 1, config, path)
     assert any("mean of the ae logits was" in problem and "tolerance 1e-05" in problem for problem in problems)
@@ -237,12 +240,12 @@ def with_another_activation(config: RunConfig, path: Path) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional, "gelu", functional.relu)
-        return refusal(config, path)
+        return load_problems(config, path)
 
 
 def fingerprints(config: RunConfig, path: Path, exchanged: tuple[str, str] | None) -> list[dict[str, Any]]:
-    """What a checkpoint's fingerprint is, and what the filled engine's is, two tensors perhaps exchanged."""
-    from pmlm_dist.checkpoint.resume import describe
+    """Return the fingerprint of a checkpoint and of the engine loaded from it, with two tensors exchanged or not."""
+    from pmlm_dist.checkpoint.resume import progress_metadata
 
     _, engine, engine_state = built(config)
     with CheckpointReader(path) as reader:
@@ -251,13 +254,13 @@ def fingerprints(config: RunConfig, path: Path, exchanged: tuple[str, str] | Non
         first, second = (dict(engine.module.named_parameters())[name].data for name in exchanged)
         first[:], second[:] = second.clone(), first.clone()
     before, random = engine.training, torch.get_rng_state()
-    found = describe(engine_state, RunState())["fingerprint"]
+    current = progress_metadata(engine_state, RunState())["fingerprint"]
     assert engine.training == before
     assert torch.equal(torch.get_rng_state(), random)
-    return [read_state(path)["fingerprint"], found]
+    return [read_state(path)["fingerprint"], current]
 
 
-def test_a_fingerprint_tells_two_layers_apart_even_with_the_tolerance_of_another_topology(
+def test_fingerprint_detects_exchanged_layers_within_the_tolerance_of_another_topology(
     saved: tuple[RunConfig, Path],
 ):
     config, path = saved
@@ -271,7 +274,7 @@ def test_a_fingerprint_tells_two_layers_apart_even_with_the_tolerance_of_another
 
 
 def test_fingerprints_of_other_topologies_agree(saved: tuple[RunConfig, Path]):
-    """Sums over tensor-parallel ranks are rounded otherwise; the vocabulary is counted once, its padding never."""
+    """Sums over tensor-parallel ranks round differently; each row of the vocabulary counts once, padding never."""
     config, path = saved
     for tp in (2, 4):
         there = replace(config, parallel=replace(config.parallel, tp=tp))
@@ -280,19 +283,19 @@ def test_fingerprints_of_other_topologies_agree(saved: tuple[RunConfig, Path]):
             assert fingerprint_differences(was, now, precision="fp32") == []
 
 
-def test_the_tolerance_of_bf16_is_wider_and_still_finite():
+def test_fingerprint_tolerance_by_precision():
     statistics = {"mean": 0.0, "std": 1.0, "max": 3.0}
     was = {"statistics": {"ae": statistics, "par": statistics}, "computed_on": {"tp": 1}}
     for precision, tolerance in TOLERANCES.items():
-        for change, is_told in ((0.9 * tolerance, False), (1.1 * tolerance, True), (float("nan"), True)):
+        for change, is_reported in ((0.9 * tolerance, False), (1.1 * tolerance, True), (float("nan"), True)):
             moved = {**statistics, "max": 3.0 + change}
             now = {"statistics": {"ae": statistics, "par": moved}, "computed_on": {"tp": 2}}
-            found = fingerprint_differences(was, now, precision=precision)
-            assert bool(found) == is_told
-            assert all("max of the par logits was 3" in line for line in found)
+            problems = fingerprint_differences(was, now, precision=precision)
+            assert bool(problems) == is_reported
+            assert all("max of the par logits was 3" in line for line in problems)
 
 
-def test_progress_and_settings_of_the_run_are_in_its_state(saved: tuple[RunConfig, Path]):
+def test_state_json_holds_progress_and_configuration(saved: tuple[RunConfig, Path]):
     config, path = saved
     state = read_state(path)
     assert state["step"] == state["counters"]["adam_step"] == 1

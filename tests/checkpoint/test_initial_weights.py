@@ -1,9 +1,7 @@
-"""`train.py --init`: step 0 has the weights that were given, on every topology; what does not fit is said before it."""
+"""`train.py --init`: step 0 has the given weights on every topology; weights that do not fit raise before."""
 
 from __future__ import annotations
 
-import io
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.random_models import save_random_model
+from support.random_models import saved
+from support.saving_runs import printed_by_pretrain
 from support.small_runs import MODEL, run_config, start_run, take_steps, whole_weights, with_model, with_train
 from support.worlds import run_world
 
@@ -25,18 +24,18 @@ ROW_PARALLEL = ("attention.output.weight", "ffn_out.weight")
 REPLICATED = ("norm.weight", "norm.bias", "output.bias", "ffn_out.bias", "position.weight", "segment.weight")
 
 
-def initial(corpus: Path, folder: Path, **changes: Any) -> PretrainedWeights:
-    """Random weights for runs on `corpus`, saved in `folder`."""
+def save_initial(corpus: Path, folder: Path, **changes: Any) -> PretrainedWeights:
+    """Save random weights for runs on `corpus` in `folder`."""
     words = Vocabulary.load(corpus)
     model, generator = replace(MODEL, vocab_size=words.size, **changes), torch.Generator().manual_seed(5)
-    weights = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in parameter_shapes(model).items()}
-    found = PretrainedWeights(model, weights, words, {"format": "bert", "from": "a test", "notes": []})
-    save_pretrained(found, folder)
-    return found
+    weights = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in own_shapes(model).items()}
+    pretrained = PretrainedWeights(model, weights, words, {"format": "bert", "from": "a test", "notes": []})
+    save_pretrained(pretrained, folder)
+    return pretrained
 
 
 def start(config: RunConfig) -> dict[str, Any]:
-    """This rank's weights before the first step, and the losses of two steps after it."""
+    """Return this rank's weights before the first step, and the losses of the first two steps."""
     from pmlm_dist.checkpoint.engine_state import EngineState
     from pmlm_dist.checkpoint.initial_weights import load_initial_weights
     from pmlm_dist.training.pretraining import build_engine
@@ -48,12 +47,12 @@ def start(config: RunConfig) -> dict[str, Any]:
     load_initial_weights(state, config.init)
     before = whole_weights(engine.module)
     masters = {
-        f"{piece.fragment.name}@{piece.fragment.start}": piece.numbers["weight"].clone()
-        for piece in state.owned_fragments()
+        f"{owned.fragment.name}@{owned.fragment.start}": owned.tensors["weight"].clone()
+        for owned in state.owned_fragments()
     }
     moments = max(
-        float(piece.numbers[kind].abs().max())
-        for piece in state.owned_fragments()
+        float(owned.tensors[kind].abs().max())
+        for owned in state.owned_fragments()
         for kind in ("exp_avg", "exp_avg_sq")
     )
     _, losses, _ = take_steps(run, engine, RunState(), steps=2)
@@ -67,7 +66,7 @@ def start(config: RunConfig) -> dict[str, Any]:
 
 
 def slice_of(whole: np.ndarray, name: str, *, part: np.ndarray, rank: int) -> np.ndarray:
-    """The slice of `whole` that tensor-parallel `rank` holds, as big as `part`, padded with nothing."""
+    """The slice of `whole` that tensor-parallel `rank` holds, of the size of `part`, without padding."""
     dim = 1 if name.endswith(ROW_PARALLEL) else 0
     first = rank * part.shape[dim] if whole.shape != part.shape else 0
     return np.take(whole, range(first, min(first + part.shape[dim], whole.shape[dim])), axis=dim)
@@ -84,11 +83,13 @@ def slice_of(whole: np.ndarray, name: str, *, part: np.ndarray, rank: int) -> np
     ],
     ids=str,
 )
-def test_every_topology_starts_from_them(small_corpus, tmp_path, tp: int, ranks: int, engine: dict[str, Any]):
-    given = initial(small_corpus, tmp_path / "initial")
+def test_every_topology_starts_from_the_initial_weights(
+    small_corpus, tmp_path, tp: int, ranks: int, engine: dict[str, Any]
+):
+    given = save_initial(small_corpus, tmp_path / "initial")
     config = replace(run_config(small_corpus, tmp_path / "run", tp=tp, **engine), init=tmp_path / "initial")
     config = replace(config, data=replace(config.data, lanes=8))
-    straight = run_world(start, 1, replace(config, parallel=replace(config.parallel, tp=1)))[0]["losses"]
+    single_rank = run_world(start, 1, replace(config, parallel=replace(config.parallel, tp=1)))[0]["losses"]
     is_bf16 = engine.get("precision") == "bf16"
     for answer in run_world(start, ranks, config):
         assert answer["moments"] == 0.0
@@ -99,19 +100,19 @@ def test_every_topology_starts_from_them(small_corpus, tmp_path, tp: int, ranks:
                 (whole.bfloat16().float() if is_bf16 else whole).numpy(), name, part=weight, rank=answer["tp_rank"]
             )
             assert np.array_equal(weight[: len(expected)], expected), name
-        np.testing.assert_allclose(answer["losses"], straight, rtol=1e-3 if is_bf16 else 5e-6)
+        np.testing.assert_allclose(answer["losses"], single_rank, rtol=1e-3 if is_bf16 else 5e-6)
 
 
-def refusal(config: RunConfig) -> str:
+def error_at_start(config: RunConfig) -> str:
     with pytest.raises(ConfigError) as caught:
         start_run(config)
     return str(caught.value)
 
 
-def test_every_setting_that_differs_is_named_with_the_way_out(small_corpus, tmp_path):
-    initial(small_corpus, tmp_path / "initial", relative_bias=False)
+def test_init_from_another_architecture_reports_every_setting_and_its_flag(small_corpus, tmp_path):
+    save_initial(small_corpus, tmp_path / "initial", relative_bias=False)
     config = with_model(run_config(small_corpus, tmp_path / "run"), hidden_size=48, num_layers=3, hidden_dropout=0.1)
-    message = refusal(replace(config, init=tmp_path / "initial"))
+    message = error_at_start(replace(config, init=tmp_path / "initial"))
     assert "model.hidden_size (48) is 32" in message
     assert "use --model.hidden-size 32" in message
     assert "use --model.num-layers 2" in message
@@ -119,50 +120,41 @@ def test_every_setting_that_differs_is_named_with_the_way_out(small_corpus, tmp_
     assert "hidden_dropout" not in message
 
 
-def test_another_vocabulary_is_refused(small_corpus, tmp_path):
-    save_random_model(tmp_path / "initial", max_positions=64)
+def test_init_with_another_vocabulary_raises(small_corpus, tmp_path):
+    saved(tmp_path / "initial", max_positions=64)
     config = replace(run_config(small_corpus, tmp_path / "run"), init=tmp_path / "initial")
-    assert "its vocabulary is not the corpus'" in refusal(config)
+    assert "its vocabulary is not the corpus'" in error_at_start(config)
 
 
-def test_damaged_or_missing_weights_are_refused(small_corpus, tmp_path):
+def test_init_from_corrupt_or_missing_weights_raises(small_corpus, tmp_path):
     config = replace(run_config(small_corpus, tmp_path / "run"), init=tmp_path / "initial")
-    assert "there is no checkpoint in" in refusal(config)
-    initial(small_corpus, tmp_path / "initial")
+    assert "there is no checkpoint in" in error_at_start(config)
+    save_initial(small_corpus, tmp_path / "initial")
     file = tmp_path / "initial" / "weights" / "step-00000000" / "rank-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert "bytes, expected" in refusal(config)
-
-
-def go_on(config: RunConfig) -> str:
-    """What the run says."""
-    from pmlm_dist.training.run import pretrain
-
-    with redirect_stdout(io.StringIO()) as said:
-        pretrain(config)
-    return said.getvalue()
+    assert "bytes, expected" in error_at_start(config)
 
 
 @pytest.mark.distributed
-def test_a_run_starts_from_another_ones_checkpoint_and_then_goes_on_from_its_own(small_corpus, tmp_path):
+def test_run_starts_from_the_checkpoint_of_another_run_and_then_resumes_from_its_own(small_corpus, tmp_path):
     first = run_config(small_corpus, tmp_path / "first", tp=2, steps=3)
-    run_world(go_on, 2, first)
+    run_world(printed_by_pretrain, 2, first)
     second = replace(run_config(small_corpus, tmp_path / "second", steps=4), init=tmp_path / "first")
-    (said,) = run_world(go_on, 1, with_train(second, stop_at=2))
-    assert f"weights: from {tmp_path / 'first' / 'checkpoints' / 'step-00000003'}" in said
-    (said,) = run_world(go_on, 1, second)
-    assert "weights: from" not in said
-    assert "resuming after step 2" in said
+    (printed,) = run_world(printed_by_pretrain, 1, with_train(second, stop_at=2))
+    assert f"weights: from {tmp_path / 'first' / 'checkpoints' / 'step-00000003'}" in printed
+    (printed,) = run_world(printed_by_pretrain, 1, second)
+    assert "weights: from" not in printed
+    assert "after step 2;" in printed
 
 
 @pytest.mark.distributed
-def test_no_run_goes_on_from_weights_without_moments(small_corpus, tmp_path):
-    initial(small_corpus, tmp_path / "initial")
+def test_resume_from_weights_without_moments_raises(small_corpus, tmp_path):
+    save_initial(small_corpus, tmp_path / "initial")
     config = run_config(small_corpus, tmp_path / "run")
-    run_world(train_and_open, 1, config, tmp_path / "initial" / "weights" / "step-00000000")
+    run_world(restore_without_moments, 1, config, tmp_path / "initial" / "weights" / "step-00000000")
 
 
-def train_and_open(config: RunConfig, folder: Path) -> None:
+def restore_without_moments(config: RunConfig, folder: Path) -> None:
     from pmlm_dist.checkpoint.engine_state import EngineState
     from pmlm_dist.checkpoint.files import CheckpointReader
     from pmlm_dist.training.pretraining import build_engine

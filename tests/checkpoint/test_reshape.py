@@ -1,4 +1,4 @@
-"""A checkpoint opens on any topology: every pair that fits 4 ranks, bit for bit, and the training goes on as it was."""
+"""A checkpoint opens on any topology: every pair of topologies up to 4 ranks, bit for bit, and training continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORLDS = [(tp, dp) for tp, dp in itertools.product((1, 2, 4), (1, 2, 4)) if tp *
 
 @dataclass(frozen=True)
 class Topology:
-    """How a run is spread over ranks."""
+    """Parallelism and precision of a run."""
 
     tp: int
     dp: int
@@ -55,13 +55,15 @@ def config_of(topology: Topology, corpus: Path, folder: Path) -> RunConfig:
 
 
 def whole_state(engine: Any) -> dict[str, np.ndarray]:
-    """Weights (masters), moments and computing weights of this rank's slices, gathered by DeepSpeed's own functions."""
+    """Masters, moments and model weights of this rank's slices, gathered by DeepSpeed's own functions."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # DeepSpeed links the first group alone
+    if hasattr(
+        engine.optimizer, "_lazy_init_hp_params_optimizer_state"
+    ):  # DeepSpeed links only the first group by itself
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         if engine.zero_optimization_stage() == 0:
             state = engine.optimizer.state[parameter]
@@ -71,37 +73,37 @@ def whole_state(engine: Any) -> dict[str, np.ndarray]:
             parts = [safe_get_full_fp32_param(parameter), *moments]
         for kind, part in zip(KINDS, parts, strict=True):
             assert part is not None, (kind, name)
-            found[f"{kind}/{name}"] = part.clone()
-    found |= {f"computing/{name}": weight for name, weight in whole_weights(engine.module).items()}
-    return {name: tensor.numpy() for name, tensor in found.items()}
+            tensors[f"{kind}/{name}"] = part.clone()
+    tensors |= {f"model/{name}": weight for name, weight in whole_weights(engine.module).items()}
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def check_filled(engine_state: Any, expected: Any, *, where: str) -> None:
-    """That this rank holds its part of `expected` (as `whole_state`, whole), to the bit: masters, moments, weights."""
+    """Check that this rank holds its part of `expected` (full tensors as of `whole_state`) bit for bit."""
     tp, tp_rank = engine_state.topology.tp, engine_state.topology.tp_rank
-    for piece in engine_state.owned():
-        place = piece.fragment
-        for kind, numbers in piece.numbers.items():
-            whole = expected[f"{kind}/{place.name}"]
-            mine = slice_of(whole, place.name, (place.last - place.first) < whole.shape[place.dim], tp=tp, at=tp_rank)
-            assert np.array_equal(numbers.numpy(), mine.reshape(-1)[place.start : place.stop]), (
+    for owned in engine_state.owned_fragments():
+        fragment = owned.fragment
+        for kind, tensor in owned.tensors.items():
+            whole = expected[f"{kind}/{fragment.name}"]
+            own = slice_of(whole, fragment.name, not fragment.spans_dim, tp=tp, tp_rank=tp_rank)
+            assert np.array_equal(tensor.numpy(), own.reshape(-1)[fragment.start : fragment.stop]), (
                 where,
                 kind,
-                place.name,
+                fragment.name,
             )
     for name, weight in whole_weights(engine_state.model).items():
-        whole = expected[f"computing/{name}"]
-        mine = slice_of(whole, name, weight.shape != whole.shape, tp=tp, at=tp_rank)
-        assert np.array_equal(weight.numpy(), mine), (where, "computing", name)
+        whole = expected[f"model/{name}"]
+        own = slice_of(whole, name, weight.shape != whole.shape, tp=tp, tp_rank=tp_rank)
+        assert np.array_equal(weight.numpy(), own), (where, "model", name)
 
 
-def slice_of(whole: np.ndarray, name: str, is_cut: bool, *, tp: int, at: int) -> np.ndarray:
-    """The slice of a whole tensor that tensor-parallel rank `at` holds, by the model's rule."""
-    return np.split(whole, tp, axis=1 if name.endswith(ROW_PARALLEL) else 0)[at] if is_cut else whole
+def slice_of(whole: np.ndarray, name: str, is_sliced: bool, *, tp: int, tp_rank: int) -> np.ndarray:
+    """The slice of a full tensor that tensor-parallel rank `tp_rank` holds."""
+    return np.split(whole, tp, axis=1 if name.endswith(ROW_PARALLEL) else 0)[tp_rank] if is_sliced else whole
 
 
 def assemble(answers: list[dict[str, np.ndarray]], *, tp: int) -> dict[str, np.ndarray]:
-    """Whole tensors from the slices of the first `tp` ranks."""
+    """Full tensors from the slices of the first `tp` ranks."""
     sharded = {name for name, part in answers[0].items() if tp > 1 and is_sharded(name)}
     return {
         name: np.concatenate([answer[name] for answer in answers[:tp]], axis=1 if name.endswith(ROW_PARALLEL) else 0)
@@ -116,8 +118,8 @@ def is_sharded(name: str) -> bool:
     return name.endswith((*column, *ROW_PARALLEL, "token.weight", "head.bias")) or "relative_bias" in name
 
 
-def saver_of(run: Any, engine: Any) -> tuple[Any, Any]:
-    """The engine's state and a saver into the run's folder."""
+def checkpointer_of(run: Any, engine: Any) -> tuple[Any, Any]:
+    """Return the engine's state and a checkpointer into the run's folder."""
     from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
     from pmlm_dist.checkpoint.engine_state import EngineState
     from pmlm_dist.checkpoint.folder import CheckpointFolder
@@ -125,12 +127,14 @@ def saver_of(run: Any, engine: Any) -> tuple[Any, Any]:
 
     state = EngineState(engine, run.topology)
     log = RunLog(run.config.run_dir, enabled=False, first_step=0)
-    about = {"identity": run.identity(), "configuration": run.configuration()}
-    return state, AsyncCheckpointer(state, CheckpointFolder(run.checkpoints, keep=9), log, about=about, timeout_s=60)
+    metadata = {"identity": run.identity(), "configuration": run.configuration()}
+    return state, AsyncCheckpointer(
+        state, CheckpointFolder(run.checkpoints, keep=9), log, metadata=metadata, timeout_s=60
+    )
 
 
-def save_some(configs: list[RunConfig]) -> list[dict[str, np.ndarray]]:
-    """On this rank: train each of `configs` for `BEFORE` steps, save it; what its engine then held."""
+def train_and_save(configs: list[RunConfig]) -> list[dict[str, np.ndarray]]:
+    """Train each of `configs` for `BEFORE` steps and save it; return the state of its engine on this rank."""
     from pmlm_dist.checkpoint.resume import RunState
     from pmlm_dist.training.pretraining import build_engine
 
@@ -139,7 +143,7 @@ def save_some(configs: list[RunConfig]) -> list[dict[str, np.ndarray]]:
         run = start_run(config)
         engine = build_engine(run)
         state, _, _ = take_steps(run, engine, RunState(), steps=BEFORE)
-        _, checkpointer = saver_of(run, engine)
+        _, checkpointer = checkpointer_of(run, engine)
         checkpointer.save(state)
         checkpointer.close()
         answers.append(whole_state(engine))
@@ -148,7 +152,7 @@ def save_some(configs: list[RunConfig]) -> list[dict[str, np.ndarray]]:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint, and the file that holds what the engine held when it wrote it."""
+    """A checkpoint, and a file with the engine's full tensors at the time of the save."""
 
     topology: Topology
     path: Path
@@ -156,12 +160,12 @@ class Source:
 
 
 def write_sources(corpus: Path, folder: Path, topologies: list[Topology]) -> dict[Topology, Source]:
-    """Checkpoints of step `BEFORE` written by each of `topologies`."""
+    """Write a checkpoint of step `BEFORE` with each of `topologies`."""
     sources = {}
     for tp, dp in sorted({(topology.tp, topology.dp) for topology in topologies}):
         here = [topology for topology in topologies if (topology.tp, topology.dp) == (tp, dp)]
         configs = [config_of(topology, corpus, folder) for topology in here]
-        answers = run_world(save_some, tp * dp, configs)
+        answers = run_world(train_and_save, tp * dp, configs)
         for number, (topology, config) in enumerate(zip(here, configs, strict=True)):
             expected = folder / f"{topology}.npz"
             whole: dict[str, Any] = assemble([answer[number] for answer in answers], tp=tp)
@@ -172,25 +176,25 @@ def write_sources(corpus: Path, folder: Path, topologies: list[Topology]) -> dic
 
 @pytest.fixture(scope="module")
 def sources(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Topology, Source]:
-    """Written by separate processes: stage 3 changes `torch.nn.functional.linear` for the rest of its process' life."""
+    """Written by separate processes: stage 3 replaces `torch.nn.functional.linear` for the rest of a process."""
     folder = tmp_path_factory.mktemp("sources")
     return write_sources(small_corpus, folder, FP32) | write_sources(small_corpus, folder, BF16)
 
 
-def open_all(configs: list[RunConfig], sources: list[Source], goes_on: list[list[bool]]) -> list[list[Any]]:
-    """On this rank: fill one engine a configuration from every source, check each number, and go on where told to.
+def open_all(configs: list[RunConfig], sources: list[Source], continued: list[list[bool]]) -> list[list[Any]]:
+    """Load every source into one engine for each configuration, compare all tensors, continue where `continued`.
 
-    Returns losses and norms of the steps after, by configuration.
+    Returns losses and norms of the later steps, by configuration.
     """
     from pmlm_dist.checkpoint.engine_state import EngineState
     from pmlm_dist.checkpoint.resume import load_checkpoint
     from pmlm_dist.training.pretraining import build_engine
 
     answers: list[list[Any]] = []
-    for config, trained in zip(configs, goes_on, strict=True):
+    for config, trained in zip(configs, continued, strict=True):
         run = start_run(config)
         engine = build_engine(run)
-        engine_state, of_config = EngineState(engine, run.topology), []
+        engine_state, of_target = EngineState(engine, run.topology), []
         for source, on in zip(sources, trained, strict=True):
             with CheckpointReader(source.path) as reader:
                 engine_state.restore(reader, read_state(source.path)["counters"])
@@ -199,27 +203,27 @@ def open_all(configs: list[RunConfig], sources: list[Source], goes_on: list[list
             assert engine_state.counters()["adam_step"] == engine.global_steps == BEFORE
             if not on:
                 continue
-            state = load_checkpoint(engine_state, source.path)  # which also asks what the filled model says
+            state = load_checkpoint(engine_state, source.path)  # compares fingerprints too
             assert state.samples_consumed == 8 * BEFORE
-            of_config.append(take_steps(run, engine, state, steps=AFTER)[1:])
-        answers.append(of_config)
+            of_target.append(take_steps(run, engine, state, steps=AFTER)[1:])
+        answers.append(of_target)
     return answers
 
 
-def goes_on(source: Topology, target: Topology, topologies: list[Topology]) -> bool:
-    """Whether a pair also trains on: each source and each target once, and some of those DeepSpeed's loader fails."""
+def is_continued(source: Topology, target: Topology, topologies: list[Topology]) -> bool:
+    """Whether a pair also continues training: each source and target once, and some that DeepSpeed cannot load."""
     number, count = topologies.index(source), len(topologies)
-    in_turn = topologies.index(target) == (7 * number + 3) % count
+    is_sampled = topologies.index(target) == (7 * number + 3) % count
     cannot = (source.zero, target.zero) == (1, 3) or (source.zero == 3 and target.tp == 2)
-    return in_turn or (cannot and (number + topologies.index(target)) % 5 == 0)
+    return is_sampled or (cannot and (number + topologies.index(target)) % 5 == 0)
 
 
 def open_everywhere(
     world: tuple[int, int], topologies: list[Topology], sources: dict[Topology, Source], corpus: Path, folder: Path
 ) -> list[tuple[list[float], list[float]]]:
-    """Open every source on every topology of `world`; losses and norms of those that went on."""
+    """Open every source on every topology of `world`; return losses and norms of the continued ones."""
     here = [topology for topology in topologies if (topology.tp, topology.dp) == world]
-    plan = [[goes_on(source, target, topologies) for source in topologies] for target in here]
+    plan = [[is_continued(source, target, topologies) for source in topologies] for target in here]
     configs = [config_of(topology, corpus, folder) for topology in here]
     chosen = [sources[topology] for topology in topologies]
     answers = run_world(open_all, world[0] * world[1], configs, chosen, plan, timeout_s=300)
@@ -229,7 +233,7 @@ def open_everywhere(
 
 @pytest.fixture(scope="module")
 def uninterrupted(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same run without a stop, on one rank, by precision."""
+    """The same run without interruption, on one rank, by precision."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     return {
         topology.precision: run_world(train, 1, config_of(topology, small_corpus, folder))[0]
@@ -239,39 +243,41 @@ def uninterrupted(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: f"tp{world[0]}-dp{world[1]}")
 @pytest.mark.fault("F35", "F36", "F37")
-def test_every_fp32_topology_opens_what_any_wrote(small_corpus, tmp_path, sources, uninterrupted, world):
+def test_every_fp32_topology_opens_checkpoints_of_every_other(small_corpus, tmp_path, sources, uninterrupted, world):
     outcomes = open_everywhere(world, FP32, sources, small_corpus, tmp_path)
     assert len(outcomes) >= 4
-    straight = uninterrupted["fp32"]
+    reference = uninterrupted["fp32"]
     for losses, norms in outcomes:
-        np.testing.assert_allclose(losses, straight.losses[BEFORE:], rtol=5e-6)
-        np.testing.assert_allclose(norms, straight.norms[BEFORE:], rtol=1e-5)
+        np.testing.assert_allclose(losses, reference.losses[BEFORE:], rtol=5e-6)
+        np.testing.assert_allclose(norms, reference.norms[BEFORE:], rtol=1e-5)
 
 
 @pytest.mark.parametrize("world", [(1, 2), (2, 2)], ids=lambda world: f"tp{world[0]}-dp{world[1]}")
-def test_every_bf16_topology_opens_what_any_wrote(small_corpus, tmp_path, sources, uninterrupted, world):
-    """bf16 rounds to 8 bits, so sums in another order differ; what is filled in is equal to the bit."""
-    straight = uninterrupted["bf16"]
+def test_every_bf16_topology_opens_checkpoints_of_every_other(small_corpus, tmp_path, sources, uninterrupted, world):
+    """bf16 rounds to 8 bits, so sums in another order differ; loaded tensors are equal bit for bit."""
+    reference = uninterrupted["bf16"]
     for losses, norms in open_everywhere(world, BF16, sources, small_corpus, tmp_path):
-        np.testing.assert_allclose(losses, straight.losses[BEFORE:], rtol=1e-3)
-        np.testing.assert_allclose(norms, straight.norms[BEFORE:], rtol=2e-2)
+        np.testing.assert_allclose(losses, reference.losses[BEFORE:], rtol=1e-3)
+        np.testing.assert_allclose(norms, reference.norms[BEFORE:], rtol=2e-2)
 
 
-def test_whole_weights_are_read_without_torch_whoever_wrote_them(sources):
+def test_read_weights_returns_the_full_weights_of_any_topology(sources):
     for topology, source in sources.items():
         with np.load(source.expected) as expected:
-            found = read_weights(source.path)
-            assert {f"weight/{name}" for name in found} == {name for name in expected if name.startswith("weight/")}
-            for name, weight in found.items():
+            weights = read_weights(source.path)
+            assert {f"weight/{name}" for name in weights} == {name for name in expected if name.startswith("weight/")}
+            for name, weight in weights.items():
                 assert np.array_equal(weight, expected[f"weight/{name}"][: len(weight)]), (str(topology), name)
-            assert len(found["embeddings.token.weight"]) == len(found["head.bias"]) == 125  # not the 128 padded rows
+            assert (
+                len(weights["embeddings.token.weight"]) == len(weights["head.bias"]) == 125
+            )  # not the 128 padded rows
 
 
-def test_each_byte_is_written_once_and_evenly(sources):
+def test_rank_files_hold_each_element_once_and_are_of_even_size(sources):
     for topology, source in sources.items():
         files = sorted(source.path.glob("*.safetensors"))
         with np.load(source.expected) as expected:
-            needed = 4 * sum(expected[name].size for name in expected if not name.startswith("computing/"))
+            needed = 4 * sum(expected[name].size for name in expected if not name.startswith("model/"))
         headers = [8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files]
         sizes = [file.stat().st_size - header for file, header in zip(files, headers, strict=True)]
         assert sum(sizes) == needed

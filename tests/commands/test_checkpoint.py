@@ -1,4 +1,4 @@
-"""`pmlm checkpoint`: what it lists, what it finds, and a checkpoint rewritten as whole tensors."""
+"""`pmlm checkpoint`: listing, verification, and a checkpoint rewritten as full tensors."""
 
 from __future__ import annotations
 
@@ -25,28 +25,30 @@ ROWS, COLUMNS = Fragment.whole("a.weight", (4, 6), used_rows=3), Fragment.whole(
 
 
 def cut(whole: Fragment) -> list[list[Fragment]]:
-    """By rank: two slices of two runs each, as two tensor-parallel and two data-parallel ranks hold them."""
+    """Fragments by rank: two slices of two ranges each, as with two tensor-parallel and two data-parallel ranks."""
     half = whole.shape[whole.dim] // 2
-    slices = [Fragment(**{**vars(whole), "first": first, "last": first + half, "stop": 12}) for first in (0, half)]
-    return [[share] for part in slices for turn in (0, 1) if (share := part.share(turn, 2))]
+    slices = [
+        Fragment(**{**vars(whole), "first_row": first, "last_row": first + half, "stop": 12}) for first in (0, half)
+    ]
+    return [[share] for part in slices for dp_rank in (0, 1) if (share := part.share(dp_rank, 2))]
 
 
-def numbers(whole: Fragment, kind: str) -> np.ndarray:
+def values(whole: Fragment, kind: str) -> np.ndarray:
     return np.arange(24, dtype=np.float32).reshape(whole.shape) + 100 * KINDS.index(kind) + 1000 * (whole is ROWS)
 
 
-def part(whole: Fragment, piece: Fragment, kind: str) -> bytes:
-    taken = numbers(whole, kind).take(range(piece.first_row, piece.last_row), axis=piece.dim)
-    return taken.reshape(-1)[piece.start : piece.stop].tobytes()
+def chunk_of(whole: Fragment, fragment: Fragment, kind: str) -> bytes:
+    tensor_slice = values(whole, kind).take(range(fragment.first_row, fragment.last_row), axis=fragment.dim)
+    return tensor_slice.reshape(-1)[fragment.start : fragment.stop].tobytes()
 
 
 def write(folder: CheckpointFolder, step: int) -> Path:
-    """The checkpoint that four ranks wrote an hour and a half ago."""
+    """Write a checkpoint of four ranks, an hour and a half old."""
     temporary = folder.temporary(step, attempt="a")
     temporary.mkdir(parents=True)
     files = {}
     for rank, (rows, columns) in enumerate(zip(cut(ROWS), cut(COLUMNS), strict=True)):
-        chunks = [part(whole, p, kind) for whole, (p,) in ((ROWS, rows), (COLUMNS, columns)) for kind in KINDS]
+        chunks = [chunk_of(whole, p, kind) for whole, (p,) in ((ROWS, rows), (COLUMNS, columns)) for kind in KINDS]
         files[rank_file(rank)] = write_numbers(temporary / rank_file(rank), [*rows, *columns], chunks)
     engine = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
     state: dict[str, Any] = {
@@ -81,10 +83,10 @@ def test_ls_shows_step_size_age_and_writers(run_dir: Path, capsys: pytest.Captur
         assert "1.5 h" in line
         assert "dp 2 x tp 2, ZeRO 2, bf16" in line
     assert first.endswith("rank-00002.safetensors is missing")
-    assert second.endswith("all there")
+    assert second.endswith("complete")
 
 
-def test_ls_takes_a_run_its_folder_of_checkpoints_or_one_of_them(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+def test_ls_accepts_a_run_a_folder_of_checkpoints_or_one_checkpoint(run_dir: Path, capsys: pytest.CaptureFixture[str]):
     for folder, lines in ((run_dir, 3), (run_dir / "checkpoints", 3), (run_dir / "checkpoints/step-00000020", 2)):
         assert pmlm("ls", folder) == 0
         assert len(capsys.readouterr().out.splitlines()) == lines
@@ -92,9 +94,9 @@ def test_ls_takes_a_run_its_folder_of_checkpoints_or_one_of_them(run_dir: Path, 
     assert "there is no checkpoint in" in capsys.readouterr().err
 
 
-def test_verify_finds_a_flipped_byte_that_ls_does_not_look_for(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+def test_verify_detects_a_flipped_byte_that_ls_does_not_check(run_dir: Path, capsys: pytest.CaptureFixture[str]):
     assert pmlm("verify", run_dir) == 0
-    assert capsys.readouterr().out.count(": whole") == 2
+    assert capsys.readouterr().out.count(": valid") == 2
     file = run_dir / "checkpoints/step-00000030" / rank_file(1)
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
@@ -102,36 +104,36 @@ def test_verify_finds_a_flipped_byte_that_ls_does_not_look_for(run_dir: Path, ca
     assert pmlm("ls", run_dir) == 0
     assert pmlm("verify", run_dir) == 2
     printed = capsys.readouterr()
-    assert "step-00000030: damaged" in printed.out
-    assert "step-00000020: whole" in printed.out
+    assert "step-00000030: corrupt" in printed.out
+    assert "step-00000020: valid" in printed.out
     assert f"{rank_file(1)} has another checksum than when it was written" in printed.err
 
 
-def test_reshape_writes_whole_tensors_that_any_tool_reads(run_dir: Path, tmp_path: Path):
+def test_reshape_writes_full_tensors_readable_as_plain_safetensors(run_dir: Path, tmp_path: Path):
     assert pmlm("reshape", run_dir, "--output", tmp_path / "out") == 0
     path = tmp_path / "out/step-00000030"
     assert checkpoint_problems(path) == []
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", rank_file(0), "state.json"]
-    found = load_file(path / rank_file(0))
-    assert len(found) == 6
+    tensors = load_file(path / rank_file(0))
+    assert len(tensors) == 6
     for whole in (ROWS, COLUMNS):
         for kind in KINDS:
-            assert np.array_equal(found[f"{kind}/{whole.name}"], numbers(whole, kind))
+            assert np.array_equal(tensors[f"{kind}/{whole.name}"], values(whole, kind))
     weights = read_weights(path)
-    assert np.array_equal(weights["a.weight"], numbers(ROWS, "weight")[:3])  # without the row that pads
+    assert np.array_equal(weights["a.weight"], values(ROWS, "weight")[:3])  # without the padding row
     source = run_dir / "checkpoints/step-00000030/state.json"
     assert json.loads((path / "state.json").read_text()) == json.loads(source.read_text())
     assert CheckpointFolder(tmp_path / "out", keep=1).newest_valid() == (path, [])
 
 
-def test_reshape_takes_the_newest_whole_one_and_writes_over_nothing(
+def test_reshape_takes_the_newest_valid_checkpoint_and_never_overwrites(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (run_dir / "checkpoints/step-00000030/state.json").write_text("{")
     assert pmlm("reshape", run_dir, "--output", tmp_path / "out") == 0
     assert [path.name for path in CheckpointFolder(tmp_path / "out", keep=1).steps()] == ["step-00000020"]
     assert pmlm("reshape", run_dir, "--output", tmp_path / "out") == 2
-    assert "is there already: choose another --output" in capsys.readouterr().err
+    assert "already exists: choose another --output" in capsys.readouterr().err
     (run_dir / "checkpoints/step-00000020/state.json").unlink()
     assert pmlm("reshape", run_dir, "--output", tmp_path / "other") == 2
     assert not (tmp_path / "other").exists()
@@ -154,7 +156,7 @@ def test_reshape_onto_a_full_disk_leaves_nothing(
 
 
 @pytest.mark.fault("F42")
-def test_a_reshape_that_was_killed_leaves_nothing_that_counts(run_dir: Path, tmp_path: Path):
+def test_killed_reshape_leaves_no_committed_checkpoint(run_dir: Path, tmp_path: Path):
     program = (
         "import os, signal, sys; from pmlm_dist.commands import checkpoint as c;"
         "c.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"

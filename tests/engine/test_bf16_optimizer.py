@@ -1,4 +1,4 @@
-"""fp32 sums of bf16 gradients: the numbers of DeepSpeed's own optimizer, bit for bit, in fewer passes over memory."""
+"""fp32 accumulation of bf16 gradients equals that of DeepSpeed's own optimizer, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pmlm_dist.config import RunConfig
 pytestmark = pytest.mark.distributed
 
 
-def train_as_deepspeed_does(config: RunConfig) -> Trained:
-    """`train` with DeepSpeed's own sums: zeros, then gradients added when the backward pass is over, then averaged."""
+def train_with_deepspeeds_optimizer(config: RunConfig) -> Trained:
+    """`train` with DeepSpeed's own accumulation: sums zeroed, gradients added after the backward pass, averaged."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     from pmlm_dist.engine import deepspeed_engine as engine_module
@@ -48,24 +48,24 @@ def train_as_deepspeed_does(config: RunConfig) -> Trained:
     ],
     ids=lambda value: "-".join(f"{name}{value}" for name, value in value.items()) if isinstance(value, dict) else None,
 )
-def test_sums_are_those_of_deepspeed_bit_for_bit(
+def test_training_equals_deepspeeds_own_accumulation_bit_for_bit(
     small_corpus: Path, tmp_path: Path, ranks: int, settings: dict[str, Any]
 ):
     settings = dict(settings)
     checkpointing = settings.pop("checkpointing", False)
     config = run_config(small_corpus, tmp_path, precision="bf16", gradient_clipping=0.05, **settings)
     config = with_model(config, activation_checkpointing=checkpointing)
-    ours, theirs = run_world(train, ranks, config), run_world(train_as_deepspeed_does, ranks, config)
-    assert min(ours[0].norms) > 0.05  # every step is clipped
-    for mine, reference in zip(ours, theirs, strict=True):
-        assert mine.losses == reference.losses
-        assert mine.norms == reference.norms
+    own, deepspeeds = run_world(train, ranks, config), run_world(train_with_deepspeeds_optimizer, ranks, config)
+    assert min(own[0].norms) > 0.05  # every step is clipped
+    for ours, reference in zip(own, deepspeeds, strict=True):
+        assert ours.losses == reference.losses
+        assert ours.norms == reference.norms
         for name, weight in reference.weights.items():
-            assert torch.equal(mine.weights[name], weight), name
+            assert torch.equal(ours.weights[name], weight), name
 
 
-def a_step_without_the_head(config: RunConfig) -> dict[str, float]:
-    """Sums' largest number by parameter after a step of the whole model and a backward pass that reaches no head."""
+def backward_without_the_head(config: RunConfig) -> dict[str, float]:
+    """Maximum of each parameter's sum after a full step and a backward pass that does not reach the head."""
     from pmlm_dist.engine.bf16_optimizer import SummingBF16Optimizer
     from pmlm_dist.training.pretraining import build_engine
 
@@ -86,18 +86,18 @@ def a_step_without_the_head(config: RunConfig) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_parameter_without_a_gradient_has_a_sum_of_zero(small_corpus: Path, tmp_path: Path, ranks: int):
+def test_parameter_without_a_gradient_has_a_sum_of_zero(small_corpus: Path, tmp_path: Path, ranks: int):
     config = run_config(small_corpus, tmp_path, precision="bf16", micro_batch=8 // ranks)
-    for largest in run_world(a_step_without_the_head, ranks, config):
+    for largest in run_world(backward_without_the_head, ranks, config):
         assert largest.pop("embeddings.token.weight") > 0
         assert set(largest.values()) == {0.0}
 
 
-def norms_around_a_broken_step(
+def norms_around_a_nonfinite_step(
     config: RunConfig,
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Norms of a step, one whose gradient is infinite, and one more; weights before and after the broken one."""
-    from pmlm_dist.training.pretraining import PretrainJob, build_engine
+    """Norms of a step, one with an infinite gradient, and one more; weights before and after the second."""
+    from pmlm_dist.training import loop
 
     run = start_run(config)
     engine = build_engine(run)
@@ -105,16 +105,16 @@ def norms_around_a_broken_step(
     before = whole_weights(engine.module)
     scale = PretrainJob.loss_scale
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PretrainJob, "loss_scale", lambda *args: scale(*args) * float("inf"))
-        state, _, broken = take_steps(run, engine, state, steps=1)
+        patch.setattr(loop, "_loss_scale", lambda *args: scale(*args) * float("inf"))
+        state, _, nonfinite = take_steps(run, engine, state, steps=1)
     after = whole_weights(engine.module)
     _, _, last = take_steps(run, engine, state, steps=1)
-    return first + broken + last, before, after
+    return first + nonfinite + last, before, after
 
 
-def test_a_broken_gradient_leaves_nothing_behind(small_corpus: Path, tmp_path: Path):
+def test_nonfinite_gradient_has_no_effect_on_later_steps(small_corpus: Path, tmp_path: Path):
     config = run_config(small_corpus, tmp_path, precision="bf16", micro_batch=8)
-    norms, before, after = run_world(norms_around_a_broken_step, 1, config)[0]
-    assert norms[1] == 0.0  # left out
+    norms, before, after = run_world(norms_around_a_nonfinite_step, 1, config)[0]
+    assert norms[1] == 0.0  # skipped
     assert 0 < norms[2] < 2 * norms[0]
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: what is shipped loads; what DeepSpeed would swallow or compute wrongly is refused, all at once."""
+"""DeepSpeed's JSON: shipped files load; settings that DeepSpeed would ignore or compute wrongly raise, all at once."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from pmlm_dist.config import ConfigError
 from pmlm_dist.engine.deepspeed_config import EngineConfig, batch_problems, load_engine_config
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
-SOUND = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}
+VALID = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}
 
 
 def load(folder: Path, raw: Any, *, has_accelerator: bool = False) -> EngineConfig:
-    """What `load_engine_config` makes of `raw`."""
+    """Load `raw` from a file."""
     path = folder / "ds.json"
     path.write_text(raw if isinstance(raw, str) else json.dumps(raw))
     return load_engine_config(path, has_accelerator=has_accelerator)
 
 
-def refusals(folder: Path, raw: Any, *, has_accelerator: bool = False) -> list[str]:
-    """Why `raw` is refused."""
+def problems_of(folder: Path, raw: Any, *, has_accelerator: bool = False) -> list[str]:
+    """Problems with which `raw` raises."""
     with pytest.raises(ConfigError) as caught:
         load(folder, raw, has_accelerator=has_accelerator)
     return caught.value.problems
 
 
-def test_all_shipped_files_are_found():
+def test_shipped_files_are_complete():
     names = ["base", "finetune", "large", "large_fp16", "tiny", "tiny_bf16", "zero3_offload"]
     assert [path.stem for path in SHIPPED] == names
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_file_loads_as_it_is_written(path: Path):
+def test_every_shipped_file_loads(path: Path):
     raw = json.loads(path.read_text())
     engine = load_engine_config(path, has_accelerator=True)
     assert engine.raw == raw
@@ -57,7 +57,7 @@ def test_only_fp16_needs_an_accelerator(path: Path):
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("base", (1, 8)), ("large", (1, 8, 16)), ("tiny", (1, 2))])
-def test_shipped_batches_divide_over_the_ranks_they_are_meant_for(name: str, ranks: tuple[int, ...]):
+def test_shipped_batches_divide_over_their_intended_ranks(name: str, ranks: tuple[int, ...]):
     engine = load_engine_config(SHIPPED[0].parent / f"{name}.json", has_accelerator=True)
     for dp in ranks:
         assert batch_problems(engine, dp=dp) == []
@@ -77,8 +77,8 @@ def test_shipped_batches_divide_over_the_ranks_they_are_meant_for(name: str, ran
         ("aio", "no checkpoint can be made"),
     ],
 )
-def test_sections_with_another_home_are_refused(tmp_path: Path, section: str, way_out: str):
-    (problem,) = refusals(tmp_path, {**SOUND, section: {}})
+def test_unsupported_section_raises_with_the_setting_to_use(tmp_path: Path, section: str, way_out: str):
+    (problem,) = problems_of(tmp_path, {**VALID, section: {}})
     assert str(tmp_path / "ds.json") in problem
     assert f"`{section}`" in problem
     assert way_out in problem
@@ -88,13 +88,13 @@ def test_sections_with_another_home_are_refused(tmp_path: Path, section: str, wa
     ("wrong", "meant"),
     [("train_batchsize", "train_batch_size"), ("bfloat16", "bf16"), ("gradient_cliping", "gradient_clipping")],
 )
-def test_an_unknown_setting_is_refused_with_the_closest_known_one(tmp_path: Path, wrong: str, meant: str):
-    (problem,) = refusals(tmp_path, {**SOUND, wrong: 1})
+def test_unknown_setting_raises_with_the_closest_known_one(tmp_path: Path, wrong: str, meant: str):
+    (problem,) = problems_of(tmp_path, {**VALID, wrong: 1})
     assert f"unknown setting `{wrong}`: did you mean `{meant}`?" in problem
 
 
-def test_an_unknown_setting_unlike_any_is_refused(tmp_path: Path):
-    (problem,) = refusals(tmp_path, {**SOUND, "zzz": 1})
+def test_unknown_setting_without_a_close_match_raises(tmp_path: Path):
+    (problem,) = problems_of(tmp_path, {**VALID, "zzz": 1})
     assert "unknown setting `zzz`: remove it" in problem
 
 
@@ -105,110 +105,110 @@ def test_an_unknown_setting_unlike_any_is_refused(tmp_path: Path):
         ({"offload_param": {"device": "nvme"}}, 'zero_optimization.offload_param.device ("nvme") cannot be saved'),
         ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, "super_offload (true) cannot be saved"),
         ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio (0.5) must be 1"),
-        ({"mics_shard_size": 2}, "zero_optimization.mics_shard_size (2) cuts weights"),
-        ({"zenflow": {}}, "zero_optimization.zenflow ({}) cuts weights"),
+        ({"mics_shard_size": 2}, "zero_optimization.mics_shard_size (2) partitions weights"),
+        ({"zenflow": {}}, "zero_optimization.zenflow ({}) partitions weights"),
     ],
 )
-def test_ways_to_hold_weights_that_no_checkpoint_knows_are_refused(tmp_path: Path, changes: Any, problem: str):
-    (found,) = refusals(tmp_path, {**SOUND, "zero_optimization": {"stage": 3, **changes}})
-    assert problem in found
+def test_layout_without_checkpoint_support_raises(tmp_path: Path, changes: Any, problem: str):
+    (message,) = problems_of(tmp_path, {**VALID, "zero_optimization": {"stage": 3, **changes}})
+    assert problem in message
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_masters_in_half_precision_are_refused(tmp_path: Path, precision: str):
-    raw = {**SOUND, precision: {"enabled": True, f"{precision}_master_weights_and_grads": True}}
-    (found,) = refusals(tmp_path, raw, has_accelerator=True)
-    assert f"{precision}.{precision}_master_weights_and_grads (true) cannot be saved" in found
+def test_masters_in_half_precision_raise(tmp_path: Path, precision: str):
+    raw = {**VALID, precision: {"enabled": True, f"{precision}_master_weights_and_grads": True}}
+    (message,) = problems_of(tmp_path, raw, has_accelerator=True)
+    assert f"{precision}.{precision}_master_weights_and_grads (true) cannot be saved" in message
 
 
 @pytest.mark.parametrize(
     ("section", "name"), [("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")]
 )
-def test_a_gradient_that_is_not_finite_cannot_be_hidden(tmp_path: Path, section: str, name: str):
+def test_setting_that_hides_nonfinite_gradients_raises(tmp_path: Path, section: str, name: str):
     def stated(value: bool) -> dict[str, Any]:
         sections = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
-        return {**SOUND, **sections, section: {**sections[section], name: value}}
+        return {**VALID, **sections, section: {**sections[section], name: value}}
 
     load(tmp_path, stated(True))
-    (found,) = refusals(tmp_path, stated(False))
-    assert f"{section}.{name} (false) hides whether a gradient is finite" in found
+    (message,) = problems_of(tmp_path, stated(False))
+    assert f"{section}.{name} (false) hides a gradient that is not finite" in message
 
 
 @pytest.mark.parametrize("value", [False, "banana"])
-def test_that_gradients_are_summed_at_once_is_no_choice(tmp_path: Path, value: Any):
+def test_immediate_grad_update_other_than_true_raises(tmp_path: Path, value: Any):
     def stated(value: Any) -> dict[str, Any]:
-        return {**SOUND, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True, "immediate_grad_update": value}}
+        return {**VALID, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True, "immediate_grad_update": value}}
 
     load(tmp_path, stated(True))
-    (found,) = refusals(tmp_path, stated(value))
-    assert f"bf16.immediate_grad_update ({json.dumps(value)}): gradients are always summed" in found
+    (message,) = problems_of(tmp_path, stated(value))
+    assert f"bf16.immediate_grad_update ({json.dumps(value)}): gradients are always accumulated" in message
 
 
-def test_deepspeed_is_told_to_sum_bf16_gradients_at_once(tmp_path: Path):
-    bf16 = {**SOUND, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
+def test_for_deepspeed_enables_immediate_grad_update_with_bf16(tmp_path: Path):
+    bf16 = {**VALID, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
     assert load(tmp_path, bf16).for_deepspeed()["bf16"] == {"enabled": True, "immediate_grad_update": True}
-    assert "bf16" not in load(tmp_path, SOUND).for_deepspeed()
+    assert "bf16" not in load(tmp_path, VALID).for_deepspeed()
 
 
 @pytest.mark.parametrize("zero", [{"stage": 0}, {}, None])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_stage_0_is_refused_with_less_than_fp32(tmp_path: Path, precision: str, zero: dict[str, int] | None):
-    raw = {**SOUND, "zero_optimization": zero, precision: {"enabled": True}}
+def test_stage_0_with_half_precision_raises(tmp_path: Path, precision: str, zero: dict[str, int] | None):
+    raw = {**VALID, "zero_optimization": zero, precision: {"enabled": True}}
     if zero is None:
         del raw["zero_optimization"]
-    (problem,) = refusals(tmp_path, raw, has_accelerator=True)
+    (problem,) = problems_of(tmp_path, raw, has_accelerator=True)
     assert f"ZeRO stage 0 with {precision}" in problem
     assert "use zero_optimization.stage 1" in problem
 
 
-def test_stage_0_is_taken_in_fp32_and_disabled_sections_count_as_absent(tmp_path: Path):
-    engine = load(tmp_path, {**SOUND, "zero_optimization": {"stage": 0}, "fp16": {"enabled": False}, "bf16": {}})
+def test_stage_0_in_fp32_is_accepted_and_disabled_sections_are_ignored(tmp_path: Path):
+    engine = load(tmp_path, {**VALID, "zero_optimization": {"stage": 0}, "fp16": {"enabled": False}, "bf16": {}})
     assert (engine.zero_stage, engine.precision) == (0, "fp32")
 
 
-def test_both_half_precisions_are_refused(tmp_path: Path):
-    raw = {**SOUND, "bf16": {"enabled": True}, "fp16": {"enabled": True}}
-    (problem,) = refusals(tmp_path, raw, has_accelerator=True)
+def test_both_half_precisions_raise(tmp_path: Path):
+    raw = {**VALID, "bf16": {"enabled": True}, "fp16": {"enabled": True}}
+    (problem,) = problems_of(tmp_path, raw, has_accelerator=True)
     assert "choose one" in problem
 
 
 @pytest.mark.parametrize("stage", [-1, 4, "1", True, None])
-def test_only_the_four_stages_are_taken(tmp_path: Path, stage: Any):
-    (problem,) = refusals(tmp_path, {**SOUND, "zero_optimization": {"stage": stage}})
+def test_stage_other_than_0_to_3_raises(tmp_path: Path, stage: Any):
+    (problem,) = problems_of(tmp_path, {**VALID, "zero_optimization": {"stage": stage}})
     assert f"zero_optimization.stage ({stage}) must be 0, 1, 2 or 3" in problem
 
 
 @pytest.mark.parametrize("size", [0, -8, 2.5, "auto", True, None])
 @pytest.mark.parametrize("key", ["train_batch_size", "train_micro_batch_size_per_gpu"])
-def test_batch_sizes_are_positive_integers(tmp_path: Path, key: str, size: Any):
-    (problem,) = refusals(tmp_path, {**SOUND, key: size})
+def test_batch_size_that_is_no_positive_integer_raises(tmp_path: Path, key: str, size: Any):
+    (problem,) = problems_of(tmp_path, {**VALID, key: size})
     assert f"`{key}` ({size}) must be a positive integer" in problem
 
 
 @pytest.mark.parametrize("key", ["bf16", "fp16", "zero_optimization"])
 @pytest.mark.parametrize("value", [True, 1, [], None])
-def test_a_section_that_is_no_object_is_refused(tmp_path: Path, key: str, value: Any):
-    (problem,) = refusals(tmp_path, {**SOUND, key: value})
+def test_section_that_is_no_object_raises(tmp_path: Path, key: str, value: Any):
+    (problem,) = problems_of(tmp_path, {**VALID, key: value})
     assert f"`{key}` ({value})" in problem
 
 
 @pytest.mark.parametrize("value", ["false", 0, None, "auto"])
-def test_enabled_is_true_or_false(tmp_path: Path, value: Any):
-    (problem,) = refusals(tmp_path, {**SOUND, "bf16": {"enabled": value}})
+def test_enabled_other_than_true_or_false_raises(tmp_path: Path, value: Any):
+    (problem,) = problems_of(tmp_path, {**VALID, "bf16": {"enabled": value}})
     assert f"bf16.enabled ({value!r}) must be true or false" in problem
 
 
 @pytest.mark.parametrize("offload", [None, {}, {"device": "none"}])
-def test_offload_may_be_spelled_out_as_off(tmp_path: Path, offload: Any):
+def test_offload_explicitly_disabled_is_accepted(tmp_path: Path, offload: Any):
     assert not load(
-        tmp_path, {**SOUND, "zero_optimization": {"stage": 1, "offload_optimizer": offload}}
+        tmp_path, {**VALID, "zero_optimization": {"stage": 1, "offload_optimizer": offload}}
     ).offload_optimizer
 
 
-def test_all_problems_are_listed_at_once(tmp_path: Path):
+def test_all_deepspeed_problems_are_reported_at_once(tmp_path: Path):
     raw = {"optimizer": {}, "train_batchsize": 8, "fp16": {"enabled": True}, "train_micro_batch_size_per_gpu": 0}
-    found = refusals(tmp_path, raw)
-    for fragment in (
+    problems = problems_of(tmp_path, raw)
+    for expected in (
         "`optimizer`",
         "`train_batchsize`",
         "`train_batch_size`",
@@ -216,33 +216,33 @@ def test_all_problems_are_listed_at_once(tmp_path: Path):
         "stage 0",
         "needs a GPU",
     ):
-        assert sum(fragment in problem for problem in found) >= 1, fragment
-    assert len(found) == 6
+        assert sum(expected in problem for problem in problems) >= 1, expected
+    assert len(problems) == 6
 
 
 @pytest.mark.parametrize("text", ["", "{", "{'train_batch_size': 8}", '{"train_batch_size": 8,}'])
-def test_what_is_not_json_is_refused_by_name(tmp_path: Path, text: str):
-    (problem,) = refusals(tmp_path, text)
+def test_file_that_is_not_json_raises_with_its_path(tmp_path: Path, text: str):
+    (problem,) = problems_of(tmp_path, text)
     assert f"{tmp_path / 'ds.json'} is not JSON" in problem
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path):
+def test_binary_file_raises(tmp_path: Path):
     (tmp_path / "ds.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not JSON"):
         load_engine_config(tmp_path / "ds.json", has_accelerator=False)
 
 
-def test_a_list_is_refused(tmp_path: Path):
-    (problem,) = refusals(tmp_path, [SOUND])
+def test_json_list_raises(tmp_path: Path):
+    (problem,) = problems_of(tmp_path, [VALID])
     assert "must hold one JSON object" in problem
 
 
-def test_a_setting_given_twice_is_refused(tmp_path: Path):
-    (problem,) = refusals(tmp_path, json.dumps(SOUND)[:-1] + ', "train_batch_size": 16}')
+def test_repeated_setting_raises(tmp_path: Path):
+    (problem,) = problems_of(tmp_path, json.dumps(VALID)[:-1] + ', "train_batch_size": 16}')
     assert "`train_batch_size`" in problem
 
 
-def test_a_missing_file_names_the_setting_and_a_file_that_exists(tmp_path: Path):
+def test_missing_file_raises_with_the_setting_and_an_existing_file(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         load_engine_config(tmp_path / "nowhere.json", has_accelerator=False)
     (problem,) = caught.value.problems
@@ -253,7 +253,7 @@ def test_a_missing_file_names_the_setting_and_a_file_that_exists(tmp_path: Path)
     assert (SHIPPED[0].parent.parent / shipped[0]).is_file()
 
 
-def engine(*, batch: int, micro: int, **extra: int) -> EngineConfig:
+def config_of(*, batch: int, micro: int, **extra: int) -> EngineConfig:
     """An engine configuration of these batch sizes."""
     raw = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro, **extra}
     return EngineConfig(
@@ -261,40 +261,40 @@ def engine(*, batch: int, micro: int, **extra: int) -> EngineConfig:
     )
 
 
-def test_a_global_batch_is_accepted_exactly_when_it_divides_and_every_way_out_divides():
+def test_global_batch_is_accepted_exactly_when_it_divides_and_every_suggestion_divides():
     for batch, micro, dp in itertools.product(range(1, 25), range(1, 9), range(1, 7)):
-        found = batch_problems(engine(batch=batch, micro=micro), dp=dp)
-        assert bool(found) == (batch % (micro * dp) != 0), (batch, micro, dp)
+        problems = batch_problems(config_of(batch=batch, micro=micro), dp=dp)
+        assert bool(problems) == (batch % (micro * dp) != 0), (batch, micro, dp)
         for usable in itertools.chain.from_iterable(
-            map(json.loads, re.findall(r"per_gpu one of (\[.*\])", "".join(found)))
+            map(json.loads, re.findall(r"per_gpu one of (\[.*\])", "".join(problems)))
         ):
-            assert batch_problems(engine(batch=batch, micro=usable), dp=dp) == []
+            assert batch_problems(config_of(batch=batch, micro=usable), dp=dp) == []
 
 
-def test_a_batch_smaller_than_the_ranks_asks_for_a_larger_one():
-    (problem,) = batch_problems(engine(batch=4, micro=1), dp=3)
+def test_batch_smaller_than_the_ranks_suggests_a_larger_one():
+    (problem,) = batch_problems(config_of(batch=4, micro=1), dp=3)
     assert "use a train_batch_size divisible by 3" in problem
 
 
 def test_stated_accumulation_must_agree_with_the_batch_sizes():
-    assert batch_problems(engine(batch=24, micro=2, gradient_accumulation_steps=4), dp=3) == []
-    (problem,) = batch_problems(engine(batch=24, micro=2, gradient_accumulation_steps=6), dp=3)
+    assert batch_problems(config_of(batch=24, micro=2, gradient_accumulation_steps=4), dp=3) == []
+    (problem,) = batch_problems(config_of(batch=24, micro=2, gradient_accumulation_steps=6), dp=3)
     assert "gradient_accumulation_steps (6) contradicts" in problem
     assert "= 4: remove it" in problem
 
 
 @pytest.mark.parametrize("value", [-1, "1", True, None])
-def test_gradient_clipping_must_be_a_number(tmp_path, value):
-    (problem,) = refusals(tmp_path, {**SOUND, "gradient_clipping": value})
+def test_gradient_clipping_that_is_no_number_raises(tmp_path, value):
+    (problem,) = problems_of(tmp_path, {**VALID, "gradient_clipping": value})
     assert "`gradient_clipping`" in problem
 
 
-@pytest.mark.parametrize(("stage", "stated", "given"), [(1, None, 0.0), (1, 0.5, 0.5), (0, None, 0.0), (0, 0.5, 0.0)])
-def test_deepspeed_never_clips_on_its_own_account(tmp_path, stage, stated, given):
-    """Its own default is 1; with ZeRO-0 the training clips."""
-    raw: dict[str, Any] = {**SOUND, "zero_optimization": {"stage": stage}}
+@pytest.mark.parametrize(("stage", "stated", "passed"), [(1, None, 0.0), (1, 0.5, 0.5), (0, None, 0.0), (0, 0.5, 0.0)])
+def test_for_deepspeed_never_applies_the_default_clipping(tmp_path, stage, stated, passed):
+    """DeepSpeed's default is 1; with ZeRO-0 `optimizer_step` clips."""
+    raw: dict[str, Any] = {**VALID, "zero_optimization": {"stage": stage}}
     if stated is not None:
         raw["gradient_clipping"] = stated
     engine = load(tmp_path, raw)
-    assert engine.for_deepspeed()["gradient_clipping"] == given
+    assert engine.for_deepspeed()["gradient_clipping"] == passed
     assert engine.gradient_clipping == (stated or 0.0)

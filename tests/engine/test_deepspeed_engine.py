@@ -1,4 +1,4 @@
-"""Building the engine: what DeepSpeed alone finds wrong is told like any other wrong setting; what a CPU is slow at."""
+"""Building the engine: settings that only DeepSpeed validates raise like all others; slow bf16 on a CPU warns."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pmlm_dist.config import ConfigError, RunConfig
 pytestmark = pytest.mark.distributed
 
 
-def refusals(config: RunConfig) -> list[str]:
-    """Why no engine can be built."""
-    from pmlm_dist.training.pretraining import build_engine
+def build_problems(config: RunConfig) -> list[str]:
+    """Problems with which the engine of `config` cannot be built."""
+    from pmlm_dist.training.loop import build_engine
 
     run = start_run(config)
     with pytest.raises(ConfigError) as caught:
@@ -36,7 +36,7 @@ def refusals(config: RunConfig) -> list[str]:
                 'zero_optimization.overlap_comm ("maybe") in DeepSpeed\'s JSON (--ds-config): '
                 "Input should be a valid boolean, unable to interpret input",
                 "zero_optimization.reduce_buckt_size (5) in DeepSpeed's JSON (--ds-config): "
-                "DeepSpeed knows no such setting: correct its name or remove it",
+                "DeepSpeed has no such setting: correct its name or remove it",
             ],
         ),
         (
@@ -57,36 +57,33 @@ def refusals(config: RunConfig) -> list[str]:
             {"bf16": {"enabled": True, "grad_overflow": False}},
             [
                 "bf16.grad_overflow (false) in DeepSpeed's JSON (--ds-config): "
-                "DeepSpeed knows no such setting: correct its name or remove it"
+                "DeepSpeed has no such setting: correct its name or remove it"
             ],
         ),
     ],
     ids=["unknown and unreadable", "nested", "out of range", "another section"],
 )
-def test_a_wrong_setting_inside_a_section_is_named_on_every_rank(
+def test_invalid_setting_inside_a_section_raises_on_every_rank(
     small_corpus: Path, tmp_path: Path, settings: dict[str, Any], problems: list[str]
 ):
     config = run_config(small_corpus, tmp_path, **settings)
-    assert [sorted(found) for found in run_world(refusals, 2, config)] == [problems] * 2
+    assert [sorted(messages) for messages in run_world(build_problems, 2, config)] == [problems] * 2
 
 
-def said_at_the_start(config: RunConfig, *, has_products: bool) -> str:
-    """What a run prints on a CPU that has bf16 products, or has not."""
-    from pmlm_dist.training import pretraining
-    from pmlm_dist.training.run import pretrain
+def printed_with_cpu(config: RunConfig, *, is_fast: bool) -> str:
+    """Output of a run on a CPU with or without fast bf16 products."""
+    from pmlm_dist.training import loop
 
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "has_fast_bf16", lambda device: has_products)
-        pretrain(config)
+        patch.setattr(loop, "has_fast_bf16", lambda device: is_fast)
+        loop.pretrain(config)
     return printed.getvalue()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("has_products", [True, False])
-def test_bf16_on_a_cpu_without_its_products_is_warned_of(
-    small_corpus: Path, tmp_path: Path, precision: str, has_products: bool
-):
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_bf16_on_a_cpu_without_fast_products_warns(small_corpus: Path, tmp_path: Path, precision: str, is_fast: bool):
     config = run_config(small_corpus, tmp_path, steps=3, precision=precision)
-    printed = run_world(partial(said_at_the_start, has_products=has_products), 1, config)[0]
+    printed = run_world(partial(printed_with_cpu, is_fast=is_fast), 1, config)[0]
     assert "complete: step 3" in printed
-    assert ("no bf16 products" in printed) == (precision == "bf16" and not has_products)
+    assert ("no bf16 products" in printed) == (precision == "bf16" and not is_fast)

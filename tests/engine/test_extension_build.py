@@ -1,4 +1,4 @@
-"""Compiling in turn: a process that is killed while it compiles keeps nobody waiting."""
+"""Build lock: processes compile one at a time, and a killed one blocks no other."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 from pmlm_dist.config import ConfigError
 from pmlm_dist.engine.extension_build import build_lock
 
-COMPILER = "(echo begun > object; sleep 3; echo ended >> object) &"
-"""What goes on when the process that started it is killed."""
+COMPILER = "(echo started > object; sleep 3; echo done >> object) &"
+"""Continues to run after the process that started it is killed."""
 
 
-def killed_while_it_compiles(begun: Connection, folder: Path) -> None:
-    """What torch does: a lock file beside what is compiled, for as long as it takes."""
+def compile_until_killed(started: Connection, folder: Path) -> None:
+    """Compile as torch does: with a lock file in the build folder until the end."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     with build_lock():
         lock = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "cpu_adam" / "lock"
@@ -29,19 +29,19 @@ def killed_while_it_compiles(begun: Connection, folder: Path) -> None:
         os.system(COMPILER)
         while not Path("object").exists():
             time.sleep(0.01)
-        begun.send(lock)
+        started.send(lock)
         time.sleep(60)
 
 
 @pytest.mark.fault("F09")
-def test_who_was_killed_while_it_compiled_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_build_lock_removes_the_unfinished_build_of_a_killed_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    foreign = tmp_path / "cpu_adam" / "lock"  # of another program, which may be at work
+    foreign = tmp_path / "cpu_adam" / "lock"  # of another program, which may be compiling
     foreign.parent.mkdir()
     foreign.touch()
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=killed_while_it_compiles, args=(sender, tmp_path))
+    process = context.Process(target=compile_until_killed, args=(sender, tmp_path))
     process.start()
     try:
         assert receiver.poll(60)
@@ -61,7 +61,7 @@ def test_who_was_killed_while_it_compiled_is_not_waited_for(tmp_path: Path, monk
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path)
 
 
-def counted_in_turn(folder: Path, number: int) -> None:
+def log_within_lock(folder: Path, number: int) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     with build_lock():
         log = folder / "log"
@@ -72,9 +72,9 @@ def counted_in_turn(folder: Path, number: int) -> None:
             out.write(f"{number} ends\n")
 
 
-def test_processes_of_a_machine_take_turns(tmp_path: Path):
+def test_build_lock_serializes_processes(tmp_path: Path):
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=counted_in_turn, args=(tmp_path, number)) for number in range(3)]
+    processes = [context.Process(target=log_within_lock, args=(tmp_path, number)) for number in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -82,12 +82,12 @@ def test_processes_of_a_machine_take_turns(tmp_path: Path):
         assert process.exitcode == 0
     lines = (tmp_path / "log").read_text().splitlines()
     assert len(lines) == 6
-    for begun, ended in zip(lines[::2], lines[1::2], strict=True):
-        assert (begun.split()[1], ended.split()[1]) == ("begins", "ends")
-        assert begun.split()[0] == ended.split()[0]
+    for start, end in zip(lines[::2], lines[1::2], strict=True):
+        assert (start.split()[1], end.split()[1]) == ("begins", "ends")
+        assert start.split()[0] == end.split()[0]
 
 
-def test_the_variable_is_not_left_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_build_lock_restores_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -96,7 +96,7 @@ def test_the_variable_is_not_left_set(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "TORCH_EXTENSIONS_DIR" not in os.environ
 
 
-def test_a_place_that_cannot_be_had_is_told_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_build_lock_in_an_unusable_folder_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="set TORCH_EXTENSIONS_DIR to a folder on a local disk"), build_lock():

@@ -1,4 +1,4 @@
-"""What becomes of freed memory: kept in the process, or given back; each in a process of its own."""
+"""Freed memory is kept in the process or returned to the system; each case in its own process."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-@pytest.mark.parametrize(("word", "least", "most"), [("keep", 240, 300), ("give back", -10, 20)])
-def test_freed_memory_is_kept_or_given_back(word: str, least: int, most: int):
+@pytest.mark.parametrize(("mode", "least", "most"), [("keep", 240, 300), ("return", -10, 20)])
+def test_freed_memory_is_kept_or_returned(mode: str, least: int, most: int):
     kept = subprocess.run(
-        [sys.executable, "-c", BLOCKS, word], check=True, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", BLOCKS, mode], check=True, capture_output=True, text=True, timeout=120
     ).stdout
     assert least <= int(kept) <= most

@@ -1,4 +1,4 @@
-"""Learning rate of each step, who decays, and the norm of a gradient that lies on several ranks."""
+"""Learning rate schedule, weight decay groups, and the gradient norm over several ranks."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def rates(*, steps: int, warmup: int, peak: float) -> list[float]:
     return [learning_rate(step, steps=steps, optim=optim) for step in range(1, steps + 1)]
 
 
-def test_schedule_of_a_short_run_by_hand():
+def test_schedule_of_a_short_run_equals_hand_computed_rates():
     by_hand = [0.3, 0.6, 0.9, 1.2, 1.2, 1.0, 0.8, 0.6, 0.4, 0.2]
     assert rates(steps=10, warmup=4, peak=1.2) == pytest.approx(by_hand)
 
 
-def test_without_warm_up_the_first_step_has_the_peak():
+def test_first_step_without_warmup_has_the_peak_rate():
     assert rates(steps=4, warmup=0, peak=1.0) == pytest.approx([1.0, 0.75, 0.5, 0.25])
 
 
-def test_the_published_schedule_at_its_corners():
+def test_published_schedule_at_its_corners():
     optim, steps = OptimConfig(), 500_000
     assert learning_rate(1, steps=steps, optim=optim) == pytest.approx(6e-4 / 24_000)
     assert learning_rate(24_000, steps=steps, optim=optim) == 6e-4
@@ -40,27 +40,27 @@ def test_the_published_schedule_at_its_corners():
 
 
 @given(st.integers(1, 300), st.data())
-def test_every_step_of_any_run_learns_and_none_exceeds_the_peak(steps: int, data: st.DataObject):
+def test_learning_rate_is_positive_and_at_most_the_peak(steps: int, data: st.DataObject):
     warmup = data.draw(st.integers(0, steps - 1))
-    found = rates(steps=steps, warmup=warmup, peak=2.0)
-    assert all(0.0 < rate <= 2.0 for rate in found)
-    assert max(found) == 2.0
-    assert found[: warmup + 1] == sorted(found[: warmup + 1])
-    assert found[warmup:] == sorted(found[warmup:], reverse=True)
+    schedule = rates(steps=steps, warmup=warmup, peak=2.0)
+    assert all(0.0 < rate <= 2.0 for rate in schedule)
+    assert max(schedule) == 2.0
+    assert schedule[: warmup + 1] == sorted(schedule[: warmup + 1])
+    assert schedule[warmup:] == sorted(schedule[warmup:], reverse=True)
 
 
-def test_no_rate_is_negative_past_the_end():
+def test_learning_rate_after_the_last_step_is_zero():
     assert learning_rate(12, steps=10, optim=OptimConfig(warmup_steps=2)) == 0.0
 
 
-def test_every_group_gets_the_rate():
+def test_set_learning_rate_sets_every_group():
     optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.zeros(2))]} for _ in range(2)], lr=1.0)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
 def small_model(**changes: Any) -> nn.Module:
-    """The model of the small runs with drawn weights; to be called where groups stand."""
+    """The model of the small runs, initialized; needs process groups."""
     from dataclasses import replace
 
     from pmlm_dist.model.transformer import build_model
@@ -84,8 +84,8 @@ def groups_by_name(relative_bias: bool) -> dict[str, tuple[float, list[str]]]:
 
 
 @pytest.mark.parametrize("relative_bias", [True, False])
-def test_matrices_decay_and_biases_norms_and_the_relative_table_do_not(relative_bias: bool):
-    (found,) = run_world(groups_by_name, 1, relative_bias)
+def test_only_matrices_have_weight_decay(relative_bias: bool):
+    (parameters,) = run_world(groups_by_name, 1, relative_bias)
     layer = ["attention.query", "attention.key_value", "attention.output", "ffn_in", "ffn_out"]
     norms = ["attention_norm", "ffn_norm"]
     matrices = [
@@ -101,11 +101,11 @@ def test_matrices_decay_and_biases_norms_and_the_relative_table_do_not(relative_
     ]
     if relative_bias:
         vectors.append("relative_bias.weight")
-    assert found == {"decayed": (0.25, sorted(matrices)), "plain": (0.0, sorted(vectors))}
+    assert parameters == {"decayed": (0.25, sorted(matrices)), "plain": (0.0, sorted(vectors))}
 
 
 def norms_of_weights(tp: int) -> tuple[float, float]:
-    """`gradient_norm` with every parameter as its own gradient, and the 2-norm of this rank's part alone."""
+    """`gradient_norm` with every parameter as its own gradient, and the 2-norm of this rank's shards alone."""
     from pmlm_dist.engine.optimizer import gradient_norm
     from pmlm_dist.parallel import groups
 
@@ -119,10 +119,10 @@ def norms_of_weights(tp: int) -> tuple[float, float]:
 
 
 @pytest.mark.distributed
-def test_the_norm_over_tensor_parallel_ranks_is_that_of_the_whole_gradient():
+def test_gradient_norm_over_tensor_parallel_ranks_equals_that_of_one_rank():
     ((single, by_hand),) = run_world(norms_of_weights, 1, 1)
-    assert single == pytest.approx(by_hand, rel=1e-6)  # added up in fp32, as DeepSpeed adds up its own
+    assert single == pytest.approx(by_hand, rel=1e-6)  # summed in fp32, as in DeepSpeed
     for tp, ranks in ((2, 2), (2, 4)):
         answers = run_world(norms_of_weights, ranks, tp)
         assert [norm for norm, _ in answers] == pytest.approx([single] * ranks, rel=1e-6)
-        assert all(part < 0.999 * single for _, part in answers)  # a rank by itself does not have it
+        assert all(part < 0.999 * single for _, part in answers)  # one rank alone has less

@@ -48,9 +48,9 @@ def save_and_continue(config: RunConfig) -> tuple[str, list[float]]:
 
     run, engine, engine_state = build_run(config)
     log = RunLog(run.config.run_dir, enabled=False, first_step=0)
-    about = {"identity": run.identity(), "configuration": run.configuration()}
+    metadata = {"identity": run.identity(), "configuration": run.configuration()}
     checkpointer = AsyncCheckpointer(
-        engine_state, CheckpointFolder(run.checkpoints, keep=9), log, about=about, timeout_s=60
+        engine_state, CheckpointFolder(run.checkpoints, keep=9), log, metadata=metadata, timeout_s=60
     )
     state, _, _ = take_steps(run, engine, RunState(), steps=BEFORE)
     checkpointer.save(state)

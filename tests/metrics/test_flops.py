@@ -1,4 +1,4 @@
-"""The FLOPs formula against torch's count of what the model really multiplies."""
+"""The FLOPs formula against torch's count of the model's matrix products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pmlm_dist.metrics.flops import forward_flops, peak_tflops, training_flops
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the batch that it reads."""
+    """A model and the size of its batch."""
 
     model: ModelConfig
     context: int
@@ -24,9 +24,9 @@ class Case:
     vocab_rows: int
     objectives: tuple[str, ...] = ("ae", "par")
 
-    def formula(self, of: Callable[..., float]) -> float:
-        """FLOPs of a sample by the formula `of`."""
-        return of(
+    def evaluate(self, formula: Callable[..., float]) -> float:
+        """FLOPs of a sample by `formula`."""
+        return formula(
             self.model,
             context=self.context,
             predictions=self.predictions,
@@ -53,8 +53,8 @@ CASES = {
 }
 
 
-def counted(cases: list[Case]) -> list[tuple[float, float]]:
-    """FLOPs of one sample, forward and forward with backward, as torch counts them; in a world of one."""
+def count_flops(cases: list[Case]) -> list[tuple[float, float]]:
+    """FLOPs of one sample as counted by torch: forward, and forward with backward; for one rank."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from pmlm_dist.masking.layout import SlotInputs
@@ -83,21 +83,21 @@ def counted(cases: list[Case]) -> list[tuple[float, float]]:
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, tuple[float, float]]:
-    (found,) = run_world(counted, 1, list(CASES.values()))
-    return dict(zip(CASES, found, strict=True))
+    (flops,) = run_world(count_flops, 1, list(CASES.values()))
+    return dict(zip(CASES, flops, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_formula_is_what_torch_counts(counts: dict[str, tuple[float, float]], name: str):
+def test_formula_equals_the_count_of_torch(counts: dict[str, tuple[float, float]], name: str):
     case = CASES[name]
-    assert case.formula(forward_flops) == pytest.approx(counts[name][0], rel=0.01)
-    assert case.formula(training_flops) == pytest.approx(counts[name][1], rel=0.01)
+    assert case.evaluate(forward_flops) == pytest.approx(counts[name][0], rel=0.01)
+    assert case.evaluate(training_flops) == pytest.approx(counts[name][1], rel=0.01)
 
 
 def test_recomputation_does_not_count():
     case = CASES["short"]
-    again = replace(case, model=replace(case.model, activation_checkpointing=True))
-    assert again.formula(training_flops) == case.formula(training_flops)
+    recomputing = replace(case, model=replace(case.model, activation_checkpointing=True))
+    assert recomputing.evaluate(training_flops) == case.evaluate(training_flops)
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -115,12 +115,12 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         ("NVIDIA Imaginary 1", None),
     ],
 )
-def test_the_peak_comes_from_the_devices_name(monkeypatch: pytest.MonkeyPatch, device_name: str, peak: float | None):
+def test_peak_tflops_by_device_name(monkeypatch: pytest.MonkeyPatch, device_name: str, peak: float | None):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: device_name)
     assert peak_tflops(None, GPU) == peak
 
 
-def test_a_stated_peak_wins_and_a_cpu_has_none_of_its_own(monkeypatch: pytest.MonkeyPatch):
+def test_stated_peak_tflops_has_priority_and_a_cpu_has_no_default(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H100 80GB HBM3")
     assert peak_tflops(123.0, GPU) == 123.0
     assert peak_tflops(1.5, CPU) == 1.5

@@ -1,4 +1,4 @@
-"""What a run writes down can be read again, also after a kill in the middle of a line."""
+"""The log of a run can be read again, also after a kill in the middle of a line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(run_dir: Path, *entries: Progress) -> None:
     log.close()
 
 
-def test_a_torn_line_costs_that_line_alone(tmp_path):
+def test_partial_line_of_a_killed_run_is_skipped(tmp_path):
     write(tmp_path, progress(1), progress(2))
     lines = tmp_path / "metrics.jsonl"
     lines.write_bytes(lines.read_bytes()[:-20])
@@ -55,19 +55,19 @@ def test_a_torn_line_costs_that_line_alone(tmp_path):
     assert metrics[2]["train/ae"] == 4.0
 
 
-def test_what_is_not_known_is_not_written(tmp_path):
+def test_unknown_scalars_are_not_written(tmp_path):
     write(tmp_path, progress(1))
     assert {"train/par_masked", "speed/mfu", "train/loss_scale"}.isdisjoint(read_metrics(tmp_path)[1])
 
 
-def test_curves_are_drawn_from_a_run_and_refused_without_one(tmp_path):
+def test_plot_losses_writes_a_picture_and_raises_without_metrics(tmp_path):
     write(tmp_path / "run", progress(1), progress(2))
     plot_losses(PlotConfig(run_dir=tmp_path / "run", png=tmp_path / "losses.png"))
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"metrics\.jsonl"):
-        plot_losses(PlotConfig(run_dir=tmp_path / "nothing", png=tmp_path / "losses.png"))
+        plot_losses(PlotConfig(run_dir=tmp_path / "empty", png=tmp_path / "losses.png"))
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0:00"), (61, "1:01"), (3723, "1:02:03")])
-def test_durations_read_like_clocks(seconds, text):
+def test_format_duration(seconds, text):
     assert format_duration(seconds) == text
