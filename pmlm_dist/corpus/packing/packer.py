@@ -12,7 +12,7 @@ segments have text. If a single token remained for the last sample, the sample b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,14 +100,6 @@ class Packer:
         content, self._buffer = _split(self._buffer, length)
         number, self._samples = self._samples, self._samples + 1
         return _sample(content, self._config, random=hash64(*self._seed, number))
-
-
-def pack(documents: Iterable[np.ndarray], config: PackingConfig, *, seed: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Yield all samples of `documents`: see `Packer`."""
-    packer = Packer(config, seed=seed)
-    for document in documents:
-        yield from packer.add(document)
-    yield from packer.finish()
 
 
 def _append(content: _Content, document: np.ndarray, sentence_starts: np.ndarray) -> _Content:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmlm_dist.corpus.hashing import hash64, hash64_each
-from pmlm_dist.corpus.packing.packer import Joined, Packer, PackingConfig, pack
+from pmlm_dist.corpus.packing.packer import Joined, Packer, PackingConfig
 
 CLS, SEP = 2, 3
 FIRST = 10
@@ -20,7 +20,9 @@ def documents_of(lengths: list[int]) -> list[np.ndarray]:
 
 def packed(lengths: list[int], *, sequence_length: int = 16, joined: Joined = "join", seed: int = 0):
     config = PackingConfig(sequence_length, cls_id=CLS, sep_id=SEP, joined=joined)
-    return list(pack(documents_of(lengths), config, seed=(seed,)))
+    packer = Packer(config, seed=(seed,))
+    samples = [sample for document in documents_of(lengths) for sample in packer.add(document)]
+    return [*samples, *packer.finish()]
 
 
 def segments(sample: np.ndarray) -> tuple[list[int], list[int]]:
