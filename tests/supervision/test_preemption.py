@@ -41,7 +41,7 @@ signals = StopSignals(grace_s=float(sys.argv[1]))
 if len(sys.argv) > 2:
     signals.request()
     time.sleep(1.5)
-signals.listen()
+signals.install()
 print("listening", flush=True)
 while not signals.requested:
     time.sleep(0.01)
@@ -112,7 +112,7 @@ def test_when_the_time_after_a_signal_is_over_the_process_ends_wherever_it_is():
 
 
 def test_other_signals_are_none_of_it():
-    code = LISTENING.replace("signals.listen()", "signal.signal(signal.SIGCHLD, lambda *_: None); signals.listen()")
+    code = LISTENING.replace("signals.install()", "signal.signal(signal.SIGCHLD, lambda *_: None); signals.install()")
     process = subprocess.Popen([sys.executable, "-c", code, "600"], stdout=subprocess.PIPE, text=True)
     try:
         assert said(process) == "listening\n"
@@ -155,11 +155,11 @@ def test_children_do_not_see_signals_that_are_sent_to_all_processes_of_a_step():
 WORKERS = """
 import multiprocessing, os, signal, time
 from multiprocessing import forkserver, resource_tracker
-from pmlm_dist.supervision.signals import deaf_children
+from pmlm_dist.supervision.signals import stop_signals_blocked
 
 context = multiprocessing.get_context("forkserver")
 workers = [context.Process(target=time.sleep, args=(60,), daemon=True) for _ in range(2)]
-with deaf_children():
+with stop_signals_blocked():
     workers[0].start()
 servers = [forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid]
 for number in (signal.SIGUSR1, signal.SIGTERM):

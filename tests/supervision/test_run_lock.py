@@ -69,7 +69,7 @@ def test_a_holder_on_another_host_keeps_it_as_long_as_it_shows_itself(tmp_path: 
     monkeypatch.setattr(run_lock, "_TOUCH_S", 0.5)
     lock = RunLock.acquire(tmp_path / "run")
     path = tmp_path / "run" / LOCK
-    path.write_text(json.dumps({**json.loads(path.read_text()), "place": "elsewhere", "host": "n7"}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pid_namespace": "elsewhere", "host": "n7"}))
     with pytest.raises(FolderInUse, match="on n7"):
         RunLock.acquire(tmp_path / "run")
     lock._released.set()
@@ -98,7 +98,7 @@ def test_who_has_lost_it_commits_nothing(tmp_path: Path):
 def test_of_several_that_come_at_once_one_gets_it(tmp_path: Path):
     code = (
         "import sys, time; from pathlib import Path; from pmlm_dist.supervision.run_lock import *\n"
-        "try: RunLock.claim(Path(sys.argv[1]))\nexcept FolderInUse: sys.exit(83)\ntime.sleep(3)"
+        "try: RunLock.acquire(Path(sys.argv[1]))\nexcept FolderInUse: sys.exit(83)\ntime.sleep(3)"
     )
     started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")]) for _ in range(5)]
     assert sorted(process.wait(timeout=60) for process in started) == [0, 83, 83, 83, 83]

@@ -30,7 +30,7 @@ from pmlm_dist.supervision.run_lock import FolderInUse
 RANK = """
 import os, signal, subprocess, sys, time
 from pmlm_dist.supervision.heartbeat import *
-from pmlm_dist.supervision.supervisor import leave, supervised
+from pmlm_dist.supervision.supervisor import exit_now, run_supervised
 
 def main(heartbeat):
     heartbeat.register(rank={rank}, world_size=1, run_dir=sys.argv[1], attempt="attempt")
@@ -39,7 +39,7 @@ def main(heartbeat):
     {body}
     return 0
 
-leave(supervised(main))
+exit_now(run_supervised(main))
 """
 
 
@@ -62,7 +62,7 @@ def test_silence_is_a_hang_and_the_stack_is_kept(tmp_path: Path):
     done = run("time.sleep(60)", tmp_path)
     assert done.returncode == ExitCode.HUNG
     assert "rank 0 made no progress for 1 s, in step 3 (step)" in done.stderr
-    assert "in main" in (tmp_path / "logs/life/rank-00000.txt").read_text()
+    assert "in main" in (tmp_path / "logs/attempt/rank-00000.txt").read_text()
 
 
 def test_signs_of_life_hold_it_off(tmp_path: Path):
@@ -79,7 +79,7 @@ def test_an_error_is_told_with_its_traceback(tmp_path: Path):
     assert done.returncode == ExitCode.FAILED
     assert done.stderr.count("Traceback") == 1
     assert "rank 0 failed: LookupError: lost, in step 3 (step)" in done.stderr
-    assert "LookupError: lost" in (tmp_path / "logs/life/rank-00000.txt").read_text()
+    assert "LookupError: lost" in (tmp_path / "logs/attempt/rank-00000.txt").read_text()
 
 
 def test_a_training_that_has_diverged_is_told_in_its_own_words(tmp_path: Path):
@@ -87,17 +87,17 @@ def test_a_training_that_has_diverged_is_told_in_its_own_words(tmp_path: Path):
     assert done.returncode == ExitCode.NOT_FINITE
     assert "Traceback" not in done.stderr
     assert "This run cannot go on: 20 steps in a row: lower --optim.peak-lr" in done.stderr
-    assert "FloatingPointError" in (tmp_path / "logs/life/rank-00000.txt").read_text()
+    assert "FloatingPointError" in (tmp_path / "logs/attempt/rank-00000.txt").read_text()
 
 
 def test_another_ranks_cause_ends_this_one_with_its_code(tmp_path: Path):
-    body = """(__import__('pathlib').Path(sys.argv[1]) / 'logs/life').mkdir(parents=True)
-    open(sys.argv[1] + '/logs/life/failure.json', 'w').write(
+    body = """(__import__('pathlib').Path(sys.argv[1]) / 'logs/attempt').mkdir(parents=True)
+    open(sys.argv[1] + '/logs/attempt/failure.json', 'w').write(
         '{"rank": 4, "code": 81, "what": "x", "step": 1, "phase": "step"}')
     while True: time.sleep(0.2); heartbeat.beat()"""
     done = run(body, tmp_path)
     assert (done.returncode, done.stderr) == (81, "")
-    assert (tmp_path / "logs/life/rank-00000.txt").exists()
+    assert (tmp_path / "logs/attempt/rank-00000.txt").exists()
 
 
 def test_what_the_rank_has_started_is_ended_with_it(tmp_path: Path):
