@@ -279,7 +279,7 @@ class Supervisor:
         process = processes.process_state(self._child) if self._wait_status is None else f"ended with {self._code}"
         status, stacks = self._heartbeat.status(), self._dump_stacks()
         if self._folder is None or status.rank is None:
-            _print(f"threads of the rank:\n{stacks}" if stacks else "the rank left no stack")
+            _print(f"threads of the rank:\n{stacks}" if stacks else "no stack of the rank")
             return
         last_beat = time.time() - (time.monotonic() - self._last_beat.time)
         report = RankReport(status.rank, self._last_beat.step, self._last_beat.phase, last_beat, process)

@@ -44,7 +44,7 @@ def test_signal_and_requeue_lose_no_step(submit: Submission, uninterrupted: Path
     second = resumed_steps(printed)[1]
     assert second >= first
     assert "Traceback" not in printed
-    assert job.reresumed_steps() == 2
+    assert job.restarts() == 2
     check_equal(run_dir, uninterrupted)
 
 
@@ -118,7 +118,7 @@ def test_ranks_that_outlive_their_node_daemon_change_nothing(submit: Submission,
         )
     finally:
         cluster.start_daemon(node)
-    assert job.reresumed_steps() == 1
+    assert job.restarts() == 1
     assert len(resumed_steps(job.printed())) == 1
     check_equal(run_dir, uninterrupted)
 
@@ -161,7 +161,7 @@ def test_cancelled_job_saves_and_is_not_requeued(submit: Submission, tmp_path: P
     (saved,) = steps_saved(run_dir)
     assert saved == max(step_scalars(run_dir))
     assert not (run_dir / "COMPLETE").exists()
-    assert job.reresumed_steps() == 0
+    assert job.restarts() == 0
     assert not list(ROOT.glob("PWNED"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +20,6 @@ from support.fault_jobs import (
 from pmlm_dist.config import RunConfig
 from pmlm_dist.supervision.exit_codes import ExitCode
 from pmlm_dist.supervision.run_lock import LOCK, read_owner
-
-Record = Callable[[str, object], None]
-_CLONE_NEWNS = 0x00020000
 
 
 class Wait:

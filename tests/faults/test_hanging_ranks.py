@@ -24,7 +24,6 @@ from pmlm_dist.config import RunConfig
 from pmlm_dist.supervision.exit_codes import ExitCode
 
 Record = Callable[[str, object], None]
-_CLONE_NEWNS = 0x00020000
 
 
 @pytest.mark.fault("F03")
@@ -41,7 +40,7 @@ def test_stopped_rank_is_detected_named_and_ended(
     assert "failures)" in second.printed
     assert second.codes == [0, 0]
     record_property(
-        "lost", f"{check_recovered(config, uninterrupted)} steps repeated, found after {LIMIT_S:g} s (limit)"
+        "lost", f"{check_recovered(config, uninterrupted)} steps repeated, detected after {LIMIT_S:g} s (limit)"
     )
 
 

@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from pmlm_dist.config import RunConfig
 from pmlm_dist.supervision.attempts import effective_time, read_attempts
 from pmlm_dist.supervision.exit_codes import ExitCode
 
-Record = Callable[[str, object], None]
 _CLONE_NEWNS = 0x00020000
 
 
@@ -65,9 +63,9 @@ def jump() -> None:
 @pytest.mark.fault("F90")
 def test_clock_jump_changes_no_timeout(small_corpus: Path, tmp_path: Path, uninterrupted: RunConfig):
     config = small_run(small_corpus, tmp_path / "run")
-    began = time.time()
+    start_time = time.time()
     ended = run_attempt(config, Fault(jump, rank=0), Fault(jump, rank=1))
-    total_s = time.time() - began
+    total_s = time.time() - start_time
     assert ended.codes == [0, 0], ended.printed
     check_recovered(config, uninterrupted)
     assert effective_time(read_attempts(config.run_dir)).total_s < total_s
@@ -130,8 +128,8 @@ def test_loader_processes_need_no_shared_memory(
     full = [Fault(fill_shared_memory, rank=rank, step=step) for rank in range(2)]
     with running_job(config, *own, *full, *slow_steps(0.1)) as job:
         job.wait_for_print("step  8/20")
-        places = [mount_namespaces(rank) for rank in job.rank_processes().values()]
+        namespaces = [mount_namespaces(rank) for rank in job.rank_processes().values()]
         assert job.wait() == [0, 0], job.printed
-    assert [len(place) for place in places] == [1, 1], "a loader process sees another /dev/shm"
-    assert os.readlink("/proc/self/ns/mnt") not in set.union(*places)
+    assert [len(namespace) for namespace in namespaces] == [1, 1], "a loader process sees another /dev/shm"
+    assert os.readlink("/proc/self/ns/mnt") not in set.union(*namespaces)
     check_recovered(config, uninterrupted)

@@ -29,7 +29,6 @@ from pmlm_dist.config import RunConfig
 from pmlm_dist.supervision.exit_codes import ExitCode
 
 Record = Callable[[str, object], None]
-_CLONE_NEWNS = 0x00020000
 
 
 @pytest.mark.fault("F01")

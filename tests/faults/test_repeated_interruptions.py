@@ -32,7 +32,6 @@ from pmlm_dist.supervision.attempts import effective_time, read_attempts
 from pmlm_dist.supervision.restart import RestartLimits
 
 Record = Callable[[str, object], None]
-_CLONE_NEWNS = 0x00020000
 
 
 @pytest.mark.fault("F39", "F11")
@@ -110,11 +109,11 @@ def test_effective_training_time_equals_measured_step_times(
     small_corpus: Path, tmp_path: Path, record_property: Record
 ):
     config = small_run(small_corpus, tmp_path / "run")
-    began = time.time()
+    start_time = time.time()
     attempts = run_with_restarts(
         config, *slow_steps(0.4, tmp_path / "steps"), Fault(kill, step=7), Fault(kill, step=14)
     )
-    total_s = time.time() - began
+    total_s = time.time() - start_time
     assert len(attempts) == 3
     last: dict[int, float] = {}
     for line in (tmp_path / "steps").read_text().splitlines():

@@ -115,11 +115,11 @@ def test_mixed_faults_in_random_order_change_no_step(
     reference = uninterrupted_run(small_corpus, tmp_path / "uninterrupted", within_s=60 * MINUTES, **size)
     config = small_run(small_corpus, tmp_path / "run", **size)
     config = replace(config, data=replace(config.data, workers=1))
-    began, limits = time.monotonic(), RestartLimits(failures=10_000, preemptions_without_progress=3)
+    start_time, limits = time.monotonic(), RestartLimits(failures=10_000, preemptions_without_progress=3)
     attempts = run_with_restarts(
         config, *slow_steps(STEP_S), *(fault for _, fault in faults), limits=limits, within_s=600
     )
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start_time
     expected = [CODES[name] for name, _ in faults if name in CODES]
     assert [max(attempt.codes) for attempt in attempts] == [*expected, ExitCode.DONE]
     assert sum(attempt.printed.count("was not written (") for attempt in attempts) == [

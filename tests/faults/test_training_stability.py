@@ -23,7 +23,6 @@ from pmlm_dist.config import RunConfig
 from pmlm_dist.supervision.signals import STOP_FILE
 
 Record = Callable[[str, object], None]
-_CLONE_NEWNS = 0x00020000
 
 
 class LearningRateSpike:

@@ -43,13 +43,13 @@ def test_effective_time_counts_only_steps_that_were_resumed_from(tmp_path: Path)
         *[("start", 200, 10, 0)],
         *[("start", 300, 5, 0), ("save", 370, 10, 60), ("end", 500, 20, 170)],
     )
-    found = effective_time(read_attempts(write(tmp_path, facts)))
-    assert found.useful_s == 50 + 170
-    assert (found.total_s, found.attempts, found.failures) == (500, 3, 2)
-    assert found.fraction == pytest.approx(0.44)
-    assert found.steps == 20
-    assert found.save_s == pytest.approx(2 / 3)
-    line = str(found)
+    effective = effective_time(read_attempts(write(tmp_path, facts)))
+    assert effective.useful_s == 50 + 170
+    assert (effective.total_s, effective.attempts, effective.failures) == (500, 3, 2)
+    assert effective.fraction == pytest.approx(0.44)
+    assert effective.steps == 20
+    assert effective.save_s == pytest.approx(2 / 3)
+    line = str(effective)
     assert "effective training time: 44.0% of 500 s in 3 attempts (2 failures)" in line
     interval = math.sqrt(2 * 2 / 3 * 250)
     assert f"one every {interval:.0f} s ({round(interval / 11)} steps) loses least (now every 5 steps)" in line
@@ -58,8 +58,8 @@ def test_effective_time_counts_only_steps_that_were_resumed_from(tmp_path: Path)
 def test_effective_time_excludes_the_pause_after_a_stop_by_hand(tmp_path: Path):
     facts = lines(("start", 0, 0, 0), ("save", 90, 5, 80), ("end", 100, 5, 80))
     facts += lines(("start", 9_100, 5, 0), ("end", 9_200, 9, 90))
-    found = effective_time(read_attempts(write(tmp_path, facts)))
-    assert (found.useful_s, found.total_s, found.failures) == (170, 200, 0)
+    effective = effective_time(read_attempts(write(tmp_path, facts)))
+    assert (effective.useful_s, effective.total_s, effective.failures) == (170, 200, 0)
 
 
 def test_cut_lines_are_skipped_and_wrong_exit_codes_corrected(tmp_path: Path):

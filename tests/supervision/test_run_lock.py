@@ -45,9 +45,9 @@ def test_lock_of_a_live_owner_on_this_host_is_kept_and_owner_named(tmp_path: Pat
 
 @pytest.mark.fault("F33")
 def test_lock_of_a_dead_owner_is_taken_over_despite_reused_pid(tmp_path: Path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    for changes in ({"pid": gone.pid}, {"started": 1}):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for changes in ({"pid": dead.pid}, {"started": 1}):
         write_lock(tmp_path / "run", **changes)
         lock = RunLock.acquire(tmp_path / "run")
         lock.check()

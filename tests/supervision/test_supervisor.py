@@ -293,15 +293,15 @@ time.sleep(60)
 
 def test_stopped_process_dumps_its_stack_before_it_resumes(tmp_path: Path):
     # 16 processes: with a signal to the process, which any thread may handle, one dump in six came too late.
-    places = [tmp_path / str(number) for number in range(16)]
-    children = [subprocess.Popen([sys.executable, "-c", STOPPED, str(place)]) for place in places]
+    paths = [tmp_path / str(number) for number in range(16)]
+    children = [subprocess.Popen([sys.executable, "-c", STOPPED, str(path)]) for path in paths]
     try:
-        for child, place in zip(children, places, strict=True):
+        for child, path in zip(children, paths, strict=True):
             wait_until(lambda child=child: process_state(child.pid) == "stopped")
             send_to_main_thread(child.pid, signal.SIGUSR2)
             send_signal(child.pid, signal.SIGCONT)
-            wait_until(lambda place=place: "in <module>" in place.read_text())
-            assert "in stop_itself" in place.read_text()
+            wait_until(lambda path=path: "in <module>" in path.read_text())
+            assert "in stop_itself" in path.read_text()
     finally:
         for child in children:
             child.kill()

@@ -303,15 +303,15 @@ def check_recovered(config: RunConfig, uninterrupted: RunConfig) -> int:
 
 def steps_repeated(config: RunConfig) -> list[int]:
     """Return for each attempt after the first the steps that it repeated after it had resumed."""
-    begun: list[int] = []
+    steps: list[int] = []
     attempts: list[AttemptRecord] = read_attempts(config.run_dir)
     for line in (config.run_dir / IDS).read_text().splitlines():
         facts = json.loads(line)
-        if facts["rank"] == 0 and (not begun or facts["step"] != begun[-1]):
-            begun.append(facts["step"])
-    restarts = [place for place in range(1, len(begun)) if begun[place] <= begun[place - 1]]
+        if facts["rank"] == 0 and (not steps or facts["step"] != steps[-1]):
+            steps.append(facts["step"])
+    restarts = [i for i in range(1, len(steps)) if steps[i] <= steps[i - 1]]
     assert len(restarts) <= len(attempts)
-    return [begun[place - 1] - begun[place] for place in restarts]
+    return [steps[i - 1] - steps[i] for i in restarts]
 
 
 def report_text(config: RunConfig, rank: int) -> str:
@@ -354,18 +354,19 @@ class SlowSteps:
         from pmlm_dist.metrics.meter import Meter
 
         start_step, end_step, extra_s, path = Meter.start_step, Meter.end_step, self.extra_s, self.path
-        begun: list[float] = []
+        start_time = 0.0
 
         def start(meter: Meter, step: int) -> None:
-            begun[:] = [time.perf_counter()]
+            nonlocal start_time
+            start_time = time.perf_counter()
             start_step(meter, step)
 
         def end(meter: Meter, step: int, *args: Any, **kwargs: Any) -> None:
             time.sleep(extra_s)
             end_step(meter, step, *args, **kwargs)
-            if begun and path and meter._run.topology.is_rank_zero:
+            if start_time and path and meter._run.topology.is_rank_zero:
                 with path.open("a") as lines:
-                    lines.write(json.dumps([step, time.perf_counter() - begun[0]]) + "\n")
+                    lines.write(json.dumps([step, time.perf_counter() - start_time]) + "\n")
 
         setattr(Meter, "start_step", start)  # noqa: B010
         setattr(Meter, "end_step", end)  # noqa: B010
