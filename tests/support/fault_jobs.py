@@ -72,7 +72,8 @@ def rank_of_job(config: RunConfig, faults: Sequence[Fault], environ: dict[str, s
     with open(log, "ab", buffering=0) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    times = SupervisorTimes(poll_s=0.1, failure_poll_s=0.3)
+    # Reports may take long on a busy machine; a hung rank that is resumed before them changes the other stacks.
+    times = SupervisorTimes(poll_s=0.1, failure_poll_s=0.3, reports_s=15.0)
     code = run_supervised(lambda heartbeat: _train(config, faults, heartbeat), times=times)
     os._exit(code)
 
