@@ -78,7 +78,7 @@ test-faults-all: $(VENV)/.dev
 	failed=0; \
 	$(RECORD) -m "fault and not cluster" || failed=1; \
 	$(RECORD) -m "fault and cluster" tests/cluster || failed=1; \
-	$(BIN)/python tests/support/fault_record.py $(FAULTS); \
+	PYTHONPATH=tests $(BIN)/python -m support.fault_record $(FAULTS); \
 	exit $$failed
 
 test-soak: $(VENV)/.dev

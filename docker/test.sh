@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Build the image without a Docker engine and train in it: buildah on a base made with debootstrap (as root, on Debian).
 #
-# Where pip on this machine is told to look elsewhere (mirrors in folders, certificates), the build is told the same by
-# mounts, which leave nothing in the image.
+# The build uses pip's settings of this machine (mirrors in folders, certificates). They are mounted, so that they leave
+# nothing in the image.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,13 +40,13 @@ echo "== image"
 mounts=()
 mkdir "$folder/pip"
 python3 - "$folder/pip/pip.conf" >"$folder/mounts" <<'PYTHON'
-"""Write pip's settings on this machine as the build will see them; print every path in them, and where it will be."""
+"""Write pip's settings for the build; print the mount of every path in them."""
 import os, re, subprocess, sys
 
 listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
 settings = dict(re.findall(r"^(?:global\.|:env:\.)([\w-]+)='(.*)'$", listed, flags=re.MULTILINE))
 words = {word.removeprefix("file://") for value in settings.values() for word in value.split()}
-words = {word.removesuffix("/simple") for word in words}  # an index: its pages speak of files beside them
+words = {word.removesuffix("/simple") for word in words}  # an index: its pages refer to files beside them
 text = "[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items())
 for number, place in enumerate(sorted(filter(os.path.exists, words), key=len, reverse=True)):
     if place.startswith("/"):
@@ -60,12 +60,12 @@ mounts+=(--volume "$folder/pip/pip.conf:/etc/pip.conf:ro")
 build bud --isolation chroot --build-arg BASE=localhost/base "${mounts[@]}" --file docker/Dockerfile \
     --tag localhost/pmlm . >"$folder/build.log" 2>&1 || { tail -n 60 "$folder/build.log" >&2; exit 1; }
 
-echo "== training in it, as its user"
+echo "== training in the image, as its user"
 mkdir "$folder/texts"
 for document in docs/*.md; do cp "$document" "$folder/texts/$(basename "$document" .md).txt"; done
 chmod -R a+rX "$folder/texts"
 container=$(build from localhost/pmlm)
-# shellcheck disable=SC2016 # it is the container that expands it
+# shellcheck disable=SC2016 # expanded in the container
 build run --isolation chroot --volume "$folder/texts:/texts:ro" "$container" -- bash -euc '
     [[ $(id -un) == pmlm ]]
     mpirun --oversubscribe -n 2 pmlm prepare-corpus --source "/texts/*.txt" --output corpus --vocabulary-size 1000 \

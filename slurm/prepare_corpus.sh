@@ -4,7 +4,7 @@
 #   SOURCE='texts/*.jsonl' sbatch slurm/prepare_corpus.sh
 #   SOURCE='texts/*.txt.gz' OUTPUT=/data/corpus sbatch --nodes=8 slurm/prepare_corpus.sh --vocabulary vocab.txt
 #
-# A killed job leaves no manifest; submitted again, it resumes. If the corpus is complete, the job does nothing.
+# A killed job leaves no manifest; submitted again, it resumes. A job that is complete does nothing.
 
 #SBATCH --job-name=pmlm-corpus
 #SBATCH --nodes=2
@@ -19,14 +19,14 @@ set -euo pipefail
 
 # ----------------------------------------------------------------------------------------------------------- settings
 
-PROJECT=${PROJECT:-$SLURM_SUBMIT_DIR} # checkout of this repository, on a file system that all nodes see
+PROJECT=${PROJECT:-$SLURM_SUBMIT_DIR} # checkout of this repository, on a file system shared by all nodes
 SOURCE=${SOURCE:?files or a quoted glob: .txt, .jsonl, .parquet, also .gz or .zst, or an address: docs/data.md}
-OUTPUT=${OUTPUT:-data/corpus}          # on a file system that all nodes see
-VOCABULARY_SIZE=${VOCABULARY_SIZE:-30522} # of the vocabulary that is trained; not used with --vocabulary
+OUTPUT=${OUTPUT:-data/corpus}         # on a file system shared by all nodes
+VOCABULARY_SIZE=${VOCABULARY_SIZE:-30522} # of the trained vocabulary; without effect with --vocabulary
 
 # Software: a virtual environment (VENV, default PROJECT/.venv) or an image (CONTAINER); see slurm/common.sh.
-# MPIRUN starts one rank a task. The environment's own Open MPI takes nodes and tasks from Slurm. With an MPI of the site
-# (and mpi4py built on it) it is usually MPIRUN='srun --mpi=pmix'.
+# MPIRUN starts one rank a task. The environment's own Open MPI takes nodes and tasks from SLURM. For an MPI of the site
+# (with mpi4py built on it) it is usually MPIRUN='srun --mpi=pmix'.
 PATH=${VENV:-$PROJECT/.venv}/bin:$PATH
 MPIRUN=${MPIRUN:-mpirun --bind-to none}
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Pre-train the paper's base model: 12 layers, hidden 768, 7,680 sequences a step.
 #
-#   sbatch slurm/pretrain_base.sh                                    4 nodes are the default: sbatch --nodes=8 ...
-#   CORPUS=/data/corpus sbatch slurm/pretrain_base.sh --train.seed 1   settings below by environment, train.py's after it
-#   sbatch --array=1-20%1 slurm/pretrain_base.sh                     20 jobs one after another, where requeueing is not
-#                                                                    allowed; those left over end when training is done
-#   for i in {1..20}; do ON_STOP=next sbatch --dependency=singleton slurm/pretrain_base.sh; done      the same by dependency
+#   sbatch slurm/pretrain_base.sh                                      4 nodes are the default: sbatch --nodes=8 ...
+#   CORPUS=/data/corpus sbatch slurm/pretrain_base.sh --train.seed 1   settings by environment, then train.py's arguments
+#   sbatch --array=1-20%1 slurm/pretrain_base.sh                       a chain of 20 jobs, where requeueing is not allowed;
+#                                                                    those left over are cancelled at the end
+#   for i in {1..20}; do ON_STOP=next sbatch --dependency=singleton slurm/pretrain_base.sh; done      a chain by dependency
 #
-# Before its time limit the job saves and is requeued. To end it by hand, with a checkpoint: touch RUN_DIR/STOP, or
-# `scancel --signal=USR1 JOB` to save and be requeued now. docs/operations.md has the rest.
+# Before its time limit the job saves and is requeued. To stop it with a checkpoint: touch RUN_DIR/STOP. To save and
+# requeue it now: scancel --signal=USR1 JOB. More settings: slurm/pretrain_common.sh, docs/operations.md.
 
 #SBATCH --job-name=pmlm-base
 #SBATCH --nodes=4
@@ -16,7 +16,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8           # the rank and its loader processes
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@300         # this many seconds before the limit; a minute earlier it may be
+#SBATCH --signal=B:USR1@300         # seconds before the limit; SLURM may send it a minute earlier
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A.log
@@ -25,37 +25,16 @@ set -euo pipefail
 
 # ----------------------------------------------------------------------------------------------------------- settings
 
-PROJECT=${PROJECT:-$SLURM_SUBMIT_DIR} # checkout of this repository, on a file system that all nodes see
+PROJECT=${PROJECT:-$SLURM_SUBMIT_DIR} # checkout of this repository, on a file system shared by all nodes
 PRESET=${PRESET:-base}
-CORPUS=${CORPUS:-data/corpus}
 RUN_DIR=${RUN_DIR:-runs/base}
 DS_CONFIG=${DS_CONFIG:-ds_configs/base.json} # batch sizes, precision, ZeRO; the batch does not depend on the nodes
 TP=${TP:-1}                            # tensor-parallel size; peers should share a node
-GRACE_S=${GRACE_S:-270}               # seconds from a signal to the end of the process; less than --signal's
-MAX_FAILURES=${MAX_FAILURES:-10}      # restarts after failures in the life of this job
-MAX_IDLE_PREEMPTIONS=${MAX_IDLE_PREEMPTIONS:-3}
-ON_STOP=${ON_STOP:-${SLURM_ARRAY_JOB_ID:+next}} # `next`: leave going on to the next job of an array or chain
-ON_STOP=${ON_STOP:-requeue}
 
 # Software: a virtual environment (VENV, default PROJECT/.venv) or an image (CONTAINER); see slurm/common.sh.
-# Modules that your cluster wants are loaded here, or before sbatch, which passes the environment on.
-
-# NCCL finds fast networks by itself. What sites have to set, in the environment or here:
-#   NCCL_SOCKET_IFNAME=ib0, GLOO_SOCKET_IFNAME=ib0   which interface TCP uses, where nodes have several
-#   NCCL_IB_HCA=mlx5                                 which InfiniBand adapters
-#   NCCL_NET_GDR_LEVEL=PHB                           how far from a GPU an adapter may be for direct access
-#   NCCL_CROSS_NIC=0                                 for rail-optimised fabrics
-#   FI_PROVIDER=efa, or cxi on Slingshot             with the aws-ofi-nccl plugin on LD_LIBRARY_PATH
-#   NCCL_DEBUG=INFO                                  says what was found
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# Load your cluster's modules here, or before sbatch, which passes the environment on.
 
 # ----------------------------------------------------------------------------------------------------------------- run
 
 cd "$PROJECT"
-source slurm/common.sh
-rendezvous
-echo "$(date -Is) job $SLURM_JOB_ID, life ${SLURM_RESTART_COUNT:-0}, nodes $SLURM_JOB_NODELIST, rank 0 on $MASTER_ADDR"
-
-run_step "${PYTHON[@]}" train.py --preset "$PRESET" --corpus "$CORPUS" --run-dir "$RUN_DIR" --ds-config "$DS_CONFIG" \
-    --parallel.tp "$TP" --train.grace-s "$GRACE_S" "$@"
-next_life "$code"
+source slurm/pretrain_common.sh

@@ -1,4 +1,4 @@
-"""Every fault of the catalogue has a test, and the document tells of the tests that there are."""
+"""Every fault of the catalogue has a test, and docs/reliability.md names the tests of every fault."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ TESTS = Path(__file__).parent
 
 
 def marked_faults() -> dict[str, list[str]]:
-    """Names of the tests that inject each fault, as their decorators say."""
-    found: dict[str, list[str]] = {}
+    """Return the names of the tests of each fault, from their decorators."""
+    tests: dict[str, list[str]] = {}
     for path in sorted(TESTS.rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 for number in _faults_of(node):
-                    found.setdefault(number, []).append(node.name)
-    return found
+                    tests.setdefault(number, []).append(node.name)
+    return tests
 
 
 def _faults_of(function: ast.FunctionDef) -> list[str]:
@@ -28,11 +28,11 @@ def _faults_of(function: ast.FunctionDef) -> list[str]:
     return [ast.literal_eval(argument) for mark in marks for argument in mark.args]
 
 
-def test_every_fault_has_a_test_and_none_is_unknown():
+def test_every_fault_has_a_test_and_every_mark_a_fault():
     assert marked_faults().keys() == FAULTS.keys()
 
 
-def test_the_document_has_a_row_for_every_fault_with_the_tests_that_there_are():
+def test_document_has_a_row_for_every_fault_with_its_tests():
     rows = table_rows(DOCUMENT.read_text(encoding="utf-8"))
     assert list(rows) == list(FAULTS)
     marked = marked_faults()

@@ -1,4 +1,4 @@
-"""docs/operations.md, the run book, against the code: its messages are printed, its settings are there."""
+"""docs/operations.md, the run book, against the code: its messages are in the code, its settings exist."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 SCRIPTS = "\n".join(path.read_text() for path in (ROOT / "slurm").glob("*.sh"))
 
-STAND_IN = re.compile(r"\.\.\.|\bRUN_DIR\b|\bSIG\b|\b[NRTS]\b")
-"""What a message of the document leaves open."""
+PLACEHOLDER = re.compile(r"\.\.\.|\bRUN_DIR\b|\bSIG\b|\b[NRTS]\b")
+"""Placeholders in the messages of the document."""
 
 
-def printed() -> str:
-    """Every text of the package, a line each, `...` where something is filled in; and the batch scripts."""
+def all_texts() -> str:
+    """Return every string of the package, a line each, with `...` for values, and the batch scripts."""
     texts = [SCRIPTS]
     for path in (ROOT / "pmlm_dist").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -29,7 +29,7 @@ def printed() -> str:
     return "\n".join(texts)
 
 
-PRINTED = printed()
+TEXTS = all_texts()
 TABLE = DOCUMENT.partition("## What warnings mean")[2].partition("\n## ")[0]
 MESSAGES = [
     message
@@ -38,24 +38,24 @@ MESSAGES = [
 ]
 
 
-def test_there_are_messages():
+def test_document_has_messages():
     assert len(MESSAGES) >= 10
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_every_message_of_the_run_book_is_one_that_is_printed(message: str):
-    pieces = [piece.strip(" :;()") for piece in STAND_IN.split(message.removeprefix("supervisor: "))]
+def test_message_of_the_run_book_is_in_the_code(message: str):
+    pieces = [piece.strip(" :;()") for piece in PLACEHOLDER.split(message.removeprefix("supervisor: "))]
     pieces = [piece for piece in pieces if len(piece) > 3]
     assert pieces
-    assert not [piece for piece in pieces if piece not in PRINTED]
+    assert not [piece for piece in pieces if piece not in TEXTS]
 
 
-def test_every_setting_of_the_run_book_is_one_of_train_py():
+def test_settings_of_the_run_book_exist():
     from pmlm_dist.config import RunConfig, as_dict
 
-    plain = as_dict(RunConfig())
-    for option in set(re.findall(r"--((?:train|watch|optim|data|model)\.[\w.-]+)", DOCUMENT)):
+    settings = as_dict(RunConfig())
+    for option in set(re.findall(r"--((?:train|watchdog|optim|data|model)\.[\w.-]+)", DOCUMENT)):
         group, _, name = option.rstrip(".").replace("-", "_").partition(".")
-        assert name in plain[group], option
+        assert name in settings[group], option
     for variable in set(re.findall(r"\b(GRACE_S|MAX_\w+|ON_STOP|CONTAINER\w*|VENV|PROJECT)\b", DOCUMENT)):
         assert f"{variable}=" in SCRIPTS or f"${{{variable}:-" in SCRIPTS, variable

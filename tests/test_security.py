@@ -1,4 +1,4 @@
-"""What docs/security.md promises: no code from data, no shell from settings, nothing written elsewhere, no secrets."""
+"""Claims of docs/security.md: no code from data, no shell from settings, no writes outside a folder, no secrets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SOURCES = sorted([*ROOT.glob("pmlm_dist/**/*.py"), *ROOT.glob("benchmarks/*.py")
 DOCUMENT = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 
 PIPES = {"pmlm_dist/data/worker_pool.py"}
-"""Where pickles go between a rank and processes that it has started itself."""
+"""Files that send pickles between a rank and its own child processes."""
 STARTS_PROGRAMS = {
     "pmlm_dist/data/remote_files.py",
     "pmlm_dist/supervision/restart.py",
@@ -41,7 +41,7 @@ NEVER = re.compile(
 
 
 def calls() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """File, function and keyword arguments (as source text) of every call in the project's own code."""
+    """Yield file, function and keyword arguments (as source text) of every call in the project's code."""
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
@@ -62,8 +62,8 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def places_of(*modules: str) -> set[str]:
-    """Files that import any of `modules`; an exception's class alone does not count."""
+def files_importing(*modules: str) -> set[str]:
+    """Return the files that import any of `modules`, except for an exception class alone."""
     return {
         path.relative_to(ROOT).as_posix()
         for path in SOURCES
@@ -71,26 +71,26 @@ def places_of(*modules: str) -> set[str]:
     }
 
 
-def test_something_is_looked_at():
+def test_all_source_files_are_checked():
     assert len(SOURCES) > 100
     assert len(CALLS) > 3000
 
 
-def test_pickles_are_read_from_own_processes_alone():
-    assert places_of(*UNPICKLING) == PIPES
+def test_only_own_processes_send_pickles():
+    assert files_importing(*UNPICKLING) == PIPES
     loads = [(path, keywords) for path, name, keywords in CALLS if name in ("torch.load", "np.load", "numpy.load")]
     assert [path for path, _ in loads].count("pmlm_dist/conversion/files.py") == 1
     for path, keywords in loads:
         assert keywords.get("weights_only", "True") == "True", path
-        assert "allow_pickle" not in keywords, path  # numpy's default is to refuse
-    assert all("weights_only" in words for path, name, words in CALLS if name == "torch.load")
+        assert "allow_pickle" not in keywords, path  # numpy rejects pickles by default
+    assert all("weights_only" in keywords for _, name, keywords in CALLS if name == "torch.load")
 
 
-def test_no_text_becomes_code_and_nothing_a_shell():
+def test_no_text_is_executed_as_code_or_shell():
     assert not [(path, name) for path, name, _ in CALLS if NEVER.fullmatch(name) and name != "re.compile"]
     assert not [(path, name) for path, name, keywords in CALLS if {"shell", "trust_remote_code"} & keywords.keys()]
-    assert places_of("subprocess") == STARTS_PROGRAMS
-    assert places_of("yaml", "pty", "code", "tarfile", "zipfile", "shutil.unpack_archive") == set()
+    assert files_importing("subprocess") == STARTS_PROGRAMS
+    assert files_importing("yaml", "pty", "code", "tarfile", "zipfile", "shutil.unpack_archive") == set()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
@@ -100,25 +100,25 @@ def test_batch_scripts_evaluate_no_setting(path: Path):
 
 
 class Hostile:
-    """Unpickled, it would make a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("PWNED",)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_foreign_weights_that_hold_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str):
+def test_foreign_weights_with_code_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "pytorch_model.bin"
     torch.save({"weight": torch.zeros(2), "x": Hostile()}, path, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin cannot be read"):
         read_tensors(path)
-    assert [found.name for found in tmp_path.iterdir()] == ["pytorch_model.bin"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pytorch_model.bin"]
 
 
-def opened(corpus: Path, cache: Path) -> Manifest:
-    """The manifest of a corpus at an address."""
-    return Manifest.load(CorpusSource.open(f"file://{corpus}", DataConfig(cache=str(cache))).folder)
+def load_manifest(corpus: Path, cache: Path) -> Manifest:
+    """Load the manifest of a corpus at an address."""
+    return Manifest.load(CorpusSource.at(f"file://{corpus}", DataConfig(cache=str(cache))).folder)
 
 
 @pytest.mark.fault("F63")
@@ -135,28 +135,28 @@ def opened(corpus: Path, cache: Path) -> Manifest:
     ],
     ids=lambda change: "-".join(change.values())[-24:],
 )
-def test_a_manifest_from_an_address_names_no_place_outside_the_cache(tmp_path: Path, change: dict[str, str]):
+def test_manifest_names_no_path_outside_the_cache(tmp_path: Path, change: dict[str, str]):
     corpus, cache = write_corpus(tmp_path / "corpus"), tmp_path / "cache"
     plain = json.loads((corpus / MANIFEST).read_text())
     plain["splits"]["train"]["shards"][0].update(change)
     (corpus / MANIFEST).write_text(json.dumps(plain))
-    with pytest.raises(ConfigError, match=r"is not a path below the corpus|is not a sha256"):
-        opened(corpus, cache)
+    with pytest.raises(ConfigError, match=r"is no path below the corpus|is none"):
+        load_manifest(corpus, cache)
     assert not list(tmp_path.rglob("*outside*"))
 
 
-def test_an_address_with_a_password_is_refused_before_it_can_be_written_down():
+def test_address_with_a_password_is_rejected_before_it_is_logged():
     with pytest.raises(ConfigError, match="would be written into logs and checkpoints") as caught:
         parse_address("https://me:hunter2@host/corpus")
     assert "hunter2" not in str(caught.value)
     assert parse_address("s3://bucket/a@b") == "s3://bucket/a@b"
 
 
-def test_the_document_names_tests_and_modules_that_there_are():
+def test_document_names_existing_tests_and_modules():
     tests = set(re.findall(r"`(test_\w+)`", DOCUMENT))
     assert len(tests) > 10
-    written = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    assert not [name for name in tests if f"def {name}(" not in written]
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name in tests if f"def {name}(" not in sources]
     assert not [
         path
         for path in re.findall(r"`([\w/]+\.(?:py|sh))`", DOCUMENT)

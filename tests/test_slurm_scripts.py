@@ -1,4 +1,4 @@
-"""What the batch scripts do with exit codes and signals, with Slurm's commands replaced by recorders."""
+"""Batch scripts: restarts by exit code and signal. SLURM's commands are replaced by recorders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
-BATCH = [path for path in SCRIPTS if path.name != "common.sh"]
+BATCH = [path for path in SCRIPTS if not path.name.endswith("common.sh")]
 
 RECORDER = '#!/bin/sh\necho "$(basename "$0") $*" >> "$CALLS"\n'
 SCONTROL = RECORDER + '[ "$2" = hostnames ] && echo localhost\nexit 0\n'
@@ -29,8 +29,8 @@ exit $CODE
 
 
 @dataclass(frozen=True)
-class Life:
-    """One life of a job: its exit code, the commands it gave, what it said."""
+class Attempt:
+    """One attempt of a job: its exit code, the SLURM commands it ran, its output."""
 
     code: int
     calls: list[str]
@@ -41,12 +41,12 @@ class Life:
         return any(call.startswith("scontrol requeue 77") for call in self.calls)
 
     @property
-    def ended_its_chain(self) -> bool:
+    def cancelled_its_chain(self) -> bool:
         return "scancel --quiet --state=PENDING 70" in self.calls
 
 
 class Batch:
-    """The batch script in a folder of its own."""
+    """A batch script with a run folder and fake SLURM commands."""
 
     def __init__(self, folder: Path):
         self.run_dir, self._calls, self.bin = folder / "run", folder / "calls", folder / "bin"
@@ -71,24 +71,24 @@ class Batch:
         command = ["bash", str(ROOT / "slurm" / script), "--train.seed", "3"]
         return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    def end(self, process: subprocess.Popen[str]) -> Life:
+    def end(self, process: subprocess.Popen[str]) -> Attempt:
         printed, _ = process.communicate(timeout=30)
-        return Life(process.returncode, self._calls.read_text().splitlines(), printed)
+        return Attempt(process.returncode, self._calls.read_text().splitlines(), printed)
 
-    def live(self, code: int, *, gained: int | None = None, **settings: str) -> Life:
-        """A life whose ranks end with `code`, after a checkpoint of step `gained`."""
+    def run(self, code: int, *, gained: int | None = None, **settings: str) -> Attempt:
+        """An attempt whose ranks end with `code`, after a checkpoint of step `gained`."""
         saved = {} if gained is None else {"GAINED": f"{gained:08d}"}
         return self.end(self.start(code, **saved, **settings))
 
-    def signalled(self, code: int, number: signal.Signals, **settings: str) -> Life:
-        """A life whose shell gets a signal while its ranks, which end with `code` then, are at work."""
+    def signalled(self, code: int, number: signal.Signals, **settings: str) -> Attempt:
+        """An attempt whose shell receives a signal while its ranks run; they end with `code` then."""
         process = self.start(code, WAITS="yes", **settings)
         deadline = time.monotonic() + 20
         while not (self.run_dir / "waiting").exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(number)
-        if number == signal.SIGTERM:  # Slurm tells the ranks itself
+        if number == signal.SIGTERM:  # SLURM sends it to the ranks as well
             subprocess.run(["pkill", "-TERM", "-P", str(process.pid), "srun"], check=True)
         return self.end(process)
 
@@ -101,15 +101,15 @@ def batch(tmp_path: Path) -> Batch:
 IN_ARRAY: dict[str, Any] = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "2"}
 
 
-def test_the_ranks_get_the_settings_and_the_arguments_of_sbatch(batch: Batch):
-    (call, *_) = [call for call in batch.live(0, TP="2", GRACE_S="60").calls if call.startswith("srun")]
+def test_ranks_get_settings_and_arguments_of_sbatch(batch: Batch):
+    (call, *_) = [call for call in batch.run(0, TP="2", GRACE_S="60").calls if call.startswith("srun")]
     assert "/.venv/bin/python train.py --preset base --corpus data/corpus" in call
     assert f"--run-dir {batch.run_dir} --ds-config ds_configs/base.json" in call
     assert "--parallel.tp 2 --train.grace-s 60 --train.seed 3" in call
     assert call.endswith("MASTER_ADDR=localhost")
 
 
-def test_fine_tuning_gets_the_arguments_of_sbatch_and_is_restarted_by_the_same_rule(batch: Batch):
+def test_finetune_script_gets_arguments_and_restarts_by_the_same_rule(batch: Batch):
     attempt = batch.end(batch.start(137, script="finetune.sh", GAINED="00000003"))
     (call, *_) = [call for call in attempt.calls if call.startswith("srun")]
     assert "/.venv/bin/python -m pmlm_dist.cli finetune --train.seed 3 MASTER_ADDR=localhost" in call
@@ -118,7 +118,7 @@ def test_fine_tuning_gets_the_arguments_of_sbatch_and_is_restarted_by_the_same_r
 
 
 @pytest.mark.parametrize("script", ["pretrain_base.sh", "finetune.sh"])
-def test_a_run_folder_with_spaces_and_signs_of_the_shell_is_only_a_name(tmp_path: Path, script: str):
+def test_shell_characters_in_run_folder_are_not_evaluated(tmp_path: Path, script: str):
     folder = tmp_path / "a run; $(touch PWNED) `touch PWNED` 'x' \"y\" *"
     folder.mkdir()
     batch = Batch(folder)
@@ -131,92 +131,92 @@ def test_a_run_folder_with_spaces_and_signs_of_the_shell_is_only_a_name(tmp_path
     assert not [path for path in (*ROOT.glob("*"), *tmp_path.rglob("*")) if path.name == "PWNED"]
 
 
-def test_a_shell_that_has_outlived_its_life_leaves_the_job_alone(batch: Batch):
-    """The job has other nodes by now: its daemon had died, so nobody has ended this shell."""
+def test_shell_of_an_older_attempt_does_not_requeue(batch: Batch):
+    """SLURM has restarted the job on other nodes after the death of a daemon, which could not end this shell."""
     (batch.bin / "scontrol").write_text(SCONTROL.replace("exit 0", '[ "$2" = job ] && echo "  Restarts=1 X=2"; exit 0'))
-    attempt = batch.live(137)
+    attempt = batch.run(137)
     assert not attempt.requeued
-    assert "Slurm has started this job again, life 1: nothing is left to do for life 0" in attempt.printed
+    assert "SLURM has restarted this job, attempt 1: nothing left to do for attempt 0" in attempt.printed
     assert not list(batch.run_dir.glob(".restarts-*"))
-    assert batch.live(137, SLURM_RESTART_COUNT="1").requeued
+    assert batch.run(137, SLURM_RESTART_COUNT="1").requeued
 
 
-def test_a_container_image_replaces_the_environment(batch: Batch):
-    calls = batch.live(0, CONTAINER="pmlm.sif").calls
+def test_container_image_replaces_virtual_environment(batch: Batch):
+    calls = batch.run(0, CONTAINER="pmlm.sif").calls
     assert any(f"apptainer exec --nv --bind {ROOT} pmlm.sif python train.py" in call for call in calls)
-    calls = batch.live(0, CONTAINER="pmlm.sif", CONTAINER_RUN="enter --gpu").calls
+    calls = batch.run(0, CONTAINER="pmlm.sif", CONTAINER_RUN="enter --gpu").calls
     assert any("enter --gpu pmlm.sif python train.py" in call for call in calls)
 
 
 @pytest.mark.parametrize("code", [0, 2])
-def test_what_is_done_or_set_wrongly_ends_the_job_and_its_chain(batch: Batch, code: int):
-    attempt = batch.live(code, **IN_ARRAY)
-    assert (attempt.code, attempt.requeued, attempt.ended_its_chain) == (code, False, True)
-    attempt = batch.live(code)
-    assert (attempt.code, attempt.requeued, attempt.ended_its_chain) == (code, False, False)
+def test_complete_or_misconfigured_run_ends_job_and_chain(batch: Batch, code: int):
+    attempt = batch.run(code, **IN_ARRAY)
+    assert (attempt.code, attempt.requeued, attempt.cancelled_its_chain) == (code, False, True)
+    attempt = batch.run(code)
+    assert (attempt.code, attempt.requeued, attempt.cancelled_its_chain) == (code, False, False)
 
 
-def test_a_job_that_was_told_to_stop_is_requeued_as_long_as_it_gains_steps(batch: Batch):
-    for step in range(1, 8):
-        attempt = batch.live(75, gained=step, MAX_FAILURES="2")
+def test_preempted_job_is_requeued_while_it_makes_progress(batch: Batch):
+    for step in range(1, 5):
+        attempt = batch.run(75, gained=step, MAX_FAILURES="2")
         assert attempt.requeued
         assert attempt.code == 75
-    idle = [batch.live(75).requeued for _ in range(3)]
-    assert idle == [True, True, False]
+    without_progress = [batch.run(75).requeued for _ in range(3)]
+    assert without_progress == [True, True, False]
 
 
-def test_in_a_chain_the_next_job_goes_on_instead(batch: Batch):
-    attempt = batch.live(75, gained=3, **IN_ARRAY)
-    assert (attempt.code, attempt.requeued, attempt.ended_its_chain) == (0, False, False)
-    attempt = batch.live(75, gained=4, ON_STOP="next")
+def test_job_of_a_chain_leaves_the_run_to_the_next_job(batch: Batch):
+    attempt = batch.run(75, gained=3, **IN_ARRAY)
+    assert (attempt.code, attempt.requeued, attempt.cancelled_its_chain) == (0, False, False)
+    attempt = batch.run(75, gained=4, ON_STOP="next")
     assert (attempt.code, attempt.requeued) == (0, False)
 
 
-def test_a_failure_is_restarted_only_after_steps_were_gained(batch: Batch):
-    assert batch.live(1).requeued, "the first failure has no restart before it"
-    attempt = batch.live(1)
+def test_failed_job_is_requeued_only_after_progress(batch: Batch):
+    assert batch.run(1).requeued, "the first failure has no restart before it"
+    attempt = batch.run(1)
     assert not attempt.requeued
     assert attempt.code == 1
-    assert "no step was gained since the last restart" in attempt.printed
+    assert "no progress since the last restart" in attempt.printed
 
 
-def test_failures_are_bounded_even_if_steps_are_gained(batch: Batch):
-    attempts = [batch.live(137, gained=step, MAX_FAILURES="3") for step in range(8, 13)]
+def test_failures_are_limited_despite_progress(batch: Batch):
+    attempts = [batch.run(137, gained=step, MAX_FAILURES="3") for step in range(8, 13)]
     assert [attempt.requeued for attempt in attempts[:4]] == [True, True, True, False]
     assert attempts[3].code == 137
     assert "failure 4" in attempts[3].printed
 
 
-def test_giving_up_ends_the_chain_too(batch: Batch):
-    batch.live(1, **IN_ARRAY)
-    attempt = batch.live(1, **IN_ARRAY)
-    assert (attempt.code, attempt.requeued, attempt.ended_its_chain) == (1, False, True)
+def test_failed_job_without_progress_cancels_its_chain(batch: Batch):
+    batch.run(1, **IN_ARRAY)
+    attempt = batch.run(1, **IN_ARRAY)
+    assert (attempt.code, attempt.requeued, attempt.cancelled_its_chain) == (1, False, True)
 
 
-def test_the_signal_before_the_limit_is_passed_on_to_the_ranks(batch: Batch):
+def test_signal_before_time_limit_is_forwarded_to_ranks(batch: Batch):
     attempt = batch.signalled(75, signal.SIGUSR1, GAINED="00000005")
     assert "srun got USR1" in attempt.calls
     assert attempt.requeued
 
 
 @pytest.mark.parametrize("code", [1, 138])
-def test_ranks_that_fail_because_the_time_is_over_have_not_failed(batch: Batch, code: int):
-    """A rank that dies of the signal before it listens, for example."""
+def test_failure_after_signal_counts_as_preemption(batch: Batch, code: int):
+    """For example of a rank that received the signal before it installed its handler."""
     assert batch.signalled(code, signal.SIGUSR1, MAX_FAILURES="0").requeued
 
 
-def test_a_run_that_completes_after_the_signal_is_complete(batch: Batch):
+def test_run_complete_after_signal_is_not_requeued(batch: Batch):
     attempt = batch.signalled(0, signal.SIGUSR1)
     assert (attempt.code, attempt.requeued) == (0, False)
 
 
-def test_a_cancelled_job_waits_for_its_ranks_and_leaves_the_rest_to_slurm(batch: Batch):
+def test_cancelled_job_waits_for_its_ranks_and_is_not_requeued(batch: Batch):
     attempt = batch.signalled(75, signal.SIGTERM)
     assert (attempt.code, attempt.requeued) == (75, False)
 
 
 @pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)
-def test_batch_scripts_hold_their_settings_first_and_no_path_of_a_site(script: Path):
+def test_batch_script_has_sbatch_lines_first_and_no_absolute_path(script: Path):
     text = script.read_text()
     lines = text.splitlines()
     assert "set -euo pipefail" in lines
@@ -229,5 +229,5 @@ def test_batch_scripts_hold_their_settings_first_and_no_path_of_a_site(script: P
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_sound_bash(script: Path):
+def test_script_is_valid_bash(script: Path):
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0

@@ -1,9 +1,9 @@
-"""How much of a run's time went into training, over all its starts (lives), and how often it should save.
+"""The record of a run's attempts: effective training time, and the best interval between checkpoints.
 
-    RUN_DIR/attempts.jsonl    a line at each start, each save and each end: rank 0 of every life appends to it
+    RUN_DIR/attempts.jsonl    a line at each start, save and end, appended by rank 0 of every attempt
 
-A step counts once: steps that were done again after a failure are time lost, as are saving, starting and waiting. The
-advice is that of planning/reliability.py, with what this run has measured instead of what was assumed. Without torch.
+A step counts once: steps repeated after a failure are lost time, as are saving, starting and waiting. The advice uses
+the formula of planning/reliability.py with the times measured in this run. Without torch.
 """
 
 from __future__ import annotations
@@ -25,62 +25,62 @@ LLAMA_3_HOURS = 54 * 24 * 16_384 / 419
 
 
 def best_interval(save_s: float, between_failures_s: float) -> float:
-    """Seconds between two checkpoints that lose least: sqrt(2 d M) (Young, 1974; Daly, 2006, first order)."""
+    """Return the seconds between checkpoints that lose least: sqrt(2 d M) (Young, 1974; Daly, 2006, first order)."""
     return math.sqrt(2 * save_s * between_failures_s)
 
 
 class AttemptLog:
-    """Appends what happens in one life; does nothing on ranks other than 0. Times do not follow jumps of the clock."""
+    """Appends the events of one attempt to attempts.jsonl; without effect unless `enabled` (rank 0)."""
 
     def __init__(self, run_dir: Path, *, attempt: str, world_size: int, every: int, enabled: bool):
         self._path, self._enabled = run_dir / ATTEMPTS, enabled
-        self._about = {"attempt": attempt, "world_size": world_size, "every": every}
-        self._began, self._since = time.time(), time.monotonic()
+        self._attempt = {"attempt": attempt, "world_size": world_size, "checkpoint_every": every}
+        self._start_time, self._start_clock = time.time(), time.monotonic()
 
     def started(self, step: int) -> None:
-        """The life goes on after `step`; it began when this object was made."""
-        self._append("start", began=self._began, step=step, **self._about)
+        """Record the start of the attempt, which resumes after `step`; its time is that of the construction."""
+        self._append("start", start_time=self._start_time, step=step, **self._attempt)
 
     def saved(self, step: int, *, useful_s: float, stalled_s: float) -> None:
-        """A checkpoint of `step` was ordered; the life has trained for `useful_s` and stood still for `stalled_s`."""
+        """Record a save of `step`, with the seconds of training and of waiting for saves in this attempt so far."""
         self._append("save", step=step, useful_s=useful_s, stalled_s=stalled_s)
 
     def ended(self, step: int, *, useful_s: float, code: int) -> None:
-        """The life ends after `step` with an exit code."""
+        """Record the end of the attempt after `step`, with its exit code."""
         self._append("end", step=step, useful_s=useful_s, code=code)
 
     def _append(self, event: str, **facts: Any) -> None:
         if not self._enabled:
             return
-        at = self._began + time.monotonic() - self._since
+        now = self._start_time + time.monotonic() - self._start_clock  # not affected by a change of the system's clock
         with self._path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"event": event, "time": at, **facts}) + "\n")
+            lines.write(json.dumps({"event": event, "time": now, **facts}) + "\n")
 
 
 @dataclass
 class AttemptRecord:
-    """One start of a run, as its lines tell it."""
+    """One attempt, from its lines in attempts.jsonl."""
 
     name: str
-    began: float
+    start_time: float
     first_step: int
     world_size: int
-    every: int
+    checkpoint_every: int
     """Steps between checkpoints."""
     saves: dict[int, float] = field(default_factory=dict)
     """Seconds of training until each saved step."""
     stalled_s: float = 0.0
-    last: float = 0.0
+    last_time: float = 0.0
     """Time of the last line."""
     last_step: int = 0
     useful_s: float = 0.0
     """Seconds of training until the last line."""
     code: int | None = None
-    """None: it was killed, or is not over."""
+    """None for an attempt that is running or was killed."""
 
 
 def read_attempts(run_dir: Path) -> list[AttemptRecord]:
-    """The lives of a run, oldest first; lines that a kill has torn are passed over."""
+    """Return the attempts of a run, oldest first. Lines cut by a kill are skipped."""
     attempts: list[AttemptRecord] = []
     path = run_dir / ATTEMPTS
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -89,15 +89,16 @@ def read_attempts(run_dir: Path) -> list[AttemptRecord]:
         except ValueError:
             continue
         if facts["event"] == "start":
-            names = (facts["attempt"], facts["began"], facts["step"], facts["world_size"], facts["every"])
-            attempts.append(AttemptRecord(*names, last=facts["time"], last_step=facts["step"]))
+            names = ("attempt", "start_time", "step", "world_size", "checkpoint_every")
+            record = AttemptRecord(*(facts[name] for name in names), last_time=facts["time"], last_step=facts["step"])
+            attempts.append(record)
         elif attempts:
             _add(attempts[-1], facts)
     return attempts
 
 
 def _add(attempt: AttemptRecord, facts: dict[str, Any]) -> None:
-    attempt.last, attempt.last_step, attempt.useful_s = facts["time"], facts["step"], facts["useful_s"]
+    attempt.last_time, attempt.last_step, attempt.useful_s = facts["time"], facts["step"], facts["useful_s"]
     if facts["event"] == "save":
         attempt.saves[facts["step"]], attempt.stalled_s = facts["useful_s"], facts["stalled_s"]
     else:
@@ -106,40 +107,42 @@ def _add(attempt: AttemptRecord, facts: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class EffectiveTime:
-    """Where a run's time went; seconds."""
+    """Effective training time of a run and what it depends on."""
 
     useful_s: float
-    """Steps that count."""
-    whole_s: float
-    """From the first start to the last line, without the time between an end by hand and the next start."""
-    starts: int
+    """Seconds of training that the newest state is the result of."""
+    total_s: float
+    """Seconds from the first start to the last line, without the time between a stop by hand and the next start."""
+    attempts: int
     failures: int
-    """Lives that ended unexpectedly."""
+    """Attempts that ended unexpectedly."""
     steps: int
     save_s: float
-    """What a checkpoint holds the training up for."""
+    """Seconds that a checkpoint stalls the training."""
     world_size: int
-    every: int
+    checkpoint_every: int
 
     @property
-    def share(self) -> float:
-        """Effective training time."""
-        return self.useful_s / self.whole_s if self.whole_s > 0 else 0.0
+    def fraction(self) -> float:
+        """Effective training time as a fraction of the total."""
+        return self.useful_s / self.total_s if self.total_s > 0 else 0.0
 
     def __str__(self) -> str:
-        between = self.whole_s / self.failures if self.failures else 3600 * LLAMA_3_HOURS / self.world_size
-        basis = "as in this run" if self.failures else f"as is usual with {self.world_size} GPUs"
-        advice = ""
-        if self.steps and self.useful_s and self.save_s:
-            interval = best_interval(self.save_s, between)
-            steps = max(1, round(interval / (self.useful_s / self.steps)))
-            advice = (
-                f"; a checkpoint costs {self.save_s:.3g} s, so with an unexpected end every {_span(between)}, "
-                f"{basis}, one every {_span(interval)} ({steps} steps) loses least (now every {self.every} steps)"
-            )
         return (
-            f"effective training time {self.share:.1%} of {_span(self.whole_s)} since the first of "
-            f"{self.starts} starts ({self.failures} unexpected ends){advice}"
+            f"effective training time: {self.fraction:.1%} of {_span(self.total_s)} in {self.attempts} attempts "
+            f"({self.failures} failures){self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        if not (self.steps and self.useful_s and self.save_s):
+            return ""
+        between = self.total_s / self.failures if self.failures else 3600 * LLAMA_3_HOURS / self.world_size
+        basis = "measured here" if self.failures else f"typical of {self.world_size} GPUs"
+        interval = best_interval(self.save_s, between)
+        steps = max(1, round(interval / (self.useful_s / self.steps)))
+        return (
+            f"; a checkpoint costs {self.save_s:.3g} s, the time between failures is {_span(between)} ({basis}): "
+            f"one every {_span(interval)} ({steps} steps) loses least (now every {self.checkpoint_every} steps)"
         )
 
 
@@ -148,35 +151,38 @@ def _span(seconds: float) -> str:
 
 
 def close_attempt(run_dir: Path, *, attempt: str, code: int) -> None:
-    """Write the end of `life` where its rank 0 could not, or took it for another one than it was."""
+    """Record the exit code of `attempt` if its rank 0 recorded none, or another one."""
     attempts = read_attempts(run_dir)
     if attempts and attempts[-1].name == attempt and attempts[-1].code != code:
-        facts = {"event": "end", "time": time.time(), "step": attempts[-1].last_step, "useful_s": attempts[-1].useful_s}
+        last = attempts[-1]
+        facts = {"event": "end", "time": time.time(), "step": last.last_step, "useful_s": last.useful_s, "code": code}
         with (run_dir / ATTEMPTS).open("a", encoding="utf-8") as lines:
-            lines.write("\n" + json.dumps({**facts, "code": code}) + "\n")
+            lines.write("\n" + json.dumps(facts) + "\n")  # a new line first: the last one may be cut
 
 
-def effective_time_line(attempts: list[AttemptRecord]) -> EffectiveTime:
-    """Account for `lives` (at least one), the last of which may go on.
+def effective_time(attempts: list[AttemptRecord]) -> EffectiveTime:
+    """Return the effective training time of at least one attempt; the last may be running.
 
-    Back from the last life: of each earlier one counts what it had trained when it saved the step that was gone on
-    from.
+    Backwards from the last attempt: of an earlier one counts the training until the save of the step that the later
+    one resumed from.
     """
     last = attempts[-1]
-    useful_s, first = last.useful_s, last.first_step
+    useful_s, first_step = last.useful_s, last.first_step
     for attempt in reversed(attempts[:-1]):
-        if first in attempt.saves:
-            useful_s, first = useful_s + attempt.saves[first], attempt.first_step
-    idle_s = sum(after.began - attempt.last for attempt, after in pairwise(attempts) if attempt.code == ExitCode.DONE)
-    unexpected = [attempt for attempt in attempts[:-1] if attempt.code not in _EXPECTED]
+        if first_step in attempt.saves:
+            useful_s, first_step = useful_s + attempt.saves[first_step], attempt.first_step
+    idle_s = sum(
+        after.start_time - before.last_time for before, after in pairwise(attempts) if before.code == ExitCode.DONE
+    )
+    failed = [attempt for attempt in attempts[:-1] if attempt.code not in _EXPECTED]
     saves = sum(len(attempt.saves) for attempt in attempts)
     return EffectiveTime(
         useful_s=useful_s,
-        whole_s=last.last - attempts[0].began - idle_s,
-        starts=len(attempts),
-        failures=len(unexpected) + (last.code is not None and last.code not in _EXPECTED),
-        steps=last.last_step - first,
+        total_s=last.last_time - attempts[0].start_time - idle_s,
+        attempts=len(attempts),
+        failures=len(failed) + (last.code is not None and last.code not in _EXPECTED),
+        steps=last.last_step - first_step,
         save_s=sum(attempt.stalled_s for attempt in attempts) / saves if saves else 0.0,
         world_size=last.world_size,
-        every=last.every,
+        checkpoint_every=last.checkpoint_every,
     )

@@ -1,7 +1,7 @@
-"""What a process of a run ends with, by cause, and whether the run is then started again: the one table of it.
+"""Exit codes of a run's processes, by cause, and the restart policy of each code.
 
-The ranks' supervisors (`supervisor.py`) give every rank of a run the code of what ended it first; the batch scripts and
-`restarts.py` decide by it; docs/operations.md shows it to people.
+The supervisors (`supervisor.py`) give every rank the code of the first failure. The batch scripts and `restart.py`
+decide by it; docs/operations.md shows the table to users.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from pmlm_dist.console import discard_broken_stdout, print_safely
 from pmlm_dist.launch_environment import is_rank_zero
 
 SIGNALLED = 128
-"""Added to the number of the signal that ended a process, as shells and SLURM do."""
+"""Offset of the exit code of a process that a signal ended, as in shells and SLURM."""
 
 
 class RestartPolicy(enum.Enum):
-    """Whether a run is started again by itself."""
+    """When a run is restarted automatically."""
 
     NEVER = "no"
     ALWAYS = "yes"
-    """As often as it takes, as long as steps are gained."""
+    """Any number of times, as long as the run makes progress."""
     ONCE = "once"
-    """Once in a row: with the same settings it will most likely happen again."""
-    BOUNDED = "if steps were gained"
-    """At most so many times, and only if steps were gained since the last time."""
+    """Once in a row: with the same settings the failure is likely to repeat."""
+    BOUNDED = "if it made progress"
+    """A limited number of times, and only if steps were gained since the last restart."""
 
 
 class ExitCode(enum.IntEnum):
@@ -38,35 +38,35 @@ class ExitCode(enum.IntEnum):
     meaning: str
     restart: RestartPolicy
 
-    def __new__(cls, code: int, meaning: str, again: RestartPolicy) -> ExitCode:  # noqa: D102
+    def __new__(cls, code: int, meaning: str, restart: RestartPolicy) -> ExitCode:  # noqa: D102
         member = int.__new__(cls, code)
         member._value_ = code
-        member.meaning, member.restart = meaning, again
+        member.meaning, member.restart = meaning, restart
         return member
 
-    DONE = 0, "complete; or ended by `STOP` or `--train.stop-at`", RestartPolicy.NEVER
-    FAILED = 1, "failed: a Python error, or a corpus that cannot be read", RestartPolicy.BOUNDED
+    DONE = 0, "complete, or stopped by `STOP` or `--train.stop-at`", RestartPolicy.NEVER
+    FAILED = 1, "failed: a Python error, or an unreadable corpus", RestartPolicy.BOUNDED
     BAD_CONFIGURATION = (
         2,
-        "a wrong setting, or a checkpoint that does not fit; nothing was computed",
+        "an invalid setting, or a checkpoint that does not match the settings; nothing was computed",
         RestartPolicy.NEVER,
     )
-    PREEMPTED = 75, "told to stop; the last checkpoint stands", RestartPolicy.ALWAYS
-    HUNG = 80, "a rank made no progress for as long as its phase may take (`--watchdog`)", RestartPolicy.BOUNDED
+    PREEMPTED = 75, "stopped by a signal; the last checkpoint is valid", RestartPolicy.ALWAYS
+    HUNG = 80, "a rank made no progress within the time limit of its phase (`--watchdog`)", RestartPolicy.BOUNDED
     OUT_OF_MEMORY = (
         81,
-        "out of memory, of the device or of the node (the kernel or SLURM killed a rank)",
+        "out of memory, on the device or the node (the kernel or SLURM killed a rank)",
         RestartPolicy.ONCE,
     )
     NOT_FINITE = (
         82,
-        "too many steps in a row with gradients that are not finite, or no loss scale left",
+        "too many consecutive steps with gradients that are not finite, or the loss scale is at its minimum",
         RestartPolicy.NEVER,
     )
-    IN_USE = 83, "another job is at work in this run folder; nothing was changed", RestartPolicy.NEVER
+    IN_USE = 83, "another job uses this run folder; nothing was changed", RestartPolicy.NEVER
     SUPERSEDED = (
         84,
-        "another start has taken over the run folder; this one must not write to it any more",
+        "a newer attempt has taken over the run folder; this one stopped writing to it",
         RestartPolicy.NEVER,
     )
 
@@ -75,12 +75,12 @@ _BY_CODE = {int(code): code for code in ExitCode}
 
 
 def restart_policy(code: int) -> RestartPolicy:
-    """Whether a run that ended with `code` is started again; any code that is no `ExitCode` is a failure."""
+    """Return the policy for a run that ended with `code`; a code outside `ExitCode` counts as a failure."""
     return _BY_CODE[code].restart if code in _BY_CODE else RestartPolicy.BOUNDED
 
 
 def describe(code: int) -> str:
-    """What `code` means."""
+    """Return the meaning of `code`."""
     if code in _BY_CODE:
         return _BY_CODE[code].meaning
     return f"ended by signal {code - SIGNALLED}" if code > SIGNALLED else "unknown"
@@ -88,7 +88,7 @@ def describe(code: int) -> str:
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|no host memory", re.IGNORECASE)
 _NO_SCALE_LEFT = "loss scale already at minimum"
-_OF_PEERS = re.compile(
+_PEER_FAILURE = re.compile(
     r"\b(gloo|nccl|TCPStore|torch\.distributed|CorpusReadError)\b|connection (closed|reset)|timed out waiting",
     re.IGNORECASE,
 )
@@ -107,12 +107,13 @@ def exit_code_of(error: BaseException) -> ExitCode:
     return ExitCode.FAILED
 
 
-def blames_peers(error: BaseException) -> bool:
-    """Whether an error tells that other ranks could not be talked to, so that its cause is likely elsewhere."""
-    return isinstance(error, (OSError, RuntimeError)) and _matches(_OF_PEERS, error)
+def is_peer_failure(error: BaseException) -> bool:
+    """Return True for a failed communication with other ranks: the root cause is likely on one of those."""
+    return isinstance(error, (OSError, RuntimeError)) and _matches(_PEER_FAILURE, error)
 
 
 def _matches(pattern: re.Pattern[str], error: BaseException) -> bool:
+    # The class' module counts, too: errors of torch.distributed name the library there and not in their text.
     return bool(pattern.search(f"{type(error).__module__}.{type(error).__name__}: {error}"))
 
 

@@ -1,7 +1,7 @@
-"""What ended a start of a run, and where its ranks were then: the files of RUN_DIR/logs/ATTEMPT.
+"""The files of RUN_DIR/logs/ATTEMPT: the failure that ended an attempt, and the state of every rank at that time.
 
-failure.json        whoever writes it first names what ended this start of the run
-rank-00001.txt    of every rank: a line of JSON (`Report`), its error, the stacks of its threads
+failure.json      the first failure (`Failure`); created once, by the supervisor of the rank that failed first
+rank-00001.txt    one for each rank: a line of JSON (`RankReport`), its error, the stacks of its threads
 """
 
 from __future__ import annotations
@@ -13,58 +13,62 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pmlm_dist.files import write_atomically
+
 LOGS = "logs"
 _FAILURE = "failure.json"
-_SHOWN = 8
+_MAX_LINES = 8
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a start of the run."""
+    """The failure that ended an attempt."""
 
     rank: int
     code: int
-    what: str
+    reason: str
+    """A verb phrase whose subject is the rank: "failed: ..."."""
     step: int
     phase: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} {self.what}, in step {self.step} ({self.phase})"
+        return f"rank {self.rank} {self.reason}, in step {self.step} ({self.phase})"
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """Where a rank was when its start of the run ended."""
+    """State of a rank when its attempt ended."""
 
     rank: int
     step: int
     phase: str
     last_beat: float
-    """Time of its last sign of life, by the host's clock."""
+    """Time of its last heartbeat, by the host's clock."""
     process: str
-    """State of its process, as the kernel has it."""
+    """State of its process, as reported by the kernel."""
 
     def __str__(self) -> str:
         silent_s = max(0.0, time.time() - self.last_beat)
         return f"rank {self.rank}: step {self.step}, {self.phase} for {silent_s:.0f} s, process {self.process}"
 
 
-def write_failure(folder: Path, cause: Failure) -> Failure:
-    """Make `cause` the one of this life, unless another rank's is there already; the one that counts.
+def write_failure(folder: Path, failure: Failure) -> Failure:
+    """Record `failure` unless another rank's is recorded already; return the recorded one.
 
-    Raises OSError when nothing can be written.
+    Raises OSError when the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = folder / f".cause-{os.getpid()}-{cause.rank}"
-    own.write_text(json.dumps(asdict(cause)) + "\n", encoding="utf-8")
+    own = folder / f".failure-{os.getpid()}-{failure.rank}"
+    own.write_text(json.dumps(asdict(failure)) + "\n", encoding="utf-8")
+    # A link fails where the name exists, so the first failure is kept; a rename (`write_atomically`) would replace it.
     with contextlib.suppress(FileExistsError):
         os.link(own, folder / _FAILURE)
     own.unlink()
-    return read_failure(folder) or cause
+    return read_failure(folder) or failure
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """What ended the life whose folder of logs this is, once that is known."""
+    """Return the failure recorded in an attempt's log folder; None before there is one."""
     try:
         return Failure(**json.loads((folder / _FAILURE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -72,26 +76,25 @@ def read_failure(folder: Path) -> Failure | None:
 
 
 def write_report(folder: Path, report: RankReport, *, details: str) -> None:
-    """Leave the report of a rank, whole or not at all. Raises OSError when nothing can be written."""
-    whole, part = folder / f"rank-{report.rank:05d}.txt", folder / f".rank-{report.rank:05d}"
-    part.write_text(f"{json.dumps(asdict(report))}\n\n{details}", encoding="utf-8")
-    part.rename(whole)
+    """Write the report of a rank atomically. Raises OSError when it cannot be written."""
+    text = f"{json.dumps(asdict(report))}\n\n{details}"
+    write_atomically(folder / f"rank-{report.rank:05d}.txt", text, durable=False)
 
 
 def read_reports(folder: Path) -> list[RankReport]:
-    """The reports that ranks have left, by rank."""
+    """Return the reports in `folder`, sorted by rank."""
     paths = sorted(folder.glob("rank-*.txt"))
     return [RankReport(**json.loads(path.read_text(encoding="utf-8").partition("\n")[0])) for path in paths]
 
 
 def summary(reports: list[RankReport], *, world_size: int) -> list[str]:
-    """Who is missing or furthest behind, and where the ranks were: all of a small world, else the last ones."""
+    """Lines for the log: ranks without a report, the rank furthest behind, and the states of the last few ranks."""
     missing = sorted(set(range(world_size)) - {report.rank for report in reports})
     behind = sorted(reports, key=lambda report: (not _is_stopped(report), report.step, report.last_beat))
     lines = [f"without a report: ranks {', '.join(map(str, missing))}"] if missing else []
     if behind:
         lines.append(f"furthest behind: rank {behind[0].rank}")
-    return lines + [str(report) for report in behind[:_SHOWN]]
+    return lines + [str(report) for report in behind[:_MAX_LINES]]
 
 
 def _is_stopped(report: RankReport) -> bool:

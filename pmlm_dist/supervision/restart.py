@@ -1,10 +1,10 @@
-"""Whether a run is started again after it has ended, and a loop that does so where no batch system does.
+"""The restart rule: is a run restarted after it has ended? With a restart loop for machines without a batch system.
 
     python -m pmlm_dist.supervision.restart run RUN_DIR -- deepspeed --num_gpus 8 train.py --run-dir RUN_DIR ...
-    python -m pmlm_dist.supervision.restart decide RUN_DIR --key JOB --code 1        what slurm/common.sh asks
+    python -m pmlm_dist.supervision.restart decide RUN_DIR --key JOB --code 1        used by slurm/common.sh
 
-The rule is `next_life`; what an exit code means for it stands in `exit_codes.py`. What happened so far is kept in
-RUN_DIR/.restarts-KEY, so that it outlives the job. Without torch.
+`decide_restart` is the rule; `exit_codes.py` has the policy of each exit code. RUN_DIR/.restarts-KEY holds the history
+of the job, which outlives its processes. Without torch.
 """
 
 from __future__ import annotations
@@ -21,142 +21,152 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pmlm_dist.checkpoint.folder import CheckpointFolder, step_of
+from pmlm_dist.files import write_atomically
 from pmlm_dist.supervision import attempts
 from pmlm_dist.supervision.exit_codes import SIGNALLED, ExitCode, RestartPolicy, describe, restart_policy
 from pmlm_dist.supervision.failure_reports import LOGS, read_failure
 
-_RESTART, _GIVE_UP = 0, 1
+_RESTART, _STOP = 0, 1
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How often a run is started again."""
+class RestartLimits:
+    """How often a run is restarted."""
 
     failures: int = 10
-    idle_preemptions: int = 3
-    """Lives in a row that were told to stop before they had gained a step."""
+    preemptions_without_progress: int = 3
+    """Preemptions in a row without a new checkpoint."""
 
 
 @dataclass(frozen=True)
-class History:
-    """What has become of the lives so far."""
+class RestartHistory:
+    """Ends of a job's attempts so far."""
 
     failures: int = 0
     step: int = -1
-    """Of the newest checkpoint after the last life."""
-    idle: int = 0
-    """Lives in a row that gained no step."""
+    """Newest checkpoint at the end of the last attempt."""
+    without_progress: int = 0
+    """Attempts in a row without a new checkpoint."""
     code: int = 0
-    """Of the last life."""
+    """Exit code of the last attempt."""
 
     @classmethod
-    def load(cls, path: Path) -> History:
-        """What `path` says; nothing yet when it is not there."""
+    def load(cls, path: Path) -> RestartHistory:
+        """Read the history from `path`; an empty one without that file."""
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else cls()
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the history atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_atomically(path, json.dumps(asdict(self)) + "\n")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows the end of a life."""
+    """The decision after the end of an attempt."""
 
-    history: History
+    history: RestartHistory
     reason_to_stop: str | None
-    """Why the run is not started again; None when it is."""
+    """None if the run is restarted."""
 
 
-def decide_restart(history: History, *, code: int, step: int, limits: Limits) -> Decision:
-    """What follows a life that ended with `code`, `step` being that of the newest checkpoint then."""
-    again = restart_policy(code)
-    if again is RestartPolicy.NEVER:
+def decide_restart(history: RestartHistory, *, code: int, step: int, limits: RestartLimits) -> Decision:
+    """Decide after an attempt that ended with `code`, when the newest checkpoint was that of `step`."""
+    policy = restart_policy(code)
+    if policy is RestartPolicy.NEVER:
         return Decision(history, describe(code))
-    idle = 0 if step > history.step else history.idle + 1
-    failures = history.failures + (again is not RestartPolicy.ALWAYS)
-    new = History(failures=failures, step=step, idle=idle, code=code)
-    if again is RestartPolicy.ALWAYS:
-        return Decision(new, f"{idle} lives in a row gained no step" if idle >= limits.idle_preemptions else None)
-    if failures > limits.failures:
-        return Decision(new, f"this was failure {failures}")
-    if idle:
-        return Decision(new, "no step was gained since the last restart")
-    if again is RestartPolicy.ONCE and history.code == code:
-        return Decision(new, f"twice in a row: {describe(code)}; change the settings")
-    return Decision(new, None)
+    without_progress = 0 if step > history.step else history.without_progress + 1
+    failures = history.failures + (policy is not RestartPolicy.ALWAYS)
+    new = RestartHistory(failures=failures, step=step, without_progress=without_progress, code=code)
+    return Decision(new, _reason_to_stop(new, policy=policy, last_code=history.code, limits=limits))
+
+
+def _reason_to_stop(
+    history: RestartHistory, *, policy: RestartPolicy, last_code: int, limits: RestartLimits
+) -> str | None:
+    if policy is RestartPolicy.ALWAYS:
+        reached = history.without_progress >= limits.preemptions_without_progress
+        return f"{history.without_progress} preemptions in a row without progress" if reached else None
+    if history.failures > limits.failures:
+        return f"this was failure {history.failures}, the limit is {limits.failures}"
+    if history.without_progress:
+        return "no progress since the last restart"
+    if policy is RestartPolicy.ONCE and history.code == last_code:
+        return f"twice in a row: {describe(last_code)}; change the settings"
+    return None
 
 
 def newest_step(run_dir: Path) -> int:
-    """Step of the newest checkpoint in a run's folder, 0 without one."""
+    """Return the step of the newest checkpoint of a run; 0 without one."""
     return max((step_of(path) for path in CheckpointFolder(run_dir / "checkpoints", keep=1).steps()), default=0)
 
 
-def exit_code_of_last_attempt(run_dir: Path, *, since: float, otherwise: int) -> int:
-    """What the last life, if it began after `since`, ended with: launchers lose the codes of their ranks."""
-    known = attempts.read_attempts(run_dir)
-    if not known or known[-1].began < since:
-        return otherwise
-    cause = read_failure(run_dir / LOGS / known[-1].name)
-    if cause is not None:
-        return cause.code
-    return otherwise if known[-1].code is None else known[-1].code
+def exit_code_of_last_attempt(run_dir: Path, *, since: float, default: int) -> int:
+    """Return the exit code of the last attempt, if it started after `since`: launchers lose their ranks' codes."""
+    records = attempts.read_attempts(run_dir)
+    if not records or records[-1].start_time < since:
+        return default
+    failure = read_failure(run_dir / LOGS / records[-1].name)
+    if failure is not None:
+        return failure.code
+    return default if records[-1].code is None else records[-1].code
 
 
-def decide(run_dir: Path, *, key: str, code: int, limits: Limits) -> int:
-    """Apply the rule, keep the history, say what follows; 0 to go on, 1 to give up."""
+def decide(run_dir: Path, *, key: str, code: int, limits: RestartLimits) -> int:
+    """Apply the rule, save the history, print the decision. Returns 0 to restart, 1 to stop."""
     path = run_dir / f".restarts-{key}"
     step = newest_step(run_dir)
-    decision = decide_restart(History.load(path), code=code, step=step, limits=limits)
+    decision = decide_restart(RestartHistory.load(path), code=code, step=step, limits=limits)
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    if decision.history != History():
+    if decision.history != RestartHistory():
         decision.history.save(path)
     if decision.reason_to_stop is None:
-        print(f"{now} exit code {code} at step {step}: going on", flush=True)
+        print(f"{now} exit code {code} at step {step}: restarting", flush=True)
         return _RESTART
     if code != ExitCode.DONE:
-        print(f"{now} exit code {code}: not started again, {decision.reason_to_stop}", file=sys.stderr, flush=True)
-    return _GIVE_UP
+        print(f"{now} exit code {code}: not restarted, {decision.reason_to_stop}", file=sys.stderr, flush=True)
+    return _STOP
 
 
-def run(run_dir: Path, command: Sequence[str], *, limits: Limits) -> int:
-    """Run `command`, a launcher with train.py, until the rule says that it is over; its last code.
+def run(run_dir: Path, command: Sequence[str], *, limits: RestartLimits) -> int:
+    """Run `command`, a launcher with train.py, until the rule stops it; return the last exit code.
 
-    SIGTERM, SIGUSR1 and Ctrl-C are passed on, and then nothing is started again.
+    SIGTERM, SIGUSR1 and Ctrl-C are forwarded; after one of them the command is not restarted.
     """
-    told: list[int] = []
+    received: list[int] = []
     key = f"local-{os.getpid()}"
     while True:
-        began = time.time()
+        start_time = time.time()
         process = subprocess.Popen(command)
+
+        def forward(number: int, _frame: object, process: subprocess.Popen[bytes] = process) -> None:
+            received.append(number)
+            process.send_signal(number)
+
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(
-                number, lambda heard, _frame, process=process: (told.append(heard), process.send_signal(heard))
-            )
+            signal.signal(number, forward)
         code = process.wait()
-        code = exit_code_of_last_attempt(run_dir, since=began, otherwise=code if code >= 0 else SIGNALLED - code)
-        if told or decide(run_dir, key=key, code=code, limits=limits) == _GIVE_UP:
+        code = code if code >= 0 else SIGNALLED - code
+        code = exit_code_of_last_attempt(run_dir, since=start_time, default=code)
+        if received or decide(run_dir, key=key, code=code, limits=limits) == _STOP:
             (run_dir / f".restarts-{key}").unlink(missing_ok=True)
             return code
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line above."""
-    default = Limits()
+    """Parse the command line of the module's docstring and run it."""
+    default = RestartLimits()
     parser = argparse.ArgumentParser(prog="python -m pmlm_dist.supervision.restart", description=__doc__)
-    parser.add_argument("what", choices=["run", "decide"])
+    parser.add_argument("action", choices=["run", "decide"])
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--key", default="job", help="name of the job whose lives are counted")
-    parser.add_argument("--code", type=int, default=0, help="exit code of the life that has ended")
+    parser.add_argument("--key", default="job", help="name of the job, for the history of its restarts")
+    parser.add_argument("--code", type=int, default=0, help="exit code of the attempt that has ended")
     parser.add_argument("--max-failures", type=int, default=default.failures)
-    parser.add_argument("--max-idle-preemptions", type=int, default=default.idle_preemptions)
-    parser.add_argument("command", nargs="*", help="after --: what `run` runs")
+    parser.add_argument("--max-preemptions-without-progress", type=int, default=default.preemptions_without_progress)
+    parser.add_argument("command", nargs="*", help="after --: the command of `run`")
     known = parser.parse_args(arguments)
-    limits = Limits(failures=known.max_failures, idle_preemptions=known.max_idle_preemptions)
-    if known.what == "run":
+    limits = RestartLimits(known.max_failures, known.max_preemptions_without_progress)
+    if known.action == "run":
         if not known.command:
             parser.error("`run` needs a command after --")
         return run(known.run_dir, known.command, limits=limits)

@@ -1,11 +1,11 @@
-"""One start of a run at a time: who is at work in a run's folder, and that nobody else commits a checkpoint there.
+"""The lock of a run folder: one attempt at a time, and a fence for the checkpoints of older attempts.
 
-    RUN_DIR/.lock     life, place and process of rank 0 of the start that is at work; touched every few seconds
+    RUN_DIR/.lock     attempt, host and process of rank 0 of the attempt that runs; touched every few seconds
 
-Every start has a name, its life. It takes the lock, then removes what earlier lives were writing, then looks for the
-checkpoint to go on from. An old rank that has outlived its job finds another life in the lock when it wants to commit,
-or its half-written folder gone when it renames it: it can never put a checkpoint before or beside the new life's.
-A lock is taken over when its holder is dead, or is an earlier life of the same SLURM job. Without torch.
+Every attempt has a name. It takes the lock, removes the temporary files of earlier attempts, then finds the checkpoint
+to resume from. A rank that has outlived its job detects before a commit that the lock names another attempt, or fails
+at the rename because its temporary folder is gone: it cannot commit a checkpoint before or beside the newer attempt's.
+A lock is taken over from a dead owner, and from an earlier attempt of the same SLURM job. Without torch.
 """
 
 from __future__ import annotations
@@ -24,48 +24,60 @@ from pathlib import Path
 from pmlm_dist.supervision.exit_codes import ExitCode
 
 LOCK = ".lock"
-_TOUCH_S = 3.0
-_STALE_S = 20.0
-_SETTLE_S = 0.2
-_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class LockTimes:
+    """Intervals of the lock protocol, in seconds."""
+
+    touch_s: float = 3.0
+    """Interval of the owner's touches."""
+    stale_s: float = 20.0
+    """Age of the last touch at which an owner on another host counts as dead."""
+    settle_s: float = 0.2
+    """Wait after a take-over, in which a concurrent take-over becomes visible."""
+    poll_s: float = 0.5
+
+
+DEFAULT_TIMES = LockTimes()
 
 
 class FolderInUse(RuntimeError):
-    """Another start of the run is at work in its folder."""
+    """The run folder is locked by another attempt."""
 
     exit_code = ExitCode.IN_USE
 
 
 class Superseded(RuntimeError):
-    """Another start of the run has taken over its folder."""
+    """Another attempt has taken over the run folder."""
 
     exit_code = ExitCode.SUPERSEDED
 
 
 @dataclass(frozen=True)
 class LockOwner:
-    """Rank 0 of a start."""
+    """Rank 0 of an attempt."""
 
     attempt: str
     host: str
     pid_namespace: str
-    """Of the process' id: this boot of the host, and the name space of ids (containers have their own)."""
+    """Scope of the process id: boot id of the host and PID namespace (containers have their own)."""
     pid: int
     started: int
-    """Of the process, in clock ticks since the boot: an id can be given again."""
+    """Start of the process in clock ticks since the boot: process ids are reused."""
     job: str
     restart: int
 
     @classmethod
     def current(cls, environ: Mapping[str, str]) -> LockOwner:
-        """This process."""
+        """Describe this process."""
         job, restart = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT", "0")
         return cls(
             attempt="-".join(part for part in (job and f"{job}.{restart}", secrets.token_hex(4)) if part),
             host=socket.gethostname(),
             pid_namespace=_pid_namespace(),
             pid=os.getpid(),
-            started=_start_time(os.getpid()) or 0,
+            started=_start_ticks(os.getpid()) or 0,
             job=job,
             restart=int(restart),
         )
@@ -76,23 +88,25 @@ class LockOwner:
 
 
 class RunLock:
-    """A lock that this process holds; for one process of a run."""
+    """A lock owned by this process, rank 0 of an attempt."""
 
-    def __init__(self, path: Path, owner: LockOwner):
+    def __init__(self, path: Path, owner: LockOwner, *, times: LockTimes = DEFAULT_TIMES):
         self._path, self._owner = path, owner
         self._released = threading.Event()
-        threading.Thread(target=self._touch, name="run lock", daemon=True).start()
+        threading.Thread(target=self._touch, args=(times.touch_s,), name="run lock", daemon=True).start()
 
     @property
     def attempt(self) -> str:
-        """Name of this start of the run."""
+        """Name of the attempt."""
         return self._owner.attempt
 
     @classmethod
-    def acquire(cls, run_dir: Path, environ: Mapping[str, str] | None = None) -> RunLock:
-        """Take the lock of `run_dir`. Raises `FolderInUse` when its holder is alive, OSError when none can be written.
+    def acquire(
+        cls, run_dir: Path, environ: Mapping[str, str] | None = None, *, times: LockTimes = DEFAULT_TIMES
+    ) -> RunLock:
+        """Lock `run_dir`. Raises `FolderInUse` when the owner is alive, OSError when the lock cannot be written.
 
-        Takes up to `_STALE_S` seconds when the holder was on another host and is dead.
+        Takes up to `times.stale_s` seconds when the owner was on another host and is dead.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         path, own = run_dir / LOCK, LockOwner.current(os.environ if environ is None else environ)
@@ -100,18 +114,20 @@ class RunLock:
         own_file.write_text(json.dumps(asdict(own)) + "\n", encoding="utf-8")
         try:
             try:
-                os.link(own_file, path)  # one of several that come at once succeeds
+                # A link fails where the name exists, so one of several concurrent attempts succeeds; the rename of
+                # `write_atomically` would let the last one win.
+                os.link(own_file, path)
             except FileExistsError:
-                before = read_owner(path)
-                if before is not None and _is_alive(before, own, path):
+                owner = read_owner(path)
+                if owner is not None and _is_alive(owner, own, path, times=times):
                     raise FolderInUse(
-                        f"{run_dir} is in use by {before}: wait for its end, end it, or choose another folder"
+                        f"{run_dir} is in use by {owner}: wait for its end, end it, or choose another folder"
                     ) from None
                 os.replace(own_file, path)
-                time.sleep(_SETTLE_S)
+                time.sleep(times.settle_s)
         finally:
             own_file.unlink(missing_ok=True)
-        lock = cls(path, own)
+        lock = cls(path, own, times=times)
         try:
             lock.check()
         except Superseded as error:
@@ -120,16 +136,16 @@ class RunLock:
         return lock
 
     def check(self) -> None:
-        """Raise `Superseded` unless this process still holds the lock."""
+        """Raise `Superseded` unless this process owns the lock."""
         owner = read_owner(self._path)
         if owner is None or owner.attempt != self.attempt:
             raise Superseded(
-                f"{owner or 'another start'} has taken over {self._path.parent} from {self._owner}: this one writes "
-                "no checkpoint there any more"
+                f"{owner or 'another attempt'} has taken over {self._path.parent} from {self._owner}: this attempt "
+                "commits no more checkpoints there"
             )
 
     def release(self) -> None:
-        """Give the lock back, if it is still this process'; a folder that holds nothing else is removed."""
+        """Remove the lock if this process still owns it, and the run folder if it is empty then."""
         self._released.set()
         with contextlib.suppress(Superseded):
             self.check()
@@ -137,35 +153,38 @@ class RunLock:
         with contextlib.suppress(OSError):
             self._path.parent.rmdir()
 
-    def _touch(self) -> None:
-        while not self._released.wait(_TOUCH_S):
+    def _touch(self, interval_s: float) -> None:
+        while not self._released.wait(interval_s):
             with contextlib.suppress(Superseded, OSError):
                 self.check()
                 os.utime(self._path)
 
 
 def read_owner(path: Path) -> LockOwner | None:
-    """Who holds the lock at `path`; None when there is none, or nothing that makes sense."""
+    """Return the owner of the lock at `path`; None without a lock, or for an unreadable one."""
     try:
         return LockOwner(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
-def _is_alive(owner: LockOwner, own: LockOwner, path: Path) -> bool:
+def _is_alive(owner: LockOwner, own: LockOwner, path: Path, *, times: LockTimes) -> bool:
     if owner.job and owner.job == own.job and owner.restart < own.restart:
-        return False  # SLURM has given its nodes back; ranks that are left over may not write
+        return False  # SLURM has released its nodes; ranks left there must not write
     if owner.pid_namespace == own.pid_namespace:
-        return owner.pid != own.pid and _start_time(owner.pid) == owner.started
-    return _renews_its_lock(path)
+        return owner.pid != own.pid and _start_ticks(owner.pid) == owner.started
+    return _is_touched(path, times=times)
 
 
-def _renews_its_lock(path: Path) -> bool:
-    """Whether the holder, on another host, shows itself before its last sign is `_STALE_S` old by the disk's clock."""
+def _is_touched(path: Path, *, times: LockTimes) -> bool:
+    """Wait for a touch by an owner on another host, until the last one is `stale_s` old.
+
+    By the clock of the file system: the clocks of two hosts may differ.
+    """
     try:
         first = path.stat().st_mtime
-        while _clock_of(path.parent) - first < _STALE_S:
-            time.sleep(_POLL_S)
+        while _file_system_time(path.parent) - first < times.stale_s:
+            time.sleep(times.poll_s)
             if path.stat().st_mtime != first:
                 return True
     except FileNotFoundError:  # released meanwhile
@@ -173,7 +192,7 @@ def _renews_its_lock(path: Path) -> bool:
     return False
 
 
-def _clock_of(folder: Path) -> float:
+def _file_system_time(folder: Path) -> float:
     probe = folder / f"{LOCK}-clock-{secrets.token_hex(4)}"
     probe.touch()
     try:
@@ -187,8 +206,8 @@ def _pid_namespace() -> str:
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
-def _start_time(pid: int) -> int | None:
-    """When process `pid` was started, in clock ticks since the boot; None when it is gone, also as a zombie."""
+def _start_ticks(pid: int) -> int | None:
+    """Return the start of process `pid` in clock ticks since the boot; None without one, and for a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,14 +1,14 @@
-"""Being told to stop: by SIGTERM or SIGUSR1 on any rank, or by a file `STOP` in the run's folder.
+"""Requests to stop: SIGTERM or SIGUSR1 to any rank, or a file `STOP` in the run folder.
 
-    signal --wake-up pipe--> watcher thread      the first is a request; at the second, or when the time that the
-                                  |              request leaves is over, the watcher ends the process at once
-    STOP (rank 0 looks) ----> agreement of all ranks: at step boundaries, between validation batches, in start-up
+    signal --wake-up pipe--> watcher thread      first signal: a request; at the second one, or at the end of the
+                                  |              grace period, the watcher ends the process at once
+    STOP (rank 0 polls) ----> agreement of all ranks: at step boundaries, between validation batches, in start-up
                                   |
                               Stopped -> one checkpoint -> exit code 75 (for a file: 0)
 
-The watcher hears a signal although the training's thread is inside a collective that never ends, where Python runs no
-handler. Whenever the process ends, the last checkpoint that is whole stands. Imports nothing slow: signals are listened
-for before torch is loaded.
+The watcher receives a signal even while the main thread is inside a collective that never ends, where Python runs no
+handler. At every end of the process the last committed checkpoint is valid. The imports are fast: signals are handled
+before torch is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
+from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, TypeVar
 
@@ -34,16 +38,28 @@ T = TypeVar("T")
 
 STOP_FILE = "STOP"
 EXIT_PREEMPTED = int(ExitCode.PREEMPTED)
-"""Nothing is wrong, start it again."""
+"""Preempted, to be restarted."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_ECHO_S = 1.0
 _POLL_S = 0.1
-_LONGEST_MARGIN_S = 10.0
+
+
+@dataclass(frozen=True)
+class SignalTimes:
+    """Intervals of the signal watcher, in seconds."""
+
+    duplicate_s: float = 1.0
+    """Signals this soon after the first repeat the same request."""
+    poll_s: float = _POLL_S
+    max_margin_s: float = 10.0
+    """Longest time before the end of the grace period that a save must leave."""
+
+
+DEFAULT_TIMES = SignalTimes()
 
 
 class StopReason(enum.IntEnum):
-    """Why to stop; where ranks know of different reasons the largest counts."""
+    """Reason to stop; of different reasons on the ranks the largest counts."""
 
     NONE = 0
     FILE = 1
@@ -51,98 +67,182 @@ class StopReason(enum.IntEnum):
 
 
 class Stopped(Exception):
-    """All ranks have agreed to stop here."""
+    """Raised on all ranks at the same place, after their agreement to stop."""
 
     def __init__(self, reason: StopReason):
         self.reason = reason
         super().__init__(
-            "a signal to stop" if reason is StopReason.SIGNAL else f"the file {STOP_FILE} in the run's folder"
+            "a signal to stop" if reason is StopReason.SIGNAL else f"the file {STOP_FILE} in the run folder"
         )
 
     @property
     def exit_code(self) -> int:
-        """75 when the run is to be started again, 0 when it was ended by hand."""
+        """75 for a run to be restarted, 0 for one stopped by hand."""
         return EXIT_PREEMPTED if self.reason is StopReason.SIGNAL else 0
 
 
 class StopSignals:
-    """The signals to stop that this process has been sent.
+    """The stop signals of this process.
 
-    `grace_s`: seconds from the first one until the process must be gone.
+    `grace_s`: seconds from the first request to the end of the process.
     """
 
-    def __init__(self, *, grace_s: float = 120.0):
-        self.grace_s = grace_s
-        self._since: float | None = None
-        self._heard_at: float | None = None
+    def __init__(self, *, grace_s: float = 120.0, times: SignalTimes = DEFAULT_TIMES):
+        self.grace_s, self._times = grace_s, times
+        self._requested_at: float | None = None
+        self._signalled_at: float | None = None
 
     @property
     def requested(self) -> bool:
-        """Whether there was one."""
-        return self._since is not None
+        """Return True after a stop signal, to this rank or another."""
+        return self._requested_at is not None
 
     def deadline(self) -> float:
-        """When (`time.monotonic`) a save must be done, some time before all is over; infinite without a request."""
-        if self._since is None:
+        """Return the time (`time.monotonic`) by which a save must be complete; infinite without a request."""
+        if self._requested_at is None:
             return float("inf")
-        return self._since + self.grace_s - min(_LONGEST_MARGIN_S, self.grace_s / 10)
+        return self._requested_at + self.grace_s - min(self._times.max_margin_s, self.grace_s / 10)
 
     def request(self) -> None:
-        """The time counts from now on, unless it does already: another rank was sent a signal."""
-        if self._since is None:
-            self._since = time.monotonic()
+        """Start the grace period, unless it has started: another rank has received a signal."""
+        if self._requested_at is None:
+            self._requested_at = time.monotonic()
 
     def install(self) -> None:
-        """Listen for SIGTERM and SIGUSR1 from now on; to be called once, by the main thread."""
+        """Handle SIGTERM and SIGUSR1 from now on; call it once, in the main thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            signal.signal(number, _do_nothing)  # replaces the default, which is to die
-            signal.siginterrupt(number, False)  # the system calls of native libraries go on
+            signal.signal(number, _do_nothing)  # replaces the default action, termination
+            signal.siginterrupt(number, False)  # native libraries do not expect EINTR
         threading.Thread(target=self._watch, args=(reader,), name="stop signals", daemon=True).start()
 
     def _watch(self, reader: int) -> None:
         while True:
-            if select.select([reader], [], [], _POLL_S)[0]:
+            if select.select([reader], [], [], self._times.poll_s)[0]:
                 for number in os.read(reader, 64):
                     self._handle(number)
-            if self._since is not None and time.monotonic() > self._since + self.grace_s:
+            if self._requested_at is not None and time.monotonic() > self._requested_at + self.grace_s:
                 _exit_at_once(
-                    EXIT_PREEMPTED, f"{self.grace_s:g} s after a signal to stop (--train.grace-s) it is not done"
+                    EXIT_PREEMPTED, f"it has not ended {self.grace_s:g} s after a signal to stop (--train.grace-s)"
                 )
 
     def _handle(self, number: int) -> None:
         if number not in STOP_SIGNALS:  # Python writes every signal that has a handler into the pipe
             return
-        if self._heard_at is None:
-            self._heard_at = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = time.monotonic()
             self.request()
-        elif time.monotonic() > self._heard_at + _ECHO_S:
-            # Before, it is one request that came by two ways: a launcher passes on what its process group was sent too.
+        elif time.monotonic() > self._signalled_at + self._times.duplicate_s:
+            # Sooner, it is the same request: a launcher forwards a signal that its process group has received as well.
             _exit_at_once(128 + number, f"{signal.Signals(number).name} is the second signal to stop")
 
 
 def _do_nothing(_number: int, _frame: object) -> None:
-    """The wake-up pipe says it all."""
+    """Leave the signal to the wake-up pipe."""
 
 
-def _exit_at_once(code: int, why: str) -> None:
-    message = f"process {os.getpid()}: {why}; ending at once, the last checkpoint stands\n"
+def _exit_at_once(code: int, reason: str) -> None:
+    message = f"process {os.getpid()}: {reason}; exiting at once, the last checkpoint is valid\n"
     os.write(sys.stderr.fileno(), message.encode())  # not print: the thread that holds its lock may hang
     os._exit(code)
 
 
 @contextlib.contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Processes started inside never see the signals to stop, which Slurm sends to all processes of a step.
+    """Block the stop signals in processes started inside: SLURM sends them to all processes of a step.
 
-    So do those that such processes start, multiprocessing's fork server for example.
+    Their own children inherit the block, those of multiprocessing's fork server for example.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        resource_tracker.ensure_running()  # where it does not run yet, starting it unblocks SIGTERM
+        resource_tracker.ensure_running()  # its start unblocks SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class Prefetcher(Generic[T]):
+    """The next `count` items of an iterator, fetched by a thread: who waits for them can look up meanwhile."""
+
+    def __init__(self, items: Iterator[T], *, count: int):
+        self._items, self._count = items, count
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="arriving")
+        self._future: Future[list[T]] | None = None
+
+    def is_ready(self, *, within_s: float) -> bool:
+        """Whether they (or the error that came instead) have arrived in `within_s` seconds from now."""
+        if self._future is None:
+            self._future = self._pool.submit(lambda: list(islice(self._items, self._count)))
+        wait_for_futures([self._future], timeout=within_s)
+        return self._future.done()
+
+    def take(self) -> list[T]:
+        """The items, or their error; waits if need be."""
+        self.is_ready(within_s=0)
+        assert self._future is not None
+        future, self._future = self._future, None
+        return future.result()
+
+    def close(self) -> None:
+        """Close the iterator, but not while the thread is still inside it: that lasts as long as this process."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._future is None or self._future.done():
+            self._items.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class StopAgreement:
+    """What all ranks together know about stopping. Every rank calls the same methods in the same order.
+
+    `signals` are those of this process, `file` ends the run when it exists. Each look is a sign of life on `heartbeat`.
+    """
+
+    def __init__(self, signals: StopSignals, *, file: Path, topology: Topology, heartbeat: Heartbeat | None = None):
+        self._signals, self._file, self._topology = signals, file, topology
+        self.heartbeat = heartbeat or Heartbeat()
+        self.data_wait_s = 0.0
+        """Seconds that this rank's own items were waited for, the last time."""
+
+    def deadline(self) -> float:
+        """When (`time.monotonic`) a save must be done."""
+        return self._signals.deadline()
+
+    def check(self) -> None:
+        """Raise `Stopped` on all ranks when any has a reason to."""
+        self.heartbeat.beat()
+        (reason,) = self._topology.all_reduce_max(self._reason())
+        self._stop_for(StopReason(reason))
+
+    def checked_before_each(self, items: Iterable[T], *, heed: bool = True) -> Iterator[T]:
+        """`items`, as many on every rank, with a check before each; `heed` false: with a sign of life alone."""
+        for item in items:
+            if heed:
+                self.check()
+            self.heartbeat.beat()
+            yield item
+
+    def wait_for(self, arriving: Prefetcher[T]) -> list[T]:
+        """What has arrived, once it has on every rank. Raises `Stopped` as `check` does, also if it never arrives."""
+        missing, is_missing, began = 1, True, time.monotonic()
+        while missing:
+            if is_missing:
+                is_missing = not arriving.is_ready(within_s=_POLL_S)
+                self.data_wait_s = time.monotonic() - began
+            if not is_missing:  # from here on it is others that this rank waits for
+                self.heartbeat.enter(STEP)
+            reason, missing = self._topology.all_reduce_max(self._reason(), int(is_missing))
+            self._stop_for(StopReason(reason))
+        return arriving.take()
+
+    def _reason(self) -> StopReason:
+        if self._signals.requested:
+            return StopReason.SIGNAL
+        return StopReason.FILE if self._topology.is_rank_zero and self._file.exists() else StopReason.NONE
+
+    def _stop_for(self, reason: StopReason) -> None:
+        if reason is StopReason.SIGNAL:
+            self._signals.request()
+        if reason is not StopReason.NONE:
+            raise Stopped(reason)

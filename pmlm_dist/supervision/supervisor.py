@@ -1,18 +1,18 @@
-"""A small process outside each rank that notices when the rank, or another one, is in trouble, and ends it.
+"""The supervisor: a small process outside each rank that detects hangs and failures, reports them and ends the rank.
 
     launcher (srun, deepspeed, torchrun, mpirun)
        |-- supervisor of rank 0 --fork--> rank 0 (torch) -- loader processes
        `-- supervisor of rank 1 --fork--> rank 1 (torch) -- loader processes
-                 ^ heartbeat (shared memory): phase, step       | silent for longer than its phase may take,
+                 ^ heartbeat (shared memory): phase, step       | no beat within the limit of its phase,
                  |                                              | an error, a signal, no memory
-                 `-- RUN_DIR/logs/ATTEMPT/ <-----------------------'
-                       what ended this start of the run, where each rank was (causes.py)
+                 `-- RUN_DIR/logs/ATTEMPT/ <--------------------'
+                       the first failure, the state of every rank (failure_reports.py)
 
-`train.py` parts into both by itself, so every launcher starts supervised ranks and a debugger can do without
-(`PMLM_SUPERVISOR=off`). A supervisor works alone: on trouble with its own rank it writes the cause; it looks for other
-ranks' cause once a second. Then it adds its own report, ends its rank (TERM, then KILL, with all that the rank has
-started) and ends with the code of the cause (`exit_codes.py`), the same on every rank. It dies with its launcher, and
-its rank with it. Imports neither torch nor DeepSpeed: a rank that holds the interpreter's lock cannot watch itself.
+`train.py` forks by itself, so every launcher starts supervised ranks; `PMLM_SUPERVISOR=off` skips it for a debugger.
+Supervisors do not communicate: each records the failure of its own rank, and polls for the failure of others. Then it
+writes its report, ends its rank (TERM, then KILL, with all descendants) and exits with the code of the first failure
+(`exit_codes.py`), the same on every rank. It dies with its launcher, and its rank with it. Imports neither torch nor
+DeepSpeed: a watchdog thread inside the rank would stall with the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -48,115 +48,164 @@ SUPERVISOR_VARIABLE = "PMLM_SUPERVISOR"
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 _HANDLED = (*_FORWARDED, signal.SIGCHLD)
-_POLL_S = 0.25
-_FAILURE_POLL_S = 1.0
-"""Between two looks for the cause that another rank's supervisor has written."""
-_ROOT_CAUSE_S = 3.0
-"""How long an error that tells of other ranks waits for theirs."""
-_REPORTS_S = 3.0
-_TERM_S = 5.0
+_COLLECTIVE_ENDS = (ExitCode.DONE, ExitCode.BAD_CONFIGURATION, ExitCode.PREEMPTED, ExitCode.IN_USE)
+"""Codes that all ranks end with together; they are not failures of one rank."""
 
 
-def run_supervised(main: Callable[[Heartbeat], int | None], *, program: str = "train.py") -> int:
-    """Exit code of `main`, which runs as the rank in a process of its own; to be called once, before any thread is.
+@dataclass(frozen=True)
+class SupervisorTimes:
+    """Intervals and time limits of a supervisor, in seconds."""
 
-    Returns in both processes; each is to end with it, by `leave`: a rank's destructors can abort a finished run.
+    poll_s: float = 0.25
+    failure_poll_s: float = 1.0
+    """Interval of reads of `failure.json`, which is on a shared file system."""
+    root_cause_s: float = 3.0
+    """Longest wait for another rank's failure when this rank's error is a failed communication."""
+    reports_s: float = 3.0
+    """Longest wait for the reports of other ranks."""
+    stack_s: float = 1.0
+    """Longest wait for the stacks of the rank's threads."""
+    term_s: float = 5.0
+    """Longest wait after SIGTERM, and again after SIGKILL."""
+    orphans_s: float = 2.0
+    """Time for the rank's descendants to end by themselves."""
+
+
+DEFAULT_TIMES = SupervisorTimes()
+
+
+def run_supervised(main: Callable[[Heartbeat], int], *, times: SupervisorTimes = DEFAULT_TIMES) -> int:
+    """Run `main` as the rank in a forked process and return its exit code; call it once, before any thread starts.
+
+    Returns in both processes. Each must end with `exit_now`: a rank's destructors can abort a finished run.
     """
     heartbeat = Heartbeat()
     if os.environ.get(SUPERVISOR_VARIABLE) == "off":
-        return run(partial(main, heartbeat), program=program, on_failure=heartbeat.fail)
-    stacks = tempfile.TemporaryFile()  # noqa: SIM115  # the rank writes into it as long as it lives
-    kills_before = processes.out_of_memory_kills()
+        return _run(main, heartbeat)
+    stacks = tempfile.TemporaryFile()  # noqa: SIM115  # open until the rank has ended
+    oom_kills_before = processes.oom_kills()
     _flush()
     processes.adopt_orphans()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     parent, child = os.getpid(), os.fork()
     if child:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the rank as well
-        return Supervisor(child, heartbeat, stacks, kills_before=kills_before).watch()
+        supervisor = Supervisor(child, heartbeat, stacks, oom_kills_before=oom_kills_before, times=times)
+        return supervisor.watch()
     processes.die_with_parent()
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # the supervisor died between the fork and `die_with_parent`
         os._exit(SIGNALLED + signal.SIGKILL)
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR2, stacks)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return run(partial(main, heartbeat), program=program, on_failure=heartbeat.fail)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return _run(main, heartbeat)
 
 
 def exit_now(code: int) -> NoReturn:
-    """End this process with what `supervised` has returned, also where nobody takes its last lines any more."""
+    """End this process with the code of `run_supervised`, without destructors and even if the output is closed."""
     _flush()
     os._exit(code)
 
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # what a full disk did not take would be tried again, and raise
+        with contextlib.suppress(OSError, ValueError):  # on a full disk the interpreter would retry at exit, and raise
             stream.flush()
+
+
+def _run(main: Callable[[Heartbeat], int], heartbeat: Heartbeat) -> int:
+    """Run `main`; publish an error to the supervisor before it is printed."""
+    try:
+        return main(heartbeat)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:
+        heartbeat.fail(error)
+        with contextlib.suppress(OSError, ValueError):
+            _print_error(error)
+        return heartbeat.status().code
+
+
+def _print_error(error: BaseException) -> None:
+    """Print the error that ends a rank; for a diverged training the message alone, a traceback adds nothing."""
+    if isinstance(error, FloatingPointError):
+        print(f"\nTraining stopped: {error}\n", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exc()
 
 
 class Supervisor:
     """Watches one rank, the process `child`, until it has ended."""
 
-    def __init__(self, child: int, heartbeat: Heartbeat, stacks: IO[bytes], *, kills_before: int):
+    def __init__(
+        self,
+        child: int,
+        heartbeat: Heartbeat,
+        stacks: IO[bytes],
+        *,
+        oom_kills_before: int,
+        times: SupervisorTimes = DEFAULT_TIMES,
+    ):
         self._child, self._heartbeat, self._stacks = child, heartbeat, stacks
-        self._kills_before = kills_before
-        self._status: int | None = None
+        self._oom_kills_before = oom_kills_before
+        self._times = times
+        self._wait_status: int | None = None
         self._last_beat = Beat(0, 0, "start-up", float("inf"), time.monotonic())
         self._silence_s = 0.0
-        self._began, self._listened = time.time(), time.monotonic()
-        self._looked = 0.0
+        self._start_time, self._last_read = time.time(), time.monotonic()
+        self._last_failure_poll = 0.0
 
     def watch(self) -> int:
-        """Returns the exit code of this process."""
-        cause = None
-        while not self._has_ended(within_s=_POLL_S) and cause is None:
+        """Return the exit code of this process."""
+        failure = None
+        while not self._has_ended(within_s=self._times.poll_s) and failure is None:
             self._read_heartbeat()
-            cause = self._hang() or self._failure_of_other_rank()
-        if cause is None:
-            cause = self._own_failure()
-        if cause is not None:
-            cause = self._publish(cause)
-            self._wait_for_reports(cause)
+            failure = self._hang() or self._failure_of_other_rank()
+        if failure is None:
+            failure = self._own_failure()
+        if failure is not None:
+            failure = self._record(failure)
+            self._wait_for_reports(failure)
             self._write_report()
             self._end_rank()
-        code = self._code if cause is None else cause.code
-        processes.end_descendants()
-        processes.clear_shared_memory(self._began)
-        self._print_summary(cause, code)
+        code = self._code if failure is None else failure.code
+        processes.end_children(grace_s=self._times.orphans_s, kill_s=self._times.term_s)
+        processes.remove_shared_memory(self._start_time)
+        self._print_summary(failure, code)
         return code
 
     # ----------------------------------------------------------------------------------------------------- the rank
 
     def _has_ended(self, *, within_s: float) -> bool:
-        """Wait for something to happen, pass signals on; whether the rank's process is gone."""
-        if self._status is None:
-            heard = signal.sigtimedwait(_HANDLED, within_s)
-            if heard is not None and heard.si_signo in _FORWARDED:
-                processes.send(self._child, signal.Signals(heard.si_signo))
+        """Wait for a signal and forward it; return True once the rank's process has ended."""
+        if self._wait_status is None:
+            received = signal.sigtimedwait(_HANDLED, within_s)
+            if received is not None and received.si_signo in _FORWARDED:
+                processes.send_signal(self._child, signal.Signals(received.si_signo))
             self._reap()
-        return self._status is not None
+        return self._wait_status is not None
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] == self._child:
-                    self._status = ended[1]
+                    self._wait_status = ended[1]
 
     @property
     def _code(self) -> int:
-        assert self._status is not None
-        code = os.waitstatus_to_exitcode(self._status)
+        assert self._wait_status is not None
+        code = os.waitstatus_to_exitcode(self._wait_status)
         return code if code >= 0 else SIGNALLED - code
 
     def _read_heartbeat(self) -> None:
-        """Silence grows by no more than twice the time between two looks: a machine that slept is no rank that hung."""
+        """Add the time since the last read to the silence, unless there is a new beat."""
         beat = self._heartbeat.read()
         if beat is not None and beat.count != self._last_beat.count:
             self._last_beat, self._silence_s = beat, 0.0
         else:
-            self._silence_s += min(time.monotonic() - self._listened, 2 * _POLL_S)
-        self._listened = time.monotonic()
+            # At most two intervals: after a suspend of the machine, or of this process, the rank has not hung.
+            self._silence_s += min(time.monotonic() - self._last_read, 2 * self._times.poll_s)
+        self._last_read = time.monotonic()
 
     def _hang(self) -> Failure | None:
         if self._silence_s <= self._last_beat.limit_s:
@@ -164,120 +213,121 @@ class Supervisor:
         return self._failure(ExitCode.HUNG, f"made no progress for {self._last_beat.limit_s:g} s")
 
     def _own_failure(self) -> Failure | None:
-        """Why the rank has ended; None where all ranks end alike."""
-        words, code = self._heartbeat.status(), self._code
-        if code in COLLECTIVE_ENDS:
+        """Return the failure of the rank, which has ended; None for a code that all ranks end with."""
+        status, code = self._heartbeat.status(), self._code
+        if code in _COLLECTIVE_ENDS:
             return None
-        beat = self._heartbeat.read()
-        self._last_beat = beat or self._last_beat
-        if words.failure is not None:
-            if words.blames_peers and (cause := self._wait_for_failure(_ROOT_CAUSE_S)):
-                return cause
-            return self._failure(code, f"failed: {words.failure}")
-        if code == SIGNALLED + signal.SIGKILL and processes.out_of_memory_kills() > self._kills_before:
-            return self._failure(ExitCode.OUT_OF_MEMORY, "was killed by the kernel for want of memory")
+        self._last_beat = self._heartbeat.read() or self._last_beat
+        if status.failure is not None:
+            # "Connection closed by peer" follows from the failure of that peer, whose supervisor may be slower.
+            if status.is_peer_failure and (root_cause := self._wait_for_failure(self._times.root_cause_s)):
+                return root_cause
+            return self._failure(code, f"failed: {status.failure}")
+        if code == SIGNALLED + signal.SIGKILL and processes.oom_kills() > self._oom_kills_before:
+            return self._failure(ExitCode.OUT_OF_MEMORY, "was killed by the kernel: out of memory")
         if code > SIGNALLED:
-            return self._failure(code, f"was ended by {processes.name_of(code - SIGNALLED)}")
+            return self._failure(code, f"was ended by {processes.signal_name(code - SIGNALLED)}")
         return self._failure(code, f"ended with code {code}")
 
-    def _failure(self, code: int, what: str) -> Failure:
+    def _failure(self, code: int, reason: str) -> Failure:
         rank = self._heartbeat.status().rank
         rank = rank_in(os.environ) if rank is None else rank
-        return Failure(rank, int(code), what, self._last_beat.step, self._last_beat.phase)
+        return Failure(rank, int(code), reason, self._last_beat.step, self._last_beat.phase)
 
     # --------------------------------------------------------------------------------------------------- all ranks
 
     @property
     def _folder(self) -> Path | None:
-        """Where this life's causes and reports lie; known once the ranks have met."""
-        words = self._heartbeat.status()
-        return Path(words.run_dir) / LOGS / words.attempt if words.run_dir and words.attempt else None
+        """Log folder of this attempt; None until the process group is up."""
+        status = self._heartbeat.status()
+        return Path(status.run_dir) / LOGS / status.attempt if status.run_dir and status.attempt else None
 
     def _failure_of_other_rank(self) -> Failure | None:
-        """The cause that another rank's supervisor has written."""
-        if time.monotonic() < self._looked + _FAILURE_POLL_S:
+        """Poll for the failure that another rank's supervisor has recorded."""
+        if time.monotonic() < self._last_failure_poll + self._times.failure_poll_s:
             return None
-        self._looked = time.monotonic()
+        self._last_failure_poll = time.monotonic()
         return read_failure(self._folder) if self._folder else None
 
     def _wait_for_failure(self, within_s: float) -> Failure | None:
         deadline = time.monotonic() + within_s
         while self._folder is not None and time.monotonic() < deadline:
-            if cause := read_failure(self._folder):
-                return cause
-            time.sleep(_POLL_S / 5)
+            if failure := read_failure(self._folder):
+                return failure
+            time.sleep(self._times.poll_s / 5)
         return None
 
-    def _publish(self, cause: Failure) -> Failure:
-        """Write the cause, or take the one that is there already."""
+    def _record(self, failure: Failure) -> Failure:
+        """Write the failure, or return the one that is recorded already."""
         if self._folder is None:
-            return cause
+            return failure
         try:
-            return write_failure(self._folder, cause)
+            return write_failure(self._folder, failure)
         except OSError as error:
-            _print(f"the cause could not be written: {error}")
-            return cause
+            _print(f"failure.json was not written: {error}")
+            return failure
 
-    def _wait_for_reports(self, cause: Failure) -> None:
-        """Who waits for a rank that hung shows where, while it still hangs: asking it for its stack can wake it."""
-        words = self._heartbeat.status()
-        if cause.code == ExitCode.HUNG and cause.rank == words.rank and self._folder is not None:
-            self._collect_reports(words.world_size - 1)
+    def _wait_for_reports(self, failure: Failure) -> None:
+        """Let the other ranks report before this one, if it hung: a request for its stack can wake it up."""
+        status = self._heartbeat.status()
+        if failure.code == ExitCode.HUNG and failure.rank == status.rank and self._folder is not None:
+            self._collect_reports(status.world_size - 1)
 
     def _write_report(self) -> None:
-        """Write where this rank is, with the stacks of its threads."""
-        process = processes.state_of(self._child) if self._status is None else f"ended with {self._code}"
-        words, stacks = self._heartbeat.status(), self._dump_stacks()
-        if self._folder is None or words.rank is None:
-            _print(f"the rank's threads:\n{stacks}" if stacks else "the rank left no stack")
+        """Write the state of this rank, with the stacks of its threads."""
+        process = processes.process_state(self._child) if self._wait_status is None else f"ended with {self._code}"
+        status, stacks = self._heartbeat.status(), self._dump_stacks()
+        if self._folder is None or status.rank is None:
+            _print(f"threads of the rank:\n{stacks}" if stacks else "no stack of the rank")
             return
-        last_beat = time.time() - (time.monotonic() - self._last_beat.at)
-        report = RankReport(words.rank, self._last_beat.step, self._last_beat.phase, last_beat, process)
+        last_beat = time.time() - (time.monotonic() - self._last_beat.time)
+        report = RankReport(status.rank, self._last_beat.step, self._last_beat.phase, last_beat, process)
         with contextlib.suppress(OSError):
-            write_report(self._folder, report, details=f"{words.traceback}\n{stacks}")
+            write_report(self._folder, report, details=f"{status.traceback}\n{stacks}")
 
     def _dump_stacks(self) -> str:
-        """What the rank's threads were at: its last words where it crashed, else as it says when it is asked."""
-        if self._status is None and self._heartbeat.status().traceback == "":
+        """Return the stacks of the rank's threads, written by `faulthandler` at a crash or on SIGUSR2."""
+        if self._wait_status is None and self._heartbeat.status().traceback == "":
             processes.send_to_main_thread(self._child, signal.SIGUSR2)
-            processes.send(self._child, signal.SIGCONT)  # a process that somebody has stopped tells nothing
-            size, deadline = -1, time.monotonic() + 1.0
+            processes.send_signal(self._child, signal.SIGCONT)  # a stopped process handles no signal
+            size, deadline = -1, time.monotonic() + self._times.stack_s
+            # The dump is complete when the file has stopped growing.
             while time.monotonic() < deadline and (size <= 0 or size != os.fstat(self._stacks.fileno()).st_size):
                 size = os.fstat(self._stacks.fileno()).st_size
-                time.sleep(0.1)
+                time.sleep(self._times.stack_s / 10)
         return os.pread(self._stacks.fileno(), 1 << 20, 0).decode(errors="replace")
 
     def _end_rank(self) -> None:
-        for number, seconds in ((signal.SIGTERM, _TERM_S), (signal.SIGKILL, _TERM_S)):
-            if self._status is None:
-                processes.send(self._child, number)
-            deadline = time.monotonic() + seconds
-            while self._status is None and time.monotonic() < deadline:
-                self._has_ended(within_s=_POLL_S)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self._wait_status is None:
+                processes.send_signal(self._child, number)
+            deadline = time.monotonic() + self._times.term_s
+            while self._wait_status is None and time.monotonic() < deadline:
+                self._has_ended(within_s=self._times.poll_s)
 
-    def _print_summary(self, cause: Failure | None, code: int) -> None:
-        """Say what ended the run, on the rank it came from, and what the run's time went into, on rank 0."""
-        words = self._heartbeat.status()
-        if cause is not None and (words.rank is None or cause.rank == words.rank):
-            _print(f"{cause}: {describe(code)} (exit code {code})")
+    def _print_summary(self, failure: Failure | None, code: int) -> None:
+        """Print the failure on the rank it happened on, and the run's effective training time on rank 0."""
+        status = self._heartbeat.status()
+        if failure is not None and (status.rank is None or failure.rank == status.rank):
+            _print(f"{failure}: {describe(code)} (exit code {code})")
             if self._folder is not None:
-                for line in summary(self._collect_reports(words.world_size), world_size=words.world_size):
+                for line in summary(self._collect_reports(status.world_size), world_size=status.world_size):
                     _print(line)
                 _print(f"stacks of every rank: {self._folder}")
-        if words.rank == 0 and words.run_dir and words.attempt:
+        if status.rank == 0 and status.run_dir and status.attempt:
             with contextlib.suppress(OSError, ValueError):
-                attempts.close_attempt(Path(words.run_dir), attempt=words.attempt, code=code)
-                if known := attempts.read_attempts(Path(words.run_dir)):
-                    print(attempts.effective_time_line(known), flush=True)
+                attempts.close_attempt(Path(status.run_dir), attempt=status.attempt, code=code)
+                if records := attempts.read_attempts(Path(status.run_dir)):
+                    print(attempts.effective_time(records), flush=True)
 
     def _collect_reports(self, count: int) -> list[RankReport]:
-        """The reports of `count` ranks, as far as they come in time."""
+        """Return the reports of `count` ranks, or those that are there when the time is over."""
         assert self._folder is not None
-        deadline, found = time.monotonic() + _REPORTS_S, []
-        while len(found) < count and time.monotonic() < deadline:
-            found = read_reports(self._folder)
-            time.sleep(_POLL_S / 5)
-        return found
+        deadline, reports = time.monotonic() + self._times.reports_s, []
+        while len(reports) < count and time.monotonic() < deadline:
+            reports = read_reports(self._folder)
+            time.sleep(self._times.poll_s / 5)
+        return reports
 
 
 def _print(text: str) -> None:

@@ -1,4 +1,4 @@
-"""One cluster for all tests of this folder, and a run on it that nothing happens to."""
+"""A SLURM cluster for all tests of this folder, and an uninterrupted run on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.submissions import Submission
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests of this folder are `cluster` tests; they are skipped where SLURM is not installed."""
+    """Mark all tests of this folder as `cluster` tests; skip them where SLURM is not installed."""
     missing = missing_programs()
     for item in items:
         if Path(__file__).parent in item.path.parents:
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A cluster of two nodes, in a folder that munge's own user may enter."""
+    """A cluster of two nodes and a spare one, in a folder that munge's user can access."""
     folder = Path(tempfile.mkdtemp(prefix="pmlm-slurm-"))
     folder.chmod(0o755)
     try:
@@ -37,8 +37,8 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(autouse=True)
-def no_job_is_left(cluster: Cluster) -> Iterator[None]:
-    """Jobs of a test that failed do not run into the next one."""
+def end_jobs(cluster: Cluster) -> Iterator[None]:
+    """End the jobs of a failed test before the next one."""
     yield
     cluster.end_all_jobs()
 
@@ -50,9 +50,9 @@ def submit(cluster: Cluster, small_corpus: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
-def straight(submit: Submission, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a run over two nodes that nothing happened to."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
+def uninterrupted(submit: Submission, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an uninterrupted run over two nodes."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     job = submit.pretrain(run_dir)
     assert job.wait_for_end() == "COMPLETED", job.printed()
     assert job.restarts() == 0

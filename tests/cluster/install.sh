@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the test cluster is made of, from Debian: SLURM and munge. Does nothing where they are there already.
+# Install SLURM and munge for the test cluster, from Debian. Does nothing where they are installed.
 set -euo pipefail
 
 PATH=$PATH:/usr/sbin:/sbin
@@ -13,7 +13,7 @@ if ((EUID)) || ! command -v apt-get >/dev/null; then
     exit 1
 fi
 
-# Nothing of it is to run by itself: the tests start their own daemons, on their own ports, in their own folder.
+# Start no daemon at installation: the tests start their own, on their own ports, in their own folder.
 policy=/usr/sbin/policy-rc.d
 if [[ ! -e $policy ]]; then
     printf '#!/bin/sh\nexit 101\n' >"$policy"

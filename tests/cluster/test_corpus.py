@@ -1,4 +1,4 @@
-"""The shipped batch script prepares a corpus over two nodes, to the same bytes as one process does."""
+"""The batch script prepares a corpus over two nodes, equal byte for byte to that of one process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SETTINGS = ("--sequence-length", "32", "--shards", "4")
 
 
 def write_texts(folder: Path) -> str:
-    """Documents in several files; the pattern that finds them."""
+    """Write documents into several files and return their glob."""
     for number in range(4):
         documents = [
             " ".join(f"word{(number * 7 + document * 3 + i) % 90}" for i in range(60 + document))
@@ -29,7 +29,7 @@ def digests(corpus: Path) -> dict[str, str]:
     return {str(path.relative_to(corpus)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_two_nodes_write_what_one_process_writes(cluster: Cluster, tmp_path: Path):
+def test_corpus_of_two_nodes_equals_that_of_one_process(cluster: Cluster, tmp_path: Path):
     (tmp_path / "texts").mkdir()
     source = write_texts(tmp_path / "texts")
     command = ["-m", "pmlm_dist.cli", "prepare-corpus", "--source", source, "--vocabulary-size", "200", *SETTINGS]

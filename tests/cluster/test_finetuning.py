@@ -1,4 +1,4 @@
-"""The shipped batch script fine-tunes over two nodes."""
+"""The batch script fine-tunes over two nodes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fine_tune(cluster: Cluster, folder: Path, *arguments: str) -> Job:
     )
 
 
-def test_a_model_is_fine_tuned_over_two_nodes(cluster: Cluster, tmp_path: Path):
+def test_finetune_script_trains_over_two_nodes(cluster: Cluster, tmp_path: Path):
     job = fine_tune(cluster, tmp_path)
     assert job.wait_for_end() == "COMPLETED", job.printed()
     printed = job.printed()
@@ -53,7 +53,7 @@ def test_a_model_is_fine_tuned_over_two_nodes(cluster: Cluster, tmp_path: Path):
     assert job.restarts() == 0
 
 
-def test_a_fine_tuning_that_cannot_start_is_not_requeued(cluster: Cluster, tmp_path: Path):
+def test_finetune_job_with_invalid_setting_is_not_requeued(cluster: Cluster, tmp_path: Path):
     job = fine_tune(cluster, tmp_path, "--recipe.lr", "-1")
     assert job.wait_for_end() == "FAILED", job.printed()
     assert job.printed().count("recipe.lr (-1.0) must be positive") == 1

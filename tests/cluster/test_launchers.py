@@ -1,4 +1,4 @@
-"""Launchers that are told of two nodes otherwise than by srun learn the same as the shipped script."""
+"""Training over two nodes with other launchers equals that of the batch script."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.submissions import ROOT, SMALL, Submission, learned
+from support.submissions import ROOT, SMALL, Submission, step_scalars
 
 BESIDE_PYTHON = Path(sys.executable).parent
 STEPS = 5
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "deepspeed"])
-def test_other_launchers_train_over_the_same_two_nodes(
-    submit: Submission, straight: Path, tmp_path: Path, launcher: str
+def test_launcher_trains_over_two_nodes_like_the_batch_script(
+    submit: Submission, uninterrupted: Path, tmp_path: Path, launcher: str
 ):
     """mpirun in an allocation, and DeepSpeed's launcher with a hostfile (which starts the ranks through srun here)."""
     hostfile = tmp_path / "hostfile"
@@ -29,7 +29,7 @@ def test_other_launchers_train_over_the_same_two_nodes(
         ],
     }
     settings: list[str | Path] = ["--preset", "tiny", "--corpus", submit.corpus, "--run-dir", tmp_path / "run"]
-    submit.cluster.ask(
+    submit.cluster.run(
         *commands[launcher],
         ROOT / "train.py",
         *settings,
@@ -44,8 +44,8 @@ def test_other_launchers_train_over_the_same_two_nodes(
         },
         timeout_s=150,
     )
-    found, expected = learned(tmp_path / "run"), learned(straight)
-    assert list(found) == list(range(1, STEPS + 1))
-    for step in range(1, STEPS):  # the last one is validated, too
-        assert found[step] == expected[step]
-    assert found[STEPS]["train/total"] == expected[STEPS]["train/total"]
+    actual, expected = step_scalars(tmp_path / "run"), step_scalars(uninterrupted)
+    assert list(actual) == list(range(1, STEPS + 1))
+    for step in range(1, STEPS):  # the last step has validation scalars as well
+        assert actual[step] == expected[step]
+    assert actual[STEPS]["train/total"] == expected[STEPS]["train/total"]

@@ -1,16 +1,16 @@
-"""One run for all tests of this folder that nothing happens to."""
+"""An uninterrupted run, the reference of all tests of this folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from support.fault_jobs import straight_run
+from support.fault_jobs import uninterrupted_run
 
 from pmlm_dist.config import RunConfig
 
 
 @pytest.fixture(scope="session")
-def straight(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run on two ranks that nothing happens to."""
-    return straight_run(small_corpus, tmp_path_factory.mktemp("straight") / "run")
+def uninterrupted(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run on two ranks without any fault."""
+    return uninterrupted_run(small_corpus, tmp_path_factory.mktemp("uninterrupted") / "run")

@@ -1,4 +1,4 @@
-"""The link between two hosts goes down: two network name spaces, joined by a cable that a rank pulls."""
+"""Network cut between two hosts: two network namespaces, and a rank that sets their link down."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fault_jobs import Fault, check_recovered, live_on, small_run
+from support.fault_jobs import Fault, check_recovered, run_with_restarts, small_run
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.supervision.exit_codes import ExitCode
@@ -26,7 +26,7 @@ def ip(*arguments: str) -> None:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[list[str]]:
-    """Names of two network name spaces with a link between them: 10.213.0.1 and 10.213.0.2."""
+    """Create two network namespaces with a link between them, 10.213.0.1 and 10.213.0.2; yield their names."""
     names = [f"pmlm-{os.getpid()}-{side}" for side in "ab"]
     try:
         for name in names:
@@ -42,17 +42,17 @@ def two_hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
-class Enter:
-    """The process moves to a host, whose link is up."""
+class EnterHost:
+    """Move this process to the namespace of a host and set its link up."""
 
     def __init__(self, host: str):
         self.host = host
 
     def __call__(self) -> None:
-        place = os.open(f"/var/run/netns/{self.host}", os.O_RDONLY)
-        if ctypes.CDLL(None, use_errno=True).setns(place, _CLONE_NEWNET):
+        namespace = os.open(f"/var/run/netns/{self.host}", os.O_RDONLY)
+        if ctypes.CDLL(None, use_errno=True).setns(namespace, _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "setns")
-        os.close(place)
+        os.close(namespace)
         ip("link", "set", LINK, "up")
 
 
@@ -62,12 +62,12 @@ def cut() -> None:
 
 @pytest.mark.nightly
 @pytest.mark.fault("F13")
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2 for name spaces")
-def test_a_network_that_is_cut_is_a_hang_on_both_sides(small_corpus: Path, tmp_path: Path, straight: RunConfig):
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2 for namespaces")
+def test_network_cut_is_a_hang_on_both_sides(small_corpus: Path, tmp_path: Path, uninterrupted: RunConfig):
     config = small_run(small_corpus, tmp_path / "run")
     with two_hosts() as hosts:
-        moves = [Fault(Enter(host), rank=rank, step=0, again=True) for rank, host in enumerate(hosts)]
-        first, second = live_on(config, *moves, Fault(cut), MASTER_ADDR="10.213.0.1", GLOO_SOCKET_IFNAME=LINK)
+        moves = [Fault(EnterHost(host), rank=rank, step=0, every_attempt=True) for rank, host in enumerate(hosts)]
+        first, second = run_with_restarts(config, *moves, Fault(cut), MASTER_ADDR="10.213.0.1", GLOO_SOCKET_IFNAME=LINK)
     assert first.codes == [ExitCode.HUNG] * 2, first.printed
     assert second.codes == [0, 0], second.printed
-    check_recovered(config, straight)
+    check_recovered(config, uninterrupted)

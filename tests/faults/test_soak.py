@@ -1,6 +1,6 @@
-"""A bad month in minutes: faults of seven kinds in random order, at random steps, each 20 to 40 seconds after the last.
+"""Faults of seven kinds in random order at random steps, 20 to 40 seconds apart.
 
-`SOAK_MINUTES=30` makes it half an hour long, `make test-soak`; without it each kind strikes once.
+`SOAK_MINUTES` sets the duration, 30 in `make test-soak`; by default each kind is injected once.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from support.fault_jobs import (
     check_recovered,
     children_of,
     fail,
+    intercept_next_file,
     kill,
-    live_on,
     open_files,
-    paced,
+    run_with_restarts,
+    slow_steps,
     small_run,
     stop,
-    straight_run,
-    with_the_next_file,
+    uninterrupted_run,
 )
 
 from pmlm_dist.supervision.exit_codes import ExitCode
-from pmlm_dist.supervision.restart import Limits
+from pmlm_dist.supervision.restart import RestartLimits
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "3.5"))
-PACE_S = 0.25
-"""What a step takes at least: a restart takes as long as some dozen steps, so that faults come every 20 to 40 s."""
+STEP_S = 0.25
+"""Shortest step: a restart lasts some dozen steps, so that faults are 20 to 40 s apart."""
 GAP = (60, 120)
 EVERY = 10
 
 
 def kill_a_worker() -> None:
-    """F56: a process that loads data for this rank is gone."""
+    """F56: kill a loader process of this rank."""
     server, *_ = [pid for pid in children_of(os.getpid()) if children_of(pid)]
     os.kill(children_of(server)[0], signal.SIGKILL)
 
 
-def be_told_to_stop() -> None:
-    """F80: the signal that SLURM sends before the time limit."""
+def preempt() -> None:
+    """F80: send the signal of SLURM before the time limit."""
     os.kill(os.getpid(), signal.SIGUSR1)
 
 
@@ -57,28 +57,28 @@ def write_and_die(write: Callable[[], Any]) -> None:
     kill()
 
 
-def find_the_disk_full(_write: Callable[[], Any]) -> None:
+def raise_disk_full(_write: Callable[[], Any]) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def kill_amid_a_save() -> None:
-    """F20: when its own file is there, and nothing that says so."""
-    with_the_next_file(write_and_die)
+def kill_during_save() -> None:
+    """F20: kill this rank after its checkpoint file is written and before it is reported."""
+    intercept_next_file(write_and_die)
 
 
 def fill_the_disk() -> None:
-    """F28: one checkpoint is lost, the training goes on."""
-    with_the_next_file(find_the_disk_full)
+    """F28: lose one checkpoint; the training continues."""
+    intercept_next_file(raise_disk_full)
 
 
 KINDS = {
     "F01": kill,
     "F02": fail,
     "F03": stop,
-    "F20": kill_amid_a_save,
+    "F20": kill_during_save,
     "F28": fill_the_disk,
     "F56": kill_a_worker,
-    "F80": be_told_to_stop,
+    "F80": preempt,
 }
 
 
@@ -90,38 +90,42 @@ CODES = {
     "F56": ExitCode.FAILED,
     "F80": ExitCode.PREEMPTED,
 }
-"""What they end a life with; a full disk ends none."""
+"""Exit code of the attempt by fault; a full disk does not end it."""
 
 
-def drawn(dice: random.Random, *, minutes: float) -> list[tuple[str, Fault]]:
-    """Two faults a minute: all kinds in random order, then all again."""
-    deck, step, found = [], 0, []
-    while len(found) < 2 * minutes:
+def draw_faults(dice: random.Random, *, minutes: float) -> list[tuple[str, Fault]]:
+    """Draw two faults a minute: all kinds in random order, then all again."""
+    deck, step, faults = [], 0, []
+    while len(faults) < 2 * minutes:
         deck = deck or dice.sample(sorted(KINDS), len(KINDS))
         step += dice.randint(*GAP)
         name = deck.pop()
-        found.append((name, Fault(KINDS[name], rank=dice.randrange(2), step=step)))
-    return found
+        faults.append((name, Fault(KINDS[name], rank=dice.randrange(2), step=step)))
+    return faults
 
 
 @pytest.mark.nightly
 @pytest.mark.fault("F91")
-def test_a_month_of_mixed_faults(small_corpus: Path, tmp_path: Path, record_property: Callable[[str, object], None]):
-    faults = drawn(random.Random(1), minutes=MINUTES)
+def test_mixed_faults_in_random_order_change_no_step(
+    small_corpus: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+):
+    faults = draw_faults(random.Random(1), minutes=MINUTES)
     steps = faults[-1][1].step + EVERY
     size = {"steps": steps, "every": EVERY}
-    undisturbed = straight_run(small_corpus, tmp_path / "straight", within_s=60 * MINUTES, **size)
+    reference = uninterrupted_run(small_corpus, tmp_path / "uninterrupted", within_s=60 * MINUTES, **size)
     config = small_run(small_corpus, tmp_path / "run", **size)
     config = replace(config, data=replace(config.data, workers=1))
-    began, limits = time.monotonic(), Limits(failures=10_000, idle_preemptions=3)
-    attempts = live_on(config, *paced(PACE_S), *(fault for _, fault in faults), limits=limits, within_s=600)
-    seconds = time.monotonic() - began
+    start_time, limits = time.monotonic(), RestartLimits(failures=10_000, preemptions_without_progress=3)
+    attempts = run_with_restarts(
+        config, *slow_steps(STEP_S), *(fault for _, fault in faults), limits=limits, within_s=600
+    )
+    seconds = time.monotonic() - start_time
     expected = [CODES[name] for name, _ in faults if name in CODES]
     assert [max(attempt.codes) for attempt in attempts] == [*expected, ExitCode.DONE]
     assert sum(attempt.printed.count("was not written (") for attempt in attempts) == [
         name for name, _ in faults
     ].count("F28")
-    redone = check_recovered(config, undisturbed)
+    repeated = check_recovered(config, reference)
     for counts in open_files(config).values():
         assert max(counts[EVERY:], default=0) <= max(counts[:EVERY]) + 2, counts
-    record_property("lost", f"{len(faults)} faults in {seconds / 60:.0f} min, {redone} of {steps} steps done again")
+    record_property("lost", f"{len(faults)} faults in {seconds / 60:.0f} min, {repeated} of {steps} steps repeated")

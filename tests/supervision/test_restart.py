@@ -1,4 +1,4 @@
-"""What a run's time went into, and whether it is started again: pure rules, and the loop around a launcher."""
+"""Effective training time, the restart rule, and the restart loop around a launcher."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import pytest
 
 from pmlm_dist.metrics.stragglers import RankTimes, Stragglers
 from pmlm_dist.supervision import attempts, restart
-from pmlm_dist.supervision.attempts import AttemptLog, best_interval, effective_time_line, read_attempts
+from pmlm_dist.supervision.attempts import AttemptLog, best_interval, effective_time, read_attempts
 from pmlm_dist.supervision.exit_codes import ExitCode, RestartPolicy
-from pmlm_dist.supervision.restart import History, Limits, decide_restart
+from pmlm_dist.supervision.restart import RestartHistory, RestartLimits, decide_restart
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 def lines(*events: tuple[str, float, int, float]) -> list[dict[str, object]]:
-    """Lines of a life: event, time, step, seconds of training so far."""
+    """Lines of an attempt: event, time, step, seconds of training so far."""
     return [
-        {"event": event, "time": at, "step": step, "began": at, "attempt": f"{at}", "world_size": 2, "every": 5}
-        | {"useful_s": useful_s, "stalled_s": 1.0, "code": 0}
+        {"event": event, "time": at, "step": step, "start_time": at, "attempt": f"{at}", "world_size": 2}
+        | {"checkpoint_every": 5, "useful_s": useful_s, "stalled_s": 1.0, "code": 0}
         for event, at, step, useful_s in events
     ]
 
@@ -36,33 +36,33 @@ def write(run_dir: Path, facts: list[dict[str, object]]) -> Path:
 
 
 @pytest.mark.fault("F70")
-def test_only_steps_that_are_gone_on_from_count(tmp_path: Path):
-    """100 s of training until step 10, saved at 5 (50 s) and 10; then a life that gains nothing; then one from 5 on."""
+def test_effective_time_counts_only_steps_that_were_resumed_from(tmp_path: Path):
+    """100 s until step 10, saved at 5 (50 s) and 10; an attempt without progress; one that resumes from step 5."""
     facts = lines(
         *[("start", 0, 0, 0), ("save", 70, 5, 50), ("save", 130, 10, 100)],
         *[("start", 200, 10, 0)],
         *[("start", 300, 5, 0), ("save", 370, 10, 60), ("end", 500, 20, 170)],
     )
-    found = effective_time_line(read_attempts(write(tmp_path, facts)))
-    assert found.useful_s == 50 + 170
-    assert (found.whole_s, found.starts, found.failures) == (500, 3, 2)
-    assert found.share == pytest.approx(0.44)
-    assert found.steps == 20
-    assert found.save_s == pytest.approx(2 / 3)
-    said = str(found)
-    assert "effective training time 44.0% of 500 s since the first of 3 starts (2 unexpected ends)" in said
+    effective = effective_time(read_attempts(write(tmp_path, facts)))
+    assert effective.useful_s == 50 + 170
+    assert (effective.total_s, effective.attempts, effective.failures) == (500, 3, 2)
+    assert effective.fraction == pytest.approx(0.44)
+    assert effective.steps == 20
+    assert effective.save_s == pytest.approx(2 / 3)
+    line = str(effective)
+    assert "effective training time: 44.0% of 500 s in 3 attempts (2 failures)" in line
     interval = math.sqrt(2 * 2 / 3 * 250)
-    assert f"one every {interval:.0f} s ({round(interval / 11)} steps) loses least (now every 5 steps)" in said
+    assert f"one every {interval:.0f} s ({round(interval / 11)} steps) loses least (now every 5 steps)" in line
 
 
-def test_the_time_after_an_end_by_hand_does_not_count(tmp_path: Path):
+def test_effective_time_excludes_the_pause_after_a_stop_by_hand(tmp_path: Path):
     facts = lines(("start", 0, 0, 0), ("save", 90, 5, 80), ("end", 100, 5, 80))
     facts += lines(("start", 9_100, 5, 0), ("end", 9_200, 9, 90))
-    found = effective_time_line(read_attempts(write(tmp_path, facts)))
-    assert (found.useful_s, found.whole_s, found.failures) == (170, 200, 0)
+    effective = effective_time(read_attempts(write(tmp_path, facts)))
+    assert (effective.useful_s, effective.total_s, effective.failures) == (170, 200, 0)
 
 
-def test_torn_lines_are_passed_over_and_ends_are_corrected(tmp_path: Path):
+def test_cut_lines_are_skipped_and_wrong_exit_codes_corrected(tmp_path: Path):
     log = AttemptLog(tmp_path, attempt="a", world_size=2, every=5, enabled=True)
     log.started(0)
     log.saved(5, useful_s=3.0, stalled_s=0.5)
@@ -77,7 +77,7 @@ def test_torn_lines_are_passed_over_and_ends_are_corrected(tmp_path: Path):
     assert len(read_attempts(tmp_path)) == 1
 
 
-def test_the_best_interval_loses_least():
+def test_best_interval_loses_least():
     def lost(interval: float) -> float:
         return 3.0 / interval + interval / 2 / 5000.0
 
@@ -88,43 +88,47 @@ def test_the_best_interval_loses_least():
 # ------------------------------------------------------------------------------------------------------------ the rule
 
 
-def codes_survived(*lives_of_job: tuple[int, int], limits: Limits) -> list[bool]:
-    """Whether the run goes on after each (code, newest step)."""
-    history, goes_on = History(), []
-    for code, step in lives_of_job:
+def restarts(*attempts_of_job: tuple[int, int], limits: RestartLimits) -> list[bool]:
+    """Whether the run is restarted after each (exit code, newest step)."""
+    history, restarted = RestartHistory(), []
+    for code, step in attempts_of_job:
         decision = decide_restart(history, code=code, step=step, limits=limits)
         history = decision.history
-        goes_on.append(decision.reason_to_stop is None)
-    return goes_on
+        restarted.append(decision.reason_to_stop is None)
+    return restarted
 
 
 @pytest.mark.fault("F15", "F86")
 @pytest.mark.parametrize("code", [1, 80, 137, 139])
-def test_failures_are_bounded_and_must_gain_steps(code: int):
-    limits = Limits(failures=3)
-    assert codes_survived((code, 0), (code, 0), limits=limits) == [True, False]
-    assert codes_survived((code, 5), (code, 9), (code, 12), (code, 20), limits=limits) == [True, True, True, False]
+def test_failures_are_limited_and_need_progress(code: int):
+    limits = RestartLimits(failures=3)
+    assert restarts((code, 0), (code, 0), limits=limits) == [True, False]
+    assert restarts((code, 5), (code, 9), (code, 12), (code, 20), limits=limits) == [True, True, True, False]
 
 
 @pytest.mark.fault("F86")
 @pytest.mark.parametrize("code", [code for code in ExitCode if code.restart is RestartPolicy.NEVER])
-def test_what_would_only_happen_again_ends_the_run(code: ExitCode):
-    assert codes_survived((code, 50), limits=Limits()) == [False]
+def test_deterministic_failure_is_not_restarted(code: ExitCode):
+    assert restarts((code, 50), limits=RestartLimits()) == [False]
 
 
-def test_want_of_memory_is_tried_once_more_in_a_row():
-    assert codes_survived((81, 5), (81, 9), limits=Limits()) == [True, False]
-    assert codes_survived((81, 5), (75, 9), (81, 12), limits=Limits()) == [True, True, True]
+def test_out_of_memory_is_restarted_once_in_a_row():
+    assert restarts((81, 5), (81, 9), limits=RestartLimits()) == [True, False]
+    assert restarts((81, 5), (75, 9), (81, 12), limits=RestartLimits()) == [True, True, True]
 
 
-def test_being_told_to_stop_is_no_failure():
-    told = [(75, step) for step in range(20)]
-    assert codes_survived(*told, limits=Limits(failures=0)) == [True] * 20
-    assert codes_survived((75, 3), (75, 3), (75, 3), limits=Limits(idle_preemptions=2)) == [True, True, False]
+def test_preemption_is_no_failure():
+    preempted = [(75, step) for step in range(20)]
+    assert restarts(*preempted, limits=RestartLimits(failures=0)) == [True] * 20
+    assert restarts((75, 3), (75, 3), (75, 3), limits=RestartLimits(preemptions_without_progress=2)) == [
+        True,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.fault("F86")
-def test_the_document_shows_the_table_of_exit_codes():
+def test_operations_document_has_the_table_of_exit_codes():
     text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     for code in ExitCode:
         assert f"| {int(code)} | {code.meaning} | {code.restart.value} |" in text
@@ -138,14 +142,14 @@ number = len(list(run_dir.glob("attempt-*")))
 (run_dir / "checkpoints" / f"step-{{number:08d}}").mkdir(parents=True)
 time.sleep({seconds})
 with (run_dir / "attempts.jsonl").open("a") as out:
-    out.write(json.dumps(dict(event="start", attempt=str(number), began=time.time(), time=time.time(), step=number,
-                              world_size=1, every=1)) + "\\n")
+    out.write(json.dumps(dict(event="start", attempt=str(number), start_time=time.time(), time=time.time(), step=number,
+                              world_size=1, checkpoint_every=1)) + "\\n")
     out.write(json.dumps(dict(event="end", time=time.time(), step=number, useful_s=1, code={codes}[number])) + "\\n")
 sys.exit(1 if {codes}[number] else 0)
 """
 
 
-def loop(run_dir: Path, *, codes: list[int], seconds: float = 0.0) -> subprocess.Popen[str]:
+def start_loop(run_dir: Path, *, codes: list[int], seconds: float = 0.0) -> subprocess.Popen[str]:
     code = LAUNCHER.format(run_dir=str(run_dir), codes=codes, seconds=seconds)
     command = [
         sys.executable,
@@ -161,21 +165,21 @@ def loop(run_dir: Path, *, codes: list[int], seconds: float = 0.0) -> subprocess
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_the_loop_goes_on_by_the_codes_of_the_ranks_that_launchers_lose(tmp_path: Path):
-    process = loop(tmp_path, codes=[75, 137, 1, 0])
+def test_loop_restarts_by_the_exit_codes_of_ranks(tmp_path: Path):
+    process = start_loop(tmp_path, codes=[75, 137, 1, 0])
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed
     assert len(list(tmp_path.glob("attempt-*"))) == 4
     assert [line.split("exit code ")[1] for line in printed.splitlines()] == [
-        "75 at step 0: going on",
-        "137 at step 1: going on",
-        "1 at step 2: going on",
+        "75 at step 0: restarting",
+        "137 at step 1: restarting",
+        "1 at step 2: restarting",
     ]
     assert not list(tmp_path.glob(".restarts*"))
 
 
-def test_a_loop_that_is_told_to_stop_starts_nothing_again(tmp_path: Path):
-    process = loop(tmp_path, codes=[75, 0], seconds=20)
+def test_loop_does_not_restart_after_a_signal(tmp_path: Path):
+    process = start_loop(tmp_path, codes=[75, 0], seconds=20)
     deadline = time.monotonic() + 20
     while not list(tmp_path.glob("attempt-*")):
         assert time.monotonic() < deadline
@@ -186,7 +190,7 @@ def test_a_loop_that_is_told_to_stop_starts_nothing_again(tmp_path: Path):
     assert len(list(tmp_path.glob("attempt-*"))) == 1
 
 
-def test_the_newest_step_counts_finished_checkpoints_alone(tmp_path: Path):
+def test_newest_step_ignores_unfinished_checkpoints(tmp_path: Path):
     assert restart.newest_step(tmp_path) == 0
     for name in ("step-00000009", "step-00000080.tmp-abc", "latest"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -201,7 +205,7 @@ def times(own_s: float) -> RankTimes:
 
 
 @pytest.mark.fault("F14")
-def test_a_rank_is_named_when_it_is_slow_three_times_in_a_row():
+def test_rank_slow_three_times_in_a_row_is_a_straggler():
     stragglers = Stragglers(ratio=1.5)
     slow = [times(1.0), times(1.1), times(2.0), times(0.9)]
     even = [times(1.0)] * 4
@@ -209,6 +213,6 @@ def test_a_rank_is_named_when_it_is_slow_three_times_in_a_row():
     assert stragglers.check([times(1.0)]) == []
 
 
-def test_a_difference_that_nobody_waits_for_is_none():
+def test_small_difference_is_no_straggler():
     stragglers = Stragglers(ratio=1.5)
     assert not [name for _ in range(5) for name in stragglers.check([times(0.01), times(0.1)])]

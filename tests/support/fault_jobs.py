@@ -1,8 +1,10 @@
-"""Jobs of supervised ranks that faults happen to, and what must hold of a run that they were part of.
+"""Jobs of supervised ranks with injected faults, and the check that a run has recovered from them.
 
-A job is what a launcher starts: the ranks of one life, each below its supervisor as in train.py, forked from the
-server of support/worlds.py so that a start takes a second. What follows its end is decided by the rule that the batch
-scripts use (supervision/restart.py). A fault is planted in one rank's training loop and strikes once, at a step.
+    Fault(kill, rank=1, step=7)  --run_with_restarts-->  attempt 1, attempt 2, ...  --check_recovered-->  bit-exact
+
+A job is what a launcher starts: the ranks of one attempt, each below its supervisor as in train.py, forked from the
+server of support/worlds.py so that a start takes a second. The rule of the batch scripts (supervision/restart.py)
+decides on restarts. A fault is injected into one rank's training loop, once, at a step.
 """
 
 from __future__ import annotations
@@ -15,39 +17,41 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pmlm_dist.config import RunConfig, WatchdogConfig
 from pmlm_dist.metrics.run_log import read_metrics
 from pmlm_dist.supervision.attempts import AttemptRecord, read_attempts
-from pmlm_dist.supervision.restart import Decision, History, Limits, decide_restart, newest_step
+from pmlm_dist.supervision.restart import RestartHistory, RestartLimits, decide_restart, newest_step
 from support import worlds
 from support.small_runs import run_config, with_train
 
 RANKS = 2
 STEPS, EVERY = 20, 5
 LIMIT_S = 6.0
-"""How long a rank may be silent here: long for a step of milliseconds, also on a busy machine."""
+"""Limit of every phase but start-up: long for a step of milliseconds, also on a busy machine."""
+DUPLICATE_S = 0.3
+"""Signals this soon after the first repeat the same request."""
 IDS = "ids.jsonl"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that happens to `rank` when it begins `step`, or the first one after it."""
+    """A function that `rank` calls at the start of `step`, or of the first step after it."""
 
-    strike: Callable[[], Any]
+    inject: Callable[[], Any]
     rank: int = 1
     step: int = 7
-    again: bool = False
-    """Strike in every life, not in the first alone."""
+    every_attempt: bool = False
+    """Inject it in every attempt, not in the first alone."""
 
 
 def small_run(
     corpus: Path, run_dir: Path, *, steps: int = STEPS, every: int = EVERY, log_every: int = 1, **engine: Any
 ) -> RunConfig:
-    """A run with short limits and a checkpoint every few steps."""
+    """Return the settings of a run with short limits and a checkpoint every few steps."""
     config = run_config(corpus, run_dir, steps=steps, micro_batch=2, **engine)
     config = with_train(config, checkpoint_every=every, log_every=log_every)
     limits = dict.fromkeys(("data_s", "step_s", "save_s", "validation_s"), LIMIT_S)
@@ -58,40 +62,43 @@ def small_run(
 
 
 def rank_of_job(config: RunConfig, faults: Sequence[Fault], environ: dict[str, str], log: str) -> None:
-    """A supervised rank; ends its process with the supervisor's code. Everything it prints goes to `log`."""
+    """Run a supervised rank and exit with the supervisor's code. All output goes to `log`."""
     import torch
 
-    from pmlm_dist.supervision.supervisor import run_supervised
+    from pmlm_dist.supervision.supervisor import SupervisorTimes, run_supervised
 
     torch.set_num_threads(1)
     os.environ.update(environ)
     with open(log, "ab", buffering=0) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    code = run_supervised(lambda heartbeat: _train(config, faults, heartbeat))
+    # Reports may take long on a busy machine; a hung rank that is resumed before them changes the other stacks.
+    times = SupervisorTimes(poll_s=0.1, failure_poll_s=0.3, reports_s=15.0)
+    code = run_supervised(lambda heartbeat: _train(config, faults, heartbeat), times=times)
     os._exit(code)
 
 
 def _train(config: RunConfig, faults: Sequence[Fault], heartbeat: Any) -> int:
-    """As train.py's `main`, with the faults planted and the ids of every step's samples written down."""
+    """Train as train.py does, with injected faults and a record of the sample ids of every step."""
     from pmlm_dist.config import ConfigError
     from pmlm_dist.supervision.run_lock import FolderInUse
-    from pmlm_dist.supervision.signals import Stopped, StopSignals
+    from pmlm_dist.supervision.signals import SignalTimes, Stopped, StopSignals
     from pmlm_dist.training import loop
     from pmlm_dist.training.run import pretrain
 
     rank, step = int(os.environ["RANK"]), loop.train_step
-    waiting = [fault for fault in faults if fault.rank == rank]
-    signals = StopSignals()
+    pending = [fault for fault in faults if fault.rank == rank]
+    signals = StopSignals(times=SignalTimes(duplicate_s=DUPLICATE_S))
     signals.install()
-    _strike(config, waiting, step=0)
+    _inject_due(config, pending, step=0)
 
-    def watched(job: Any, engine: Any, micro_batches: Any, state: Any, stopwatch: Any) -> Any:
-        _write_ids(config, rank, state.step + 1, micro_batches)
-        _strike(config, waiting, step=state.step + 1)
-        return step(job, engine, micro_batches, state, stopwatch)
+    def step_with_faults(run: Any, engine: Any, batches: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        held = list(batches)
+        _write_ids(config, rank, state.step + 1, held)
+        _inject_due(config, pending, step=state.step + 1)
+        return step(run, engine, iter(held), state, *args, **kwargs)
 
-    loop.train_step = watched
+    loop.train_step = step_with_faults
     try:
         pretrain(config, signals, heartbeat)
     except Stopped as stopped:
@@ -102,15 +109,15 @@ def _train(config: RunConfig, faults: Sequence[Fault], heartbeat: Any) -> int:
     return 0
 
 
-def _strike(config: RunConfig, waiting: list[Fault], *, step: int) -> None:
-    """Let strike what is due; of what strikes in one life alone a file is left."""
-    for fault in [fault for fault in waiting if fault.step <= step]:
-        waiting.remove(fault)
-        struck = config.run_dir / f".struck-{fault.rank}-{fault.step}"
-        if fault.again or not struck.exists():
-            struck.parent.mkdir(parents=True, exist_ok=True)
-            struck.touch()
-            fault.strike()
+def _inject_due(config: RunConfig, pending: list[Fault], *, step: int) -> None:
+    """Inject the faults that are due; a marker file keeps a fault from a second attempt."""
+    for fault in [fault for fault in pending if fault.step <= step]:
+        pending.remove(fault)
+        injected = config.run_dir / f".injected-{fault.rank}-{fault.step}"
+        if fault.every_attempt or not injected.exists():
+            injected.parent.mkdir(parents=True, exist_ok=True)
+            injected.touch()
+            fault.inject()
 
 
 def _write_ids(config: RunConfig, rank: int, step: int, batches: list[Any]) -> None:
@@ -121,8 +128,8 @@ def _write_ids(config: RunConfig, rank: int, step: int, batches: list[Any]) -> N
     ]
     open_files = len(os.listdir("/proc/self/fd"))
     with (config.run_dir / IDS).open("a") as lines:
-        told = {"rank": rank, "step": step, "samples": samples, "pid": os.getpid(), "open_files": open_files}
-        lines.write(json.dumps(told) + "\n")
+        facts = {"rank": rank, "step": step, "samples": samples, "pid": os.getpid(), "open_files": open_files}
+        lines.write(json.dumps(facts) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------- jobs
@@ -130,20 +137,19 @@ def _write_ids(config: RunConfig, rank: int, step: int, batches: list[Any]) -> N
 
 @dataclass
 class Job:
-    """One life of a run: its supervisors' processes."""
+    """One attempt of a run: the processes of its supervisors."""
 
     config: RunConfig
     processes: list[Any]
     log: Path
-    began: float = field(default_factory=time.monotonic)
 
     @property
     def printed(self) -> str:
-        """What supervisors and ranks have printed so far."""
+        """Output of supervisors and ranks so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def wait(self, *, within_s: float = 60.0) -> list[int]:
-        """The codes of the supervisors, by rank."""
+        """Return the exit codes of the supervisors, by rank."""
         deadline = time.monotonic() + within_s
         for process in self.processes:
             process.join(timeout=max(0.0, deadline - time.monotonic()))
@@ -159,19 +165,19 @@ class Job:
             time.sleep(0.02)
 
     def rank_processes(self) -> dict[int, int]:
-        """The process of each rank, below its supervisor."""
+        """Return the process of each rank, below its supervisor."""
         below = {rank: children_of(process.pid) for rank, process in enumerate(self.processes)}
         return {rank: children[0] for rank, children in below.items() if children}
 
     def end(self) -> None:
-        """Kill what is left; the ranks go with their supervisors."""
+        """Kill the remaining supervisors; their ranks die with them."""
         for process in self.processes:
             process.kill()
             process.join()
 
 
 def start(config: RunConfig, *faults: Fault, log: Path | None = None, ranks: int = RANKS, **environ: str) -> Job:
-    """Start a life of the run that `config` describes."""
+    """Start an attempt of the run of `config`."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     log = log or config.run_dir.parent / f"{config.run_dir.name}-{time.monotonic_ns()}.log"
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(worlds.free_port()), **environ}
@@ -185,8 +191,8 @@ def start(config: RunConfig, *faults: Fault, log: Path | None = None, ranks: int
 
 
 @contextlib.contextmanager
-def started(config: RunConfig, *faults: Fault, **settings: Any) -> Iterator[Job]:
-    """A job that is ended in any case."""
+def running_job(config: RunConfig, *faults: Fault, **settings: Any) -> Iterator[Job]:
+    """A job that is killed at the end of the block."""
     job = start(config, *faults, **settings)
     try:
         yield job
@@ -195,58 +201,56 @@ def started(config: RunConfig, *faults: Fault, **settings: Any) -> Iterator[Job]
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A life that is over."""
+class AttemptResult:
+    """An attempt that has ended."""
 
     codes: list[int]
-    seconds: float
     printed: str
 
 
-def live(config: RunConfig, *faults: Fault, within_s: float = 60.0, **settings: Any) -> Ended:
-    """One life, from its start to its end, with nothing left of it."""
+def run_attempt(config: RunConfig, *faults: Fault, within_s: float = 60.0, **settings: Any) -> AttemptResult:
+    """Run one attempt to its end; it must leave no shared memory."""
     before = shared_memory()
-    with started(config, *faults, **settings) as job:
+    with running_job(config, *faults, **settings) as job:
         codes = job.wait(within_s=within_s)
-        ended = Ended(codes, time.monotonic() - job.began, job.printed)
+        result = AttemptResult(codes, job.printed)
     assert shared_memory() <= before
-    return ended
+    return result
 
 
-def live_on(config: RunConfig, *faults: Fault, limits: Limits | None = None, **settings: Any) -> list[Ended]:
-    """Life after life, as long as the rule of the batch scripts says so."""
-    history, attempts = History(), []
+def run_with_restarts(
+    config: RunConfig, *faults: Fault, limits: RestartLimits | None = None, **settings: Any
+) -> list[AttemptResult]:
+    """Run attempts until the restart rule of the batch scripts stops the run."""
+    history, attempts = RestartHistory(), []
     while True:
-        attempts.append(live(config, *faults, **settings))
-        decision = follows(config, history, attempts[-1], limits=limits)
+        attempts.append(run_attempt(config, *faults, **settings))
+        code = max(attempts[-1].codes)  # as srun does
+        decision = decide_restart(
+            history, code=code, step=newest_step(config.run_dir), limits=limits or RestartLimits()
+        )
         if decision.reason_to_stop is not None:
             return attempts
         history = decision.history
 
 
-def follows(config: RunConfig, history: History, ended: Ended, *, limits: Limits | None = None) -> Decision:
-    """What the batch scripts would do; srun gives them the largest code of the ranks."""
-    step = newest_step(config.run_dir)
-    return decide_restart(history, code=max(ended.codes), step=step, limits=limits or Limits())
-
-
 def children_of(pid: int) -> list[int]:
-    """Processes that `pid` is the parent of."""
-    found = []
+    """Return the children of process `pid`."""
+    children = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             if entry.read_text(errors="replace").rpartition(")")[2].split()[1] == str(pid):
-                found.append(int(entry.parent.name))
-    return found
+                children.append(int(entry.parent.name))
+    return children
 
 
 def descendants_of(pid: int) -> list[int]:
-    """Children, their children, and so on."""
-    return [found for child in children_of(pid) for found in (child, *descendants_of(child))]
+    """Return the children, their children, and so on."""
+    return [below for child in children_of(pid) for below in (child, *descendants_of(child))]
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is such a process; one that has ended and that nobody has asked about is not."""
+    """Return True for a process that exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -254,123 +258,129 @@ def is_alive(pid: int) -> bool:
 
 
 def shared_memory() -> set[str]:
-    """What lies in /dev/shm that torch or multiprocessing of this user made."""
+    """Return the files in /dev/shm of torch and multiprocessing."""
     pattern = re.compile(r"torch_|sem\.mp|nccl|__KMP|psm_")
     return {path.name for path in Path("/dev/shm").iterdir() if pattern.match(path.name)}
 
 
-# ---------------------------------------------------------------------------------------------------------- what holds
+# -------------------------------------------------------------------------------------------------------------- checks
 
 
 @dataclass(frozen=True)
-class Learned:
-    """What a run did, step by step; where a step was done again the last time counts."""
+class Trajectory:
+    """Scalars and samples of a run by step; of a repeated step those of the last time."""
 
     scalars: dict[int, dict[str, float]]
     samples: dict[tuple[int, int], list[list[int]]]
     """By (rank, step)."""
 
 
-def learned(config: RunConfig) -> Learned:
-    """What the run in `config.run_dir` did."""
+def trajectory(config: RunConfig) -> Trajectory:
+    """Return the trajectory of the run in `config.run_dir`."""
     scalars = {
-        step: {name: value for name, value in found.items() if name.startswith(("train/", "validation/"))}
-        for step, found in read_metrics(config.run_dir).items()
+        step: {name: value for name, value in values.items() if name.startswith(("train/", "validation/"))}
+        for step, values in read_metrics(config.run_dir).items()
     }
     samples: dict[tuple[int, int], list[list[int]]] = {}
     for line in (config.run_dir / IDS).read_text().splitlines():
         facts = json.loads(line)
         samples[facts["rank"], facts["step"]] = facts["samples"]
-    return Learned(scalars, samples)
+    return Trajectory(scalars, samples)
 
 
-def check_recovered(config: RunConfig, straight: RunConfig) -> int:
-    """That a run ended as one that nothing happened to, bit for bit; how many steps were done twice.
+def check_recovered(config: RunConfig, uninterrupted: RunConfig) -> int:
+    """Check that a run equals an uninterrupted one, bit for bit; return the number of repeated steps.
 
-    Also that no sample was lost or read twice, that no half-written checkpoint and no lock is left, and that each life
-    did no more steps again than lie between two checkpoints, with those that were trained while one was being written.
+    Also: no sample is lost or read twice, no temporary checkpoint and no lock is left, and each attempt repeats at most
+    the steps between two checkpoints plus those trained while one was being written.
     """
     assert json.loads((config.run_dir / "COMPLETE").read_text())["step"] == config.train.steps
-    assert learned(config) == learned(straight)
-    redone = steps_redone(config)
-    assert all(0 <= steps < 2 * config.train.checkpoint_every for steps in redone), redone
+    assert trajectory(config) == trajectory(uninterrupted)
+    repeated = steps_repeated(config)
+    assert all(0 <= steps < 2 * config.train.checkpoint_every for steps in repeated), repeated
     left = [path.name for path in config.run_dir.rglob("*") if ".tmp" in path.name or path.name.startswith(".lock")]
     assert not left
-    return sum(redone)
+    return sum(repeated)
 
 
-def steps_redone(config: RunConfig) -> list[int]:
-    """Steps that each life after the first did again: those the one before had done, less what it goes on from."""
-    begun: list[int] = []
+def steps_repeated(config: RunConfig) -> list[int]:
+    """Return for each attempt after the first the steps that it repeated after it had resumed."""
+    steps: list[int] = []
     attempts: list[AttemptRecord] = read_attempts(config.run_dir)
     for line in (config.run_dir / IDS).read_text().splitlines():
         facts = json.loads(line)
-        if facts["rank"] == 0 and (not begun or facts["step"] != begun[-1]):
-            begun.append(facts["step"])
-    restarts = [place for place in range(1, len(begun)) if begun[place] <= begun[place - 1]]
+        if facts["rank"] == 0 and (not steps or facts["step"] != steps[-1]):
+            steps.append(facts["step"])
+    restarts = [i for i in range(1, len(steps)) if steps[i] <= steps[i - 1]]
     assert len(restarts) <= len(attempts)
-    return [begun[place - 1] - begun[place] for place in restarts]
+    return [steps[i - 1] - steps[i] for i in restarts]
+
+
+def report_text(config: RunConfig, rank: int) -> str:
+    """Return the report on `rank` of the first attempt that failed."""
+    folder = min((config.run_dir / "logs").iterdir(), key=lambda path: path.stat().st_mtime)
+    return (folder / f"rank-{rank:05d}.txt").read_text()
 
 
 def open_files(config: RunConfig) -> dict[int, list[int]]:
-    """How many files each process that was a rank held open, step by step."""
-    found: dict[int, list[int]] = {}
+    """Return the number of open files of each rank process, by step."""
+    counts: dict[int, list[int]] = {}
     for line in (config.run_dir / IDS).read_text().splitlines():
         facts = json.loads(line)
-        found.setdefault(facts["pid"], []).append(facts["open_files"])
-    return found
+        counts.setdefault(facts["pid"], []).append(facts["open_files"])
+    return counts
 
 
 def kill() -> None:
-    """The process is gone, as by `kill -9`."""
+    """End this process, as by `kill -9`."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def stop() -> None:
-    """The process stands still, as by `kill -STOP`."""
+    """Stop this process, as by `kill -STOP`."""
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def fail() -> None:
-    """The process meets a fault of the program."""
+    """Raise an error of the program."""
     raise LookupError("a fault of the program")
 
 
-class Paced:
-    """From now on each step takes some time more; where there is a path, rank 0 writes down how long it took."""
+class SlowSteps:
+    """Extend every step from now on by `extra_s`; rank 0 appends the duration of each to `path`."""
 
-    def __init__(self, more_s: float, path: Path | None = None):
-        self.more_s, self.path = more_s, path
+    def __init__(self, extra_s: float, path: Path | None = None):
+        self.extra_s, self.path = extra_s, path
 
     def __call__(self) -> None:
         from pmlm_dist.metrics.meter import Meter
 
-        start_step, end_step, more_s, path = Meter.start_step, Meter.end_step, self.more_s, self.path
-        begun: list[float] = []
+        start_step, end_step, extra_s, path = Meter.start_step, Meter.end_step, self.extra_s, self.path
+        start_time = 0.0
 
         def start(meter: Meter, step: int) -> None:
-            begun[:] = [time.perf_counter()]
+            nonlocal start_time
+            start_time = time.perf_counter()
             start_step(meter, step)
 
-        def end(meter: Meter, step: int, result: Any) -> Any:
-            time.sleep(more_s)
-            interval = end_step(meter, step, result)
-            if begun and path and os.environ["RANK"] == "0":
+        def end(meter: Meter, step: int, *args: Any, **kwargs: Any) -> None:
+            time.sleep(extra_s)
+            end_step(meter, step, *args, **kwargs)
+            if start_time and path and meter._run.topology.is_rank_zero:
                 with path.open("a") as lines:
-                    lines.write(json.dumps([step, time.perf_counter() - begun[0]]) + "\n")
-            return interval
+                    lines.write(json.dumps([step, time.perf_counter() - start_time]) + "\n")
 
         setattr(Meter, "start_step", start)  # noqa: B010
         setattr(Meter, "end_step", end)  # noqa: B010
 
 
-def paced(more_s: float, path: Path | None = None) -> list[Fault]:
-    """Steps of at least `more_s` on both ranks, in every life: long for the checkpoint that is written meanwhile."""
-    return [Fault(Paced(more_s, path), rank=rank, step=0, again=True) for rank in range(2)]
+def slow_steps(extra_s: float, path: Path | None = None) -> list[Fault]:
+    """Steps of at least `extra_s` on both ranks and in every attempt: enough time to write a checkpoint meanwhile."""
+    return [Fault(SlowSteps(extra_s, path), rank=rank, step=0, every_attempt=True) for rank in range(2)]
 
 
-def with_the_next_file(act: Callable[[Callable[[], Any]], Any]) -> None:
-    """Call `act`, in the writer's thread, with what writes this rank's next file of a checkpoint."""
+def intercept_next_file(act: Callable[[Callable[[], Any]], Any]) -> None:
+    """Replace the next write of a checkpoint file by this rank: call `act` with the original, in the save thread."""
     from pmlm_dist.checkpoint import async_save
 
     write, done = async_save.write_numbers, threading.Event()
@@ -384,9 +394,9 @@ def with_the_next_file(act: Callable[[Callable[[], Any]], Any]) -> None:
     async_save.write_numbers = instead
 
 
-def straight_run(corpus: Path, folder: Path, *, within_s: float = 60.0, **settings: Any) -> RunConfig:
-    """A run that nothing happens to."""
+def uninterrupted_run(corpus: Path, folder: Path, *, within_s: float = 60.0, **settings: Any) -> RunConfig:
+    """Train without any fault."""
     config = small_run(corpus, folder, **settings)
-    ended = live(config, within_s=within_s)
-    assert ended.codes == [0] * RANKS, ended.printed
+    result = run_attempt(config, within_s=within_s)
+    assert result.codes == [0] * RANKS, result.printed
     return config

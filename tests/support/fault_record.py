@@ -1,10 +1,10 @@
-"""What the fault suite found, for docs/reliability.md.
+"""Records the results of the fault tests for the table of docs/reliability.md.
 
-    pytest -p fault_record --record-faults build/faults.json -m fault      adds what each test took and measured
-    python tests/support/fault_record.py build/faults.json                         writes the document's table from it
+    PYTHONPATH=tests pytest -p support.fault_record --record-faults build/faults.json -m fault    adds time and result
+    PYTHONPATH=tests python -m support.fault_record build/faults.json                             writes the table
 
-Several runs with the same file add up (`make test-faults-all` has one for SLURM). A test measures something by
-`record_property("lost", "what a reader should know")`.
+Runs with the same file accumulate (`make test-faults-all` has one for SLURM). A test adds a result to its row by
+`record_property("lost", "2 steps repeated")`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 
 from support.fault_catalogue import FAULTS
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "reliability.md"
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "reliability.md"
 _BEGIN, _END = "<!-- table: tests/support/fault_record.py -->\n", "<!-- end -->\n"
 
 
@@ -63,42 +63,43 @@ class _Record:
 
 
 def table_rows(text: str) -> dict[str, str]:
-    """The rows of the document's table by number of the fault."""
+    """Return the rows of the table in `text` by fault number."""
     rows = re.findall(r"^\| (F\d\d) \|.*$", text, flags=re.MULTILINE)
     return dict(zip(rows, (line for line in text.splitlines() if re.match(r"\| F\d\d \|", line)), strict=True))
 
 
 def table(record: dict[str, Any]) -> str:
-    """The table in Markdown, with the sentence that says which run it is of."""
+    """Return the table in Markdown, with a line on the date and machine of the run."""
     tests = record["tests"].values()
     outcomes = [test["outcome"] for test in tests]
     lines = [
         f"Last full run: {record['date']}, {record['machine']}: {outcomes.count('passed')} tests passed, "
         f"{outcomes.count('failed')} failed, {outcomes.count('skipped')} skipped, in "
         f"{sum(test['seconds'] for test in tests):.0f} s.\n",
-        "| | tier | fault | injected | tests | time | found |",
+        "| | tier | fault | injection | tests | time | result |",
         "|---|---|---|---|---|---|---|",
     ]
-    for number, (tier, what, how) in FAULTS.items():
-        found = {node: test for node, test in record["tests"].items() if number in test["faults"]}
-        result = _result(found) if found else "none | | not run"
-        lines.append(f"| {number} | {tier} | {what} | {how} | {result} |")
+    for number, (tier, fault, injection) in FAULTS.items():
+        results = {node: test for node, test in record["tests"].items() if number in test["faults"]}
+        cells = _cells(results) if results else "none | | not run"
+        lines.append(f"| {number} | {tier} | {fault} | {injection} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
-def _result(found: dict[str, dict[str, Any]]) -> str:
+def _cells(results: dict[str, dict[str, Any]]) -> str:
     by_name: dict[str, list[dict[str, Any]]] = {}
-    for node, test in found.items():
+    for node, test in results.items():
         by_name.setdefault(node.partition("::")[2].partition("[")[0], []).append(test)
-    bad = [test["outcome"] for test in found.values() if test["outcome"] != "passed"]
-    lost = [text for test in found.values() for text in test.get("lost", [])]
-    seconds = sum(test["seconds"] for test in found.values())
-    said = "; ".join([*dict.fromkeys(lost), *(f"{bad.count(outcome)} {outcome}" for outcome in sorted(set(bad)))])
-    return f"{' '.join(f'`{name}`' for name in by_name)} | {seconds:.1f} s | {said or 'holds'}"
+    unsuccessful = [test["outcome"] for test in results.values() if test["outcome"] != "passed"]
+    lost = [text for test in results.values() for text in test.get("lost", [])]
+    seconds = sum(test["seconds"] for test in results.values())
+    failed = [f"{unsuccessful.count(outcome)} {outcome}" for outcome in sorted(set(unsuccessful))]
+    result = "; ".join([*dict.fromkeys(lost), *failed])
+    return f"{' '.join(f'`{name}`' for name in by_name)} | {seconds:.1f} s | {result or 'passed'}"
 
 
 def main(path: Path) -> None:
-    """Write the table into the document."""
+    """Write the table into docs/reliability.md."""
     text = DOCUMENT.read_text(encoding="utf-8")
     head, _, rest = text.partition(_BEGIN)
     _, _, tail = rest.partition(_END)

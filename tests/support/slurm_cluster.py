@@ -1,10 +1,10 @@
-"""A real SLURM on this machine: one controller, two nodes and a spare one, in one folder, ended by its pid files.
+"""A real SLURM cluster on this machine: one controller, two nodes and a spare one, in one folder.
 
     munged (own socket and key)  <-  slurmctld  <->  slurmd n1, slurmd n2, slurmd n3  ->  batch scripts, steps
 
-A requeued job waits one second longer than credentials live, so these live as short as they may (5 s instead of 120).
-All nodes are this host and share its file system. Each has 8 CPUs and 8 GPUs on paper; the GPUs are device files that
-nobody opens. Their names do not resolve, as happens on real clusters too.
+A requeued job waits one second longer than the lifetime of credentials, which is therefore the minimum (5 s, not 120).
+All nodes are this host and share its file system. Each is configured with 8 CPUs and 8 GPUs; the GPUs are device files
+that are never opened. Node names do not resolve, as on some real clusters.
 """
 
 from __future__ import annotations
@@ -65,20 +65,20 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def missing_programs() -> list[str]:
-    """What has to be installed first (`tests/cluster/install.sh`)."""
+    """Return the programs that are not installed; `tests/cluster/install.sh` installs them."""
     return [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
 
 
 class Cluster:
-    """A running cluster; `folder` is its own, readable by all."""
+    """A running cluster in its own `folder`, which all users can read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         shell = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         self._environ = {**shell, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
 
-    def ask(self, *command: str | Path, environ: Mapping[str, str] | None = None, timeout_s: float = 30) -> str:
-        """What a command of SLURM's prints. Raises RuntimeError when it fails."""
+    def run(self, *command: str | Path, environ: Mapping[str, str] | None = None, timeout_s: float = 30) -> str:
+        """Run a SLURM command and return its output. Raises RuntimeError when it fails."""
         done = subprocess.run(
             [str(part) for part in command],
             env={**self._environ, **(environ or {})},
@@ -95,7 +95,7 @@ class Cluster:
     def submit(self, script: Path, *arguments: str, options: Sequence[str] = (), environ: Mapping[str, str]) -> Job:
         """Submit a batch script; its output goes to one file in this cluster's folder."""
         settings = ["--parsable", f"--output={self.folder}/job-%A.log", *options]
-        number = self.ask("sbatch", *settings, script, *arguments, environ=environ).strip()
+        number = self.run("sbatch", *settings, script, *arguments, environ=environ).strip()
         return Job(self, number)
 
     def start(self, *, timeout_s: float = 60) -> None:
@@ -112,40 +112,40 @@ class Cluster:
         self._daemon("slurmd", "-N", node, "-f", self.folder / "slurm.conf")
 
     def kill_daemon(self, name: str) -> None:
-        """Kill `slurmctld` or `slurmd.NODE` as a fault of its own would; what runs on the node lives on."""
+        """Kill `slurmctld` or `slurmd.NODE`; the processes of jobs on the node survive."""
         pid = int((self.folder / f"{name}.pid").read_text())
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not Path(f"/proc/{pid}").exists(), timeout_s=10, what=lambda: f"{pid} is still there")
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), timeout_s=10, what=lambda: f"process {pid} has not ended")
 
     def restart_controller(self) -> None:
-        """Kill the controller as a machine that fails would, and start it again."""
+        """Kill the controller, as by a machine failure, and restart it."""
         self.kill_daemon("slurmctld")
         self._daemon("slurmctld", "-f", self.folder / "slurm.conf")
         wait_until(lambda: set(self.nodes()) == set(NODES), timeout_s=30, what=self.nodes)
 
     def logs(self, node: str) -> str:
-        """What the controller and the daemon of `node` have written, with the steps' own lines."""
+        """Return the logs of the controller and of the daemon of `node`."""
         return "".join((self.folder / name).read_text() for name in ("slurmctld.log", f"slurmd.{node}.log"))
 
     def end_all_jobs(self) -> None:
-        """Cancel what waits and kill what runs; returns when nothing is left of it."""
-        if not self.ask("squeue", "-h").strip():
+        """Cancel pending jobs and kill running ones; return when all have ended."""
+        if not self.run("squeue", "-h").strip():
             return
-        self.ask("scancel", "--state=PENDING", "--user", getpass.getuser())
-        self.ask("scancel", "--signal=KILL", "--full", "--user", getpass.getuser())
-        self.ask("scancel", "--user", getpass.getuser())
-        wait_until(lambda: not self.ask("squeue", "-h").strip(), timeout_s=40, what=lambda: self.ask("squeue"))
+        self.run("scancel", "--state=PENDING", "--user", getpass.getuser())
+        self.run("scancel", "--signal=KILL", "--full", "--user", getpass.getuser())
+        self.run("scancel", "--user", getpass.getuser())
+        wait_until(lambda: not self.run("squeue", "-h").strip(), timeout_s=40, what=lambda: self.run("squeue"))
 
     def stop(self) -> None:
-        """End every job, then every daemon, by the ids in their pid files."""
+        """End every job, then every daemon by its pid file."""
         with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired, TimeoutError):
             self.end_all_jobs()
         for name in (*(f"slurmd.{node}.pid" for node in NODES), "slurmctld.pid", "munge/pid"):
             _end(self.folder / name)
 
     def nodes(self) -> dict[str, str]:
-        """State of each node, as `sinfo` calls it."""
-        lines = self.ask("sinfo", "-h", "-N", "-o", "%N %t").split()
+        """Return the state of each node by `sinfo`."""
+        lines = self.run("sinfo", "-h", "-N", "-o", "%N %t").split()
         return dict(zip(lines[::2], lines[1::2], strict=True))
 
     def _write_files(self) -> None:
@@ -153,7 +153,7 @@ class Cluster:
             (self.folder / name).mkdir(mode=0o755)
         (self.folder / "munge" / "key").write_bytes(os.urandom(128))
         (self.folder / "munge" / "key").chmod(0o600)
-        if os.geteuid() == 0:  # munged does not like to be root
+        if os.geteuid() == 0:  # munged does not run as root
             owner = pwd.getpwnam("munge")
             for path in (self.folder / "munge", self.folder / "munge" / "key"):
                 os.chown(path, owner.pw_uid, owner.pw_gid)
@@ -176,62 +176,62 @@ class Cluster:
 
     def _daemon(self, *command: str | Path) -> None:
         as_munge = ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups"] if os.geteuid() == 0 else []
-        self.ask(*(as_munge if command[0] == "munged" else []), *command)
+        self.run(*(as_munge if command[0] == "munged" else []), *command)
 
 
 class Job:
-    """A job that was submitted to a cluster, and its one log."""
+    """A job submitted to a cluster, with one log for all attempts."""
 
     def __init__(self, cluster: Cluster, number: str):
         self.cluster, self.number = cluster, number
         self.log = cluster.folder / f"job-{number}.log"
 
     def printed(self) -> str:
-        """All that its lives have printed so far."""
+        """Return the output of all attempts so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def state(self) -> str:
-        """`PENDING`, `RUNNING`, `COMPLETED`, ... or `GONE`."""
+        """Return `PENDING`, `RUNNING`, `COMPLETED`, ... or `GONE`."""
         try:
-            lines = self.cluster.ask("squeue", "-h", "-t", "all", "-o", "%T", "-j", self.number).split()
-        except RuntimeError:  # the controller has forgotten it
+            lines = self.cluster.run("squeue", "-h", "-t", "all", "-o", "%T", "-j", self.number).split()
+        except RuntimeError:  # the controller has removed it
             return "GONE"
         return lines[0] if lines else "GONE"
 
     def restarts(self) -> int:
-        """How often it was requeued."""
-        shown = self.cluster.ask("scontrol", "show", "job", self.number)
+        """Return the number of requeues."""
+        shown = self.cluster.run("scontrol", "show", "job", self.number)
         return int(shown.partition("Restarts=")[2].split()[0])
 
     def nodes(self) -> list[str]:
-        """The nodes that it runs on; rank 0 and the batch script on the first."""
-        shown = self.cluster.ask("scontrol", "show", "job", self.number)
+        """Return the nodes of the job; rank 0 and the batch script are on the first."""
+        shown = self.cluster.run("scontrol", "show", "job", self.number)
         names = re.search(r"^\s*NodeList=(\S+)$", shown, flags=re.MULTILINE)
         assert names, shown
-        return self.cluster.ask("scontrol", "show", "hostnames", names[1]).split()
+        return self.cluster.run("scontrol", "show", "hostnames", names[1]).split()
 
     def set_limit(self, *, within_s: float) -> None:
-        """Give it a time limit, in whole minutes since its start, that comes no sooner than in `within_s` seconds."""
-        shown = self.cluster.ask("scontrol", "show", "job", self.number)
+        """Set the time limit, in whole minutes since the start, to at least `within_s` seconds from now."""
+        shown = self.cluster.run("scontrol", "show", "job", self.number)
         times = re.search(r"RunTime=(?:(\d+)-)?(\d+):(\d+):(\d+)", shown)
         assert times, shown
         days, hours, minutes, seconds = (int(number or 0) for number in times.groups())
         runs_s = ((24 * days + hours) * 60 + minutes) * 60 + seconds
         limit = math.ceil((runs_s + within_s) / 60)
-        self.cluster.ask("scontrol", "update", f"jobid={self.number}", f"TimeLimit={limit}")
+        self.cluster.run("scontrol", "update", f"jobid={self.number}", f"TimeLimit={limit}")
 
     def wait_for_print(self, text: str, *, timeout_s: float = 120) -> None:
-        """Wait until it has printed `text`."""
+        """Wait until `text` is in the output."""
         self._wait(lambda: text in self.printed(), timeout_s=timeout_s, what=f"{text!r} was not printed")
 
     def wait_for_end(self, *, timeout_s: float = 150) -> str:
-        """Wait until it is over for good; its state."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "GONE")
-        self._wait(lambda: self.state() in over, timeout_s=timeout_s, what="it is not over")
+        """Wait for the end of the job and return its state."""
+        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "GONE")
+        self._wait(lambda: self.state() in final, timeout_s=timeout_s, what="the job has not ended")
         return self.state()
 
     def wait_for_restart(self, number: int, *, timeout_s: float = 60) -> None:
-        """Wait until it has been requeued `number` times."""
+        """Wait until the job has been requeued `number` times."""
         self._wait(lambda: self.restarts() >= number, timeout_s=timeout_s, what=f"no restart {number}")
 
     def _wait(self, condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
@@ -239,31 +239,31 @@ class Job:
 
 
 def processes_of(job: str, *, node: str) -> list[int]:
-    """Processes of `job` on `node`: its batch script, srun, supervisors, ranks and what they have started."""
-    found, wanted = [], {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
+    """Return the processes of `job` on `node`: batch script, srun, supervisors, ranks and their descendants."""
+    pids, variables = [], {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if wanted <= set(path.read_bytes().split(b"\0")):
-                found.append(int(path.parent.name))
-    return found
+            if variables <= set(path.read_bytes().split(b"\0")):
+                pids.append(int(path.parent.name))
+    return pids
 
 
 def rank_process(job: str, *, rank: int) -> int:
-    """The process of a rank of train.py in `job`: the one below its supervisor, which is alike but for its parent."""
-    found = {}
+    """Return the process of a rank in `job`: the child of its supervisor, which has the same command line."""
+    parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             environ = (folder / "environ").read_bytes().split(b"\0")
-            asked = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+            variables = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
             command = (folder / "cmdline").read_bytes().split(b"\0")
-            if asked <= set(environ) and b"train.py" in command and b"srun" not in command[0]:
-                found[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    (pid,) = (pid for pid, parent in found.items() if parent in found)
+            if variables <= set(environ) and b"train.py" in command and b"srun" not in command[0]:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    (pid,) = (pid for pid, parent in parents.items() if parent in parents)
     return pid
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: Callable[[], object]) -> None:
-    """Wait until `condition()` holds. Raises TimeoutError with what `what()` says."""
+    """Wait until `condition()` holds. Raises TimeoutError with the text of `what()`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -273,7 +273,7 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: Callabl
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Cluster]:
-    """A cluster in `folder`, ended in any case."""
+    """A cluster in `folder`, stopped at the end of the block."""
     cluster = Cluster(folder)
     try:
         cluster.start()
@@ -287,7 +287,7 @@ def _path() -> str:
 
 
 def _end(pid_file: Path) -> None:
-    """End the daemon that wrote `pid_file`, gently and then not."""
+    """End the daemon of `pid_file` by SIGTERM, then SIGKILL."""
     if not pid_file.exists():
         return
     pid = int(pid_file.read_text())
@@ -295,6 +295,8 @@ def _end(pid_file: Path) -> None:
         with contextlib.suppress(ProcessLookupError, TimeoutError):
             os.kill(pid, number)
             wait_until(
-                lambda: not Path(f"/proc/{pid}").exists(), timeout_s=seconds, what=lambda: f"{pid} is still there"
+                lambda: not Path(f"/proc/{pid}").exists(),
+                timeout_s=seconds,
+                what=lambda: f"process {pid} has not ended",
             )
             return

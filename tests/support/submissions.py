@@ -1,4 +1,4 @@
-"""How the tests submit the shipped scripts, and what the small runs they start have learned."""
+"""Submission of the batch scripts with small runs, and the comparison of their steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = [
 
 @dataclass(frozen=True)
 class Submission:
-    """How the shipped scripts are submitted here: the same script, smaller by environment and options."""
+    """Submits the batch scripts unchanged; environment and options make the run small."""
 
     cluster: Cluster
     corpus: Path
@@ -32,8 +32,14 @@ class Submission:
     def pretrain(
         self, run_dir: Path, *arguments: str, tasks: int = 1, options: tuple[str, ...] = (), **settings: str
     ) -> Job:
-        """`slurm/pretrain_base.sh` on two nodes of `tasks` ranks."""
-        asked = ["--nodes=2", f"--ntasks-per-node={tasks}", f"--gpus-per-node={tasks}", "--cpus-per-task=1", *options]
+        """Submit `slurm/pretrain_base.sh` on two nodes of `tasks` ranks."""
+        defaults = [
+            "--nodes=2",
+            f"--ntasks-per-node={tasks}",
+            f"--gpus-per-node={tasks}",
+            "--cpus-per-task=1",
+            *options,
+        ]
         environ = {
             "PROJECT": str(ROOT),
             "VENV": sys.prefix,
@@ -46,11 +52,11 @@ class Submission:
             **settings,
         }
         script = ROOT / "slurm" / "pretrain_base.sh"
-        return self.cluster.submit(script, *SMALL, *arguments, options=asked, environ=environ)
+        return self.cluster.submit(script, *SMALL, *arguments, options=defaults, environ=environ)
 
 
-def learned(run_dir: Path) -> dict[int, dict[str, float]]:
-    """Losses, norms and held-out losses of every step."""
+def step_scalars(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Return losses, norms and validation losses of every step."""
     return {
         step: {name: value for name, value in scalars.items() if name.startswith(("train/", "validation/"))}
         for step, scalars in read_metrics(run_dir).items()
@@ -58,9 +64,9 @@ def learned(run_dir: Path) -> dict[int, dict[str, float]]:
 
 
 def check_equal(run_dir: Path, expected: Path) -> None:
-    """That a run is complete and that each of its steps was that of another run."""
+    """Check that a run is complete and that each of its steps equals that of another run."""
     assert (run_dir / "COMPLETE").exists()
-    found, wanted = learned(run_dir), learned(expected)
-    assert list(found) == list(range(1, STEPS + 1)) == list(wanted)
-    different = [step for step in wanted if found[step] != wanted[step]]
+    actual, reference = step_scalars(run_dir), step_scalars(expected)
+    assert list(actual) == list(range(1, STEPS + 1)) == list(reference)
+    different = [step for step in reference if actual[step] != reference[step]]
     assert not different, f"steps {different[:5]} are different"
