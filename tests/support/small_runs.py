@@ -135,7 +135,7 @@ def take_steps(run: Any, engine: Any, state: Any, *, steps: int) -> tuple[Any, l
     for _ in range(steps):
         result = train_step(run, engine, batches, state, Stopwatch(run.topology.device))
         state = advance(state, run)
-        counts = run.topology.sum_over_dp(result.counts)
+        counts = run.topology.all_reduce_dp(result.counts)
         losses.append(LossMeans.from_counts(counts, run.config.objective).total)
         norms.append(float(result.gradient_norm or 0.0))
     return state, losses, norms
