@@ -11,9 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 from support.corpora import write_corpus
-from support.worlds import start_server
+from support.worlds import warm_fork_server
 
-start_server()
+warm_fork_server()
 hypothesis.settings.register_profile("busy machine", deadline=None)  # no test asserts a time
 hypothesis.settings.load_profile("busy machine")
 

@@ -1,7 +1,10 @@
-"""Small worlds for tests: run a function on several ranks of this machine and get every rank's answer.
+"""Small worlds for tests: run a function on several ranks of this machine and return every rank's answer.
 
-Ranks are forked from a server that has imported torch, DeepSpeed and megatron-core once, so a world starts in well
-under a second. Each has one thread. A world that does not end in time is killed, by the ids of its processes.
+    test --run_world--> fork server --forks--> rank 0 .. n-1 --answers--> test
+                        (started by the first world; has done support/warm_ranks.py)
+
+Each rank is a new process with one thread, so no state passes from one world to the next. A world that does not end in
+time is killed, by the ids of its processes.
 """
 
 from __future__ import annotations
@@ -12,22 +15,48 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
-# With a GPU ranks start from nothing: what the server imports may look for devices, and CUDA does not survive a fork.
+# With a GPU ranks are spawned: modules that the server imports may look for devices, and CUDA does not survive a fork.
 _ON_GPU = os.environ.get("DS_ACCELERATOR") == "cuda"
 _CONTEXT = multiprocessing.get_context("spawn") if _ON_GPU else multiprocessing.get_context("forkserver")
+_WARM_MODULE = "support.warm_ranks"
+_TESTS = Path(__file__).parents[1]
 
 
-def start_server() -> None:
-    """Start the server that ranks are forked from; a process has one, so this comes before anybody else's."""
-    if _ON_GPU:
-        return
-    _CONTEXT.set_forkserver_preload(["pmlm_dist.training.loop", "pmlm_dist.downstream.finetune"])
-    forkserver.ensure_running()
+def warm_fork_server() -> None:
+    """Make the fork server of this process import `support.warm_ranks` when it starts. Nothing is started here.
+
+    A process has one fork server, and the list of modules counts only at its start. A loader with workers in this
+    process may start it first, with a list of its own: every rank would then import DeepSpeed anew, for seconds.
+    """
+    server: Any = forkserver._forkserver
+    start = server.ensure_running
+
+    def start_warm() -> None:
+        server.set_forkserver_preload([_WARM_MODULE])
+        with _import_paths():
+            start()
+
+    server.ensure_running = start_warm
+
+
+@contextmanager
+def _import_paths() -> Iterator[None]:
+    """Let a process started here import tests and package: Python 3.11's fork server ignores `sys.path`."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_TESTS), str(_TESTS.parent), before]))
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 class RankFailed(AssertionError):
