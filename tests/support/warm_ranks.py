@@ -17,6 +17,8 @@ from support.batches import random_batch
 
 # DeepSpeed and megatron-core import some of these only when an engine is built.
 MODULES = (
+    "pytest",  # by every module of tests that a function comes from
+    "hypothesis",
     "pmlm_dist.training.loop",
     "pmlm_dist.downstream.finetune",
     "deepspeed.module_inject.auto_ep_layer",
