@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # `make test-gpu` says cuda
@@ -35,13 +35,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def mark_further_cases(items: list[pytest.Item]) -> None:
-    """Mark all cases but the first of each test that starts several processes as `full`."""
-    seen = set()
+    """Mark all cases but the middle one of each test that starts several processes as `full`.
+
+    Lists of cases begin with one rank and end with most: the middle one is small and distributed.
+    """
+    cases: dict[tuple[Path, str], list[pytest.Item]] = defaultdict(list)
     for item in items:
-        test = (item.path, getattr(item, "originalname", item.name))
-        if test in seen and item.get_closest_marker("distributed"):
+        if item.get_closest_marker("distributed"):
+            cases[item.path, getattr(item, "originalname", item.name)].append(item)
+    for of_test in cases.values():
+        for item in of_test[: len(of_test) // 2] + of_test[len(of_test) // 2 + 1 :]:
             item.add_marker(pytest.mark.full)
-        seen.add(test)
 
 
 def why_no_gpu() -> str | None:

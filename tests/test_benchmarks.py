@@ -46,6 +46,7 @@ def run_quickly(name: str, report: Path) -> None:
     importlib.import_module("run").main()
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_benchmark_quick_run_writes_its_figures(name, tmp_path):
     run_world(run_quickly, 1, name, tmp_path / "report.json", timeout_s=600)

@@ -175,6 +175,7 @@ def test_a_run_can_be_saved_before_its_first_step(small_corpus: Path, tmp_path: 
     assert run_world(saved_fresh, 2, run_config(small_corpus, tmp_path, steps=4, zero=zero)) == [True, True]
 
 
+@pytest.mark.full  # compiles DeepSpeed's CPU Adam
 @pytest.mark.parametrize(("zero", "precision"), [(2, "fp32"), (2, "bf16"), (3, "bf16")])
 def test_offloaded_moments_are_saved_and_restored(small_corpus: Path, tmp_path: Path, zero: int, precision: str):
     """DeepSpeed's CPU Adam multiplies up the powers of its betas; anew it raises them: the last bit may differ."""

@@ -193,7 +193,8 @@ def test_a_process_killed_amid_a_transfer_leaves_nothing_in_the_way(server, corp
     server.faults = ["stall"]
     process = multiprocessing.get_context("forkserver").Process(target=_fetch_first, args=(server.address, tmp_path))
     process.start()
-    while not any(path.stat().st_size for path in tmp_path.glob("*.part")):
+    # Killed before its request arrived, it would leave the stall, 60 s, to the reader below.
+    while server.faults or not any(path.stat().st_size for path in tmp_path.glob("*.part")):
         process.join(0.01)
         assert process.is_alive()
     os.kill(process.pid or 0, signal.SIGKILL)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.real_runs import BF16, BF16_SUMMED_IN_FP32, Case, zero, zero_settings
+from support.real_runs import BF16, BF16_SUMMED_IN_FP32, Case, selected_cases, zero, zero_settings
 from support.worlds import run_world
 
 from pmlm_dist.config import RunConfig
@@ -70,12 +70,15 @@ def _bytes_of_a_step(config: RunConfig) -> Counter[str]:
 
 
 @pytest.fixture(scope="module")
-def sent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Counter[str], Counter[str]]]:
+def sent(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Counter[str], Counter[str]]]:
     """Planned bytes and those that were sent, by case and kind; one world for all cases of its kind."""
-    folders = {name: tmp_path_factory.mktemp("run") for name in CASES}
+    selected = selected_cases(request, CASES)
+    folders = {name: tmp_path_factory.mktemp("run") for name in selected}
     found = {}
-    for dp, tp in sorted({(case.dp, case.tp) for case in CASES.values()}):
-        names = [name for name, case in CASES.items() if (case.dp, case.tp) == (dp, tp)]
+    for dp, tp in sorted({(case.dp, case.tp) for case in selected.values()}):
+        names = [name for name, case in selected.items() if (case.dp, case.tp) == (dp, tp)]
         configs = [CASES[name].write(folders[name]) for name in names]
         counted = run_world(bytes_of_steps, dp * tp, configs, timeout_s=300)[0]
         for name, operations in zip(names, counted, strict=True):
