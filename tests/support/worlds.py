@@ -35,6 +35,8 @@ def warm_fork_server() -> None:
     A process has one fork server, and the list of modules counts only at its start. A loader with workers in this
     process may start it first, with a list of its own: every rank would then import DeepSpeed anew, for seconds.
     """
+    if _ON_GPU:
+        return
     server: Any = forkserver._forkserver
     start = server.ensure_running
 
