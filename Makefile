@@ -1,4 +1,4 @@
-# make train   set up, build the demo corpus, train the tiny preset on it; run again: goes on
+# make train   set up, build the demo corpus, train the tiny preset on it; run again: resumes
 # make test-quick   set up, run one case of each property, in minutes: for every commit (docs/testing.md)
 # make test    set up, run every test that needs no cluster, except those that inject faults into ranks
 # make test-cluster   set up, install SLURM from Debian if need be (as root), run the tests that submit jobs to it
@@ -17,7 +17,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := data/demo
 
-# Open MPI refuses root unless told twice; a container's root is an ordinary user.
+# Open MPI does not run as root without both variables; a container's root is an ordinary user.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 

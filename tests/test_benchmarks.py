@@ -30,7 +30,7 @@ FIGURES = {
     "prepare": {"vs_tokenizer", "two_ranks", "memory_at_twice_the_text"},
     "attention": {
         f"{figure}_{length}"
-        for figure in ("split_vs_dense", "flex_vs_dense_forward", "flex_vs_fused_forward")
+        for figure in ("fused_vs_reference", "flex_vs_reference_forward", "flex_vs_fused_forward")
         for length in (64, 128)
     },
 }

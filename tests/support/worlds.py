@@ -33,7 +33,7 @@ def warm_fork_server() -> None:
     """Make the fork server of this process import `support.warm_ranks` when it starts. Nothing is started here.
 
     A process has one fork server, and the list of modules counts only at its start. A loader with workers in this
-    process may start it first, with a list of its own: every rank would then import DeepSpeed anew, for seconds.
+    process may start it first, with a list of its own: every rank would then import DeepSpeed itself, for seconds.
     """
     if _ON_GPU:
         return
@@ -100,7 +100,7 @@ def process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
