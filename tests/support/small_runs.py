@@ -1,4 +1,4 @@
-"""Small pre-training runs for tests: configurations, and what a run leaves behind."""
+"""Small pre-training runs for tests: their configurations, losses and weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_engine_config(
     offload: bool = False,
     **extra: Any,
 ) -> Path:
-    """DeepSpeed's JSON with small buckets."""
+    """Write a DeepSpeed JSON with small buckets; return its path."""
     raw: dict[str, Any] = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -54,7 +54,7 @@ def write_engine_config(
 
 
 def run_config(corpus: Path, run_dir: Path, *, tp: int = 1, steps: int = 5, **engine: Any) -> RunConfig:
-    """A run of a 2-layer model on the small corpus: every step logged, seed 7."""
+    """Return a run of a 2-layer model on `corpus`: every step logged, seed 7."""
     return RunConfig(
         corpus=corpus,
         run_dir=run_dir,
@@ -77,18 +77,18 @@ def run_config(corpus: Path, run_dir: Path, *, tp: int = 1, steps: int = 5, **en
 
 
 def with_model(config: RunConfig, **changes: Any) -> RunConfig:
-    """`config` with other model settings."""
+    """Return `config` with other model settings."""
     return replace(config, model=replace(config.model, **changes))
 
 
 def with_train(config: RunConfig, **changes: Any) -> RunConfig:
-    """`config` with other lengths and intervals."""
+    """Return `config` with other settings of the training loop."""
     return replace(config, train=replace(config.train, **changes))
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a rank saw of a run: losses and gradient norm of each step, and the weights of its part of the model."""
+    """Losses and gradient norms by step, and the final weights of this rank's tensor-parallel part."""
 
     losses: list[float]
     norms: list[float]
@@ -96,7 +96,7 @@ class Trained:
 
 
 def train(config: RunConfig) -> Trained:
-    """Train without writing anything; to be called on every rank."""
+    """Train without writing anything; every rank calls this."""
     from pmlm_dist.checkpoint.resume import RunState
     from pmlm_dist.training.loop import build_engine
 
@@ -107,7 +107,7 @@ def train(config: RunConfig) -> Trained:
 
 
 def start_run(config: RunConfig) -> Any:
-    """The `Run` of `config` on this rank of a world."""
+    """Return the `Run` of `config` on this rank."""
     from pmlm_dist.parallel import groups
     from pmlm_dist.training.resolve import check, resolve
 
@@ -118,7 +118,7 @@ def start_run(config: RunConfig) -> Any:
 
 
 def take_steps(run: Any, engine: Any, state: Any, *, steps: int) -> tuple[Any, list[float], list[float]]:
-    """Train `steps` steps on from `state`; where that leads, and loss and gradient norm of each step."""
+    """Train `steps` steps from `state`; return the new state, and losses and gradient norms by step."""
     from pmlm_dist.data.loader import training_batches
     from pmlm_dist.metrics.meter import Stopwatch
     from pmlm_dist.objectives import LossMeans
@@ -142,7 +142,7 @@ def take_steps(run: Any, engine: Any, state: Any, *, steps: int) -> tuple[Any, l
 
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor]:
-    """Copies of this rank's (tensor-parallel) weights, gathered from ZeRO-3 where it has cut them."""
+    """Return copies of this rank's tensor-parallel weights; ZeRO-3 partitions are gathered."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(model.parameters())):

@@ -1,7 +1,7 @@
-"""Small worlds for tests: run a function on several ranks of this machine and return every rank's answer.
+"""Small worlds for tests: run a function on several ranks of this machine and return every rank's result.
 
-    test --run_world--> fork server --forks--> rank 0 .. n-1 --answers--> test
-                        (started by the first world; has done support/warm_ranks.py)
+    test --run_world--> fork server --forks--> rank 0 .. n-1 --results--> test
+                        (started by the first world; has imported support/warm_ranks.py)
 
 Each rank is a new process with one thread, so no state passes from one world to the next. A world that does not end in
 time is killed, by the ids of its processes.
@@ -66,10 +66,10 @@ class RankFailed(AssertionError):
 
 
 def run_world(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """`function(*args)` on `ranks` ranks, with the variables that a launcher sets; the answers in order of rank.
+    """Run `function(*args)` on `ranks` ranks with the variables that a launcher sets; return the results by rank.
 
-    `function` and its answers must be picklable. Raises `RankFailed` when any rank raises, `TimeoutError` when the
-    world does not end in `timeout_s` seconds.
+    `function` and its results must be picklable. Raises `RankFailed` if any rank raises, `TimeoutError` if the world
+    does not end in `timeout_s` seconds.
     """
     port = free_port()
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(ranks)]
@@ -95,7 +95,7 @@ def run_world(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: f
 
 
 def process(function: Callable[..., Any], *args: Any) -> Any:
-    """A process, not started yet, that will call `function` with `args`; forked from the server like a rank."""
+    """Return a process, not started yet, that calls `function` with `args`; forked from the server like a rank."""
     return _CONTEXT.Process(target=function, args=args)
 
 
@@ -112,13 +112,13 @@ def _collect(receivers: list[Connection], *, deadline: float) -> list[tuple[bool
         pending = {receiver: rank for rank, receiver in enumerate(receivers) if rank not in answers}
         ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise TimeoutError(f"ranks {sorted(pending.values())} of {len(receivers)} gave no answer in time")
+            raise TimeoutError(f"ranks {sorted(pending.values())} of {len(receivers)} returned nothing in time")
         for receiver in ready:
             rank = pending[receiver]  # pyright: ignore[reportArgumentType]
             try:
                 answers[rank] = pickle.loads(receiver.recv_bytes())  # pyright: ignore[reportAttributeAccessIssue]
             except EOFError:
-                answers[rank] = (False, "the process ended without an answer")
+                answers[rank] = (False, "the process ended without a result")
         if any(not ok for ok, _ in answers.values()):
             deadline = min(deadline, time.monotonic() + 5.0)
             for rank in set(range(len(receivers))) - set(answers):
