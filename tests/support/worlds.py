@@ -118,7 +118,7 @@ def _collect(receivers: list[Connection], *, deadline: float) -> list[tuple[bool
             try:
                 answers[rank] = pickle.loads(receiver.recv_bytes())  # pyright: ignore[reportAttributeAccessIssue]
             except EOFError:
-                answers[rank] = (False, "the process ended without a result")
+                answers[rank] = (False, "the process ended without an answer")
         if any(not ok for ok, _ in answers.values()):
             deadline = min(deadline, time.monotonic() + 5.0)
             for rank in set(range(len(receivers))) - set(answers):
