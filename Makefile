@@ -1,5 +1,6 @@
 # make train   set up, build the demo corpus, train the tiny preset on it; run again: resumes
-# make test    set up, run all tests but those of faults and of a cluster
+# make test-quick   set up, run one case of each property, in minutes: for every commit (docs/testing.md)
+# make test    set up, run every test that needs no cluster, except those that inject faults into ranks
 # make test-cluster   set up, install SLURM from Debian if need be (as root), run the tests that submit jobs to it
 # make test-faults   inject the faults of docs/reliability.md that take seconds; make test-faults-all: all, and write its table
 # make test-soak   half an hour of faults of seven kinds, one every 20 to 40 seconds
@@ -16,11 +17,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := data/demo
 
-# Open MPI runs as root only with both variables; a container's root is an ordinary user.
+# Open MPI does not run as root without both variables; a container's root is an ordinary user.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train corpus demo-tasks test test-cluster test-faults test-faults-all test-soak test-docker checks bench format clean gpu test-gpu bench-gpu
+.PHONY: train corpus demo-tasks test test-quick test-cluster test-faults test-faults-all test-soak test-docker checks bench format clean gpu test-gpu bench-gpu
 
 train: $(DEMO)/manifest.json
 	$(call pretrain,$(DEMO)) $(ARGS)
@@ -59,8 +60,27 @@ finetune = test -f runs/demo-$(1)$(3)/scores.json || $(BIN)/torchrun --standalon
 	    --model runs/demo-tasks --data $(TASKS)/$(1) --ds-config ds_configs/tiny.json --report test \
 	    --output runs/demo-$(1)$(3) $(if $(3),--untrained)
 
+# Processes that run tests side by side; each has a fork server of 0.6 GB.
+WORKERS ?= 2
+
+# $(1) marks. Tests that share the machine run first, those that need it alone afterwards; a half that selects nothing
+# ends with code 5, which counts only if both do.
+define run_tests
+	first=0; second=0; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/faults -m "$(1) and not serial" $(ARGS) || first=$$?; \
+	[ $$first != 2 ] || exit 2; \
+	$(BIN)/python -m pytest --ignore tests/faults -m "$(1) and serial" $(ARGS) || second=$$?; \
+	[ $$first != 5 ] || first=$$second; \
+	[ $$second != 5 ] || second=$$first; \
+	exit $$(( first ? first : second ))
+endef
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --ignore tests/faults $(ARGS)
+	$(call run_tests,not cluster and not nightly)
+
+test-quick: export HYPOTHESIS_PROFILE := quick
+test-quick: $(VENV)/.dev
+	$(call run_tests,not cluster and not nightly and not full)
 
 test-cluster: $(VENV)/.dev
 	tests/cluster/install.sh

@@ -237,12 +237,14 @@ def test_torchrun_trains(by_torchrun: dict[int, dict[str, float]]):
     assert "validation/total" in by_torchrun[2]
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 @pytest.mark.parametrize("launcher", ["deepspeed", "mpirun", "srun"])
 def test_every_launcher_starts_the_same_run(launcher: str, small_corpus: Path, folder: Path, by_torchrun: dict):
     assert launched(launcher, small_corpus, folder) == by_torchrun
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_python_without_launcher_gives_the_same_losses(small_corpus: Path, folder: Path, by_torchrun: dict):
     alone = launched("python", small_corpus, folder)

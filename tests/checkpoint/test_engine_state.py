@@ -178,6 +178,7 @@ def test_checkpoint_before_the_first_step_resumes(small_corpus: Path, tmp_path: 
     ]
 
 
+@pytest.mark.full  # compiles DeepSpeed's CPU Adam
 @pytest.mark.parametrize(("zero", "precision"), [(2, "fp32"), (2, "bf16"), (3, "bf16")])
 def test_offloaded_moments_are_saved_and_restored(small_corpus: Path, tmp_path: Path, zero: int, precision: str):
     """CPU Adam multiplies powers of its betas by steps, but computes them after a resume: the last bit may differ."""

@@ -16,7 +16,7 @@ from support.worlds import run_world
 from pmlm_dist.checkpoint.files import KINDS, CheckpointReader, read_state, read_weights
 from pmlm_dist.config import RunConfig
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.full]  # every test needs checkpoints of all topologies
 
 BEFORE, AFTER = 2, 3
 ROW_PARALLEL = ("attention.output.weight", "ffn_out.weight")  # split along their input

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pmlm_dist.config import DataConfig, MaskingConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from pmlm_dist.engine.deepspeed_config import load_engine_config
 from pmlm_dist.masking.blockwise import max_predictions
@@ -29,6 +31,13 @@ def zero_settings(stage: int, **changes: Any) -> Zero:
     common = {"accumulated": 2, "communicated": 2, "offload": False, "overlap": False}
     numbers = {"reduce_bucket": 1, "prefetch_bucket": 1, "max_live": 0, "persistence_threshold": 0}
     return Zero(**{"stage": stage, "precision": "bf16", **common, **numbers, **changes})
+
+
+def selected_cases(request: pytest.FixtureRequest, cases: dict[str, Case]) -> dict[str, Case]:
+    """Return those of `cases` that tests of this session's module ask for as `name`."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    names = {item.callspec.params.get("name") for item in items}  # pyright: ignore[reportAttributeAccessIssue]
+    return {name: case for name, case in cases.items() if name in names}
 
 
 @dataclass(frozen=True)

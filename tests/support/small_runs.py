@@ -1,4 +1,4 @@
-"""Small pre-training runs for tests: configurations, and what a run leaves behind."""
+"""Small pre-training runs for tests: their configurations, losses and weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_engine_config(
     offload: bool = False,
     **extra: Any,
 ) -> Path:
-    """DeepSpeed's JSON with small buckets."""
+    """Write a DeepSpeed JSON with small buckets; return its path."""
     raw: dict[str, Any] = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -55,7 +55,7 @@ def write_engine_config(
 
 
 def run_config(corpus: Path, run_dir: Path, *, tp: int = 1, steps: int = 5, **engine: Any) -> RunConfig:
-    """A run of a 2-layer model on the small corpus: every step logged, seed 7."""
+    """Return a run of a 2-layer model on `corpus`: every step logged, seed 7."""
     return RunConfig(
         corpus=corpus,
         run_dir=run_dir,
@@ -78,18 +78,18 @@ def run_config(corpus: Path, run_dir: Path, *, tp: int = 1, steps: int = 5, **en
 
 
 def with_model(config: RunConfig, **changes: Any) -> RunConfig:
-    """`config` with other model settings."""
+    """Return `config` with other model settings."""
     return replace(config, model=replace(config.model, **changes))
 
 
 def with_train(config: RunConfig, **changes: Any) -> RunConfig:
-    """`config` with other lengths and intervals."""
+    """Return `config` with other settings of the training loop."""
     return replace(config, train=replace(config.train, **changes))
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a rank saw of a run: losses and gradient norm of each step, and the weights of its part of the model."""
+    """Losses and gradient norms by step, and the final weights of this rank's tensor-parallel part."""
 
     losses: list[float]
     norms: list[float]
@@ -97,7 +97,7 @@ class Trained:
 
 
 def train(config: RunConfig) -> Trained:
-    """Train without writing anything; to be called on every rank."""
+    """Train without writing anything; every rank calls this."""
     from pmlm_dist.checkpoint.resume import RunState
     from pmlm_dist.training.pretraining import build_engine
 
@@ -108,7 +108,7 @@ def train(config: RunConfig) -> Trained:
 
 
 def start_run(config: RunConfig) -> Any:
-    """The `Run` of `config` on this rank of a world."""
+    """Return the `Run` of `config` on this rank."""
     from pmlm_dist.parallel import groups
     from pmlm_dist.training.resolve import check, resolve
 
@@ -119,7 +119,7 @@ def start_run(config: RunConfig) -> Any:
 
 
 def take_steps(run: Any, engine: Any, state: Any, *, steps: int) -> tuple[Any, list[float], list[float]]:
-    """Train `steps` steps on from `state`; where that leads, and loss and gradient norm of each step."""
+    """Train `steps` steps from `state`; return the new state, and losses and gradient norms by step."""
     from pmlm_dist.data.loader import training_batches
     from pmlm_dist.metrics.meter import Stopwatch
     from pmlm_dist.objectives import LossMeans
@@ -135,9 +135,8 @@ def take_steps(run: Any, engine: Any, state: Any, *, steps: int) -> tuple[Any, l
     )
     job, losses, norms = PretrainJob(run), [], []
     for _ in range(steps):
-        micro_batches = list(islice(batches, run.engine.accumulation(run.topology.dp)))
-        result = train_step(job, engine, micro_batches, state, Stopwatch(run.topology.device))
-        state = job.advance(state)
+        result = train_step(run, engine, batches, state, Stopwatch(run.topology.device))
+        state = advance(state, run)
         counts = run.topology.all_reduce_dp(result.counts)
         losses.append(LossMeans.from_counts(counts, run.config.objective).total)
         norms.append(float(result.gradient_norm or 0.0))
@@ -145,7 +144,7 @@ def take_steps(run: Any, engine: Any, state: Any, *, steps: int) -> tuple[Any, l
 
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor]:
-    """Copies of this rank's (tensor-parallel) weights, gathered from ZeRO-3 where it has cut them."""
+    """Return copies of this rank's tensor-parallel weights; ZeRO-3 partitions are gathered."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(model.parameters())):

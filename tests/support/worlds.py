@@ -1,7 +1,10 @@
-"""Small worlds for tests: run a function on several ranks of this machine and get every rank's answer.
+"""Small worlds for tests: run a function on several ranks of this machine and return every rank's result.
 
-Ranks are forked from a server that has imported torch, DeepSpeed and megatron-core once, so a world starts in well
-under a second. Each has one thread. A world that does not end in time is killed, by the ids of its processes.
+    test --run_world--> fork server --forks--> rank 0 .. n-1 --results--> test
+                        (started by the first world; has imported support/warm_ranks.py)
+
+Each rank is a new process with one thread, so no state passes from one world to the next. A world that does not end in
+time is killed, by the ids of its processes.
 """
 
 from __future__ import annotations
@@ -12,22 +15,50 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
-# With a GPU ranks start from nothing: what the server imports may look for devices, and CUDA does not survive a fork.
+# With a GPU ranks are spawned: modules that the server imports may look for devices, and CUDA does not survive a fork.
 _ON_GPU = os.environ.get("DS_ACCELERATOR") == "cuda"
 _CONTEXT = multiprocessing.get_context("spawn") if _ON_GPU else multiprocessing.get_context("forkserver")
+_WARM_MODULE = "support.warm_ranks"
+_TESTS = Path(__file__).parents[1]
 
 
-def start_server() -> None:
-    """Start the server that ranks are forked from; a process has one, so this comes before anybody else's."""
+def warm_fork_server() -> None:
+    """Make the fork server of this process import `support.warm_ranks` when it starts. Nothing is started here.
+
+    A process has one fork server, and the list of modules counts only at its start. A loader with workers in this
+    process may start it first, with a list of its own: every rank would then import DeepSpeed itself, for seconds.
+    """
     if _ON_GPU:
         return
-    _CONTEXT.set_forkserver_preload(["pmlm_dist.training.loop", "pmlm_dist.downstream.finetune"])
-    forkserver.ensure_running()
+    server: Any = forkserver._forkserver
+    start = server.ensure_running
+
+    def start_warm() -> None:
+        server.set_forkserver_preload([_WARM_MODULE])
+        with _import_paths():
+            start()
+
+    server.ensure_running = start_warm
+
+
+@contextmanager
+def _import_paths() -> Iterator[None]:
+    """Let a process started here import tests and package: Python 3.11's fork server ignores `sys.path`."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_TESTS), str(_TESTS.parent), before]))
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 class RankFailed(AssertionError):
@@ -35,10 +66,10 @@ class RankFailed(AssertionError):
 
 
 def run_world(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """`function(*args)` on `ranks` ranks, with the variables that a launcher sets; the answers in order of rank.
+    """Run `function(*args)` on `ranks` ranks with the variables that a launcher sets; return the results by rank.
 
-    `function` and its answers must be picklable. Raises `RankFailed` when any rank raises, `TimeoutError` when the
-    world does not end in `timeout_s` seconds.
+    `function` and its results must be picklable. Raises `RankFailed` if any rank raises, `TimeoutError` if the world
+    does not end in `timeout_s` seconds.
     """
     port = free_port()
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(ranks)]
@@ -64,12 +95,12 @@ def run_world(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: f
 
 
 def process(function: Callable[..., Any], *args: Any) -> Any:
-    """A process, not started yet, that will call `function` with `args`; forked from the server like a rank."""
+    """Return a process, not started yet, that calls `function` with `args`; forked from the server like a rank."""
     return _CONTEXT.Process(target=function, args=args)
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -81,7 +112,7 @@ def _collect(receivers: list[Connection], *, deadline: float) -> list[tuple[bool
         pending = {receiver: rank for rank, receiver in enumerate(receivers) if rank not in answers}
         ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise TimeoutError(f"ranks {sorted(pending.values())} of {len(receivers)} gave no answer in time")
+            raise TimeoutError(f"ranks {sorted(pending.values())} of {len(receivers)} returned nothing in time")
         for receiver in ready:
             rank = pending[receiver]  # pyright: ignore[reportArgumentType]
             try:

@@ -166,6 +166,7 @@ def test_bf16_equals_a_single_process_within_its_rounding(small_corpus, tmp_path
     assert float(differences.mean()) <= 5e-4
 
 
+@pytest.mark.full  # compiles DeepSpeed's CPU Adam
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "case",
