@@ -154,7 +154,7 @@ class _Training:
         log = RunLog(folder, enabled=False, first_step=0)
         metadata = {"identity": self._run.identity(), "configuration": self._run.configuration()}
         engine_state = EngineState(self._engine, self._run.topology)
-        self.checkpointer = AsyncCheckpointer(engine_state, self._checkpoints, log, about=about, timeout_s=600)
+        self.checkpointer = AsyncCheckpointer(engine_state, self._checkpoints, log, metadata=metadata, timeout_s=600)
         self._job, self._stopwatch = PretrainJob(self._run), Stopwatch(self._run.topology.device)
         self._saved_step = 0
 

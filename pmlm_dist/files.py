@@ -26,10 +26,10 @@ def write_atomically(path: Path, data: str | bytes, *, durable: bool = True) -> 
 
 
 @contextmanager
-def open_atomically(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+def open_atomically(path: Path, *, durable: bool = True, replace: bool = True) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` when the block ends, and is removed when the block raises.
 
-    `durable` as for `write_atomically`.
+    `durable` as for `write_atomically`. Without `replace` an existing file raises FileExistsError.
     """
     # A random name: process ids repeat on the nodes that share a folder.
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")

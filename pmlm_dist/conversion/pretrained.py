@@ -138,7 +138,7 @@ def open_pretrained(path: Path, *, vocabulary: Path | None = None) -> Pretrained
 
 def _model_settings(saved: Any, folder: Path) -> ModelConfig:
     names = {item.name for item in fields(ModelConfig)}
-    if not isinstance(saved, dict) or not set(COMPUTED) <= saved.keys() <= names:
+    if not isinstance(saved, dict) or not set(ARCHITECTURE_SETTINGS) <= saved.keys() <= names:
         raise ConfigError([f"{folder}: {STATE} has no model settings as this release writes them"])
     return ModelConfig(**saved)
 

@@ -21,11 +21,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for_futures
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, TypeVar
 
@@ -162,87 +159,3 @@ def stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-class Prefetcher(Generic[T]):
-    """The next `count` items of an iterator, fetched by a thread: who waits for them can look up meanwhile."""
-
-    def __init__(self, items: Iterator[T], *, count: int):
-        self._items, self._count = items, count
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="arriving")
-        self._future: Future[list[T]] | None = None
-
-    def is_ready(self, *, within_s: float) -> bool:
-        """Whether they (or the error that came instead) have arrived in `within_s` seconds from now."""
-        if self._future is None:
-            self._future = self._pool.submit(lambda: list(islice(self._items, self._count)))
-        wait_for_futures([self._future], timeout=within_s)
-        return self._future.done()
-
-    def take(self) -> list[T]:
-        """The items, or their error; waits if need be."""
-        self.is_ready(within_s=0)
-        assert self._future is not None
-        future, self._future = self._future, None
-        return future.result()
-
-    def close(self) -> None:
-        """Close the iterator, but not while the thread is still inside it: that lasts as long as this process."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._future is None or self._future.done():
-            self._items.close()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-class StopAgreement:
-    """What all ranks together know about stopping. Every rank calls the same methods in the same order.
-
-    `signals` are those of this process, `file` ends the run when it exists. Each look is a sign of life on `heartbeat`.
-    """
-
-    def __init__(self, signals: StopSignals, *, file: Path, topology: Topology, heartbeat: Heartbeat | None = None):
-        self._signals, self._file, self._topology = signals, file, topology
-        self.heartbeat = heartbeat or Heartbeat()
-        self.data_wait_s = 0.0
-        """Seconds that this rank's own items were waited for, the last time."""
-
-    def deadline(self) -> float:
-        """When (`time.monotonic`) a save must be done."""
-        return self._signals.deadline()
-
-    def check(self) -> None:
-        """Raise `Stopped` on all ranks when any has a reason to."""
-        self.heartbeat.beat()
-        (reason,) = self._topology.all_reduce_max(self._reason())
-        self._stop_for(StopReason(reason))
-
-    def checked_before_each(self, items: Iterable[T], *, heed: bool = True) -> Iterator[T]:
-        """`items`, as many on every rank, with a check before each; `heed` false: with a sign of life alone."""
-        for item in items:
-            if heed:
-                self.check()
-            self.heartbeat.beat()
-            yield item
-
-    def wait_for(self, arriving: Prefetcher[T]) -> list[T]:
-        """What has arrived, once it has on every rank. Raises `Stopped` as `check` does, also if it never arrives."""
-        missing, is_missing, began = 1, True, time.monotonic()
-        while missing:
-            if is_missing:
-                is_missing = not arriving.is_ready(within_s=_POLL_S)
-                self.data_wait_s = time.monotonic() - began
-            if not is_missing:  # from here on it is others that this rank waits for
-                self.heartbeat.enter(STEP)
-            reason, missing = self._topology.all_reduce_max(self._reason(), int(is_missing))
-            self._stop_for(StopReason(reason))
-        return arriving.take()
-
-    def _reason(self) -> StopReason:
-        if self._signals.requested:
-            return StopReason.SIGNAL
-        return StopReason.FILE if self._topology.is_rank_zero and self._file.exists() else StopReason.NONE
-
-    def _stop_for(self, reason: StopReason) -> None:
-        if reason is StopReason.SIGNAL:
-            self._signals.request()
-        if reason is not StopReason.NONE:
-            raise Stopped(reason)

@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -48,8 +49,6 @@ SUPERVISOR_VARIABLE = "PMLM_SUPERVISOR"
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 _HANDLED = (*_FORWARDED, signal.SIGCHLD)
-_COLLECTIVE_ENDS = (ExitCode.DONE, ExitCode.BAD_CONFIGURATION, ExitCode.PREEMPTED, ExitCode.IN_USE)
-"""Codes that all ranks end with together; they are not failures of one rank."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,16 @@ class SupervisorTimes:
 DEFAULT_TIMES = SupervisorTimes()
 
 
-def run_supervised(main: Callable[[Heartbeat], int], *, times: SupervisorTimes = DEFAULT_TIMES) -> int:
+def run_supervised(
+    main: Callable[[Heartbeat], int | None], *, program: str = "train.py", times: SupervisorTimes = DEFAULT_TIMES
+) -> int:
     """Run `main` as the rank in a forked process and return its exit code; call it once, before any thread starts.
 
     Returns in both processes. Each must end with `exit_now`: a rank's destructors can abort a finished run.
     """
     heartbeat = Heartbeat()
     if os.environ.get(SUPERVISOR_VARIABLE) == "off":
-        return _run(main, heartbeat)
+        return run(partial(main, heartbeat), program=program, on_failure=heartbeat.fail)
     stacks = tempfile.TemporaryFile()  # noqa: SIM115  # open until the rank has ended
     oom_kills_before = processes.oom_kills()
     _flush()
@@ -98,7 +99,7 @@ def run_supervised(main: Callable[[Heartbeat], int], *, times: SupervisorTimes =
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR2, stacks)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return _run(main, heartbeat)
+    return run(partial(main, heartbeat), program=program, on_failure=heartbeat.fail)
 
 
 def exit_now(code: int) -> NoReturn:
@@ -111,27 +112,6 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # on a full disk the interpreter would retry at exit, and raise
             stream.flush()
-
-
-def _run(main: Callable[[Heartbeat], int], heartbeat: Heartbeat) -> int:
-    """Run `main`; publish an error to the supervisor before it is printed."""
-    try:
-        return main(heartbeat)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException as error:
-        heartbeat.fail(error)
-        with contextlib.suppress(OSError, ValueError):
-            _print_error(error)
-        return heartbeat.status().code
-
-
-def _print_error(error: BaseException) -> None:
-    """Print the error that ends a rank; for a diverged training the message alone, a traceback adds nothing."""
-    if isinstance(error, FloatingPointError):
-        print(f"\nTraining stopped: {error}\n", file=sys.stderr, flush=True)
-    else:
-        traceback.print_exc()
 
 
 class Supervisor:
@@ -215,7 +195,7 @@ class Supervisor:
     def _own_failure(self) -> Failure | None:
         """Return the failure of the rank, which has ended; None for a code that all ranks end with."""
         status, code = self._heartbeat.status(), self._code
-        if code in _COLLECTIVE_ENDS:
+        if code in COLLECTIVE_ENDS:
             return None
         self._last_beat = self._heartbeat.read() or self._last_beat
         if status.failure is not None:

@@ -121,10 +121,10 @@ def _checkpointer(job: TrainingJob[Any], session: TrainingSession) -> AsyncCheck
         session.engine_state,
         session.folder,
         session.log,
-        about={"identity": job.identity(), "configuration": job.configuration()},
+        metadata={"identity": job.identity(), "configuration": job.configuration()},
         timeout_s=job.settings.save_timeout_s,
-        limit=attempt.stop.deadline,
-        alive=attempt.heartbeat.beat,
+        deadline=attempt.stop.deadline,
+        on_wait=attempt.heartbeat.beat,
         attempt=attempt.name,
     )
 

@@ -16,14 +16,6 @@ from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.vocab import Vocabulary
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Means over the held-out samples, and some samples filled in (Markdown, one text a sample)."""
-
-    means: LossMeans
-    fill_ins: list[str]
-
-
 @torch.no_grad()
 def validate(
     engine: DeepSpeedEngine,

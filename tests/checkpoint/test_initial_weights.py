@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.random_models import saved
+from support.random_models import save_random_model
 from support.saving_runs import printed_by_pretrain
 from support.small_runs import MODEL, run_config, start_run, take_steps, whole_weights, with_model, with_train
 from support.worlds import run_world
@@ -28,7 +28,7 @@ def save_initial(corpus: Path, folder: Path, **changes: Any) -> PretrainedWeight
     """Save random weights for runs on `corpus` in `folder`."""
     words = Vocabulary.load(corpus)
     model, generator = replace(MODEL, vocab_size=words.size, **changes), torch.Generator().manual_seed(5)
-    weights = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in own_shapes(model).items()}
+    weights = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in parameter_shapes(model).items()}
     pretrained = PretrainedWeights(model, weights, words, {"format": "bert", "from": "a test", "notes": []})
     save_pretrained(pretrained, folder)
     return pretrained
@@ -121,7 +121,7 @@ def test_init_from_another_architecture_reports_every_setting_and_its_flag(small
 
 
 def test_init_with_another_vocabulary_raises(small_corpus, tmp_path):
-    saved(tmp_path / "initial", max_positions=64)
+    save_random_model(tmp_path / "initial", max_positions=64)
     config = replace(run_config(small_corpus, tmp_path / "run"), init=tmp_path / "initial")
     assert "its vocabulary is not the corpus'" in error_at_start(config)
 

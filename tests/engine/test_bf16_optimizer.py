@@ -97,7 +97,7 @@ def norms_around_a_nonfinite_step(
     config: RunConfig,
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Norms of a step, one with an infinite gradient, and one more; weights before and after the second."""
-    from pmlm_dist.training import loop
+    from pmlm_dist.training.pretraining import PretrainJob, build_engine
 
     run = start_run(config)
     engine = build_engine(run)
@@ -105,7 +105,7 @@ def norms_around_a_nonfinite_step(
     before = whole_weights(engine.module)
     scale = PretrainJob.loss_scale
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_loss_scale", lambda *args: scale(*args) * float("inf"))
+        patch.setattr(PretrainJob, "loss_scale", lambda *args: scale(*args) * float("inf"))
         state, _, nonfinite = take_steps(run, engine, state, steps=1)
     after = whole_weights(engine.module)
     _, _, last = take_steps(run, engine, state, steps=1)

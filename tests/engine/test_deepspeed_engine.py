@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 def build_problems(config: RunConfig) -> list[str]:
     """Problems with which the engine of `config` cannot be built."""
-    from pmlm_dist.training.loop import build_engine
+    from pmlm_dist.training.pretraining import build_engine
 
     run = start_run(config)
     with pytest.raises(ConfigError) as caught:
@@ -72,11 +72,12 @@ def test_invalid_setting_inside_a_section_raises_on_every_rank(
 
 def printed_with_cpu(config: RunConfig, *, is_fast: bool) -> str:
     """Output of a run on a CPU with or without fast bf16 products."""
-    from pmlm_dist.training import loop
+    from pmlm_dist.training import pretraining
+    from pmlm_dist.training.run import pretrain
 
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "has_fast_bf16", lambda device: is_fast)
-        loop.pretrain(config)
+        patch.setattr(pretraining, "has_fast_bf16", lambda device: is_fast)
+        pretrain(config)
     return printed.getvalue()
 
 

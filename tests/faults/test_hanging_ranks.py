@@ -88,15 +88,15 @@ class Slow:
     """Extend every forward pass of this rank from now on."""
 
     def __call__(self) -> None:
-        from pmlm_dist.training import loop
+        from pmlm_dist.training import pretraining
 
-        forward_losses = loop.forward_losses
+        forward_losses = pretraining.forward_losses
 
         def slowly(*args: Any) -> Any:
             time.sleep(0.3)
             return forward_losses(*args)
 
-        loop.forward_losses = slowly
+        pretraining.forward_losses = slowly
 
 
 @pytest.mark.nightly

@@ -32,10 +32,10 @@ class LearningRateSpike:
         self.steps = range(first, first + 3)
 
     def __call__(self) -> None:
-        from pmlm_dist.training import loop
+        from pmlm_dist.training import step
 
-        rate = loop.learning_rate
-        loop.learning_rate = lambda step, **about: rate(step, **about) * (100 if step in self.steps else 1)
+        rate = step.learning_rate
+        step.learning_rate = lambda number, **about: rate(number, **about) * (100 if number in self.steps else 1)
 
 
 @pytest.mark.nightly

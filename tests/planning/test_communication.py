@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.real_runs import BF16, BF16_SUMMED_IN_FP32, Case, selected_cases, zero, zero_settings
+from support.real_runs import BF16, BF16_SUMMED_IN_FP32, Case, zero, zero_settings
 from support.worlds import run_world
 
 from pmlm_dist.config import RunConfig

@@ -153,7 +153,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Planned and allocated bytes, by selected case; one world for all cases of its kind."""
     selected = selected_cases(request, CASES)
     folders = {name: tmp_path_factory.mktemp("run") for name in selected}
-    found = {}
+    results = {}
     for dp, tp in sorted({(case.dp, case.tp) for case in selected.values()}):
         names = [name for name, case in selected.items() if (case.dp, case.tp) == (dp, tp)]
         configs = [CASES[name].write(folders[name]) for name in names]

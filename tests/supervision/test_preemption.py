@@ -21,8 +21,9 @@ from pmlm_dist.supervision.signals import EXIT_PREEMPTED, STOP_FILE, Stopped, St
 
 
 def pretrain_signalled(config: RunConfig, where: str, rank: int, at: int) -> tuple[int, str]:
-    """Pre-train; `rank` receives a signal at call number `at` of the loop's function `where`. Exit code, output."""
-    from pmlm_dist.training import loop
+    """Pre-train; `rank` receives a signal at call number `at` of the function `where`. Exit code, output."""
+    from pmlm_dist.training import attempt, loop, pretraining
+    from pmlm_dist.training.run import pretrain
 
     signals, calls = StopSignals(), 0
     places = {"find_checkpoint": attempt, "train_step": loop, "_log_start": pretraining.PretrainJob}
@@ -150,7 +151,7 @@ def pretrain_with(config: RunConfig, in_step: Callable[[int], None], **patches: 
         for name, value in patches.items():
             patch.setattr(async_save, name, value)
         try:
-            loop.pretrain(config, SIGNALS)
+            pretrain(config, SIGNALS)
         except Stopped as stopped:
             return stopped.exit_code, printed.getvalue()
     return 0, printed.getvalue()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from support.worlds import run_world
 
-from pmlm_dist.supervision.signals import EXIT_PREEMPTED, STOP_FILE, Prefetcher, StopAgreement, Stopped, StopSignals
+from pmlm_dist.supervision.signals import EXIT_PREEMPTED, STOP_FILE, Stopped, StopSignals
+from pmlm_dist.training.stopping import Prefetcher, StopAgreement
 
 if TYPE_CHECKING:
     from pmlm_dist.parallel.groups import Topology

@@ -92,11 +92,10 @@ def _train(config: RunConfig, faults: Sequence[Fault], heartbeat: Any) -> int:
     signals.install()
     _inject_due(config, pending, step=0)
 
-    def step_with_faults(run: Any, engine: Any, batches: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-        held = list(batches)
-        _write_ids(config, rank, state.step + 1, held)
+    def step_with_faults(job: Any, engine: Any, micro_batches: Any, state: Any, stopwatch: Any) -> Any:
+        _write_ids(config, rank, state.step + 1, micro_batches)
         _inject_due(config, pending, step=state.step + 1)
-        return step(run, engine, iter(held), state, *args, **kwargs)
+        return step(job, engine, micro_batches, state, stopwatch)
 
     loop.train_step = step_with_faults
     try:
@@ -363,12 +362,13 @@ class SlowSteps:
             start_time = time.perf_counter()
             start_step(meter, step)
 
-        def end(meter: Meter, step: int, *args: Any, **kwargs: Any) -> None:
+        def end(meter: Meter, step: int, result: Any) -> Any:
             time.sleep(extra_s)
-            end_step(meter, step, *args, **kwargs)
-            if start_time and path and meter._run.topology.is_rank_zero:
+            interval = end_step(meter, step, result)
+            if start_time and path and os.environ["RANK"] == "0":
                 with path.open("a") as lines:
                     lines.write(json.dumps([step, time.perf_counter() - start_time]) + "\n")
+            return interval
 
         setattr(Meter, "start_step", start)  # noqa: B010
         setattr(Meter, "end_step", end)  # noqa: B010

@@ -38,7 +38,7 @@ class SavingRun:
 
     def __init__(self, config: RunConfig, *, timeout_s: float = 60):
         from pmlm_dist.checkpoint.engine_state import EngineState
-        from pmlm_dist.training.loop import build_engine
+        from pmlm_dist.training.pretraining import build_engine
 
         self.run = start_run(config)
         self.engine = build_engine(self.run)
@@ -108,7 +108,7 @@ def check_equal(first: Path, second: Path) -> None:
 
 def printed_by_pretrain(config: RunConfig) -> str:
     """Pre-train on this rank; return what it printed."""
-    from pmlm_dist.training.loop import pretrain
+    from pmlm_dist.training.run import pretrain
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         pretrain(config)

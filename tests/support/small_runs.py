@@ -135,8 +135,9 @@ def take_steps(run: Any, engine: Any, state: Any, *, steps: int) -> tuple[Any, l
     )
     job, losses, norms = PretrainJob(run), [], []
     for _ in range(steps):
-        result = train_step(run, engine, batches, state, Stopwatch(run.topology.device))
-        state = advance(state, run)
+        micro_batches = list(islice(batches, run.engine.accumulation(run.topology.dp)))
+        result = train_step(job, engine, micro_batches, state, Stopwatch(run.topology.device))
+        state = job.advance(state)
         counts = run.topology.all_reduce_dp(result.counts)
         losses.append(LossMeans.from_counts(counts, run.config.objective).total)
         norms.append(float(result.gradient_norm or 0.0))

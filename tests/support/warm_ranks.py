@@ -19,7 +19,7 @@ from support.batches import random_batch
 MODULES = (
     "pytest",  # by every module of tests that a function comes from
     "hypothesis",
-    "pmlm_dist.training.loop",
+    "pmlm_dist.training.run",
     "pmlm_dist.downstream.finetune",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.moe.ep_repack",
