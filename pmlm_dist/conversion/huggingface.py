@@ -71,7 +71,7 @@ def check_settings(settings: dict[str, Any], origin: str) -> None:
 
 def read_shared_settings(settings: dict[str, Any], *, origin: str) -> ModelConfig:
     """Return the settings that BERT and MPNet share. Sizes are required; the others have the same defaults as ours."""
-    shared = {
+    shared: dict[str, Any] = {
         ours: positive_setting(settings, theirs, origin) for ours, theirs in _SHARED_SETTINGS.items() if _is_size(ours)
     }
     shared |= {
