@@ -42,14 +42,19 @@ def test_open_atomically_hides_new_contents_until_the_end(tmp_path: Path):
     assert (tmp_path / "file").read_text() == "new"
 
 
+def fail_midway(path: Path, error: type[BaseException]) -> None:
+    with open_atomically(path) as file:
+        file.write(b"half of the new")
+        raise error
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("exists", [True, False])
 def test_open_atomically_on_error_keeps_old_contents(tmp_path: Path, exists: bool, error: type[BaseException]):
     if exists:
         (tmp_path / "file").write_text("old")
-    with pytest.raises(error), open_atomically(tmp_path / "file") as file:
-        file.write(b"half of the new")
-        raise error
+    with pytest.raises(error):
+        fail_midway(tmp_path / "file", error)
     assert names_in(tmp_path) == ["file"] * exists
     assert not exists or (tmp_path / "file").read_text() == "old"
 
