@@ -47,7 +47,7 @@ def sums_of(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, 
 
 def longhand_means(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, masked_BM, kept_BM) -> LossMeans:
     """A loop over objectives, samples and predictions."""
-    found: dict[str, list[tuple[float, bool, bool]]] = {}
+    entries: dict[str, list[tuple[float, bool, bool]]] = {}
     for k, name in enumerate(OBJECTIVES[objective.kind]):
         for b in range(B):
             for m in range(M):
@@ -57,10 +57,10 @@ def longhand_means(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weigh
                 row = logits_KMBV[k, m, b].double()
                 target = int(targets_BM[b, m])
                 loss = float(torch.logsumexp(row, 0) - row[target])
-                found.setdefault(name, []).append((loss, int(row.argmax()) == target, bool(masked_BM[b, m])))
+                entries.setdefault(name, []).append((loss, int(row.argmax()) == target, bool(masked_BM[b, m])))
 
     def mean(name: str, column: int, *, masked: bool = False) -> float | None:
-        values = [float(entry[column]) for entry in found.get(name, []) if entry[2] or not masked]
+        values = [float(entry[column]) for entry in entries.get(name, []) if entry[2] or not masked]
         return sum(values) / len(values) if values else None
 
     ae, par = mean("ae", 0), mean("par", 0)
@@ -80,12 +80,12 @@ def longhand_means(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weigh
 def test_means_equal_longhand(objective, seed):
     tensors = example(objective, seed)
     expected = longhand_means(objective, **tensors)
-    found = LossMeans.from_counts(sums_of(objective, **tensors).counts, objective)
+    actual = LossMeans.from_counts(sums_of(objective, **tensors).counts, objective)
     for name, value in vars(expected).items():
         if value is None:
-            assert getattr(found, name) is None, name
+            assert getattr(actual, name) is None, name
         else:
-            assert math.isclose(getattr(found, name), value, rel_tol=1e-5), name
+            assert math.isclose(getattr(actual, name), value, rel_tol=1e-5), name
 
 
 @pytest.mark.parametrize("objective", CASES, ids=str)

@@ -54,16 +54,16 @@ def repeats(tokens: tuple[int, ...], size: int) -> bool:
 def all_hypotheses(rules: Rules, vocabulary: int) -> list[tuple[int, ...]]:
     """All sequences that the rules allow, longhand."""
     words = [w for w in range(vocabulary) if w != rules.end_id and w not in rules.forbidden]
-    found = []
+    sequences = []
     for n in range(rules.max_length + 1):
         for content in itertools.product(words, repeat=n):
             if repeats(content, rules.no_repeat_ngram):
                 continue
             if n < rules.max_length and n >= rules.min_length:
-                found.append((*content, rules.end_id))
+                sequences.append((*content, rules.end_id))
             if n == rules.max_length:
-                found.append(content)
-    return found
+                sequences.append(content)
+    return sequences
 
 
 def ranking(language: NextLogits, rules: Rules, vocabulary: int, alpha: float) -> list[tuple[float, tuple[int, ...]]]:

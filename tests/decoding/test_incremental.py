@@ -30,14 +30,14 @@ def random_layout(*, batch: int = 3, seed: int = 0, rule: Seq2SeqRule = RULE) ->
 
 def tensors(layout: Layout, *, left: bool) -> dict[str, torch.Tensor]:
     """Tensors of the layout; `left`: sources padded on the left instead of the right."""
-    found = {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
+    named = {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
     if left:
         num_source = context_length(layout)
         for row in range(len(layout.tokens_BT)):
             shift = num_source - int(layout.valid_BT[row, :num_source].sum())
             for name in ("tokens_BT", "positions_BT", "segments_BT", "valid_BT"):
-                found[name][row, :num_source] = found[name][row, :num_source].roll(shift)
-    return found
+                named[name][row, :num_source] = named[name][row, :num_source].roll(shift)
+    return named
 
 
 def context_length(layout: Layout) -> int:
@@ -87,12 +87,12 @@ def compare(tp: int, settings: dict, left: bool, beams: int, dtype: torch.dtype 
     groups.init_process_groups(tp=tp)
     model = model_of(replace(MODEL, **settings), dtype=dtype).eval()
     layout = random_layout()
-    found = tensors(layout, left=left)
+    named = tensors(layout, left=left)
     parents = torch.randint(beams, (RULE.max_target,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        at_once = teacher_forced(model, found)
-    stepwise = step_by_step(model, found, context_length(layout), parents, beams=beams)
-    counts = found["weights_BM"].bool()
+        at_once = teacher_forced(model, named)
+    stepwise = step_by_step(model, named, context_length(layout), parents, beams=beams)
+    counts = named["weights_BM"].bool()
     assert at_once[counts].std() > 0.1
     return float((at_once - stepwise)[counts].abs().max()), float(at_once[counts].abs().max())
 

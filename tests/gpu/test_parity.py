@@ -43,9 +43,9 @@ def outcome(
     logits = logits_of(model, batch().to(device))[..., : SHAPE.vocab_size]
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     (logits * weights.to(device, computed)).sum().backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert len(found) == len(list(model.parameters()))
-    return {name: tensor.detach().double().cpu() for name, tensor in {"logits": logits, **found}.items()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert len(gradients) == len(list(model.parameters()))
+    return {name: tensor.detach().double().cpu() for name, tensor in {"logits": logits, **gradients}.items()}
 
 
 @cache
@@ -57,11 +57,11 @@ def exact(dtype: torch.dtype, *, relative_bias: bool) -> dict[str, Tensor]:
 def errors(attention: str, dtype: torch.dtype, *, relative_bias: bool, checkpointing: bool = False) -> dict[str, float]:
     """Root mean square errors of logits and gradients, relative to the root mean square of the exact values."""
     expected = exact(dtype, relative_bias=relative_bias)
-    found = outcome(
+    actual = outcome(
         attention, dtype, DEVICE, computed=dtype, relative_bias=relative_bias, activation_checkpointing=checkpointing
     )
     return {
-        name: float((found[name] - expected[name]).square().mean().sqrt() / expected[name].square().mean().sqrt())
+        name: float((actual[name] - expected[name]).square().mean().sqrt() / expected[name].square().mean().sqrt())
         for name in expected
     }
 

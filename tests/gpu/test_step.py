@@ -105,15 +105,15 @@ def test_resumed_run_has_losses_of_uninterrupted_run(small_corpus, tmp_path):
     interrupted = replace(uninterrupted, run_dir=tmp_path / "interrupted")
     (expected,) = run_world(pretrain_and_read, 1, uninterrupted, timeout_s=300)
     run_world(pretrain_and_read, 1, with_train(interrupted, stop_at=3), timeout_s=300)
-    (found,) = run_world(pretrain_and_read, 1, interrupted, timeout_s=300)
+    (actual,) = run_world(pretrain_and_read, 1, interrupted, timeout_s=300)
     for step in range(1, 7):
-        assert found[step]["train/total"] == pytest.approx(expected[step]["train/total"], rel=1e-5)
+        assert actual[step]["train/total"] == pytest.approx(expected[step]["train/total"], rel=1e-5)
 
 
-def check_near(found: Trained, expected: Trained) -> None:
+def check_near(actual: Trained, expected: Trained) -> None:
     """Compare five steps in fp32 that differ in the order of sums only."""
-    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=0)
-    torch.testing.assert_close(found.norms, expected.norms, rtol=1e-3, atol=0)
+    torch.testing.assert_close(actual.losses, expected.losses, rtol=1e-4, atol=0)
+    torch.testing.assert_close(actual.norms, expected.norms, rtol=1e-3, atol=0)
 
 
 @pytest.fixture(scope="module")

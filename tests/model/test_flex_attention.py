@@ -47,29 +47,29 @@ def hidden_states(attention: str, batch: Batch, objectives: tuple[str, ...] | No
 def test_hidden_states_equal_reference(seed, objectives, relative_bias):
     batch = random_batch(batch=4, seed=seed, masking=MaskingConfig(rate=0.3, stop=("exact", "paper")[seed]))
     assert not batch.valid_BT.all()  # there are padding and unused prediction slots
-    found, expected = (
+    actual, expected = (
         hidden_states(name, batch, objectives, relative_bias=relative_bias) for name in ("flex", "reference")
     )
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_logits_over_several_blocks_equal_reference():
     batch = random_batch(length=200)
     with torch.no_grad():
-        found, expected = (
+        actual, expected = (
             logits_of(model_of(dtype=torch.float32, attention=name, max_positions=200), batch)[..., : MODEL.vocab_size]
             for name in ("flex", "reference")
         )
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_distances_beyond_number_of_slots_are_supported():
     batch = random_batch()
     far = dataclasses.replace(batch, positions_BT=batch.positions_BT * 40)  # 24 slots, distances up to 920
     changes = {"max_positions": 1000, "relative_max_distance": 300}
-    found, expected = (hidden_states(name, far, ("ae", "par"), **changes) for name in ("flex", "reference"))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert (found - hidden_states("flex", batch, ("ae", "par"), **changes)).abs().max() > 1e-2
+    actual, expected = (hidden_states(name, far, ("ae", "par"), **changes) for name in ("flex", "reference"))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    assert (actual - hidden_states("flex", batch, ("ae", "par"), **changes)).abs().max() > 1e-2
 
 
 def plan_of(batch: Batch, objectives: tuple[str, ...] = ("ae", "par")) -> AttentionPlan:
@@ -128,9 +128,9 @@ def outputs_and_gradients(batch: Batch, **changes: Any) -> dict[str, Tensor]:
     logits = logits_of(model, batch)[..., : MODEL.vocab_size]
     weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
     (logits * weights).sum().backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert len(found) == len(list(model.parameters()))
-    return {"logits": logits.detach(), **found}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert len(gradients) == len(list(model.parameters()))
+    return {"logits": logits.detach(), **gradients}
 
 
 @pytest.mark.usefixtures("backward_on_cpu")
@@ -138,14 +138,14 @@ def outputs_and_gradients(batch: Batch, **changes: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_equal_reference(checkpointing, relative_bias):
     batch = random_batch()
-    found = outputs_and_gradients(
+    actual = outputs_and_gradients(
         batch, attention="flex", relative_bias=relative_bias, activation_checkpointing=checkpointing
     )
     expected = outputs_and_gradients(batch, attention="reference", relative_bias=relative_bias)
-    assert ("relative_bias.weight" in found) is relative_bias
+    assert ("relative_bias.weight" in actual) is relative_bias
     assert all(gradient.abs().max() > 1e-3 for name, gradient in expected.items() if "key_value.bias" not in name)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9, msg=name)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-9, atol=1e-9, msg=name)
 
 
 @pytest.mark.usefixtures("backward_on_cpu")
@@ -191,11 +191,11 @@ def train_with_flex(config: RunConfig) -> Trained:
 def test_training_with_engine_equals_fused(small_corpus, tmp_path):
     """ZeRO-3, tensor parallelism and activation checkpointing together, as each can lose a gradient."""
     config = with_model(run_config(small_corpus, tmp_path, tp=2, steps=3, zero=3), activation_checkpointing=True)
-    found, expected = (run_world(function, 2, config)[0] for function in (train_with_flex, train))
-    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found.norms, expected.norms, rtol=1e-4, atol=0)
+    actual, expected = (run_world(function, 2, config)[0] for function in (train_with_flex, train))
+    torch.testing.assert_close(actual.losses, expected.losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(actual.norms, expected.norms, rtol=1e-4, atol=0)
     for name, weight in expected.weights.items():
-        torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-4, msg=name)
+        torch.testing.assert_close(actual.weights[name], weight, rtol=0, atol=1e-4, msg=name)
 
 
 def test_batches_of_same_shape_are_not_recompiled(monkeypatch: pytest.MonkeyPatch):
@@ -212,8 +212,8 @@ def test_batches_of_same_shape_are_not_recompiled(monkeypatch: pytest.MonkeyPatc
     counts = []
     for seed in range(3):
         batch = random_batch(seed=seed)
-        found, expected = (hidden_states(name, batch, ("ae", "par")) for name in ("flex", "reference"))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        actual, expected = (hidden_states(name, batch, ("ae", "par")) for name in ("flex", "reference"))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
         counts.append(compiler.frame_count)
     assert 0 < counts[0] == counts[1] == counts[2]
 

@@ -39,10 +39,10 @@ def outcome(attend, dtype: torch.dtype, *, dropout: float = 0.0, shared: bool = 
 @pytest.mark.parametrize("shared", [True, False])
 def test_outputs_and_gradients_equal_reference_in_fp64(monkeypatch, shared, pairs):
     monkeypatch.setattr(fused_attention, "_SCORES_PER_THREAD", pairs // torch.get_num_threads())
-    found, expected = (
+    actual, expected = (
         outcome(attend, torch.float64, shared=shared) for attend in (attention_fused, attention_reference)
     )
-    for own, reference in zip(found, expected, strict=True):
+    for own, reference in zip(actual, expected, strict=True):
         torch.testing.assert_close(own, reference, rtol=1e-11, atol=1e-11)
 
 
@@ -74,6 +74,6 @@ def test_dropout_keeps_mean_and_has_variance():
 
 def test_bf16_error_is_that_of_rounding():
     """bf16 has 8 bits: sums of 16 terms of magnitude 1 have errors of some hundredths."""
-    found, expected = outcome(attention_fused, torch.bfloat16), outcome(attention_reference, torch.float64)
-    for own, reference in zip(found, expected, strict=True):
+    actual, expected = outcome(attention_fused, torch.bfloat16), outcome(attention_reference, torch.float64)
+    for own, reference in zip(actual, expected, strict=True):
         torch.testing.assert_close(own.double(), reference, rtol=0.05, atol=0.05)

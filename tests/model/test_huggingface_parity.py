@@ -29,12 +29,12 @@ def attention_weights(model: PseudoMaskedLM, layer: int) -> dict[str, torch.Tens
     """Query, key and value of a layer, each [E, E] or [E]; our keys and values are interleaved by head."""
     attention: Any = model.layers[layer].attention
     heads, size = MODEL.num_heads, MODEL.head_dim
-    found = {"query.weight": attention.query.weight, "query.bias": attention.query.bias}
+    weights = {"query.weight": attention.query.weight, "query.bias": attention.query.bias}
     for kind in ("weight", "bias"):
         both = getattr(attention.key_value, kind).view(heads, 2, size, *getattr(attention.key_value, kind).shape[1:])
-        found[f"key.{kind}"] = both[:, 0].flatten(0, 1)
-        found[f"value.{kind}"] = both[:, 1].flatten(0, 1)
-    return found
+        weights[f"key.{kind}"] = both[:, 0].flatten(0, 1)
+        weights[f"value.{kind}"] = both[:, 1].flatten(0, 1)
+    return weights
 
 
 def named_as(model: PseudoMaskedLM, names: dict[str, str], attention: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -138,11 +138,11 @@ def test_logits_without_relative_bias_equal_bert(attention):
     tokens, segments, valid = batch.tokens_BT[:, :S], batch.segments_BT[:, :S], batch.valid_BT[:, :S]
     with torch.no_grad():
         expected = bert_of(model)(input_ids=tokens, token_type_ids=segments, attention_mask=valid.long()).logits
-    found = our_logits(model, tokens, segments, valid)
+    actual = our_logits(model, tokens, segments, valid)
     assert expected[valid].std() > 0.1
-    torch.testing.assert_close(found[valid][:, :VOCABULARY], expected[valid], rtol=1e-9, atol=1e-9)
-    assert found.shape[-1] == PADDED
-    assert (found[..., VOCABULARY:] == float("-inf")).all()
+    torch.testing.assert_close(actual[valid][:, :VOCABULARY], expected[valid], rtol=1e-9, atol=1e-9)
+    assert actual.shape[-1] == PADDED
+    assert (actual[..., VOCABULARY:] == float("-inf")).all()
 
 
 @pytest.mark.parametrize("attention", ["fused", "reference"])
@@ -157,6 +157,6 @@ def test_logits_with_relative_bias_equal_mpnet(attention):
             attention_mask=valid.long(),
             position_ids=torch.arange(2, S + 2).expand_as(tokens),
         ).logits
-    found = our_logits(model, tokens, torch.zeros_like(tokens), valid)
+    actual = our_logits(model, tokens, torch.zeros_like(tokens), valid)
     assert expected[valid].std() > 0.1
-    torch.testing.assert_close(found[valid][:, :VOCABULARY], expected[valid], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual[valid][:, :VOCABULARY], expected[valid], rtol=1e-9, atol=1e-9)

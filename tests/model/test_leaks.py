@@ -1,7 +1,7 @@
 """No prediction depends on its target: gradients of the predicted slots with respect to the embeddings of all slots.
 
 The slots that can reach a predicted slot over L layers are the closure of the visibility rule. Outside of it all
-gradients must be exactly zero. Inside, with random weights, they are nonzero, so missing connections are found too.
+gradients must be exactly zero. Inside, with random weights, they are nonzero, so missing connections are detected too.
 """
 
 from __future__ import annotations
@@ -60,27 +60,27 @@ def influence(model: PseudoMaskedLM, batch: Batch) -> torch.Tensor:
 def test_gradients_are_zero_exactly_outside_closure_of_visibility(attention, relative_bias, seed):
     model = model_of(attention=attention, relative_bias=relative_bias, seed=seed)
     batch = random_batch(seed=seed, masking=MaskingConfig(rate=0.3, stop="paper" if seed else "exact"))
-    found_BRT = influence(model, batch)
+    influence_BRT = influence(model, batch)
     M, T = batch.num_predictions, batch.tokens_BT.shape[1]
-    for sample in range(len(found_BRT)):
+    for sample in range(len(influence_BRT)):
         reach = closure(batch, sample, layers=model.config.num_layers)
         pseudo = torch.arange(T - M, T)
         predicted_R = torch.cat([batch.predicted_BM[sample], pseudo])
         allowed_RT = reach[predicted_R]
         used = batch.weights_BM[sample].bool().repeat(2)
-        assert (found_BRT[sample][~allowed_RT] == 0).all()
-        assert (found_BRT[sample][used][allowed_RT[used]] > 0).all()
+        assert (influence_BRT[sample][~allowed_RT] == 0).all()
+        assert (influence_BRT[sample][used][allowed_RT[used]] > 0).all()
 
 
 def test_pseudo_masks_never_depend_on_own_or_later_targets():
     batch = random_batch(masking=MaskingConfig(rate=0.3, corruption="mask_only"))
-    found_BRT = influence(model_of(num_layers=4), batch)
+    influence_BRT = influence(model_of(num_layers=4), batch)
     S, M = batch.num_context, batch.num_predictions
-    for sample in range(len(found_BRT)):
+    for sample in range(len(influence_BRT)):
         steps = batch.order_BT[sample, S : S + M]
         for m in range(M):
             if batch.weights_BM[sample, m] == 0:
                 continue
             later_or_own = steps >= steps[m]
-            assert (found_BRT[sample, M + m, S : S + M][later_or_own] == 0).all()
-            assert (found_BRT[sample, m, S:] == 0).all()  # AE depends on no appended slot
+            assert (influence_BRT[sample, M + m, S : S + M][later_or_own] == 0).all()
+            assert (influence_BRT[sample, m, S:] == 0).all()  # AE depends on no appended slot

@@ -66,8 +66,8 @@ def test_loss_and_gradients_equal_longhand(*, objective, masking, relative_bias,
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     for name, parameter in model.named_parameters():
         reference = weights[name].grad if weights[name].grad is not None else torch.zeros_like(weights[name])
-        found = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        actual = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         assert reference is not None
         torch.testing.assert_close(
-            found, reference, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            actual, reference, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )

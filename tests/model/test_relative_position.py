@@ -32,22 +32,22 @@ def test_buckets_equal_those_of_mpnet():
 
 @pytest.mark.parametrize(("buckets", "max_distance"), [(8, 16), (16, 20), (32, 128), (64, 1000)])
 def test_buckets_of_a_sign_are_all_used_and_increase_with_distance(buckets, max_distance):
-    found = relative_bucket(-torch.arange(2 * max_distance), buckets=buckets, max_distance=max_distance)
-    assert (found.diff() >= 0).all()
-    assert found.unique().tolist() == list(range(buckets // 2))
+    actual = relative_bucket(-torch.arange(2 * max_distance), buckets=buckets, max_distance=max_distance)
+    assert (actual.diff() >= 0).all()
+    assert actual.unique().tolist() == list(range(buckets // 2))
 
 
 def test_bias_equals_table_entry_of_every_pair():
     groups.init_process_groups()
     bias = RelativeBias(3, buckets=32, max_distance=128, std=1.0)
     queries, keys = torch.randint(0, 300, (2, 5)), torch.randint(0, 300, (2, 7))
-    found = bias(queries, keys)
-    assert found.shape == (3, 2, 5, 7)
+    actual = bias(queries, keys)
+    assert actual.shape == (3, 2, 5, 7)
     for b in range(2):
         for q in range(5):
             for k in range(7):
                 bucket = by_hand(int(keys[b, k] - queries[b, q]))
-                assert torch.equal(found[:, b, q, k], bias.weight[:, bucket])
+                assert torch.equal(actual[:, b, q, k], bias.weight[:, bucket])
 
 
 def test_for_contiguous_equals_bias_of_positions():
@@ -62,6 +62,6 @@ def test_bf16_table_gets_gradient_summed_in_fp32():
     groups.init_process_groups()
     bias = RelativeBias(1, buckets=8, max_distance=6, std=1.0).to(torch.bfloat16)
     positions = torch.arange(300)[None]
-    for found in (bias.for_contiguous(300), bias(positions, positions)):
-        (gradient,) = torch.autograd.grad(found.to(torch.bfloat16).sum(), bias.weight)
+    for actual in (bias.for_contiguous(300), bias(positions, positions)):
+        (gradient,) = torch.autograd.grad(actual.to(torch.bfloat16).sum(), bias.weight)
         assert abs(float(gradient.float().sum()) - 300 * 300) < 0.01 * 300 * 300

@@ -36,12 +36,12 @@ def test_loss_and_gradients_equal_reference(monkeypatch, dtype, tolerance, sprea
     gradient = torch.rand(20, generator=random)
     expected_nll, expected_correct, expected = reference(x, weight, bias, targets, gradient)
     nll, correct = tied_cross_entropy(x, weight, bias, targets)
-    found = torch.autograd.grad(nll, (x, weight, bias), gradient.to(nll.dtype))
+    actual = torch.autograd.grad(nll, (x, weight, bias), gradient.to(nll.dtype))
     assert nll.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(nll.double(), expected_nll, rtol=tolerance, atol=tolerance * max(1.0, spread))
     if dtype != torch.bfloat16:  # rounded logits may tie or change their order
         assert torch.equal(correct, expected_correct)
-    for gradient, expected_gradient in zip(found, expected, strict=True):
+    for gradient, expected_gradient in zip(actual, expected, strict=True):
         assert gradient.dtype == dtype
         assert (gradient.double() - expected_gradient).norm() <= tolerance * max(1.0, expected_gradient.norm())
 
