@@ -255,7 +255,7 @@ def adamw_on_masters(model: torch.nn.Module) -> Callable[[], None]:
 
 def _naive(options: StepOptions, corpus: Path, _: str) -> Callable[[], object]:
     model, update, batch = _plain_torch(options, corpus, dataclasses.replace(options.model, attention="reference"))
-    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.inputs.items() if name != "predicted_BM"}
+    inputs = batch.inputs._replace(predicted_BM=None)
     rows = torch.arange(len(batch.tokens_BT), device=batch.tokens_BT.device)[:, None]
     pseudo = slice(batch.num_context + batch.num_predictions, None)
 

@@ -118,7 +118,7 @@ def test_foreign_weights_with_code_are_rejected(tmp_path: Path, monkeypatch: pyt
 
 def load_manifest(corpus: Path, cache: Path) -> Manifest:
     """Load the manifest of a corpus at an address."""
-    return Manifest.load(CorpusSource.at(f"file://{corpus}", DataConfig(cache=str(cache))).folder)
+    return Manifest.load(CorpusSource.open(f"file://{corpus}", DataConfig(cache=str(cache))).folder)
 
 
 @pytest.mark.fault("F63")

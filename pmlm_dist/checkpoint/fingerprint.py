@@ -36,7 +36,7 @@ def fingerprint(
     was_training = engine.training
     engine.eval()
     inputs = _probe_batch(vocab_size, context=min(_CONTEXT, max_positions), device=topology.device)
-    logits_KMBV = engine(**inputs, objectives=_OBJECTIVES)
+    logits_KMBV = engine(inputs=inputs, objectives=_OBJECTIVES)
     engine.train(was_training)
     return {
         "statistics": dict(zip(_OBJECTIVES, _statistics(logits_KMBV, topology, vocab_size=vocab_size), strict=True)),
@@ -70,7 +70,7 @@ def fingerprint_differences(saved: dict[str, Any], now: dict[str, Any], *, preci
     return problems
 
 
-def _probe_batch(vocab_size: int, *, context: int, device: torch.device) -> dict[str, Tensor]:
+def _probe_batch(vocab_size: int, *, context: int, device: torch.device) -> SlotInputs[Tensor]:
     """Return a batch of tokens spread over the vocabulary; two context positions are predicted, one per step."""
     slots = context + 2 * _PREDICTIONS
     predicted = [context // 3, 2 * context // 3]

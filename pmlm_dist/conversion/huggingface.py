@@ -147,7 +147,7 @@ def write_folder(exported: ExportedModel, folder: Path, *, max_positions: int) -
 
 def _write_tokenizer(exported: ExportedModel, folder: Path, *, max_positions: int) -> None:
     exported.vocabulary.save(folder)
-    (folder / TOKENIZER).write_text(exported.vocabulary.published, encoding="utf-8")
+    (folder / TOKENIZER).write_text(exported.vocabulary.exported_json, encoding="utf-8")
     segments = [] if exported.settings["model_type"] == "mpnet" else ["token_type_ids"]
     names = zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True)
     settings = {

@@ -82,7 +82,7 @@ def to_mpnet(pretrained: PretrainedWeights) -> ExportedModel:
              for name, value in different.items()]
         )  # fmt: skip
     # [PAD] must have MPNet's id: any other token with this id would shift all positions after it.
-    vocabulary = pretrained.vocabulary.with_ids_exchanged(pretrained.vocabulary.pad_id, _PAD_ID)
+    vocabulary = pretrained.vocabulary.with_ids_swapped(pretrained.vocabulary.pad_id, _PAD_ID)
     renumbered = pretrained.with_vocabulary(vocabulary, origin="MPNet")
     settings = {
         "model_type": "mpnet",

@@ -66,7 +66,7 @@ def optimizer_step(engine: DeepSpeedEngine, config: EngineConfig, topology: Topo
     if config.zero_stage == 0 and is_boundary:  # DeepSpeed computes no norm at stage 0 and skips no overflow
         _fill_gradients(module_of(engine))
         norm = gradient_norm(module_of(engine), topology)
-        clip_or_drop_gradients(module_of(engine), norm=norm, largest=config.gradient_clipping)
+        clip_or_drop_gradients(module_of(engine), norm=norm, max_norm=config.gradient_clipping)
         engine.step()
         return norm
     engine.step()
