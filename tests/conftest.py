@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     reason = why_no_gpu() if gpu_tests else None
     for item in gpu_tests if reason else ():
-        item.add_marker(pytest.mark.skip(reason=reason))
+        item.add_marker(pytest.mark.skip(reason=str(reason)))
     if hasattr(config, "workerinput"):  # of pytest-xdist
         in_file = Counter(item.path for item in items if item.get_closest_marker("distributed"))
         items.sort(key=lambda item: -in_file[item.path])  # a worker that starts the longest file last ends alone

@@ -21,7 +21,7 @@ def steps_saved(run_dir: Path) -> list[int]:
 
 def resumed_steps(printed: str) -> list[int]:
     """Return the step that each attempt of a job resumed after."""
-    return [int(step) for step in re.findall(r"going on after step (\d+);", printed)]
+    return [int(step) for step in re.findall(r"resuming after step (\d+);", printed)]
 
 
 @pytest.mark.fault("F80", "F81")
@@ -33,7 +33,7 @@ def test_signal_and_requeue_lose_no_step(submit: Submission, uninterrupted: Path
     cluster.run("scancel", "--signal=USR1", job.number)
     job.wait_for_print("stopped by a signal to stop")
     job.wait_for_restart(1)
-    job.wait_for_print("going on after step")
+    job.wait_for_print("resuming after step")
     (first,) = resumed_steps(job.printed())
     assert first >= 20
     cluster.run("scontrol", "requeue", job.number)
@@ -172,7 +172,7 @@ def test_chain_of_jobs_ends_when_training_is_complete(submit: Submission, uninte
     cluster.run(
         "scancel", "--signal=USR1", f"{job.number}_1.0"
     )  # its step: for a job of an array SLURM rejects the signal
-    job.wait_for_print("going on after step")
+    job.wait_for_print("resuming after step")
     wait_until(lambda: not cluster.run("squeue", "-h", "-j", job.number).strip(), timeout_s=120, what=job.printed)
     printed = job.printed()
     assert len(re.findall(r" job \d+, attempt 0,", printed)) == 2, printed

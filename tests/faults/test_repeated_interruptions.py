@@ -99,7 +99,7 @@ def test_signal_during_a_save_keeps_it_and_a_second_one_drops_it(
     first, second = run_with_restarts(config, Fault(SignalDuringNextFile(times), step=8), *slow_steps(0.1))
     assert first.codes == codes, first.printed
     assert second.codes == [0, 0], second.printed
-    (step,) = re.findall(r"going on after step (\d+);", second.printed)
+    (step,) = re.findall(r"resuming after step (\d+);", second.printed)
     assert int(step) == 5 if times == 2 else int(step) >= 10
     check_recovered(config, uninterrupted)
 

@@ -63,7 +63,7 @@ def test_run_book_recovers_from_a_loss_spike(
     assert list(aside.iterdir())
     ended = run_attempt(config)
     assert ended.codes == [0, 0], ended.printed
-    assert "going on after step 5;" in ended.printed
+    assert "resuming after step 5;" in ended.printed
     repeated = check_recovered(config, uninterrupted)
     record_property(
         "lost",

@@ -80,8 +80,8 @@ def test_resume_after_a_signal_is_bit_exact(
     answers = run_world(pretrain_signalled, 2, config, where, 1, at)
     assert [code for code, _ in answers] == [EXIT_PREEMPTED] * 2
     assert steps_saved(config) == saved
-    place = config.run_dir / "checkpoints" / "step-00000002" if saved else "the beginning"
-    assert answers[0][1].splitlines()[-1] == f"stopped by a signal to stop; started again, it goes on from {place}"
+    place = config.run_dir / "checkpoints" / "step-00000002" if saved else "the first step"
+    assert answers[0][1].splitlines()[-1] == f"stopped by a signal to stop; a restart resumes from {place}"
     assert [code for code, _ in run_world(pretrain_signalled, 2, config, where, 1, 0)] == [0, 0]
     assert train_scalars(config) == train_scalars(uninterrupted)
     assert (config.run_dir / "COMPLETE").exists()
