@@ -21,6 +21,14 @@ hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "thorough"))
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Skip files without a `serial` test in the second half of `make test`: importing all files takes longer."""
+    is_second_half = config.option.markexpr.endswith("and serial")
+    if is_second_half and collection_path.match("test_*.py") and "mark.serial" not in collection_path.read_text():
+        return True
+    return None
+
+
 @pytest.hookimpl(tryfirst=True)  # before marks select
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what `make test-quick` leaves out and what this machine cannot run; start the longest files first."""
