@@ -74,7 +74,7 @@ def test_local_rank_flag_of_deepspeed_is_ignored(flags: list[str]):
         (["--trian.seed", "3"], "--train.seed"),
         (["--train.steps", "many"], "--train.steps"),
         (["--train.steps", "1.5"], "--train.steps"),
-        (["--model.attention", "flash"], "'split', 'dense'"),
+        (["--model.attention", "flash"], "'fused', 'reference'"),
         (["--masking.rate"], "--masking.rate"),
     ],
 )

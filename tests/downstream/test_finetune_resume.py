@@ -108,7 +108,7 @@ def test_finetune_resume_is_bit_exact(
     assert run_world(learn, 1, wanted) == ["done"]
     assert_equal(result(tmp_path / "out"), result(undisturbed))
     assert not (tmp_path / "out" / UNFINISHED).exists()
-    with pytest.raises(ConfigError, match="is there already, and nothing is overwritten"):
+    with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
         check(wanted)
 
 
@@ -208,7 +208,7 @@ def test_stop_file_ends_finetune_and_foreign_folder_raises(model: Path, data: Pa
     assert run_world(learn, 1, wanted) == ["done"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match="is there already, and nothing is overwritten"):
+    with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
         check(replace(wanted, output=tmp_path / "mine"))
 
 
@@ -256,4 +256,4 @@ def test_signal_exits_75_and_the_same_command_resumes(model: Path, data: Path, t
     (wanted.output / STOP_FILE).touch()
     again = subprocess.run(long, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
-    assert f"resuming after step {read_state(saved)['step']}\n" in again.stdout
+    assert f"a restart resumes from {saved}\n" in again.stdout

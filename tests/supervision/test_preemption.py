@@ -94,7 +94,7 @@ def test_stop_does_not_save_a_saved_step_again(uninterrupted: RunConfig, tmp_pat
     (checkpoint,) = (config.run_dir / "checkpoints").glob("step-*")
     written = checkpoint.stat().st_mtime_ns
     # A signal before the first step of the next attempt.
-    code, printed = run_world(pretrain_signalled, 2, config, "_announce", 0, 1)[0]
+    code, printed = run_world(pretrain_signalled, 2, config, "_log_start", 0, 1)[0]
     assert code == EXIT_PREEMPTED
     assert "resuming after step 2" in printed
     assert steps_saved(config) == [2]
@@ -104,7 +104,7 @@ def test_stop_does_not_save_a_saved_step_again(uninterrupted: RunConfig, tmp_pat
 @pytest.mark.distributed
 def test_signal_does_not_stop_the_last_validation(uninterrupted: RunConfig, tmp_path: Path):
     config = replace(uninterrupted, run_dir=tmp_path / "run")
-    assert [code for code, _ in run_world(pretrain_signalled, 2, config, "_validate", 0, 1)] == [0, 0]
+    assert [code for code, _ in run_world(pretrain_signalled, 2, config, "validate", 0, 1)] == [0, 0]
     assert "validation/total" in read_metrics(config.run_dir)[4]
     assert (config.run_dir / "COMPLETE").exists()
 

@@ -91,7 +91,7 @@ def test_diverged_training_prints_its_message_without_traceback(tmp_path: Path):
     done = run("raise FloatingPointError('20 steps in a row: lower --optim.peak-lr')", tmp_path)
     assert done.returncode == ExitCode.NOT_FINITE
     assert "Traceback" not in done.stderr
-    assert "Training stopped: 20 steps in a row: lower --optim.peak-lr" in done.stderr
+    assert "train.py: 20 steps in a row: lower --optim.peak-lr" in done.stderr
     assert "FloatingPointError" in (tmp_path / "logs/attempt/rank-00000.txt").read_text()
 
 

@@ -78,11 +78,9 @@ def rank_of_job(config: RunConfig, faults: Sequence[Fault], environ: dict[str, s
     os._exit(code)
 
 
-def _train(config: RunConfig, faults: Sequence[Fault], heartbeat: Any) -> int:
+def _train(config: RunConfig, faults: Sequence[Fault], heartbeat: Any) -> None:
     """Train as train.py does, with injected faults and a record of the sample ids of every step."""
-    from pmlm_dist.config import ConfigError
-    from pmlm_dist.supervision.run_lock import FolderInUse
-    from pmlm_dist.supervision.signals import SignalTimes, Stopped, StopSignals
+    from pmlm_dist.supervision.signals import SignalTimes, StopSignals
     from pmlm_dist.training import loop
     from pmlm_dist.training.run import pretrain
 
@@ -98,14 +96,7 @@ def _train(config: RunConfig, faults: Sequence[Fault], heartbeat: Any) -> int:
         return step(job, engine, micro_batches, state, stopwatch)
 
     loop.train_step = step_with_faults
-    try:
-        pretrain(config, signals, heartbeat)
-    except Stopped as stopped:
-        return stopped.exit_code
-    except (ConfigError, FolderInUse) as error:
-        print(error, flush=True)
-        return 2 if isinstance(error, ConfigError) else error.exit_code
-    return 0
+    pretrain(config, signals, heartbeat)
 
 
 def _inject_due(config: RunConfig, pending: list[Fault], *, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Resume: N + N steps equal 2N steps bit for bit; a checkpoint of another run raises with all differences."""
+"""Resume: N + N steps equal 2N steps bit for bit; a checkpoint belong to another run raises with all differences."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_each_identity_difference_raises_with_its_name_alone(finished: Finished,
         assert len(problems) == 2, problems
         assert problems[0].startswith(f"{name} was")
         assert values in problems[0]
-        assert "of another run" in problems[1]
+        assert "belong to another run" in problems[1]
         assert "choose another --run-dir" in problems[1]
     (words,) = problems_of(1, [replace(run, corpus=other_words)])
     assert [line.split(" was")[0] for line in words[:-1]] == ["corpus", "model.vocab_size", "vocabulary"]
