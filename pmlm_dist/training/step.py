@@ -41,12 +41,12 @@ def train_step(
         scale = job.loss_scale(micro_batches)
     optimizer: Any = engine.optimizer
     set_learning_rate(optimizer, learning_rate(state.step + 1, steps=settings.steps, optim=settings.optim))
-    counts, norm = torch.zeros((), dtype=torch.float64), math.nan
+    counts, norm = torch.zeros(()), math.nan
     for number, batch in enumerate(micro_batches):
         _seed_dropout(job, state, number)
         with stopwatch.phase("forward"):
             loss, batch_counts = job.loss(engine, batch, scale)
-            counts = counts + batch_counts
+            counts = counts + batch_counts.double()  # fp32 would round the sums of the log
         with stopwatch.phase("backward"):
             engine.backward(loss)
         with stopwatch.phase("step"):
