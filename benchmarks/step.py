@@ -199,11 +199,7 @@ def _ours(options: StepOptions, corpus: Path, row: str) -> Callable[[], object]:
     run = resolve(_run_config(options, corpus, _kind(row), attention=attention), topology)
     engine = build_engine(run)
     batches = training_batches(
-        run.source,
-        lanes=run.lanes,
-        share=run.share,
-        loading=run.config.data,
-        pin_memory=topology.device.type == "cuda",
+        run.source, lanes=run.lanes, share=run.share, loading=run.config.data, pin_memory=topology.device.type == "cuda"
     )
     job, state, stopwatch = PretrainJob(run), RunState(), Stopwatch(topology.device)
 

@@ -17,15 +17,7 @@ from random_text import random_corpus
 from torch import nn
 
 from pmlm_dist.checkpoint.resume import RunState
-from pmlm_dist.config import (
-    DataConfig,
-    MaskingConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from pmlm_dist.config import DataConfig, MaskingConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from pmlm_dist.data.loader import training_batches
 from pmlm_dist.devices import Device
 from pmlm_dist.engine.deepspeed_config import EngineConfig, load_engine_config

@@ -291,11 +291,7 @@ def relation_problems(config: RunConfig) -> list[str]:
 
 def problems_of_model(model: ModelConfig, *, tp: int) -> list[str]:
     """The problems of `model` on `tp` tensor-parallel ranks."""
-    return [
-        *range_problems(model, prefix="model."),
-        *_model_relations(model),
-        *_parallel_relations(model, tp=tp),
-    ]
+    return [*range_problems(model, prefix="model."), *_model_relations(model), *_parallel_relations(model, tp=tp)]
 
 
 def _model_relations(model: ModelConfig) -> list[str]:

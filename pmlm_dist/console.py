@@ -17,7 +17,10 @@ def print_safely(text: str, *, to_stderr: bool = False) -> bool:
 
 
 def discard_broken_stdout() -> bool:
-    """Return True if the reader of standard output is gone (`--help | head`); what is left of it is then discarded."""
+    """Return True if the reader of standard output has closed it (`--help | head`); redirect it to /dev/null then.
+
+    Without the redirection Python's own flush at exit would fail and change the exit code.
+    """
     output = select.poll()
     output.register(sys.stdout, 0)
     is_broken = any(event & select.POLLERR for _, event in output.poll(0))

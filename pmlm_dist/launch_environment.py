@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import select
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -166,16 +164,3 @@ def _first_set(names: Sequence[str], environ: Mapping[str, str], *, default: str
 def set_num_threads() -> None:
     """Set OMP_NUM_THREADS to this rank's share of the host's cores unless it is set; call before importing torch."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(os.environ, cores=len(os.sched_getaffinity(0)))))
-
-
-def discard_broken_stdout() -> bool:
-    """Return True if the reader of standard output has closed it (`--help | head`); redirect it to /dev/null then.
-
-    Without the redirection Python's own flush at exit would fail and change the exit code.
-    """
-    output = select.poll()
-    output.register(sys.stdout, 0)
-    is_broken = any(event & select.POLLERR for _, event in output.poll(0))
-    if is_broken:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return is_broken

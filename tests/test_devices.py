@@ -32,11 +32,7 @@ def test_unknown_device_is_none():
 
 @pytest.mark.parametrize(
     ("name", "cores", "boost_ghz", "flops_of_core"),
-    [
-        ("h100-80gb", 528, 1.830, 1024),
-        ("a100-80gb", 432, 1.410, 512),
-        ("v100-32gb", 640, 1.530, 128),
-    ],
+    [("h100-80gb", 528, 1.830, 1024), ("a100-80gb", 432, 1.410, 512), ("v100-32gb", 640, 1.530, 128)],
 )
 def test_half_precision_peak_is_cores_times_clock(name: str, cores: int, boost_ghz: float, flops_of_core: int):
     """Tensor cores, boost clock, and FLOPs of a tensor core in a cycle, from the white paper of each chip."""

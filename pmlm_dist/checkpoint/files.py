@@ -62,11 +62,7 @@ def rank_file(rank: int) -> str:
 
 
 def write_numbers(
-    path: Path,
-    fragments: Iterable[Fragment],
-    chunks: Iterable[bytes | memoryview],
-    *,
-    kinds: tuple[str, ...] = KINDS,
+    path: Path, fragments: Iterable[Fragment], chunks: Iterable[bytes | memoryview], *, kinds: tuple[str, ...] = KINDS
 ) -> FileDigest:
     """Write a rank file, flush it to the disk and read it back.
 

@@ -247,7 +247,6 @@ class ShardReader:
         return np.frombuffer(data, self._dtype).astype(self._native)
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> ShardReader:

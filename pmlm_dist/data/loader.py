@@ -97,12 +97,7 @@ class BatchLoader(Iterator[Batch]):
         _compile_masking(builder.source)
         self._pin_memory = pin_memory
         self._arrays = WorkerPool(
-            builder,
-            numbers,
-            workers=data.workers,
-            prefetch=data.prefetch,
-            timeout_s=data.timeout_s,
-            preload=__name__,
+            builder, numbers, workers=data.workers, prefetch=data.prefetch, timeout_s=data.timeout_s, preload=__name__
         )
 
     def __next__(self) -> Batch:
@@ -145,12 +140,7 @@ def training_batches(
 
 
 def validation_batches(
-    source: BatchSource,
-    *,
-    samples: int,
-    share: BatchShare,
-    loading: DataConfig | None = None,
-    pin_memory: bool = False,
+    source: BatchSource, *, samples: int, share: BatchShare, loading: DataConfig | None = None, pin_memory: bool = False
 ) -> BatchLoader:
     """Return this rank's share of the first `samples` validation samples (all if there are fewer), with fixed masks.
 

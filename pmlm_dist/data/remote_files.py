@@ -198,11 +198,7 @@ def _running(arguments: list[str], url: str) -> Iterator[subprocess.Popen[bytes]
     """Run the program inside the block, then kill it and its children if they still run."""
     try:
         program = subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
+            arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
     except (OSError, ValueError) as error:
         raise TransferError(f"{url} cannot be fetched: {_message(error)}") from error

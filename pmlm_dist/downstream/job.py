@@ -28,14 +28,7 @@ from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import RunState, differences
 from pmlm_dist.config import ModelConfig, as_dict, raise_if_any
 from pmlm_dist.data.order import BatchShare, micro_batch_samples, permutation
-from pmlm_dist.downstream.prediction import (
-    Evaluation,
-    Split,
-    evaluate,
-    predictions_file,
-    score_line,
-    write_predictions,
-)
+from pmlm_dist.downstream.prediction import Evaluation, Split, evaluate, predictions_file, score_line, write_predictions
 from pmlm_dist.downstream.preparation import FinetuneData, build_task_engine
 from pmlm_dist.downstream.settings import Recipe, optim_config
 from pmlm_dist.downstream.summary import FinetuneRun
@@ -59,7 +52,6 @@ class FinetuneBatch:
     ids: list[int]
 
     def to(self, device: torch.device) -> FinetuneBatch:
-        """Return the same micro-batch on `device`."""
         return FinetuneBatch(self.batch.to(device), self.ids)
 
 
@@ -132,7 +124,6 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
     # ------------------------------------------------------------------------------------------------------- set-up
 
     def build_engine(self) -> DeepSpeedEngine:
-        """See `TrainingJob`."""
         return build_task_engine(
             self.data.task,
             self.model_config,
@@ -149,7 +140,6 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
                 session.engine_state.load_weights(reader, fresh=TASK_HEAD)
 
     def start(self, session: TrainingSession, state: RunState) -> None:
-        """See `TrainingJob`."""
         data, topology, log = self.data, self.topology, session.log
         origin = "drawn from the seed" if data.config.untrained else f"from {data.start.folder}"
         sizes = [f"{len(split.examples):,} {split.name}" for split in (data.train, *data.scored, *data.reported)]
@@ -177,7 +167,6 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
         raise_if_any(problems)
 
     def identity(self) -> dict[str, Any]:
-        """See `TrainingJob`."""
         data = self.data
         return {
             "task": data.config.task,
@@ -193,7 +182,6 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
         }
 
     def configuration(self) -> dict[str, Any]:
-        """See `TrainingJob`."""
         data, config = self.data, self.data.config
         return {
             **json.loads(json.dumps(as_dict(config))),
@@ -212,7 +200,6 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
     # ------------------------------------------------------------------------------------------------------- a step
 
     def loss_scale(self, micro_batches: Sequence[FinetuneBatch]) -> float:
-        """See `TrainingJob`."""
         count = torch.tensor(float(sum(batch.batch.count for batch in micro_batches)), device=self.topology.device)
         count = float(self.topology.all_reduce_dp(count))
         return len(micro_batches) * self.topology.dp / count
@@ -228,18 +215,15 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
         return scaled, (scaled.detach().double() / factor)[None]
 
     def sample_ids(self, batch: FinetuneBatch) -> list[int]:
-        """See `TrainingJob`."""
         return batch.ids
 
     def advance(self, state: RunState) -> RunState:
-        """See `TrainingJob`."""
         features = len(self.data.train.features) * self.recipe.epochs
         return RunState(step=state.step + 1, samples_consumed=min((state.step + 1) * self.recipe.batch, features))
 
     # ----------------------------------------------------------------------------------------------------- the loop
 
     def next_micro_batches(self, session: TrainingSession, state: RunState) -> list[FinetuneBatch]:
-        """See `TrainingJob`."""
         session.attempt.stop.check()
         return self.micro_batches(state.step)
 
@@ -258,13 +242,7 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
         return micro_batches
 
     def log_step(
-        self,
-        session: TrainingSession,
-        state: RunState,
-        result: StepResult,
-        interval: Interval,
-        *,
-        skipped_steps: int,
+        self, session: TrainingSession, state: RunState, result: StepResult, interval: Interval, *, skipped_steps: int
     ) -> None:
         """Log the mean loss of the interval's steps, learning rate, gradient norm and time."""
         step, steps, seconds = state.step, self.settings.steps, interval.seconds_per_step

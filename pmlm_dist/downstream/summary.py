@@ -46,7 +46,6 @@ class Summary:
     recipes: tuple[RecipeSummary, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Return JSON values."""
         return asdict(self)
 
     def table(self) -> str:

@@ -55,10 +55,7 @@ _NOT_CHECKPOINTABLE = {
     "fp16.fp16_master_weights_and_grads": True,
 }
 """Values with which masters or moments are not fp32 tensors in memory, as checkpoints need them."""
-_HIDES_NONFINITE = {
-    "zero_optimization.compute_grad_norm": False,
-    "bf16.check_grad_overflow": False,
-}
+_HIDES_NONFINITE = {"zero_optimization.compute_grad_norm": False, "bf16.check_grad_overflow": False}
 """Values with which DeepSpeed does not detect gradients that are not finite, or does not skip their step."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import warnings
@@ -24,18 +23,13 @@ from pmlm_dist.engine.bf16_optimizer import SummingBF16Optimizer
 from pmlm_dist.engine.deepspeed_config import EngineConfig
 from pmlm_dist.engine.extension_build import build_lock
 from pmlm_dist.engine.malloc import keep_freed_memory
-from pmlm_dist.engine.optimizer import clip_or_drop_gradients, gradient_norm, parameter_groups
+from pmlm_dist.engine.optimizer import parameter_groups
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel.groups import ModelParallelUnit, Topology
 
 
 def initialize_engine(
-    model: PseudoMaskedLM,
-    *,
-    optim: OptimConfig,
-    config: EngineConfig,
-    topology: Topology,
-    keep_memory: bool = True,
+    model: PseudoMaskedLM, *, optim: OptimConfig, config: EngineConfig, topology: Topology, keep_memory: bool = True
 ) -> DeepSpeedEngine:
     """Return the engine of an initialized `model`, with its optimizer; every rank must call.
 
@@ -100,30 +94,6 @@ def _optimizer(model: PseudoMaskedLM, *, optim: OptimConfig, config: EngineConfi
         with nullcontext() if installed_ops.get("cpu_adam") else build_lock():
             return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps)
     return torch.optim.AdamW(parameters, lr=optim.peak_lr, betas=betas, eps=optim.eps, fused=True)
-
-
-def optimizer_step(engine: DeepSpeedEngine, config: EngineConfig, topology: Topology, *, is_boundary: bool) -> float:
-    """Step the engine. At an accumulation boundary weights change, unless the gradient norm is not finite.
-
-    Returns the norm; NaN before a boundary, and infinite or NaN for a skipped step.
-    """
-    if config.zero_stage == 0 and is_boundary:  # DeepSpeed then computes no norm and does not check for infinities
-        _add_missing_gradients(module_of(engine))
-        norm = gradient_norm(module_of(engine), topology)
-        clip_or_drop_gradients(module_of(engine), norm=norm, max_norm=config.gradient_clipping)
-        engine.step()
-        return norm
-    engine.step()
-    norm = engine.get_global_grad_norm() if is_boundary else None
-    overflown = is_boundary and getattr(engine.optimizer, "overflow", False)
-    return math.nan if norm is None or overflown else float(norm)
-
-
-def _add_missing_gradients(model: nn.Module) -> None:
-    """Give parameters out of the loss, such as an unused head, zero gradients, as ZeRO does from stage 1 on."""
-    for parameter in model.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -99,12 +99,7 @@ class _Operands:
 
 
 def _attend(
-    operands: _Operands,
-    mixed_HBQD: Tensor,
-    *,
-    bias: Tensor | None,
-    padding_BK: Tensor | None,
-    dropout: float,
+    operands: _Operands, mixed_HBQD: Tensor, *, bias: Tensor | None, padding_BK: Tensor | None, dropout: float
 ) -> list[Tensor]:
     """Write the mixed values. Return the probabilities [H, B, Q, K] and, with `dropout`, the mask of those kept."""
     shape_HBQK = (*operands.q_HBQD.shape[:3], operands.k_HBKD.shape[2])

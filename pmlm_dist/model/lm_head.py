@@ -36,12 +36,7 @@ class TiedHead(nn.Module):
         self.register_buffer("padding", sharded(padding).data, persistent=False)
 
     def forward(
-        self,
-        x_RBE: Tensor,
-        embedding_VE: Tensor,
-        targets_RB: Tensor | None = None,
-        *,
-        label_smoothing: float = 0.0,
+        self, x_RBE: Tensor, embedding_VE: Tensor, targets_RB: Tensor | None = None, *, label_smoothing: float = 0.0
     ) -> Tensor | tuple[Tensor, Tensor]:
         """[R, B, E] -> logits [R, B, V]. With targets: their losses [R, B] in nats, and where argmax is correct [R, B].
 

@@ -131,10 +131,7 @@ def _update(work: Workload, zero: Zero, device: Device, *, dp: int, accumulation
         "plain": (0.0, _ADAM * numbers),
         # Added to the fp32 sums. The first micro-batch does not read them, which offsets the pass of the norm. With
         # several ranks the sums are flattened, rounded, averaged and copied back.
-        "bf16": (
-            (w + 2 * FULL) * numbers,
-            (6 * FULL + 2 * w if dp > 1 else 0) * numbers + (_ADAM + FULL + w) * share,
-        ),
+        "bf16": ((w + 2 * FULL) * numbers, (6 * FULL + 2 * w if dp > 1 else 0) * numbers + (_ADAM + FULL + w) * share),
         # Copied to the bucket, divided, flattened, copied back; then norm, flat fp32 copy, update, weights.
         "stage 1 and 2": (0.0, 8 * w * numbers + (_ADAM + 3 * FULL + 2 * w) * share),
         "stage 3": (8 * w * numbers, (_ADAM + 3 * FULL + 2 * w) * share),

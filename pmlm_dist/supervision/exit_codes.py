@@ -38,7 +38,7 @@ class ExitCode(enum.IntEnum):
     meaning: str
     restart: RestartPolicy
 
-    def __new__(cls, code: int, meaning: str, restart: RestartPolicy) -> ExitCode:  # noqa: D102
+    def __new__(cls, code: int, meaning: str, restart: RestartPolicy) -> ExitCode:
         member = int.__new__(cls, code)
         member._value_ = code
         member.meaning, member.restart = meaning, restart

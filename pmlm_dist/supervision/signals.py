@@ -18,7 +18,6 @@ import enum
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ EXIT_PREEMPTED = int(ExitCode.PREEMPTED)
 """Preempted, to be restarted."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_POLL_S = 0.1
+_STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class SignalTimes:
 
     duplicate_s: float = 1.0
     """Signals this soon after the first repeat the same request."""
-    poll_s: float = _POLL_S
+    poll_s: float = 0.1
     max_margin_s: float = 10.0
     """Longest time before the end of the grace period that a save must leave."""
 
@@ -142,7 +141,9 @@ def _do_nothing(_number: int, _frame: object) -> None:
 
 def _exit_at_once(code: int, reason: str) -> None:
     message = f"process {os.getpid()}: {reason}; exiting at once, the last checkpoint is valid\n"
-    os.write(sys.stderr.fileno(), message.encode())  # not print: the thread that holds its lock may hang
+    with contextlib.suppress(OSError):  # standard error may be closed, its reader gone, its disk full
+        if select.select([], [_STDERR], [], 0)[1]:  # a full pipe that is not read would block the exit
+            os.write(_STDERR, message.encode())  # not print: the thread that holds its lock may hang
     os._exit(code)
 
 

@@ -95,7 +95,6 @@ class TrainBatches:
         self._log.data_progress(scalars, step=step)
 
     def close(self) -> None:
-        """Stop the loader workers."""
         self._prefetcher.close()
 
     def _start(self) -> Prefetcher[Batch]:

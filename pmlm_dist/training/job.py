@@ -33,9 +33,7 @@ from pmlm_dist.training.attempt import Attempt
 class MicroBatch(Protocol):
     """A micro-batch of this rank."""
 
-    def to(self, device: torch.device) -> Self:
-        """Return the same micro-batch on `device`."""
-        ...
+    def to(self, device: torch.device) -> Self: ...
 
 
 BatchT = TypeVar("BatchT", bound=MicroBatch)
@@ -141,13 +139,7 @@ class TrainingJob(ABC, Generic[BatchT]):
 
     @abstractmethod
     def log_step(
-        self,
-        session: TrainingSession,
-        state: RunState,
-        result: StepResult,
-        interval: Interval,
-        *,
-        skipped_steps: int,
+        self, session: TrainingSession, state: RunState, result: StepResult, interval: Interval, *, skipped_steps: int
     ) -> None:
         """Log the interval that ends with step `state.step`; every rank calls."""
 

@@ -80,7 +80,6 @@ class PretrainJob(TrainingJob[Batch]):
     # ------------------------------------------------------------------------------------------------------- set-up
 
     def build_engine(self) -> DeepSpeedEngine:
-        """See `TrainingJob`."""
         return build_engine(self.run)
 
     def load_initial_weights(self, session: TrainingSession) -> None:
@@ -90,7 +89,6 @@ class PretrainJob(TrainingJob[Batch]):
             session.log.info(f"weights: from {origin}")
 
     def start(self, session: TrainingSession, state: RunState) -> None:
-        """See `TrainingJob`."""
         self._log_start(session, state)
         if self.topology.is_rank_zero:
             (self.output / COMPLETE).unlink(missing_ok=True)  # a complete run that was made longer
@@ -98,11 +96,9 @@ class PretrainJob(TrainingJob[Batch]):
         self._batches = TrainBatches(self.run, state, session.log)
 
     def identity(self) -> dict[str, Any]:
-        """See `TrainingJob`."""
         return self.run.identity()
 
     def configuration(self) -> dict[str, Any]:
-        """See `TrainingJob`."""
         return self.run.configuration()
 
     def _log_start(self, session: TrainingSession, state: RunState) -> None:
@@ -145,7 +141,6 @@ class PretrainJob(TrainingJob[Batch]):
         return (sums.nll_K * scale).sum(), sums.counts
 
     def advance(self, state: RunState) -> RunState:
-        """See `TrainingJob`."""
         batch = self.engine_config.global_batch
         return RunState(
             step=state.step + 1,
@@ -154,28 +149,19 @@ class PretrainJob(TrainingJob[Batch]):
         )
 
     def sample_ids(self, batch: Batch) -> list[int]:
-        """See `TrainingJob`."""
         return batch.sample_ids_B.tolist()
 
     # ----------------------------------------------------------------------------------------------------- the loop
 
     def next_micro_batches(self, session: TrainingSession, state: RunState) -> list[Batch]:
-        """See `TrainingJob`."""
         assert self._batches is not None
         return self._batches.next_micro_batches(session.attempt.stop)
 
     def check_micro_batches(self, micro_batches: Sequence[Batch]) -> None:
-        """See `TrainingJob`."""
         check_batches(micro_batches, self.topology)
 
     def log_step(
-        self,
-        session: TrainingSession,
-        state: RunState,
-        result: StepResult,
-        interval: Interval,
-        *,
-        skipped_steps: int,
+        self, session: TrainingSession, state: RunState, result: StepResult, interval: Interval, *, skipped_steps: int
     ) -> None:
         """Log losses, rates, times of all ranks, and how far the corpora have been read."""
         assert self._batches is not None
@@ -259,7 +245,6 @@ class PretrainJob(TrainingJob[Batch]):
         return state.step > self._first_step and (state.step == self.settings.last_step or state.step % every == 0)
 
     def close(self) -> None:
-        """See `TrainingJob`."""
         if self._batches is not None:
             self._batches.close()
 

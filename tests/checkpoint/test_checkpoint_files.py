@@ -139,10 +139,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest is a list": (lambda path: (path / "manifest.json").write_text("[]"), "it holds no object"),
     "deeply nested manifest": (lambda path: (path / "manifest.json").write_text("[" * 10**6), "Recursion"),
     "manifest without files": (lambda path: edit_manifest(path, lambda m: m.pop("files")), "manifest.json"),
-    "manifest with a list of files": (
-        lambda path: edit_manifest(path, lambda m: m.update(files=[])),
-        "manifest.json",
-    ),
+    "manifest with a list of files": (lambda path: edit_manifest(path, lambda m: m.update(files=[])), "manifest.json"),
     "entry without checksum": (
         lambda path: edit_manifest(path, lambda m: m["files"][FILES[0]].pop("sha256")),
         "manifest.json",

@@ -261,9 +261,7 @@ def fingerprints(config: RunConfig, path: Path, exchanged: tuple[str, str] | Non
     return [read_state(path)["fingerprint"], current]
 
 
-def test_fingerprint_detects_exchanged_layers_within_the_tolerance_of_another_topology(
-    saved: tuple[RunConfig, Path],
-):
+def test_fingerprint_detects_exchanged_layers_within_the_tolerance_of_another_topology(saved: tuple[RunConfig, Path]):
     config, path = saved
     ((was, same),) = run_world(fingerprints, 1, config, path, None)
     assert was == same

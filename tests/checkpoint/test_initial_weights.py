@@ -75,12 +75,7 @@ def slice_of(whole: np.ndarray, name: str, *, part: np.ndarray, rank: int) -> np
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("tp", "ranks", "engine"),
-    [
-        (1, 1, {"zero": 0}),
-        (1, 2, {"zero": 2}),
-        (2, 2, {"zero": 1, "precision": "bf16"}),
-        (2, 4, {"zero": 3}),
-    ],
+    [(1, 1, {"zero": 0}), (1, 2, {"zero": 2}), (2, 2, {"zero": 1, "precision": "bf16"}), (2, 4, {"zero": 3})],
     ids=str,
 )
 def test_every_topology_starts_from_the_initial_weights(

@@ -88,10 +88,7 @@ def test_run_keeps_the_newest_and_every_kth_and_removes_leftovers(small_corpus: 
     leftover.mkdir(parents=True)
     (printed,) = run_world(printed_by_pretrain, 1, config)
     folder = tmp_path / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "latest",
-        *(f"step-{step:08d}" for step in (3, 6, 7)),
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", *(f"step-{step:08d}" for step in (3, 6, 7))]
     assert printed.count("checkpoint: ") == 7
     shutil.rmtree(folder / "step-00000007")
     assert "after step 6;" in run_world(printed_by_pretrain, 1, config)[0]

@@ -7,15 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.fault_jobs import (
-    Fault,
-    check_recovered,
-    kill,
-    run_attempt,
-    running_job,
-    small_run,
-    trajectory,
-)
+from support.fault_jobs import Fault, check_recovered, kill, run_attempt, running_job, small_run, trajectory
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.supervision.exit_codes import ExitCode

@@ -12,15 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.fault_jobs import (
-    Fault,
-    check_recovered,
-    children_of,
-    run_attempt,
-    running_job,
-    slow_steps,
-    small_run,
-)
+from support.fault_jobs import Fault, check_recovered, children_of, run_attempt, running_job, slow_steps, small_run
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.supervision.attempts import effective_time, read_attempts

@@ -11,13 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmlm_dist.config import MaskingConfig
-from pmlm_dist.masking.blockwise import (
-    MaskedSample,
-    SpecialIds,
-    mask_rule,
-    mask_sample,
-    max_predictions,
-)
+from pmlm_dist.masking.blockwise import MaskedSample, SpecialIds, mask_rule, mask_sample, max_predictions
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB_SIZE = 1000

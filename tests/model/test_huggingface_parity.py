@@ -153,9 +153,7 @@ def test_logits_with_relative_bias_equal_mpnet(attention):
     tokens, valid = batch.tokens_BT[:, :S], batch.valid_BT[:, :S]
     with torch.no_grad():
         expected = mpnet_of(model)(
-            input_ids=tokens,
-            attention_mask=valid.long(),
-            position_ids=torch.arange(2, S + 2).expand_as(tokens),
+            input_ids=tokens, attention_mask=valid.long(), position_ids=torch.arange(2, S + 2).expand_as(tokens)
         ).logits
     actual = our_logits(model, tokens, torch.zeros_like(tokens), valid)
     assert expected[valid].std() > 0.1

@@ -9,13 +9,7 @@ from pmlm_dist.supervision.attempts import LLAMA_3_HOURS
 
 
 def planned(**changes: float) -> Checkpoints:
-    settings = {
-        "gpus": 1024,
-        "gpu_hours": LLAMA_3_HOURS,
-        "bytes_per_s": 5e6,
-        "restart_s": 600.0,
-        "step_s": 0.1,
-    }
+    settings = {"gpus": 1024, "gpu_hours": LLAMA_3_HOURS, "bytes_per_s": 5e6, "restart_s": 600.0, "step_s": 0.1}
     return checkpoints(10**10, **{**settings, **changes})  # pyright: ignore[reportArgumentType]
 
 

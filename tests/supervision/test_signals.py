@@ -30,6 +30,14 @@ lock = threading.Lock(); lock.acquire(); lock.acquire()
 """
 
 
+FILL = """
+import os
+def fill():
+    try:
+        while True: os.write(2, bytes(4096))
+    except BlockingIOError: pass
+"""
+
 DUPLICATE_S = 0.2
 
 
@@ -94,6 +102,28 @@ def test_process_exits_at_the_end_of_the_grace_period():
         _, error = process.communicate(timeout=20)
         assert process.returncode == EXIT_PREEMPTED
         assert "it has not ended 0.5 s after a signal to stop (--train.grace-s)" in error
+
+
+@pytest.mark.parametrize(
+    "break_stderr",
+    [
+        "os.close(2)",
+        "reader, writer = os.pipe(); os.dup2(writer, 2); os.close(reader); os.close(writer)",
+        "reader, writer = os.pipe(); os.dup2(writer, 2); os.set_blocking(2, False); fill(); os.set_blocking(2, True)",
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)",
+    ],
+    ids=["closed", "reader gone", "full pipe", "full disk"],
+)
+@pytest.mark.parametrize("grace_s", [0.5, 600])
+def test_process_exits_without_a_usable_stderr(break_stderr: str, grace_s: float):
+    code = f"{FILL}{break_stderr}\n{WATCHER}"
+    with signal_watcher(grace_s=grace_s, code=code) as process:
+        process.send_signal(signal.SIGTERM)
+        assert next_line(process) == "requested True\n"
+        if grace_s == 600:
+            time.sleep(2 * DUPLICATE_S)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == (EXIT_PREEMPTED if grace_s < 600 else 128 + signal.SIGTERM)
 
 
 def test_other_signals_are_ignored():

@@ -10,15 +10,7 @@ from typing import Any
 
 import torch
 
-from pmlm_dist.config import (
-    DataConfig,
-    MaskingConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from pmlm_dist.config import DataConfig, MaskingConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 
 MODEL = ModelConfig(
     hidden_size=32, num_layers=2, num_heads=4, ffn_size=64, max_positions=64, hidden_dropout=0.0, attention_dropout=0.0
@@ -127,11 +119,7 @@ def take_steps(run: Any, engine: Any, state: Any, *, steps: int) -> tuple[Any, l
     from pmlm_dist.training.step import train_step
 
     batches = training_batches(
-        run.source,
-        lanes=run.lanes,
-        share=run.share,
-        samples_consumed=state.samples_consumed,
-        loading=run.config.data,
+        run.source, lanes=run.lanes, share=run.share, samples_consumed=state.samples_consumed, loading=run.config.data
     )
     job, losses, norms = PretrainJob(run), [], []
     for _ in range(steps):

@@ -165,7 +165,6 @@ class Classification(Task[TextExample, TextFeature]):
         return cls(ClassificationSettings(**{**saved, **{name: tuple(saved[name]) for name in lists}}), vocabulary)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the settings."""
         return asdict(self.settings)
 
     # -------------------------------------------------------------------------------------------------------- examples
@@ -255,7 +254,6 @@ class Classification(Task[TextExample, TextFeature]):
         return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=outputs, pooling="cls")
 
     def length(self, feature: TextFeature) -> int:
-        """Return the number of tokens."""
         return len(feature.encoded.ids)
 
     def collate(self, features: Sequence[TextFeature], *, ids: Sequence[int], epoch: int, seed: int) -> TaskBatch:

@@ -96,7 +96,6 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         return cls(settings, vocabulary, columns=tuple(saved["columns"]), too_long=saved["too_long"])
 
     def as_json(self) -> dict[str, Any]:
-        """Return the settings."""
         return {"generation": asdict(self.settings), "columns": list(self.columns), "too_long": self.too_long}
 
     # -------------------------------------------------------------------------------------------------------- examples
@@ -222,9 +221,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         masks_BM = torch.full_like(targets_BM, self._special.mask)
         tokens_BT = torch.cat([_source_part(batch, "tokens_BT"), targets_BM, masks_BM], dim=1)
         losses_1MB, _ = engine(
-            inputs=SlotInputs.of({**tensors, "tokens_BT": tokens_BT}),
-            targets_BM=targets_BM,
-            objectives=("par",),
+            inputs=SlotInputs.of({**tensors, "tokens_BT": tokens_BT}), targets_BM=targets_BM, objectives=("par",)
         )
         nll_B = (losses_1MB[0].t() * weights_BM).sum(dim=1)
         return nll_B.tolist(), weights_BM.sum(dim=1).long().tolist()

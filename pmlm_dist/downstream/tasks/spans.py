@@ -133,7 +133,6 @@ class Spans(Task[SpanExample, Window]):
         return cls(SpanSettings(**saved), vocabulary)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the settings."""
         return asdict(self.settings)
 
     # -------------------------------------------------------------------------------------------------------- examples
@@ -204,7 +203,6 @@ class Spans(Task[SpanExample, Window]):
         return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=2, pooling="none")
 
     def length(self, feature: Window) -> int:
-        """Return the number of tokens."""
         return len(feature.encoded.ids)
 
     def collate(self, features: Sequence[Window], *, ids: Sequence[int], epoch: int, seed: int) -> TaskBatch:

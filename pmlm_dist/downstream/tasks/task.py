@@ -56,7 +56,6 @@ class TaskBatch:
     """Number of losses in the sum: examples, or target tokens."""
 
     def to(self, device: Any) -> TaskBatch:
-        """Return the same batch on `device`."""
         return TaskBatch({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.count)
 
 

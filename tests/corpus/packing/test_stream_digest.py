@@ -5,13 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmlm_dist.corpus.hashing import FOR_DIGEST, hash64
-from pmlm_dist.corpus.packing.stream_digest import (
-    StreamDigest,
-    locate_in_streams,
-    order_key,
-    stream_hash,
-    token_digest,
-)
+from pmlm_dist.corpus.packing.stream_digest import StreamDigest, locate_in_streams, order_key, stream_hash, token_digest
 
 STREAM = {"seed": 5, "split": 1, "unit": 9}
 
