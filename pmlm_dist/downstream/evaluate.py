@@ -8,6 +8,7 @@ from pathlib import Path
 from pmlm_dist.checkpoint.engine_state import EngineState
 from pmlm_dist.checkpoint.files import CheckpointReader
 from pmlm_dist.config import ConfigError, OptimConfig, problems_of_model, raise_if_any
+from pmlm_dist.console import print_safely
 from pmlm_dist.conversion.pretrained import PretrainedModel, find_pretrained
 from pmlm_dist.downstream.prediction import Evaluation, Split, evaluate, predictions_file, score_line, write_predictions
 from pmlm_dist.downstream.preparation import build_task_engine, engine_config_for_batch, read_split, task_model_config
@@ -25,7 +26,7 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Evaluation]:
     start, task, splits, engine_config = run_on_all_ranks(topology, lambda: _prepare(config, topology))
     if topology.is_rank_zero:
         is_complete = not (start.folder.parent.parent / UNFINISHED).exists()
-        print(f"model: {start.folder}{'' if is_complete else ' (its fine-tuning is not complete)'}", flush=True)
+        print_safely(f"model: {start.folder}{'' if is_complete else ' (its fine-tuning is not complete)'}")
     model = task_model_config(start.model, dropout=None)
     engine = build_task_engine(task, model, engine=engine_config, optim=OptimConfig(), topology=topology, seed=0)
     with CheckpointReader(start.folder) as reader:
@@ -34,7 +35,7 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Evaluation]:
     for split in splits:
         evaluations[split.name] = evaluate(engine, task, split, topology, micro_batch=engine_config.micro_batch)
         if topology.is_rank_zero:
-            print(score_line(split.name, evaluations[split.name].scores), flush=True)
+            print_safely(score_line(split.name, evaluations[split.name].scores))
             if config.predictions is not None:
                 write_predictions(predictions_file(config.predictions, split.name), evaluations[split.name].predictions)
     return evaluations

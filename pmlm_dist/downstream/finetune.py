@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from pmlm_dist.checkpoint.folder import newest_valid_at
 from pmlm_dist.config import problems_of_model, raise_if_any
+from pmlm_dist.console import print_safely
 from pmlm_dist.downstream.job import SCORES, FinetuneJob
 from pmlm_dist.downstream.preparation import FinetuneData, engine_config_for_batch, prepare, task_model_config
 from pmlm_dist.downstream.settings import UNFINISHED, FinetuneConfig, Recipe, check, recipes
@@ -62,7 +63,7 @@ def _finetune(config: FinetuneConfig, attempt: Attempt) -> list[FinetuneRun]:
         summary = summarize(runs, split=data.scored[0].name, metric=data.task.metric)
         if topology.is_rank_zero:
             write_atomically(config.output / SUMMARY, json.dumps(summary.as_json(), indent=2) + "\n")
-            print(summary.table(), flush=True)
+            print_safely(summary.table())
     if topology.is_rank_zero:
         (config.output / UNFINISHED).unlink()
     return runs

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from pmlm_dist.console import print_safely
 from pmlm_dist.files import write_atomically
 from pmlm_dist.metrics.stragglers import RankTimes
 from pmlm_dist.objectives import LossMeans
@@ -70,11 +71,8 @@ class RunLog:
 
     def info(self, text: str) -> None:
         """Print `text`, on rank 0 alone. A closed terminal or a full disk does not end training."""
-        if self.enabled:
-            try:
-                print(text, flush=True)
-            except (OSError, ValueError):
-                self.lost_lines += 1
+        if self.enabled and not print_safely(text):
+            self.lost_lines += 1
 
     def write_configuration(self, configuration: dict[str, Any]) -> None:
         """Write the resolved configuration to RUN_DIR/config.json and as TensorBoard text."""

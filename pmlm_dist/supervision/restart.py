@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pmlm_dist.checkpoint.folder import CheckpointFolder, step_of
+from pmlm_dist.console import print_safely
 from pmlm_dist.files import write_atomically
 from pmlm_dist.supervision import attempts
 from pmlm_dist.supervision.exit_codes import SIGNALLED, ExitCode, RestartPolicy, describe, restart_policy
@@ -121,10 +122,10 @@ def decide(run_dir: Path, *, key: str, code: int, limits: RestartLimits) -> int:
     if decision.history != RestartHistory():
         decision.history.save(path)
     if decision.reason_to_stop is None:
-        print(f"{now} exit code {code} at step {step}: restarting", flush=True)
+        print_safely(f"{now} exit code {code} at step {step}: restarting")
         return _RESTART
     if code != ExitCode.DONE:
-        print(f"{now} exit code {code}: not restarted, {decision.reason_to_stop}", file=sys.stderr, flush=True)
+        print_safely(f"{now} exit code {code}: not restarted, {decision.reason_to_stop}", to_stderr=True)
     return _STOP
 
 

@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NoReturn
 
+from pmlm_dist.console import print_safely
 from pmlm_dist.launch_environment import rank_in
 from pmlm_dist.supervision import attempts, processes
 from pmlm_dist.supervision.exit_codes import COLLECTIVE_ENDS, SIGNALLED, ExitCode, describe, run
@@ -298,7 +299,7 @@ class Supervisor:
             with contextlib.suppress(OSError, ValueError):
                 attempts.close_attempt(Path(status.run_dir), attempt=status.attempt, code=code)
                 if records := attempts.read_attempts(Path(status.run_dir)):
-                    print(attempts.effective_time(records), flush=True)
+                    print_safely(str(attempts.effective_time(records)))
 
     def _collect_reports(self, count: int) -> list[RankReport]:
         """Return the reports of `count` ranks, or those that are there when the time is over."""
@@ -311,5 +312,4 @@ class Supervisor:
 
 
 def _print(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-        print(f"supervisor: {text}", file=sys.stderr, flush=True)
+    print_safely(f"supervisor: {text}", to_stderr=True)
