@@ -120,7 +120,8 @@ def _plain_torch(model: Any, _: str, options: UpdateOptions) -> _Row:
 
 
 def _ours(model: Any, row: str, options: UpdateOptions) -> _Row:
-    from pmlm_dist.engine.deepspeed_engine import initialize_engine, optimizer_step
+    from pmlm_dist.engine.deepspeed_engine import initialize_engine
+    from pmlm_dist.training.step import optimizer_step
 
     topology = groups.init_process_groups()
     with tempfile.TemporaryDirectory() as folder:
