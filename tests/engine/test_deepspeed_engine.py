@@ -87,4 +87,4 @@ def test_bf16_on_a_cpu_without_fast_products_warns(small_corpus: Path, tmp_path:
     config = run_config(small_corpus, tmp_path, steps=3, precision=precision)
     printed = run_world(partial(printed_with_cpu, is_fast=is_fast), 1, config)[0]
     assert "complete: step 3" in printed
-    assert ("no bf16 products" in printed) == (precision == "bf16" and not is_fast)
+    assert ("no bf16 matrix products" in printed) == (precision == "bf16" and not is_fast)

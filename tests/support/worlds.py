@@ -9,9 +9,11 @@ time is killed, by the ids of its processes.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import time
 import traceback
@@ -100,10 +102,16 @@ def process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def free_port() -> int:
-    """Return a free port of the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a free port of the loopback interface, from a range that no other pytest worker uses.
+
+    The range is below the ephemeral ports: gloo's connections would take one of those before the caller does.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 10_000 + 1_000 * (worker % 10) + random.SystemRandom().randrange(1_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _collect(receivers: list[Connection], *, deadline: float) -> list[tuple[bool, Any]]:
