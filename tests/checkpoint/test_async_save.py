@@ -94,6 +94,7 @@ def save_to_slow_storage(config: RunConfig) -> list[str]:
 
 
 @pytest.mark.fault("F30")
+@pytest.mark.full
 def test_disk_slower_than_the_collective_timeout_does_not_end_the_run(small_corpus: Path, tmp_path: Path):
     config = with_train(run_config(small_corpus, tmp_path, steps=9), collective_timeout_s=3)
     assert run_world(save_to_slow_storage, 2, config)[0] == ["latest", "step-00000001", "step-00000002"]

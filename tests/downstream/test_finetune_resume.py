@@ -232,6 +232,7 @@ def test_seq2seq_resume_is_bit_exact(model: Path, tmp_path: Path):
     assert_equal(result(tmp_path / "out"), result(tmp_path / "whole"))
 
 
+@pytest.mark.full  # a signal to a run of any job: supervision/test_preemption.py
 def test_signal_exits_75_and_the_same_command_resumes(model: Path, data: Path, tmp_path: Path):
     wanted = config(model, data, tmp_path / "out")
     settings = {"task": "classification", "model": model, "data": data, "output": wanted.output}

@@ -10,6 +10,7 @@ from support.worlds import run_world
 pytestmark = pytest.mark.distributed
 
 
+@pytest.mark.full  # bf16 on ranks: training/test_topologies.py
 def test_bf16_losses_are_within_one_percent_of_fp32(small_corpus, tmp_path):
     losses = {}
     for precision in ("fp32", "bf16"):

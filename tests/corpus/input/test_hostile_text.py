@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.preparations import config, samples
 
 from pmlm_dist.corpus.input.documents import read_unit
@@ -38,6 +39,7 @@ def write_long_line(path: Path) -> None:
             out.write(f"{WORD} " * min(100_000, WORDS - start))
 
 
+@pytest.mark.full
 def test_line_of_200_mb_is_prepared_in_bounded_memory(tmp_path: Path):
     """All words are in the corpus; the process uses much less memory than the whole text would."""
     write_long_line(tmp_path / "a.txt")
