@@ -81,11 +81,6 @@ class AsyncCheckpointer:
         self._attempt = _start_attempt(folder, engine.topology, attempt=attempt or secrets.token_hex(4))
         engine.before_optimizer_step(self._wait_until_copied)
 
-    @property
-    def newest(self) -> Path | None:
-        """The newest checkpoint that has been written."""
-        return next(reversed(self._folder.steps()), None)
-
     def save(self, state: RunState, **extra: Any) -> None:
         """Start saving `state`; waits first until the previous checkpoint is written or has failed.
 

@@ -75,6 +75,10 @@ class CheckpointFolder:
         folders = [path for path in self.root.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
         return sorted(folders, key=step_of)
 
+    def newest(self) -> Path | None:
+        """Return the newest folder with the name of a checkpoint, without verifying it."""
+        return next(reversed(self.steps()), None)
+
     def folder(self, step: int) -> Path:
         """Return the final path of the checkpoint of `step`."""
         return self.root / f"step-{step:08d}"

@@ -93,7 +93,7 @@ class _Loop:
         self.state, self.is_sound = job.advance(self.state), not result.skipped
         for cause in result.causes:
             session.log.info(f"step {number} was skipped, its gradient was not finite: {cause}")
-        self.skipped.count(skipped=result.skipped, last_good=self.checkpointer.newest if result.skipped else None)
+        self.skipped.count(skipped=result.skipped, last_good=session.folder.newest() if result.skipped else None)
         if interval := self.meter.end_step(number, result):
             job.log_step(session, self.state, result, interval, skipped_steps=self.skipped.total)
         if guarded:

@@ -76,12 +76,7 @@ def train_job(job: TrainingJob[Any], attempt: Attempt, *, folder: CheckpointFold
         state = train(job, session, state)
         return job.finish(session, state)
     except Stopped as stopped:
-        log.info(f"stopped by {stopped}; a restart resumes from {newest_of(folder) or 'the first step'}")
+        log.info(f"stopped by {stopped}; a restart resumes from {folder.newest() or 'the first step'}")
         raise
     finally:
         log.close()
-
-
-def newest_of(folder: CheckpointFolder) -> Path | None:
-    """Return the newest checkpoint in `folder`."""
-    return next(reversed(folder.steps()), None)
