@@ -19,6 +19,7 @@ from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.model.attention import ATTENTION_BACKENDS, Slots
 from pmlm_dist.model.relative_position import RelativeBias
+from pmlm_dist.parallel import groups
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class AttentionOptions:
 def run(options: AttentionOptions) -> Report:
     """Time all backends in interleaved rounds, for every length."""
     torch.set_num_threads(options.threads)
+    groups.init_process_groups()
     keep_freed_memory()
     trained = [name for name in ATTENTION_BACKENDS if name != "flex" or device().type == "cuda"]
     rows: dict[str, dict[str, float]] = {}

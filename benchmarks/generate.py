@@ -30,6 +30,7 @@ from pmlm_dist.decoding.settings import DecodingConfig
 from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.masking.blockwise import SpecialIds
 from pmlm_dist.model.transformer import build_model
+from pmlm_dist.parallel import groups
 
 OURS, GREEDY = "ours, beams", "ours, greedy"
 PEERS = {"vs_hf_generate": "Hugging Face, decoder", "vs_hf_encoder_decoder": "Hugging Face, encoder-decoder"}
@@ -75,6 +76,7 @@ class GenerateOptions:
 def run(options: GenerateOptions) -> Report:
     """Time all rows in interleaved rounds."""
     torch.set_num_threads(options.threads)
+    groups.init_process_groups()
     if device().type == "cpu":
         keep_freed_memory()
     prepared = {

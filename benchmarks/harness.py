@@ -94,10 +94,12 @@ def interleaved(steps: Mapping[str, Callable[[], object]], *, repeats: int, warm
 
 
 def device() -> Any:
-    """The `torch.device` of this process: that of its rank, by default in a world of one."""
-    from pmlm_dist.parallel import groups
+    """The `torch.device` of this rank, or of the first one. Starts no process group: ranks may be forked later."""
+    import torch
 
-    return groups.init_process_groups().device
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def synchronize() -> None:

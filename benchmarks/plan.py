@@ -27,9 +27,7 @@ from pmlm_dist.config import ModelConfig, RunConfig
 from pmlm_dist.devices import Device
 from pmlm_dist.presets import PRESETS
 
-_BENCH = ModelConfig(
-    hidden_size=512, num_layers=4, num_heads=8, ffn_size=2048, hidden_dropout=0.0, attention_dropout=0.0
-)
+_BENCH = ModelConfig(hidden_size=512, num_heads=8, ffn_size=2048, hidden_dropout=0.0, attention_dropout=0.0)
 _ZERO_1 = {"stage": 1, "reduce_bucket_size": 2_000_000, "allgather_bucket_size": 2_000_000}
 
 
@@ -45,17 +43,23 @@ class PlanOptions:
     """Size of the vocabulary of the larger shapes; the tiny preset's is 8,192."""
     ranks: int = 2
     """Ranks of the last shape; 1 skips it."""
+    layers: int = 4
+    """Layers of the larger shapes."""
+    measure_s: float = 2.0
+    """Duration of each part of the measurement of the device."""
     repeats: int = 7
     """Measured steps."""
 
     def quick(self) -> PlanOptions:
         """A smoke run."""
-        return dataclasses.replace(self, batch=1, sequence_length=64, vocabulary=500, ranks=1, repeats=1)
+        small = dataclasses.replace(self, batch=1, sequence_length=64, vocabulary=500, ranks=1, layers=1)
+        return dataclasses.replace(small, measure_s=0.05, repeats=1)
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """The shapes by name."""
-        bench = Shape(dataclasses.replace(_BENCH, vocab_size=self.vocabulary), self.sequence_length, self.batch)
+        model = dataclasses.replace(_BENCH, vocab_size=self.vocabulary, num_layers=self.layers)
+        bench = Shape(model, self.sequence_length, self.batch)
         tiny = dataclasses.replace(PRESETS["tiny"]().model, vocab_size=min(8192, self.vocabulary))
         zero_1 = {"zero_optimization": _ZERO_1}
         shapes = {
@@ -85,7 +89,7 @@ def _row(options: PlanOptions, shape: Shape) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = shape.run_config(shape.write_corpus(Path(folder)))
         tokens = shape.micro_batch * shape.sequence_length
-        with World(_prepare_measurement, config, options.repeats, shape.precision, tokens, ranks=shape.dp) as world:
+        with World(_prepare_measurement, config, options, shape.precision, tokens, ranks=shape.dp) as world:
             ranks = world.call()
         with World(_prepare_memory, releasing_freed_memory(config), ranks=shape.dp) as world:
             resident = max(world.call())
@@ -103,18 +107,18 @@ def _row(options: PlanOptions, shape: Shape) -> dict[str, float]:
 
 
 def _prepare_measurement(
-    config: RunConfig, repeats: int, precision: str, tokens: int
+    config: RunConfig, options: PlanOptions, precision: str, tokens: int
 ) -> Callable[[], Mapping[str, Any]]:
     from pmlm_dist.parallel import groups
     from pmlm_dist.planning.measure import measure_device
 
     topology = groups.init_process_groups()
-    device: Device = measure_device(precision, topology, model=config.model, tokens=tokens)
+    device: Device = measure_device(precision, topology, model=config.model, tokens=tokens, seconds=options.measure_s)
     step_peak, training = _memory_of_training(config)
 
     def measure() -> dict[str, Any]:
         peak, seconds = step_peak(), []
-        for _ in range(repeats):
+        for _ in range(options.repeats):
             topology.barrier()
             start = time.perf_counter()
             training.step()

@@ -89,7 +89,7 @@ class StepOptions:
 
     def quick(self) -> StepOptions:
         """A smoke run."""
-        return dataclasses.replace(self, batch=2, sequence_length=64, vocabulary=1000, repeats=1)
+        return dataclasses.replace(self, layers=1, batch=2, sequence_length=64, vocabulary=1000, threads=1, repeats=1)
 
     @property
     def model(self) -> ModelConfig:

@@ -42,7 +42,9 @@ class UpdateOptions:
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Data type of weights and gradients."""
     layers: int = 4
-    """Layers of hidden size 512; the token embedding has 15.6 M elements."""
+    """Layers of hidden size 512."""
+    vocabulary: int = 30_528
+    """Size of the vocabulary: the token embedding has 15.6 M elements."""
     threads: int = 2
     """Torch threads."""
     repeats: int = 20
@@ -50,12 +52,12 @@ class UpdateOptions:
 
     def quick(self) -> UpdateOptions:
         """A smoke run."""
-        return dataclasses.replace(self, layers=1, repeats=1)
+        return dataclasses.replace(self, layers=1, vocabulary=1000, threads=1, repeats=1)
 
     @property
     def step(self) -> StepOptions:
         """The options of `step` with the same model."""
-        return StepOptions(dtype=self.dtype, layers=self.layers)
+        return StepOptions(dtype=self.dtype, layers=self.layers, vocabulary=self.vocabulary)
 
     def engine(self, row: str) -> dict[str, Any]:
         """DeepSpeed's JSON."""

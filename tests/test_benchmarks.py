@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -42,6 +43,8 @@ def run_quickly(name: str, report: Path) -> None:
         os.environ.pop(variable)  # no launcher started it
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "benchmarks"))
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork  # worlds would start fork servers that import all again
     sys.argv = ["benchmarks/run.py", name, "--quick", "--json", str(report)]
     importlib.import_module("run").main()
 
