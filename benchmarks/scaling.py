@@ -135,10 +135,10 @@ def _plain_torch(config: RunConfig) -> Callable[[], object]:
     from pmlm_dist.engine.malloc import keep_freed_memory
     from pmlm_dist.engine.optimizer import parameter_groups
     from pmlm_dist.model.transformer import build_model
-    from pmlm_dist.objectives import loss_scales, target_weights
+    from pmlm_dist.objectives import loss_scales
     from pmlm_dist.parallel import groups
     from pmlm_dist.training.resolve import resolve
-    from pmlm_dist.training.validation import forward_losses
+    from pmlm_dist.training.validation import forward_losses, weights_of
 
     run = resolve(config, groups.init_process_groups())
     keep_freed_memory()
@@ -149,7 +149,7 @@ def _plain_torch(config: RunConfig) -> Callable[[], object]:
 
     def step() -> None:
         micro_batches = list(islice(batches, run.engine.accumulation(1)))
-        weights = [target_weights(objective, batch.weights_BM, batch.kept_BM) for batch in micro_batches]
+        weights = [weights_of(batch, objective) for batch in micro_batches]
         scale_K = loss_scales(objective, torch.stack(weights).sum(dim=(0, 2, 3)))
         for batch in micro_batches:
             (forward_losses(model, batch, objective).nll_K * scale_K).sum().backward()

@@ -52,12 +52,12 @@ from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.metrics.flops import training_flops
 from pmlm_dist.metrics.meter import Stopwatch
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
-from pmlm_dist.objectives import OBJECTIVES, loss_scales, target_weights
+from pmlm_dist.objectives import OBJECTIVES, loss_scales
 from pmlm_dist.parallel import groups
 from pmlm_dist.presets import PRESETS
 from pmlm_dist.training.pretraining import PretrainJob, build_engine
 from pmlm_dist.training.resolve import resolve
-from pmlm_dist.training.validation import forward_losses
+from pmlm_dist.training.validation import forward_losses, weights_of
 from pmlm_dist.vocab import Vocabulary
 
 OURS = {"ours, AE+PAR": "ae+par", "ours, AE only": "ae", "ours, PAR only": "par"}
@@ -217,7 +217,7 @@ def _passes(options: StepOptions, corpus: Path, row: str) -> Callable[[], object
     def step() -> None:
         for kind in kinds:
             objective = ObjectiveConfig(kind=kind)
-            targets_K = target_weights(objective, batch.weights_BM, batch.kept_BM).sum(dim=(1, 2))
+            targets_K = weights_of(batch, objective).sum(dim=(1, 2))
             (forward_losses(model, batch, objective).nll_K * loss_scales(objective, targets_K)).sum().backward()
         update()
 

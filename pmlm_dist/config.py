@@ -98,6 +98,9 @@ class MaskingConfig:
     """`exact`: cut the last span so that ceil(rate * n) tokens are masked. `paper`: exceed the rate, as published."""
     corruption: Literal["paper", "mask_only"] = "paper"
     """`paper`: 80 % [MASK], 10 % random token, 10 % unchanged. `mask_only`: always [MASK]."""
+    prefix_share: Annotated[float, Probability] = 0.0
+    """Share of prefix samples: the text before a random cut is the context, and the tokens after it are predicted left
+    to right, each in a step of its own, by PAR alone. 1 trains a left-to-right language model."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,7 @@ def relation_problems(config: RunConfig) -> list[str]:
         *_model_relations(config.model),
         *_parallel_relations(config.model, tp=config.parallel.tp),
         *_span_relations(config.masking),
+        *_prefix_relations(config.masking, config.objective),
         *_objective_relations(config.objective),
         *_mixture_relations(config.data.sources),
         *_schedule_relations(config),
@@ -327,6 +331,15 @@ def _parallel_relations(model: ModelConfig, *, tp: int) -> list[str]:
             f"parallel.tp ({tp}) must divide 128, the multiple that the vocabulary is padded to: use a power of two"
         )
     return problems
+
+
+def _prefix_relations(masking: MaskingConfig, objective: ObjectiveConfig) -> list[str]:
+    if not masking.prefix_share or objective.kind != "ae":
+        return []
+    return [
+        f"masking.prefix_share ({masking.prefix_share}) lays out samples that AE cannot predict, and objective.kind is "
+        "`ae`: use a kind with `par` or `ar`, or a share of 0"
+    ]
 
 
 def _span_relations(masking: MaskingConfig) -> list[str]:

@@ -22,18 +22,18 @@ from pmlm_dist.config import ObjectiveConfig
 OBJECTIVES = {"ae+par": ("ae", "par"), "ae": ("ae",), "par": ("par",), "ar": ("par",), "ae+ar": ("ae", "par")}
 """Losses of each kind of objective. AR is PAR over spans of one token."""
 
-NUM_COUNTS = 9
+NUM_COUNTS = 12
 """Length of `LossSums.counts`."""
 
 
-def target_weights(objective: ObjectiveConfig, weights_BM: Tensor, kept_BM: Tensor) -> Tensor:
+def target_weights(objective: ObjectiveConfig, weights_BM: Tensor, *, kept_BM: Tensor, prefix_BM: Tensor) -> Tensor:
     """1 for every target that counts, else 0: [K, B, M].
 
     `weights_BM` is 0 for unused prediction slots. `kept_BM` is True where the base slot holds the original token; PAR
-    skips these targets with `drop_kept`.
+    skips these targets with `drop_kept`. `prefix_BM` is True where there is no base slot; AE skips these.
     """
     par_BM = weights_BM * ~kept_BM if objective.drop_kept else weights_BM
-    by_name = {"ae": weights_BM, "par": par_BM}
+    by_name = {"ae": weights_BM * ~prefix_BM, "par": par_BM}
     return torch.stack([by_name[name] for name in OBJECTIVES[objective.kind]])
 
 
@@ -52,7 +52,7 @@ class LossSums:
     nll_K: Tensor
     """Negative log-likelihood of each objective, differentiable."""
     counts: Tensor
-    """Detached sums [9], the argument of `LossMeans.from_counts`."""
+    """Detached sums [12], the argument of `LossMeans.from_counts`."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class LossMeans:
     """Means per target: losses in nats, accuracies as shares; None for an objective that is not trained.
 
     PAR can copy a kept token from its base slot. The `par_masked*` values, over base slots that hold [MASK], measure
-    prediction alone. `total` is the weighted sum that training minimizes.
+    prediction alone. The other `par*` values leave out prefix samples, which have the `prefix*` values. `total` is the
+    weighted sum that training minimizes, in which PAR's mean is over both.
     """
 
     total: float
@@ -70,20 +71,26 @@ class LossMeans:
     par_accuracy: float | None
     par_masked: float | None
     par_masked_accuracy: float | None
+    prefix: float | None
+    prefix_accuracy: float | None
 
     @classmethod
     def from_counts(cls, counts: Tensor, objective: ObjectiveConfig) -> LossMeans:
         """Means from `LossSums.counts`, summed over micro-batches and ranks."""
-        ae, par, ae_correct, par_correct, ae_n, par_n, masked, masked_correct, masked_n = counts.double().tolist()
+        sums = counts.double().tolist()
+        ae, par, ae_correct, par_correct, ae_n, par_n, masked, masked_correct, masked_n, *of_prefix = sums
+        prefix, prefix_correct, prefix_n = of_prefix
         weighted = objective.ae_weight * ae / max(ae_n, 1.0) + objective.par_weight * par / max(par_n, 1.0)
         return cls(
             total=weighted,
             ae=_mean(ae, ae_n),
-            par=_mean(par, par_n),
+            par=_mean(par - prefix, par_n - prefix_n),
             ae_accuracy=_mean(ae_correct, ae_n),
-            par_accuracy=_mean(par_correct, par_n),
+            par_accuracy=_mean(par_correct - prefix_correct, par_n - prefix_n),
             par_masked=_mean(masked, masked_n),
             par_masked_accuracy=_mean(masked_correct, masked_n),
+            prefix=_mean(prefix, prefix_n),
+            prefix_accuracy=_mean(prefix_correct, prefix_n),
         )
 
 
@@ -92,12 +99,18 @@ def _mean(total: float, count: float) -> float | None:
 
 
 def loss_sums(
-    nll_KMB: Tensor, correct_KMB: Tensor, weights_KBM: Tensor, masked_BM: Tensor, *, objective: ObjectiveConfig
+    nll_KMB: Tensor,
+    correct_KMB: Tensor,
+    weights_KBM: Tensor,
+    *,
+    masked_BM: Tensor,
+    prefix_BM: Tensor,
+    objective: ObjectiveConfig,
 ) -> LossSums:
     """Sums of the objectives for one micro-batch.
 
     `nll_KMB` are the losses of the targets, `correct_KMB` is True where argmax is the target, `weights_KBM` is the
-    result of `target_weights`, and `masked_BM` is True where the base slot holds [MASK].
+    result of `target_weights`. `masked_BM` is True where the base slot holds [MASK], `prefix_BM` where there is none.
     """
     weights_KMB = weights_KBM.transpose(1, 2)
     correct_KMB = correct_KMB * weights_KMB
@@ -110,10 +123,9 @@ def loss_sums(
     }
     # One vector for all counts needs a single all-reduce; it has zeros for an objective that is not trained.
     zeros_3 = torch.zeros(3, device=nll_K.device)
-    masked_3 = zeros_3
+    subsets = [zeros_3, zeros_3]
     if "par" in names:
-        masked_MB = masked_BM.t()
         par = [nll_KMB[-1].detach(), correct_KMB[-1], weights_KMB[-1]]
-        masked_3 = torch.stack([(values * masked_MB).sum() for values in par])
+        subsets = [torch.stack([(values * of_BM.t()).sum() for values in par]) for of_BM in (masked_BM, prefix_BM)]
     pairs_32 = torch.stack([by_name.get("ae", zeros_3), by_name.get("par", zeros_3)], dim=1)
-    return LossSums(nll_K=nll_K, counts=torch.cat([pairs_32.flatten(), masked_3]))
+    return LossSums(nll_K=nll_K, counts=torch.cat([pairs_32.flatten(), *subsets]))

@@ -83,6 +83,7 @@ def test_nan_is_reported(name: str):
         ("masking.min_span", 1, "2 <= min_span <= max_span: the paper uses 2 and 6"),
         ("masking.max_span", 1, "2 <= min_span <= max_span: the paper uses 2 and 6"),
         ("masking.span_probability", 1.5, "between 0 and 1"),
+        ("masking.prefix_share", -0.1, "between 0 and 1"),
         ("optim.warmup_steps", 500_000, "must be below train.steps (500000)"),
         ("optim.beta2", 1.0, "below 1"),
         ("optim.peak_lr", 0.0, "positive"),
@@ -126,6 +127,15 @@ def test_objective_without_weight_is_reported(kind: Any, ae_weight: float, par_w
     messages = problems(replace(RunConfig(), objective=objective))
     assert len(messages) == bool(reported)
     assert set(re.findall(r"objective\.(\w+)_weight \(0.0\)", "".join(messages))) == reported
+
+
+def test_prefix_samples_need_an_objective_that_predicts_them():
+    masking = replace(RunConfig().masking, prefix_share=0.5)
+    config = replace(RunConfig(), masking=masking, objective=ObjectiveConfig(kind="ae"))
+    (problem,) = problems(config)
+    assert "masking.prefix_share (0.5)" in problem
+    assert "objective.kind" in problem
+    assert problems(replace(config, objective=ObjectiveConfig(kind="par"))) == []
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -24,54 +24,66 @@ def example(objective: ObjectiveConfig, seed: int = 0) -> dict[str, torch.Tensor
     random = torch.Generator().manual_seed(seed)
     weights_BM = torch.ones(B, M)
     weights_BM[1, 3:] = 0.0
-    masked_BM = torch.rand(B, M, generator=random) < 0.6
+    prefix_BM = torch.zeros(B, M, dtype=torch.bool)
+    prefix_BM[2] = True
+    masked_BM = (torch.rand(B, M, generator=random) < 0.6) & ~prefix_BM
     return {
         "logits_KMBV": 3 * torch.randn(len(OBJECTIVES[objective.kind]), M, B, V, generator=random),
         "targets_BM": torch.randint(V, (B, M), generator=random),
         "weights_BM": weights_BM,
         "masked_BM": masked_BM,
-        "kept_BM": ~masked_BM & (torch.rand(B, M, generator=random) < 0.5),
+        "kept_BM": ~masked_BM & (torch.rand(B, M, generator=random) < 0.5) & ~prefix_BM,
+        "prefix_BM": prefix_BM,
     }
 
 
-def sums_of(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, masked_BM, kept_BM) -> LossSums:
+def sums_of(
+    objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, masked_BM, kept_BM, prefix_BM
+) -> LossSums:
     targets_KMB = targets_BM.t().expand(len(logits_KMBV), -1, -1)
     return loss_sums(
         F.cross_entropy(logits_KMBV.permute(0, 3, 1, 2), targets_KMB, reduction="none"),
         logits_KMBV.argmax(-1) == targets_KMB,
-        target_weights(objective, weights_BM, kept_BM),
-        masked_BM,
+        target_weights(objective, weights_BM, kept_BM=kept_BM, prefix_BM=prefix_BM),
+        masked_BM=masked_BM,
+        prefix_BM=prefix_BM,
         objective=objective,
     )
 
 
-def longhand_means(objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, masked_BM, kept_BM) -> LossMeans:
+def longhand_means(
+    objective: ObjectiveConfig, *, logits_KMBV, targets_BM, weights_BM, masked_BM, kept_BM, prefix_BM
+) -> LossMeans:
     """A loop over objectives, samples and predictions."""
-    entries: dict[str, list[tuple[float, bool, bool]]] = {}
+    entries: dict[str, list[tuple[float, bool, str]]] = {}
     for k, name in enumerate(OBJECTIVES[objective.kind]):
         for b in range(B):
             for m in range(M):
                 dropped = name == "par" and objective.drop_kept and kept_BM[b, m]
-                if weights_BM[b, m] == 0 or dropped:
+                if weights_BM[b, m] == 0 or dropped or (name == "ae" and prefix_BM[b, m]):
                     continue
+                kind = "prefix" if prefix_BM[b, m] else "masked" if masked_BM[b, m] else "other"
                 row = logits_KMBV[k, m, b].double()
                 target = int(targets_BM[b, m])
                 loss = float(torch.logsumexp(row, 0) - row[target])
-                entries.setdefault(name, []).append((loss, int(row.argmax()) == target, bool(masked_BM[b, m])))
+                entries.setdefault(name, []).append((loss, int(row.argmax()) == target, kind))
 
-    def mean(name: str, column: int, *, masked: bool = False) -> float | None:
-        values = [float(entry[column]) for entry in entries.get(name, []) if entry[2] or not masked]
+    def mean(name: str, column: int, *kinds: str) -> float | None:
+        values = [float(entry[column]) for entry in entries.get(name, []) if entry[2] in kinds]
         return sum(values) / len(values) if values else None
 
-    ae, par = mean("ae", 0), mean("par", 0)
+    base = ("masked", "other")
+    ae, par, of_both = mean("ae", 0, *base), mean("par", 0, *base), mean("par", 0, *base, "prefix")
     return LossMeans(
-        total=objective.ae_weight * (ae or 0.0) + objective.par_weight * (par or 0.0),
+        total=objective.ae_weight * (ae or 0.0) + objective.par_weight * (of_both or 0.0),
         ae=ae,
         par=par,
-        ae_accuracy=mean("ae", 1),
-        par_accuracy=mean("par", 1),
-        par_masked=mean("par", 0, masked=True),
-        par_masked_accuracy=mean("par", 1, masked=True),
+        ae_accuracy=mean("ae", 1, *base),
+        par_accuracy=mean("par", 1, *base),
+        par_masked=mean("par", 0, "masked"),
+        par_masked_accuracy=mean("par", 1, "masked"),
+        prefix=mean("par", 0, "prefix"),
+        prefix_accuracy=mean("par", 1, "prefix"),
     )
 
 
@@ -92,7 +104,8 @@ def test_means_equal_longhand(objective, seed):
 def test_scaled_sums_equal_weighted_means_in_value_and_gradient(objective):
     tensors = example(objective)
     logits = tensors["logits_KMBV"].requires_grad_()
-    targets_K = target_weights(objective, tensors["weights_BM"], tensors["kept_BM"]).sum(dim=(1, 2))
+    kinds = {name: tensors[name] for name in ("kept_BM", "prefix_BM")}
+    targets_K = target_weights(objective, tensors["weights_BM"], **kinds).sum(dim=(1, 2))
     sums = sums_of(objective, **tensors)
     loss = (sums.nll_K * loss_scales(objective, targets_K)).sum()
     loss.backward()
@@ -103,6 +116,8 @@ def test_scaled_sums_equal_weighted_means_in_value_and_gradient(objective):
         weights = tensors["weights_BM"].clone()
         if name == "par" and objective.drop_kept:
             weights[tensors["kept_BM"]] = 0.0
+        if name == "ae":
+            weights[tensors["prefix_BM"]] = 0.0
         weight = objective.ae_weight if name == "ae" else objective.par_weight
         expected = (probabilities[k] - one_hot[k]) * (weights * weight / weights.sum()).t()[:, :, None]
         assert logits.grad is not None

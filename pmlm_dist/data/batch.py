@@ -55,6 +55,11 @@ class Batch:
         return self.tokens_BT.gather(1, self.predicted_BM) == self.targets_BM
 
     @property
+    def prefix_BM(self) -> torch.Tensor:
+        """Whether a prediction has no base slot, as in prefix samples, bool."""
+        return ~self.valid_BT.gather(1, self.predicted_BM)
+
+    @property
     def inputs(self) -> SlotInputs[torch.Tensor]:
         """The model's input: no targets, no weights."""
         return SlotInputs.of(self._tensors())

@@ -1,6 +1,7 @@
 """Blockwise masking: which tokens are predicted, in what order, and what replaces them in the context.
 
-    tokens --draw_spans--> predicted positions + factorization steps --corrupt--> corrupted context
+    tokens --draw_spans---> predicted positions + factorization steps --corrupt--> corrupted context
+           `-draw_prefix--> the same for a prefix sample (`prefix_share`), whose context ends before them
 
 Algorithm 1 of UniLMv2 (Bao et al., 2020): spans are drawn until a share `rate` of the tokens is masked, and the order
 of drawing is the factorization order. The random numbers of a sample are a function of (seed, epoch, sample id)
@@ -33,6 +34,10 @@ _ROUNDING = 1e-9
 """Subtracted before rounding up: 0.07 * 100 is 7.000000000000001 in binary floating point and must give 7."""
 
 
+_PREFIX_STREAM = np.uint64(0x5052454649580001)
+"""Separates the random numbers of prefix samples from those of the spans."""
+
+
 @dataclass(frozen=True)
 class SpecialIds:
     """Token ids of a vocabulary that masking depends on."""
@@ -60,6 +65,7 @@ class MaskRule(NamedTuple):
     max_span: int
     exact: bool
     mask_only: bool
+    prefix_share: float
     pad_id: int
     cls_id: int
     sep_id: int
@@ -75,7 +81,7 @@ class MaskedSample(NamedTuple):
     steps: np.ndarray
     """Factorization step [m], int32, of each predicted position; counts from 1."""
     context: np.ndarray
-    """Corrupted tokens [n], int64."""
+    """Corrupted tokens [n], int64; only those before the cut in a prefix sample."""
     masked: np.ndarray
     """True where the context slot of a predicted position holds [MASK]: [m], bool."""
 
@@ -101,6 +107,7 @@ def mask_rule(masking: MaskingConfig, special: SpecialIds) -> MaskRule:
         max_span=int(masking.max_span),
         exact=masking.stop == "exact",
         mask_only=masking.corruption == "mask_only",
+        prefix_share=float(masking.prefix_share),
         pad_id=int(special.pad),
         cls_id=int(special.cls),
         sep_id=int(special.sep),
@@ -125,9 +132,40 @@ def mask_sample(tokens: np.ndarray, *, rule: MaskRule, seed: int, epoch: int, sa
     slots = max(1, context.size)
     predicted, steps, masked = np.zeros(slots, np.int64), np.zeros(slots, np.int32), np.zeros(slots, np.bool_)
     state = np.array([seed_state(seed, epoch, sample_id)], dtype=np.uint64)
-    count = draw_spans(context, rule, state, predicted, steps)
-    corrupt(context, rule, state, predicted[:count], masked)
+    if is_prefix_sample(rule, state):
+        count = draw_prefix(context, rule, state, predicted, steps)
+        context = context[: predicted[0] if count else context.size]
+    else:
+        count = draw_spans(context, rule, state, predicted, steps)
+        corrupt(context, rule, state, predicted[:count], masked)
     return MaskedSample(predicted[:count], steps[:count], context, masked[:count])
+
+
+@njit(cache=True)
+def is_prefix_sample(rule: MaskRule, state: np.ndarray) -> bool:
+    """Decide whether a sample is a prefix sample; `state` is not advanced."""
+    # From a stream of its own: the spans of the other samples are the same whatever the share.
+    return rule.prefix_share > 0 and uniform(state ^ _PREFIX_STREAM) < rule.prefix_share
+
+
+@njit(cache=True)
+def draw_prefix(tokens: np.ndarray, rule: MaskRule, state: np.ndarray, predicted: np.ndarray, steps: np.ndarray) -> int:
+    """Draw the cut of a prefix sample of `tokens` [n]. Return the number of predicted tokens, at most ceil(rate * n).
+
+    They follow the cut from left to right, special tokens included, each in a step of its own; at least one token
+    stands before the cut. Written as by `draw_spans`.
+    """
+    count = min(_num_wanted(tokens, rule), tokens.size - 1)
+    cut = 1 + below(state, tokens.size - count) if count > 0 else 0
+    for target in range(count):
+        predicted[target] = cut + target
+        steps[target] = target + 1
+    return count
+
+
+@njit(cache=True)
+def _num_wanted(tokens: np.ndarray, rule: MaskRule) -> int:
+    return max(1, int(np.ceil(rule.rate * tokens.size - _ROUNDING)))
 
 
 @njit(cache=True)
@@ -168,7 +206,7 @@ def draw_spans(tokens: np.ndarray, rule: MaskRule, state: np.ndarray, predicted:
     n includes special tokens. With fewer maskable tokens than ceil(rate * n), all of them are masked.
     """
     free = _maskable(tokens, rule)
-    wanted = min(max(1, int(np.ceil(rule.rate * tokens.size - _ROUNDING))), free.sum())
+    wanted = min(_num_wanted(tokens, rule), free.sum())
     count, step, rejected = 0, 0, 0
     while count < wanted:
         start = below(state, tokens.size)

@@ -7,8 +7,9 @@
 
 Appended slots (originals and pseudo masks) follow the factorization order. They have the position and segment of their
 base slot, the context slot of the same predicted position. In a short sample the last context slots are padding and the
-last prediction slots are unused. Neither is valid, so no query attends to them (`masking/visibility.py`). One compiled
-loop fills a batch; no Python runs per token.
+last prediction slots are unused. Neither is valid, so no query attends to them (`masking/visibility.py`). In a prefix
+sample (`MaskingConfig.prefix_share`) the context ends before the first predicted position: there are no base slots, and
+the sample looks like a pair of `masking/seq2seq_layout.py`. One compiled loop fills a batch; no Python runs per token.
 
 Shapes: B batch, S context, M predictions, T = S + 2M.
 """
@@ -21,7 +22,7 @@ from typing import Generic, NamedTuple
 import numpy as np
 from numba import njit
 
-from pmlm_dist.masking.blockwise import MaskRule, corrupt, draw_spans
+from pmlm_dist.masking.blockwise import MaskRule, corrupt, draw_prefix, draw_spans, is_prefix_sample
 from pmlm_dist.masking.random_state import seed_state
 from pmlm_dist.masking.visibility import Array
 
@@ -127,25 +128,33 @@ def _fill_row(layout: Layout, row: int, tokens: np.ndarray, state: np.ndarray, r
     """Mask one sample into row `row`; the slices below are views, so the functions write into the batch itself."""
     num_predictions = layout.predicted_BM.shape[1]
     num_context = layout.tokens_BT.shape[1] - 2 * num_predictions
-    _fill_context(layout, row, tokens, num_context, rule.sep_id)
     predicted = layout.predicted_BM[row]
     steps = layout.order_BT[row, num_context : num_context + num_predictions]
-    count = draw_spans(tokens, rule, state, predicted, steps)
+    is_prefix = is_prefix_sample(rule, state)
+    if is_prefix:
+        count = draw_prefix(tokens, rule, state, predicted, steps)
+        context_end = predicted[0] if count else tokens.size
+    else:
+        count = draw_spans(tokens, rule, state, predicted, steps)
+        context_end = tokens.size
+    _fill_context(layout, row, tokens, context_end, rule.sep_id)
     _append_slots(layout, row, tokens, count, rule.mask_id)
     # Last: the originals above are copied from `tokens`, and corruption draws after the spans from the same state.
-    corrupt(layout.tokens_BT[row, :num_context], rule, state, predicted[:count], layout.masked_BM[row])
+    if not is_prefix:
+        corrupt(layout.tokens_BT[row, :num_context], rule, state, predicted[:count], layout.masked_BM[row])
 
 
 @njit(cache=True)
-def _fill_context(layout: Layout, row: int, tokens: np.ndarray, num_context: int, sep_id: int) -> None:
+def _fill_context(layout: Layout, row: int, tokens: np.ndarray, end: int, sep_id: int) -> None:
+    """Write the context up to `end`; segments continue, as appended slots have those of their base slots."""
     segment = 0
-    for slot in range(num_context):
+    for slot in range(layout.tokens_BT.shape[1] - 2 * layout.predicted_BM.shape[1]):
         layout.segments_BT[row, slot] = segment
-        if slot < tokens.size:
+        if slot < end:
             layout.tokens_BT[row, slot] = tokens[slot]
             layout.valid_BT[row, slot] = True
-            if tokens[slot] == sep_id:
-                segment = 1
+        if slot < tokens.size and tokens[slot] == sep_id:
+            segment = 1
 
 
 @njit(cache=True)

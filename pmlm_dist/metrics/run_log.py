@@ -114,6 +114,7 @@ class RunLog:
             *_objective("AE", means.ae, means.ae_accuracy),
             *_objective("PAR", means.par, means.par_accuracy),
             *_objective("PAR on [MASK] slots", means.par_masked, means.par_masked_accuracy),
+            *_objective("PAR of prefix samples", means.prefix, means.prefix_accuracy),
             f"unigram entropy {unigram_entropy:6.3f}",
         ]
         self.info(f"validation at step {step}:  {'  '.join(parts)}")

@@ -28,7 +28,7 @@ from pmlm_dist.metrics.meter import Interval, StepResult
 from pmlm_dist.metrics.run_log import Progress
 from pmlm_dist.metrics.stragglers import RankTimes, Stragglers
 from pmlm_dist.model.transformer import build_model
-from pmlm_dist.objectives import OBJECTIVES, LossMeans, loss_scales, target_weights
+from pmlm_dist.objectives import OBJECTIVES, LossMeans, loss_scales
 from pmlm_dist.parallel import seeding
 from pmlm_dist.parallel.layers import count_parameters
 from pmlm_dist.training.batches import TrainBatches, synchronized_batches
@@ -36,7 +36,7 @@ from pmlm_dist.training.guards import check_batches
 from pmlm_dist.training.job import LoopSettings, TrainingJob, TrainingSession
 from pmlm_dist.training.loop import fp16_loss_scale
 from pmlm_dist.training.resolve import ResolvedRun
-from pmlm_dist.training.validation import forward_losses, validate
+from pmlm_dist.training.validation import forward_losses, validate, weights_of
 
 COMPLETE = "COMPLETE"
 """File in the folder of a run that has reached its last step."""
@@ -127,9 +127,7 @@ class PretrainJob(TrainingJob[Batch]):
     def loss_scale(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
         """Factor [K] of each objective's summed loss; see `TrainingJob`."""
         objective = self.run.config.objective
-        targets_K = torch.stack(
-            [target_weights(objective, batch.weights_BM, batch.kept_BM).sum(dim=(1, 2)) for batch in micro_batches]
-        ).sum(dim=0)
+        targets_K = torch.stack([weights_of(batch, objective).sum(dim=(1, 2)) for batch in micro_batches]).sum(dim=0)
         targets_K = self.topology.all_reduce_dp(targets_K)
         return loss_scales(objective, targets_K) * len(micro_batches) * self.topology.dp
 

@@ -48,19 +48,28 @@ def forward_losses(engine: torch.nn.Module, batch: Batch, objective: ObjectiveCo
     nll_KMB, correct_KMB = engine(
         inputs=batch.inputs, targets_BM=batch.targets_BM, objectives=OBJECTIVES[objective.kind]
     )
-    weights_KBM = target_weights(objective, batch.weights_BM, batch.kept_BM)
-    return loss_sums(nll_KMB, correct_KMB, weights_KBM, batch.masked_BM, objective=objective)
+    weights_KBM, subsets = weights_of(batch, objective), {"masked_BM": batch.masked_BM, "prefix_BM": batch.prefix_BM}
+    return loss_sums(nll_KMB, correct_KMB, weights_KBM, objective=objective, **subsets)
+
+
+def weights_of(batch: Batch, objective: ObjectiveConfig) -> torch.Tensor:
+    """Return `target_weights` of `batch`: [K, B, M]."""
+    return target_weights(objective, batch.weights_BM, kept_BM=batch.kept_BM, prefix_BM=batch.prefix_BM)
 
 
 def fill_in(batch: Batch, predicted_KMB: torch.Tensor, vocabulary: Vocabulary, *, sample: int) -> str:
-    """Return the text of `sample` as Markdown, each predicted token as `truth -> AE / PAR`, bold where wrong."""
+    """Return the text of `sample` as Markdown, each predicted token as `truth -> AE / PAR`, bold where wrong.
+
+    A prefix sample ends with its last predicted token, and has PAR's predictions alone.
+    """
     words = [vocabulary.token(int(id)) for id in batch.tokens_BT[sample, : batch.num_context]]
+    length = int(batch.valid_BT[sample, : batch.num_context].sum())
     for m in range(batch.num_predictions):
         if batch.weights_BM[sample, m] == 0:
             continue
         truth = vocabulary.token(int(batch.targets_BM[sample, m]))
-        predictions = [vocabulary.token(int(id)) for id in predicted_KMB[:, m, sample]]
+        position, is_prefix = int(batch.predicted_BM[sample, m]), bool(batch.prefix_BM[sample, m])
+        predictions = [vocabulary.token(int(id)) for id in predicted_KMB[-1 if is_prefix else 0 :, m, sample]]
         shown = " / ".join(token if token == truth else f"**{token}**" for token in predictions)
-        words[int(batch.predicted_BM[sample, m])] = f"[{truth} → {shown}]"
-    length = int(batch.valid_BT[sample, : batch.num_context].sum())
+        words[position], length = f"[{truth} → {shown}]", max(length, position + 1)
     return " ".join(words[:length]).replace(" ##", "")

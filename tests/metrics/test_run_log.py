@@ -18,7 +18,15 @@ def progress(step: int, *, ae: float = 5.0) -> Progress:
         step=step,
         steps=10,
         losses=LossMeans(
-            total=2 * ae, ae=ae, par=ae, ae_accuracy=0.1, par_accuracy=0.1, par_masked=None, par_masked_accuracy=None
+            total=2 * ae,
+            ae=ae,
+            par=ae,
+            ae_accuracy=0.1,
+            par_accuracy=0.1,
+            par_masked=None,
+            par_masked_accuracy=None,
+            prefix=None,
+            prefix_accuracy=None,
         ),
         learning_rate=0.1,
         gradient_norm=1.0,

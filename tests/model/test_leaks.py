@@ -59,7 +59,9 @@ def influence(model: PseudoMaskedLM, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_gradients_are_zero_exactly_outside_closure_of_visibility(attention, relative_bias, seed):
     model = model_of(attention=attention, relative_bias=relative_bias, seed=seed)
-    batch = random_batch(seed=seed, masking=MaskingConfig(rate=0.3, stop="paper" if seed else "exact"))
+    masking = MaskingConfig(rate=0.3, stop="paper" if seed else "exact", prefix_share=0.5)
+    batch = random_batch(seed=seed, masking=masking)
+    assert set(batch.prefix_BM[batch.weights_BM > 0].tolist()) == {False, True}
     influence_BRT = influence(model, batch)
     M, T = batch.num_predictions, batch.tokens_BT.shape[1]
     for sample in range(len(influence_BRT)):
@@ -72,8 +74,9 @@ def test_gradients_are_zero_exactly_outside_closure_of_visibility(attention, rel
         assert (influence_BRT[sample][used][allowed_RT[used]] > 0).all()
 
 
-def test_pseudo_masks_never_depend_on_own_or_later_targets():
-    batch = random_batch(masking=MaskingConfig(rate=0.3, corruption="mask_only"))
+@pytest.mark.parametrize("prefix_share", [0.0, 1.0])
+def test_pseudo_masks_never_depend_on_own_or_later_targets(prefix_share):
+    batch = random_batch(masking=MaskingConfig(rate=0.3, corruption="mask_only", prefix_share=prefix_share))
     influence_BRT = influence(model_of(num_layers=4), batch)
     S, M = batch.num_context, batch.num_predictions
     for sample in range(len(influence_BRT)):

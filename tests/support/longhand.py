@@ -41,6 +41,8 @@ def loss(weights: Weights, batch: Batch, config: ModelConfig, objective: Objecti
             for name in names:
                 if name == "par" and objective.drop_kept and kept:
                     continue
+                if name == "ae" and not batch.valid_BT[b, position]:  # a prefix sample has no base slots
+                    continue
                 slot = position if name == "ae" else batch.num_context + batch.num_predictions + m
                 terms[name].append(nll(weights, hidden[slot], target, config))
     factors = {"ae": objective.ae_weight, "par": objective.par_weight}

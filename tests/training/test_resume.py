@@ -26,8 +26,9 @@ N = 2
 
 
 def dropping_out(corpus: Path, run_dir: Path, **settings: Any) -> RunConfig:
-    """A run of 2N steps with dropout and a checkpoint every N."""
+    """A run of 2N steps with dropout, some prefix samples and a checkpoint every N."""
     config = run_config(corpus, run_dir, steps=2 * N, **settings)
+    config = replace(config, masking=replace(config.masking, prefix_share=0.25))
     config = with_model(config, hidden_dropout=0.1, attention_dropout=0.1)
     return with_train(config, checkpoint_every=N)
 

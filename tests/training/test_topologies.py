@@ -124,15 +124,15 @@ def test_cases_cover_every_pair_of_settings():
         assert {case.checkpointing for case in CASES if case.zero == stage} == {False, True}
 
 
-@pytest.mark.parametrize("stop", ["exact", "paper"])
-def test_uneven_predictions_are_weighted_equally_under_any_split(small_corpus, tmp_path, stop):
-    """With `stop: paper` samples have different numbers of predictions; the mean is over the whole step."""
+@pytest.mark.parametrize("masking", [{}, {"stop": "paper"}, {"prefix_share": 0.5}], ids=str)
+def test_uneven_predictions_are_weighted_equally_under_any_split(small_corpus, tmp_path, masking):
+    """With `stop: paper` and prefix samples, samples have different numbers of targets; means are over the step."""
     import dataclasses
 
     answers = []
     for ranks, micro_batch in ((1, 8), (1, 2), (2, 4), (2, 1)):
         config = run_config(small_corpus, tmp_path / f"{ranks}-{micro_batch}", steps=STEPS, micro_batch=micro_batch)
-        config = dataclasses.replace(config, masking=dataclasses.replace(config.masking, stop=stop))
+        config = dataclasses.replace(config, masking=dataclasses.replace(config.masking, **masking))
         answers.append(run_world(train, ranks, config)[0])
     for answer in answers[1:]:
         check_equal([answer], answers[0], tp=1, tolerance=1e-5)
