@@ -44,7 +44,7 @@ class CheckpointFolder:
 
     Retention: the newest `keep`, every step that is a multiple of `keep_every`, and every step for which `keeps` is
     true. `fence` is called right before a checkpoint gets its name; it raises when this process may no longer commit
-    (supervision/run_lock.py).
+    (folder_lock.py).
     """
 
     root: Path

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, WatchdogConfig, raise_if_any
 from pmlm_dist.decoding.settings import DecodingConfig
+from pmlm_dist.folder_lock import LOCK
 from pmlm_dist.ranges import BelowOne, NotNegative, Positive, Probability, Range, range_problems
-from pmlm_dist.supervision.run_lock import LOCK
 
 UNFINISHED = "UNFINISHED"
 """File in the folder of a fine-tuning that is not complete."""
@@ -201,8 +201,10 @@ def problems(config: FinetuneConfig) -> list[str]:
 
 
 def is_finetune_unfinished(output: Path) -> bool:
-    """Return True if `output` holds an incomplete fine-tuning, or only the lock of one."""
-    return output.is_dir() and ((output / UNFINISHED).is_file() or [path.name for path in output.iterdir()] == [LOCK])
+    """Return True if `output` holds an incomplete fine-tuning, or at most the lock of one."""
+    if not output.is_dir():
+        return False
+    return (output / UNFINISHED).is_file() or all(path.name.startswith(LOCK) for path in output.iterdir())
 
 
 def recipes(config: FinetuneConfig) -> list[Recipe]:

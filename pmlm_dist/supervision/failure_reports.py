@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,12 +57,8 @@ def write_failure(folder: Path, failure: Failure) -> Failure:
     Raises OSError when the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = folder / f".failure-{os.getpid()}-{failure.rank}"
-    own.write_text(json.dumps(asdict(failure)) + "\n", encoding="utf-8")
-    # A link fails where the name exists, so the first failure is kept; a rename (`write_atomically`) would replace it.
-    with contextlib.suppress(FileExistsError):
-        os.link(own, folder / _FAILURE)
-    own.unlink()
+    with contextlib.suppress(FileExistsError):  # the first failure is kept
+        write_atomically(folder / _FAILURE, json.dumps(asdict(failure)) + "\n", durable=False, replace=False)
     return read_failure(folder) or failure
 
 

@@ -1,4 +1,4 @@
-"""Linux processes: orphans and parents, kills by the kernel's out-of-memory killer, leftovers of dead processes."""
+"""Linux processes: orphans and parents, kills by the kernel's out-of-memory killer."""
 
 from __future__ import annotations
 
@@ -74,19 +74,6 @@ def end_children(*, grace_s: float, kill_s: float) -> None:
                 for pid in _children():  # each time: the children of a killed child are adopted
                     send_signal(pid, signal.SIGKILL)
             time.sleep(_POLL_S)
-
-
-def remove_shared_memory(since: float) -> None:
-    """Remove files in /dev/shm that dead torch processes of this user wrote after `since`."""
-    for path in Path("/dev/shm").glob("torch_[0-9]*"):
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(path.name.split("_")[1])
-            if (
-                path.stat().st_uid == os.getuid()
-                and path.stat().st_mtime >= since
-                and not Path(f"/proc/{pid}").exists()
-            ):
-                path.unlink()
 
 
 def send_signal(pid: int, number: signal.Signals) -> None:

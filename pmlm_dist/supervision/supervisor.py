@@ -133,7 +133,7 @@ class Supervisor:
         self._wait_status: int | None = None
         self._last_beat = Beat(0, 0, "start-up", float("inf"), time.monotonic())
         self._silence_s = 0.0
-        self._start_time, self._last_read = time.time(), time.monotonic()
+        self._last_read = time.monotonic()
         self._last_failure_poll = 0.0
 
     def watch(self) -> int:
@@ -151,7 +151,6 @@ class Supervisor:
             self._end_rank()
         code = self._code if failure is None else failure.code
         processes.end_children(grace_s=self._times.orphans_s, kill_s=self._times.term_s)
-        processes.remove_shared_memory(self._start_time)
         self._print_summary(failure, code)
         return code
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import find_checkpoint
 from pmlm_dist.config import WatchdogConfig, raise_if_any
+from pmlm_dist.folder_lock import FolderInUse, FolderLock
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.supervision.attempts import AttemptLog
 from pmlm_dist.supervision.heartbeat import Heartbeat, phase_limits
-from pmlm_dist.supervision.run_lock import FolderInUse, RunLock
 from pmlm_dist.supervision.signals import STOP_FILE, StopSignals
 from pmlm_dist.training.stopping import StopAgreement
 
@@ -103,7 +103,7 @@ def _lease(run_dir: Path, topology: Topology) -> Iterator[tuple[str, Callable[[]
     lock, in_use, problems = None, "", []
     if topology.is_rank_zero:
         try:
-            lock = RunLock.acquire(run_dir)
+            lock = FolderLock.acquire(run_dir)
         except FolderInUse as error:
             in_use = str(error)
         except OSError as error:

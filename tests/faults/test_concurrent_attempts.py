@@ -10,8 +10,8 @@ import pytest
 from support.fault_jobs import Fault, check_recovered, kill, run_attempt, running_job, small_run, trajectory
 
 from pmlm_dist.config import RunConfig
+from pmlm_dist.folder_lock import LOCK, read_owner
 from pmlm_dist.supervision.exit_codes import ExitCode
-from pmlm_dist.supervision.run_lock import LOCK, read_owner
 
 
 class Wait:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pmlm_dist.config import ConfigError, WatchdogConfig
+from pmlm_dist.folder_lock import FolderInUse
 from pmlm_dist.launch_environment import rank_in
 from pmlm_dist.supervision.exit_codes import (
     ExitCode,
@@ -25,7 +26,6 @@ from pmlm_dist.supervision.exit_codes import (
 from pmlm_dist.supervision.failure_reports import RankReport, summary
 from pmlm_dist.supervision.heartbeat import DATA, PHASES, SAVE, STEP, Heartbeat, phase_limits
 from pmlm_dist.supervision.processes import parse_oom_kills, process_state, send_signal, send_to_main_thread
-from pmlm_dist.supervision.run_lock import FolderInUse
 
 RANK = """
 import os, signal, subprocess, sys, time
