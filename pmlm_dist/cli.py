@@ -28,9 +28,11 @@ USER_ERROR = int(exit_codes.ExitCode.BAD_CONFIGURATION)
 
 def prepare_corpus(arguments: Sequence[str]) -> None:
     """Cut raw text into shuffled WebDataset shards of packed samples (with mpirun: on many cores and nodes)."""
-    from pmlm_dist.corpus.prepare import pipeline
+    from pmlm_dist.corpus.prepare import mpi, pipeline
 
-    pipeline.prepare_corpus(_parse(pipeline.PrepareConfig, prepare_corpus, arguments, flat=True))
+    config = _parse(pipeline.PrepareConfig, prepare_corpus, arguments, flat=True)
+    with mpi.abort_on_failure(mpi.world(), exit_codes.explain):
+        pipeline.prepare_corpus(config)
 
 
 def corpus(arguments: Sequence[str]) -> None:

@@ -140,6 +140,15 @@ def rank_in(environ: Mapping[str, str]) -> int:
     return int(_first_set([launcher.rank for launcher in LAUNCHERS], environ, default="0"))
 
 
+def launched_ranks(environ: Mapping[str, str]) -> int:
+    """Return the number of ranks that a launcher has started with this one, 1 without a launcher.
+
+    Of SLURM's variables only the step's counts: sbatch sets that of the job for one process.
+    """
+    launcher = next((launcher for launcher in LAUNCHERS if launcher.is_present(environ)), None)
+    return int(_first_set(launcher.world_size[:1], environ, default="1")) if launcher else 1
+
+
 def is_rank_zero(environ: Mapping[str, str]) -> bool:
     """Return True on the rank that prints; usable before process groups exist."""
     return rank_in(environ) == 0

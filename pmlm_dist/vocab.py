@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmlm_dist.config import ConfigError, raise_if_any
+from pmlm_dist.files import write_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"
+VOCABULARY_FILES = ("tokenizer.json", "vocab.txt")
 _UNUSED = re.compile(r"\[unused\d+\]")
 _ALPHABET_LIMIT = 1000
 
@@ -100,8 +102,9 @@ class Vocabulary:
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `vocab.txt` into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
-        (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in self._tokens), encoding="utf-8")
+        words = "".join(f"{token}\n" for token in self._tokens)
+        for name, text in zip(VOCABULARY_FILES, (self._json, words), strict=True):
+            write_atomically(folder / name, text, durable=False)
 
     @property
     def size(self) -> int:

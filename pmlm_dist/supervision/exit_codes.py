@@ -139,11 +139,20 @@ def run(
         return _failed(error, program, on_failure)
 
 
-def _failed(error: BaseException, program: str, on_failure: Callable[[BaseException], None] | None) -> int:
+def explain(error: BaseException) -> tuple[int, str]:
+    """Return the exit code for `error` and what is printed: its message, or its traceback if none explains it."""
+    code, message = _explain(error)
+    return code, message or "".join(traceback.format_exception(error))
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
-        code, message = SIGNALLED + signal.SIGINT, "interrupted"
-    else:
-        code, message = int(exit_code_of(error)), _message(error)
+        return SIGNALLED + signal.SIGINT, "interrupted"
+    return int(exit_code_of(error)), _message(error)
+
+
+def _failed(error: BaseException, program: str, on_failure: Callable[[BaseException], None] | None) -> int:
+    code, message = _explain(error)
     if code in COLLECTIVE_ENDS:
         if message and is_rank_zero(os.environ):
             _print_message(program, message)

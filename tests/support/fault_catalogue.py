@@ -48,6 +48,8 @@ FAULTS: dict[str, tuple[int, str, str]] = {
     "F40": (1, "schedule, loss scale and counters", "a run interrupted anywhere; fp16"),
     "F41": (1, "a hostile pickle", "in place of a file, with a correct checksum"),
     "F42": (2, "a reshape is killed", "a kill midway"),
+    "F43": (1, "foreign files where a command writes", "files of others, before and during a command"),
+    "F44": (1, "two starts in one folder", "a second start, a take-over, tasks that MPI does not connect"),
     "F50": (1, "a shard is truncated inside a member", "truncated; the quarantine and its limit"),
     "F51": (1, "a shard is truncated at the end of a member", "truncated"),
     "F52": (1, "a bit of a tar header is flipped", "any bit of a shard"),

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from pmlm_dist.config import ConfigError
-from pmlm_dist.corpus.shards import ShardError
+from pmlm_dist.config import ConfigError, raise_if_any
+from pmlm_dist.console import print_safely
+from pmlm_dist.launch_environment import launched_ranks
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 T = TypeVar("T")
-_USER_ERROR, _FAILURE = 2, 1
 
 
 def world() -> Intracomm:
-    """Return the communicator of all ranks; without mpirun, of one rank. Raises ConfigError without an MPI library."""
+    """Return the communicator of all ranks; without mpirun, of one rank.
+
+    Raises ConfigError without an MPI library, and if a launcher has started several ranks that MPI does not connect.
+    """
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -29,21 +30,34 @@ def world() -> Intracomm:
     if MPI.COMM_WORLD.size > 1:
         # One rank a core: the tokenizer's own threads would compete for the cores of other ranks.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    raise_if_any(singleton_problems(MPI.COMM_WORLD.size, launched=launched_ranks(os.environ)))
     return MPI.COMM_WORLD
 
 
+def singleton_problems(size: int, *, launched: int) -> list[str]:
+    """Return the problem of a launcher's `launched` ranks that are a world of one (`size`) each, if they are."""
+    if size > 1 or launched == 1:
+        return []
+    return [
+        f"{launched} tasks were started, but MPI does not connect them: each would prepare the whole corpus by itself. "
+        f"Start them with `mpirun -n {launched} pmlm prepare-corpus ...` or `srun --mpi=pmix`, or start one task"
+    ]
+
+
 @contextmanager
-def abort_on_failure(comm: Intracomm) -> Iterator[None]:
-    """With several ranks: print the error of the failed rank and abort all. The others would wait for it forever."""
+def abort_on_failure(comm: Intracomm, explain: Callable[[BaseException], tuple[int, str]]) -> Iterator[None]:
+    """With several ranks: print the error of the failed rank and abort all. The others would wait for it forever.
+
+    `explain` returns exit code and message of an error.
+    """
     try:
         yield
     except BaseException as error:
         if comm.size == 1:
             raise
-        is_user_error = isinstance(error, ConfigError | ShardError)
-        message = str(error) if is_user_error else traceback.format_exc()
-        print(f"pmlm prepare-corpus (rank {comm.rank} of {comm.size}):\n{message}", file=sys.stderr, flush=True)
-        comm.Abort(_USER_ERROR if is_user_error else _FAILURE)
+        code, message = explain(error)
+        print_safely(f"pmlm prepare-corpus (rank {comm.rank} of {comm.size}):\n{message}", to_stderr=True)
+        comm.Abort(code)
 
 
 def print_on_rank_zero(comm: Intracomm, message: str) -> None:

@@ -18,14 +18,14 @@ import dataclasses
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pmlm_dist.config import ConfigError
+from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.corpus.filters.cleaning import normalize
 from pmlm_dist.corpus.input.documents import read_unit
 from pmlm_dist.corpus.input.records import SkippedRecords
@@ -42,8 +42,8 @@ from pmlm_dist.corpus.prepare.counts import (
     sum_counts,
     summary,
 )
-from pmlm_dist.corpus.prepare.journal import RUNS, SCAN, SHARDS, Journal
-from pmlm_dist.corpus.prepare.mpi import abort_on_failure, barrier, broadcast_object, print_on_rank_zero, track, world
+from pmlm_dist.corpus.prepare.journal import FOLDER, RUNS, SCAN, SHARDS, Journal
+from pmlm_dist.corpus.prepare.mpi import barrier, broadcast_object, print_on_rank_zero, track, world
 from pmlm_dist.corpus.prepare.sampling import (
     VOCABULARY_BINS,
     lowest_hash,
@@ -56,7 +56,6 @@ from pmlm_dist.corpus.prepare.sampling import (
 from pmlm_dist.corpus.prepare.scan import Scan
 from pmlm_dist.corpus.prepare.settings import (
     MIN_SHARDS,
-    PYTHON_DOCS,
     SAMPLES_PER_SHARD,
     PrepareConfig,
     existing_corpus,
@@ -77,7 +76,8 @@ from pmlm_dist.corpus.shards import (
     token_dtype,
     write_shard,
 )
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.folder_lock import FolderLock
+from pmlm_dist.vocab import VOCABULARY_FILES, Vocabulary
 
 if TYPE_CHECKING:
     from pmlm_dist.corpus.prepare.mpi import Intracomm
@@ -89,26 +89,33 @@ def prepare_corpus(config: PrepareConfig) -> Manifest:
     """Prepare the corpus on all ranks of the MPI world together; every rank returns the manifest.
 
     Resumes an interrupted preparation with the same settings and input. Does nothing if the corpus exists with the same
-    settings. Raises ConfigError for invalid settings, unusable input, and a folder with another corpus. With several
-    ranks any error ends all of them.
+    settings. Raises ConfigError for invalid settings, unusable input, and a folder with other contents; `FolderInUse`
+    while another preparation writes into the folder.
     """
     comm = world()
-    with abort_on_failure(comm):
-        existing = broadcast_object(comm, existing_corpus(config) if comm.rank == 0 else None)
+    with ExitStack() as stack:
+        existing, lock = None, None
+        if comm.rank == 0:
+            existing = existing_corpus(config)
+            if existing is None or (config.output / FOLDER).exists():
+                lock = stack.enter_context(FolderLock.acquire(config.output))
+                existing = existing_corpus(config) if (config.output / MANIFEST).exists() else None
+        existing = broadcast_object(comm, existing)
         if existing is not None:
-            if comm.rank == 0:
+            if lock is not None:
                 Journal(config.output).remove()  # left by a run that was killed right after it wrote the manifest
             print_on_rank_zero(comm, f"{config.output} exists already with these settings; nothing to do")
             return existing
-        return _Preparation(config, comm).run()
+        return _Preparation(config, comm, check_lock=lock.check if lock else lambda: None).run()
 
 
 class _Preparation:
     """One run of the program; the phases are those of the module's picture."""
 
-    def __init__(self, config: PrepareConfig, comm: Intracomm):
+    def __init__(self, config: PrepareConfig, comm: Intracomm, *, check_lock: Callable[[], None]):
         self.config = config
         self.comm = comm
+        self.check_lock = check_lock
         self.journal = Journal(config.output)
         self.scan = Scan(config, comm, self.journal)
         self.seconds: dict[str, float] = {}
@@ -135,6 +142,7 @@ class _Preparation:
         if self.comm.rank == 0:
             vocabulary.save(self.config.output)
             np.save(self.config.output / UNIT_SAMPLES, _unit_samples(runs, units=len(units)))
+            self.check_lock()
             manifest.save(self.config.output)
             self.journal.remove()
             print(summary(self.config, manifest, totals, self.seconds), flush=True)
@@ -146,6 +154,7 @@ class _Preparation:
         """Time a phase; wait for all ranks at its end."""
         start = time.perf_counter()
         yield
+        self.check_lock()
         barrier(self.comm)
         self.seconds[name] = time.perf_counter() - start
 
@@ -162,7 +171,7 @@ class _Preparation:
         try:
             yield
         except ConfigError:
-            self.journal.remove()
+            self.journal.discard()
             raise
 
     # 0
@@ -174,14 +183,15 @@ class _Preparation:
             settings, identity = recorded_settings(self.config), self.journal.identity()
             if identity is not None:
                 raise_if_different(self.journal.folder, identity["settings"], settings, content="an unfinished corpus")
-            files = source_files(self.config, is_resumed=identity is not None)
+            else:
+                self.journal.raise_if_not_alone()
+            files = source_files(self.config, self.journal)
             listing = [list(dataclasses.astuple(file)) for file in files]
             units = list_units(files, unit_bytes=self.config.unit_bytes)
             for line in unsplittable_warnings(files, ranks=self.comm.size, unit_bytes=self.config.unit_bytes):
                 print(line, flush=True)
-            _remove_temporary_files(self.config.output)
+            self.journal.remove_temporary_files()
             if identity is None:
-                _remove_shards(self.config.output)
                 self.journal.begin({"settings": settings, "files": listing})
             else:
                 raise_if_changed(self.journal.folder, identity["files"], listing)
@@ -189,7 +199,22 @@ class _Preparation:
             result = units, settings
         result = broadcast_object(self.comm, result)
         assert result is not None
+        self._raise_if_not_shared(result[1])
         return result
+
+    def _raise_if_not_shared(self, settings: Mapping[str, Any]) -> None:
+        """Raise ConfigError on rank 0 if a rank does not see its journal: that rank's documents would be missing."""
+        identity = self.journal.identity()
+        seen = self.comm.gather(identity is not None and identity["settings"] == settings)
+        raise_if_any(
+            [
+                f"--output: rank {rank} does not see in {self.config.output} what rank 0 writes there: give a folder "
+                "of a file system that all nodes share"
+                for rank, is_seen in enumerate(seen or ())
+                if not is_seen
+            ]
+        )
+        barrier(self.comm)
 
     def _print_resumed(self, units: Sequence[Unit]) -> None:
         packed = sum(len(record["units"]) for record in self.journal.committed(RUNS).values())
@@ -250,7 +275,11 @@ class _Preparation:
             packer.add(unit)
         packer.commit()
         barrier(self.comm)
-        return self._committed(RUNS)
+        runs = self._committed(RUNS)
+        packed = Counter(int(number) for record in runs.values() for number in record["units"])
+        if packed != Counter(unit.number for unit in units):
+            raise RuntimeError(f"{self.journal.folder}: {len(packed)} of {len(units)} units are packed exactly once")
+        return runs
 
     def _committed(self, kind: str) -> dict[str, Any]:
         return broadcast_object(self.comm, self.journal.committed(kind) if self.comm.rank == 0 else {})
@@ -276,7 +305,12 @@ class _Preparation:
     def _write(self, runs: Mapping[str, Any], totals: UnitCounts, vocabulary: Vocabulary) -> dict[str, list[Shard]]:
         """Write all shards; return them by split, in order. A rank writes consecutive ones, which share buckets."""
         dtype = token_dtype(vocabulary.size)
-        for split, shards in _shards_per_split(self.config, totals.samples).items():
+        shards_per_split = _shards_per_split(self.config, totals.samples)
+        if self.comm.rank == 0:
+            names = [shard_name(split, number) for split, count in shards_per_split.items() for number in range(count)]
+            self.journal.add_outputs([*names, UNIT_SAMPLES, MANIFEST, *VOCABULARY_FILES])
+        barrier(self.comm)
+        for split, shards in shards_per_split.items():
             merged = self._merged_runs(runs, split, totals, dtype)
             written = self._committed(SHARDS)
             ranges = even_ranges(totals.samples[split], shards)
@@ -305,19 +339,6 @@ class _Preparation:
 
 
 # ---------------------------------------------------------------------------------------------------- files and ranges
-
-
-def _remove_temporary_files(output: Path) -> None:
-    """Remove the temporary files of a killed run from the corpus."""
-    for name in (f"{MANIFEST}.tmp-*", f"{PYTHON_DOCS}.jsonl.tmp-*", "*/shard-*.tar.tmp-*"):
-        for leftover in output.glob(name):
-            leftover.unlink()
-
-
-def _remove_shards(output: Path) -> None:
-    """Remove the shards of a preparation with other settings."""
-    for leftover in [*output.glob("*/shard-*.tar"), output / UNIT_SAMPLES]:
-        leftover.unlink(missing_ok=True)
 
 
 def _unit_samples(runs: Mapping[str, Any], *, units: int) -> np.ndarray:

@@ -8,10 +8,11 @@ from typing import Any
 
 from pmlm_dist.config import raise_if_any
 from pmlm_dist.corpus.input.sources import SourceFile, find_files, local_file
+from pmlm_dist.corpus.prepare.journal import Journal
 from pmlm_dist.corpus.prepare.settings import PYTHON_DOCS, PrepareConfig, file_patterns
 
 
-def source_files(config: PrepareConfig, *, is_resumed: bool) -> list[SourceFile]:
+def source_files(config: PrepareConfig, journal: Journal) -> list[SourceFile]:
     """Return the input files. Docstrings are collected first if requested, unless an interrupted run did so."""
     files = find_files(file_patterns(config))
     if PYTHON_DOCS not in config.source:
@@ -19,7 +20,8 @@ def source_files(config: PrepareConfig, *, is_resumed: bool) -> list[SourceFile]
     from pmlm_dist.corpus.input.python_docs import write_python_docs
 
     path = config.output / f"{PYTHON_DOCS}.jsonl"
-    if not (is_resumed and path.is_file()):
+    if journal.identity() is None or not path.is_file():
+        journal.add_outputs([path.name])
         counts = write_python_docs(path)
         print(
             f"{counts.docstrings} docstrings in {counts.files} files, {counts.unparsable} files unreadable", flush=True
