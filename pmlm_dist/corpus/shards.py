@@ -33,6 +33,8 @@ from pmlm_dist.files import open_atomically, write_atomically
 VERSION = 1
 MANIFEST = "manifest.json"
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
+IN_BOTH_SPLITS = "long document with parts in both splits"
+"""Count of the manifest, among the changed documents."""
 
 TokenDtype = Literal["uint16", "uint32"]
 EXTENSIONS: dict[TokenDtype, str] = {"uint16": "u16", "uint32": "u32"}

@@ -20,7 +20,7 @@ import numpy as np
 from pmlm_dist.config import raise_if_any
 from pmlm_dist.corpus.packing.packer import SPECIAL_TOKENS_PER_SAMPLE
 from pmlm_dist.corpus.packing.stream_digest import UNIT_SAMPLES, locate_in_streams, stream_hash, token_digest
-from pmlm_dist.corpus.shards import SPLITS, Manifest, Shard, ShardError, ShardReader, open_shard
+from pmlm_dist.corpus.shards import IN_BOTH_SPLITS, SPLITS, Manifest, Shard, ShardError, ShardReader, open_shard
 from pmlm_dist.vocab import Vocabulary
 
 _BATCH_SAMPLES = 256
@@ -129,7 +129,8 @@ class _Corpus:
                 if expected != actual
             ]
         if "records" in counts:
-            kept, skipped = sum(counts["documents"].values()), sum(counts["skipped"].values())
+            in_both = counts.get("changed", {}).get(IN_BOTH_SPLITS, 0)
+            kept, skipped = sum(counts["documents"].values()) - in_both, sum(counts["skipped"].values())
             if counts["records"] != kept + skipped:
                 problems.append(f"{counts['records']} records were read, but {kept} are kept and {skipped} skipped")
         return problems

@@ -1,9 +1,11 @@
-"""Decompression of .gz and .zst files, and one kind of error for corrupt files."""
+"""Decompression of .gz, .bz2, .xz and .zst files, and one kind of error for corrupt files."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ import zstandard
 from pmlm_dist.config import ConfigError
 from pmlm_dist.corpus.input.sources import convert_read_errors
 
-Compression = Literal["none", "gz", "zst"]
+Compression = Literal["none", "gz", "bz2", "xz", "zst"]
 
 _ZSTD_INPUT_BYTES = 1 << 16
 _ZSTD_OUTPUT_BYTES = 1 << 20
@@ -28,16 +30,19 @@ def convert_decoding_errors(source: str) -> Iterator[None]:
         with convert_read_errors(source):
             try:
                 yield
-            except gzip.BadGzipFile as error:  # a subclass of OSError, but the read itself succeeded
-                raise EOFError(str(error)) from error
-    except (EOFError, zlib.error, zstandard.ZstdError) as error:
+            except OSError as error:  # of gzip and bz2 without a number: the read itself succeeded
+                if error.errno is None and type(error) in (OSError, gzip.BadGzipFile):
+                    raise EOFError(str(error)) from error
+                raise
+    except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise ConfigError([f"source {source} is corrupt: {error}; replace the file or remove it"]) from error
 
 
 def decompress(raw: BinaryIO, compression: Compression) -> BinaryIO:
     """Return a file of the decompressed bytes of `raw`."""
-    if compression == "gz":
-        return cast(BinaryIO, gzip.open(raw, "rb"))
+    library = {"gz": gzip, "bz2": bz2, "xz": lzma}.get(compression)
+    if library is not None:
+        return cast(BinaryIO, library.open(raw, "rb"))
     if compression == "zst":
         return cast(BinaryIO, io.BufferedReader(_ZstdFile(raw), _ZSTD_OUTPUT_BYTES))
     return raw

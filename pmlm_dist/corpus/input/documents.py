@@ -3,7 +3,7 @@
     unit (units.py) -> raw records (lines.py, tables.py) -> decode, cut -> documents
 
     .txt      a document ends at a blank line          .jsonl    a JSON object a line, text in one field
-    .parquet  a column of strings (extra `parquet`)    .txt and .jsonl also as .gz and .zst
+    .parquet  a column of strings (extra `parquet`)    .txt and .jsonl also as .gz, .bz2, .xz, .zst
 
 Records without usable text are skipped and counted by reason, with the location of the first. Memory is bounded for any
 length of a record: a document of more than `PART_BYTES` (characters, unless it is from a .txt file) is cut into parts,

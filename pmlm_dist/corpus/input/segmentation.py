@@ -6,6 +6,13 @@ import re
 from collections.abc import Iterator
 
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s)|[。！？]|\n\s*(?=\n)")
+_SPACE = re.compile(r"\s")
+
+
+def next_cut(text: str, start: int, stop: int) -> int:
+    """Return the first cut point in [start, stop]: the end of a sentence, else of a word, else `start`."""
+    end = _SENTENCE_END.search(text, start, stop) or _SPACE.search(text, start, stop)
+    return end.end() if end else start
 
 
 def split_text(text: str, *, min_length: int, max_length: int) -> Iterator[str]:

@@ -27,7 +27,8 @@ from typing import Any, BinaryIO, cast
 from pmlm_dist.config import ConfigError, raise_if_any
 
 DATASETS = "datasets://"
-_SUPPORTED_FILES = "use .txt, .jsonl (also .gz, .zst) or .parquet"
+COMPRESSIONS = ("gz", "bz2", "xz", "zst")
+_SUPPORTED_FILES = "use .txt, .jsonl (also .gz, .bz2, .xz, .zst) or .parquet"
 _BUFFER_BYTES = 1 << 20
 _SUFFIXES = ("txt", "jsonl")
 _EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}
@@ -48,7 +49,7 @@ class SourceFile:
 
     @property
     def kind(self) -> tuple[str, str]:
-        """Format (`txt`, `jsonl`, `parquet`, `dataset`) and compression (`none`, `gz`, `zst`); ("", "") if unknown."""
+        """Format (`txt`, `jsonl`, `parquet`, `dataset`) and compression; ("", "") if unknown."""
         return _kind(self.name)
 
 
@@ -129,7 +130,7 @@ def _kind(name: str) -> tuple[str, str]:
     if name.startswith(DATASETS):
         return "dataset", "none"
     parts = Path(urllib.parse.urlsplit(name).path if is_url(name) else name).name.split(".")
-    compression = parts.pop() if len(parts) > 2 and parts[-1] in ("gz", "zst") else "none"
+    compression = parts.pop() if len(parts) > 2 and parts[-1] in COMPRESSIONS else "none"
     kind = parts[-1] if len(parts) > 1 else ""
     is_supported = kind in _SUFFIXES or (kind == "parquet" and compression == "none")
     return (kind, compression) if is_supported else ("", "")

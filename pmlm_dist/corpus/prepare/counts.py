@@ -13,7 +13,7 @@ from pmlm_dist.config import raise_if_any
 from pmlm_dist.corpus.input.records import SkippedRecords
 from pmlm_dist.corpus.packing.packer import SPECIAL_TOKENS_PER_SAMPLE
 from pmlm_dist.corpus.prepare.settings import PrepareConfig
-from pmlm_dist.corpus.shards import SPLITS, TRAIN, Manifest, Shard, Split, token_dtype
+from pmlm_dist.corpus.shards import SPLITS, TRAIN, VALIDATION, Manifest, Shard, Split, token_dtype
 from pmlm_dist.vocab import Vocabulary
 
 
@@ -137,7 +137,50 @@ def build_manifest(
     )
 
 
-def summary(config: PrepareConfig, manifest: Manifest, totals: UnitCounts, seconds: Mapping[str, float]) -> str:
+def length_histogram(lengths: np.ndarray) -> np.ndarray:
+    """Count documents by length in characters: 8 bins for each power of two, shape [256]."""
+    return np.bincount((np.log2(np.maximum(1, lengths)) * 8).astype(np.int64), minlength=256)
+
+
+@dataclass(frozen=True)
+class DocumentLengths:
+    """Lengths in characters of the documents that are not skipped as duplicates."""
+
+    counts: np.ndarray
+    """Of `length_histogram`."""
+    characters: int
+    """Sum."""
+
+    def quantile(self, fraction: float) -> int:
+        """Return the length that `fraction` of the documents do not exceed; up to 9 % too large."""
+        bin = int(np.searchsorted(np.cumsum(self.counts), max(1, fraction * self.counts.sum())))
+        return round(2 ** ((bin + 1) / 8))
+
+    def warnings(self, config: PrepareConfig) -> list[str]:
+        """Return warnings if the source is probably cut into documents in another way than was meant."""
+        is_text = any(".txt" in source for source in config.source)
+        median, longest = self.quantile(0.5), self.quantile(1)
+        if median < (_SHORT if is_text else _VERY_SHORT):
+            way_out = f"{_RULE}: write a book or an article as one line of .jsonl" if is_text else _OTHER_FIELD
+            return [f"warning: half of the documents have at most {median:,} characters; {way_out}"]
+        if is_text and max(median, longest // 8) > _LONG:
+            return [f"warning: the longest document has about {longest:,} characters; {_RULE}: add blank lines"]
+        return []
+
+
+_SHORT, _VERY_SHORT, _LONG = 600, 60, 1 << 19
+_RULE = "in a .txt file a blank line ends a document, and nothing else does"
+_OTHER_FIELD = "check that --text-field is the field with one whole text"
+
+
+def summary(
+    config: PrepareConfig,
+    manifest: Manifest,
+    totals: UnitCounts,
+    seconds: Mapping[str, float],
+    *,
+    lengths: DocumentLengths,
+) -> str:
     """Return the report of a finished preparation; `seconds` by phase."""
     lines = [
         f"corpus {config.output}: vocabulary {manifest.vocabulary['size']}, sequence length {config.sequence_length}"
@@ -147,10 +190,17 @@ def summary(config: PrepareConfig, manifest: Manifest, totals: UnitCounts, secon
             f"  {name:10} {totals.documents[name]:>12,} documents {split.samples:>12,} samples "
             f"{split.tokens:>16,} tokens {len(split.shards):>7,} shards"
         )
+    tokens = totals.content_tokens
+    share = tokens[VALIDATION] / max(1, tokens.total())
+    lines.append(
+        f"  held out {share:.2%} of the tokens ({config.validation_fraction:.2%} asked for); median document "
+        f"{lengths.quantile(0.5):,} characters"
+    )
     lines.append(f"  unigram entropy {manifest.unigram_entropy:.4f} nats")
     lines += [f"  changed {count:,} x {what}" for what, count in manifest.counts["changed"].items()]
     lines += [f"  skipped {line}" for line in _skipped_lines(totals.skipped)]
     phases = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
+    lines += [f"  {warning}" for warning in lengths.warnings(config)]
     return "\n".join([*lines, f"  seconds {sum(seconds.values()):.1f} ({phases})"])
 
 

@@ -45,12 +45,10 @@ from pmlm_dist.corpus.prepare.counts import (
 from pmlm_dist.corpus.prepare.journal import FOLDER, RUNS, SCAN, SHARDS, Journal
 from pmlm_dist.corpus.prepare.mpi import barrier, broadcast_object, print_on_rank_zero, track, world
 from pmlm_dist.corpus.prepare.sampling import (
-    VOCABULARY_BINS,
-    lowest_hash,
-    validation_threshold,
-    vocabulary_bins,
-    vocabulary_documents,
-    vocabulary_text,
+    HASH_BINS,
+    piece_text,
+    sampled_pieces,
+    vocabulary_pieces,
     vocabulary_threshold,
 )
 from pmlm_dist.corpus.prepare.scan import Scan
@@ -128,6 +126,7 @@ class _Preparation:
         self._check(raise_if_empty, scanned)
         with self._phase("duplicates"):
             self.scan.find_duplicates(units)
+            self.lengths = self.scan.document_lengths(units)
         with self._phase("vocabulary"):
             vocabulary = self._vocabulary(units)
         with self._phase("pack"):
@@ -145,7 +144,7 @@ class _Preparation:
             self.check_lock()
             manifest.save(self.config.output)
             self.journal.remove()
-            print(summary(self.config, manifest, totals, self.seconds), flush=True)
+            print(summary(self.config, manifest, totals, self.seconds, lengths=self.lengths), flush=True)
         barrier(self.comm)
         return manifest
 
@@ -245,20 +244,20 @@ class _Preparation:
         return vocabulary
 
     def _vocabulary_texts(self, units: Sequence[Unit]) -> list[str]:
-        """Return a pseudo-random sample of the kept documents on rank 0; an empty list on other ranks."""
-        seed, bins = self.config.seed, np.zeros(VOCABULARY_BINS, np.int64)
-        for unit in self.scan.assigned(units):
-            bins += vocabulary_bins(self.scan.kept(unit), seed=seed, unit=unit.number)
+        """Return a pseudo-random sample of the kept text on rank 0; an empty list on other ranks."""
+        bins = np.zeros(HASH_BINS, np.int64)
+        for _, pieces in self.scan.pieces(units, vocabulary_pieces):
+            pieces.add_to(bins)
         below = vocabulary_threshold(self.comm.allreduce(bins), budget=self.config.vocabulary_sample_bytes)
         texts: list[str] = []
         for unit in track(self.comm, self.scan.assigned(units), label="vocabulary"):
-            sampled = vocabulary_documents(self.scan.kept(unit), seed=seed, unit=unit.number, below=below)
+            rows = self.scan.kept(unit)
+            pieces = vocabulary_pieces(rows, seed=self.config.seed, unit=unit.number)
+            sampled = sampled_pieces(rows, pieces, below=below)
             documents = read_unit(unit, text_field=self.config.text_field, skipped=SkippedRecords()) if sampled else ()
-            texts += [
-                vocabulary_text(normalize(document, self.config.unicode))
-                for document in documents
-                if document.number in sampled
-            ]
+            for document in documents:
+                text = normalize(document, self.config.unicode).text if document.number in sampled else ""
+                texts += [piece_text(text, piece) for piece in sampled.get(document.number, ())]
         barrier(self.comm)
         gathered = self.comm.gather(texts)
         return [text for texts in gathered or () for text in texts]
@@ -269,8 +268,9 @@ class _Preparation:
         """Pack the units that are not in the journal; return the records of all runs."""
         packed = {int(number) for record in self._committed(RUNS).values() for number in record["units"]}
         missing = [unit for unit in units if unit.number not in packed]
-        threshold = self._validation_threshold(units)
-        packer = RunPacker(self.scan, vocabulary, validation_threshold=threshold, buffer_bytes=BUFFER_BYTES)
+        packer = RunPacker(
+            self.scan, vocabulary, held_out=self.scan.validation_sample(units, self.lengths), buffer_bytes=BUFFER_BYTES
+        )
         for unit in track(self.comm, self.scan.assigned(missing), label="pack"):
             packer.add(unit)
         packer.commit()
@@ -283,15 +283,6 @@ class _Preparation:
 
     def _committed(self, kind: str) -> dict[str, Any]:
         return broadcast_object(self.comm, self.journal.committed(kind) if self.comm.rank == 0 else {})
-
-    def _validation_threshold(self, units: Sequence[Unit]) -> int:
-        """Return the hash below which documents are in the validation split."""
-        hashes = [
-            lowest_hash(self.scan.kept(unit), seed=self.config.seed, unit=unit.number)
-            for unit in self.scan.assigned(units)
-        ]
-        lowest = min((hashed for hashed in hashes if hashed is not None), default=None)
-        return validation_threshold(self.config.validation_fraction, self.comm.allgather(lowest))
 
     def _token_counts(self, runs: Mapping[str, Any], *, vocabulary_size: int) -> np.ndarray:
         """Count each token in the training split, shape [vocabulary_size]."""

@@ -6,8 +6,8 @@ units --clean--> rows and MinHash signatures in the journal --partition by diges
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,10 +18,19 @@ from pmlm_dist.corpus.filters.contamination import HeldOutNgrams, read_held_out
 from pmlm_dist.corpus.filters.duplicates import DigestPartitions, NearDuplicateDetector
 from pmlm_dist.corpus.input.documents import read_unit
 from pmlm_dist.corpus.input.units import Unit, unit_stem
-from pmlm_dist.corpus.prepare.counts import UnitCounts, sum_counts
+from pmlm_dist.corpus.prepare.counts import DocumentLengths, UnitCounts, length_histogram, sum_counts
 from pmlm_dist.corpus.prepare.journal import DUPLICATES, PARTITIONS, SCAN, Journal
 from pmlm_dist.corpus.prepare.mpi import barrier, broadcast_object, track
-from pmlm_dist.corpus.prepare.sampling import SCAN_ROW, scan_row
+from pmlm_dist.corpus.prepare.sampling import (
+    HASH_BINS,
+    SCAN_ROW,
+    Pieces,
+    ValidationSample,
+    piece_size,
+    scan_row,
+    split_pieces,
+    validation_threshold,
+)
 from pmlm_dist.corpus.prepare.settings import PrepareConfig
 
 if TYPE_CHECKING:
@@ -145,6 +154,31 @@ class Scan:
     def duplicates(self, unit: Unit, kind: str) -> set[int]:
         """Return the numbers of the duplicates of a kind in a unit, after `find_duplicates`."""
         return duplicates.duplicate_numbers(self.journal.path(DUPLICATES, ""), kind, unit.number)
+
+    def document_lengths(self, units: Sequence[Unit]) -> DocumentLengths:
+        """Return the lengths of the documents of all units without duplicates."""
+        counts, characters = length_histogram(np.empty(0, np.int64)), 0
+        for unit in self.assigned(units):
+            lengths = self.kept(unit)["length"]
+            counts, characters = counts + length_histogram(lengths), characters + int(lengths.sum(dtype=np.int64))
+        return DocumentLengths(self.comm.allreduce(counts), self.comm.allreduce(characters))
+
+    def validation_sample(self, units: Sequence[Unit], lengths: DocumentLengths) -> ValidationSample:
+        """Return which pieces of the documents are in the validation split."""
+        fraction, bins, lowest = self.config.validation_fraction, np.zeros(HASH_BINS, np.int64), HASH_BINS
+        size = piece_size(fraction, lengths.characters)
+        for rows, pieces in self.pieces(units, partial(split_pieces, size=size)):
+            pieces.add_to(bins)
+            lowest = int(pieces.bins[rows["has_two_words"][pieces.documents]].min(initial=lowest))
+        lowest = min(self.comm.allgather(lowest))
+        below = validation_threshold(fraction, self.comm.allreduce(bins), lowest=lowest)
+        return ValidationSample(self.config.seed, size, below)
+
+    def pieces(self, units: Sequence[Unit], cut: Callable[..., Pieces]) -> Iterator[tuple[np.ndarray, Pieces]]:
+        """Yield the rows of the kept documents of each unit of this rank, and their pieces."""
+        for unit in self.assigned(units):
+            rows = self.kept(unit)
+            yield rows, cut(rows, seed=self.config.seed, unit=unit.number)
 
     def _cleaner(self) -> Cleaner:
         address = self.config.language_filter

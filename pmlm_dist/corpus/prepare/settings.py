@@ -43,9 +43,9 @@ class PrepareConfig:
     """Raw text to a corpus of packed samples."""
 
     source: tuple[str, ...] = ()
-    """Files or quoted globs of .txt (blank line between documents), .jsonl, either also .gz or .zst, and .parquet; also
-    at http(s)://, s3://, gs://; `datasets://NAME?config=C&split=S`: a data set of Hugging Face's `datasets`; or
-    `python-docs`: the docstrings of this Python installation."""
+    """Files or quoted globs of .txt (blank line between documents), .jsonl, either also .gz, .bz2, .xz or .zst, and
+    .parquet; also at http(s)://, s3://, gs://; `datasets://NAME?config=C&split=S`: a data set of Hugging Face's
+    `datasets`; or `python-docs`: the docstrings of this Python installation."""
     output: Path = Path("data/corpus")
     """Folder of the corpus."""
     vocabulary: Path | None = None
@@ -64,7 +64,7 @@ class PrepareConfig:
     """Maximum samples of a shard. Without this and `shards`: 8192, or fewer for at least 64 shards, enough for as many
     data-parallel ranks."""
     validation_fraction: Annotated[float, _Fraction] = 0.01
-    """Fraction of the documents in the validation split; at least one document."""
+    """Fraction of the text in the validation split, in whole documents; parts of documents that are too long for it."""
     deduplicate: bool = True
     """Skip documents with the same text as an earlier one."""
     near_duplicates: Annotated[float | None, _Similarity] = None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from pmlm_dist.corpus.filters.cleaning import normalize
-from pmlm_dist.corpus.hashing import FOR_PACKING, FOR_SPLIT, hash64
+from pmlm_dist.corpus.hashing import FOR_PACKING
 from pmlm_dist.corpus.input.documents import Document, read_unit
 from pmlm_dist.corpus.input.records import SkippedRecords
 from pmlm_dist.corpus.input.units import Unit, unit_stem
@@ -18,8 +20,9 @@ from pmlm_dist.corpus.packing.stream_digest import StreamDigest, order_key
 from pmlm_dist.corpus.packing.tokenization import CachedEncoder, TokenizedDocument, tokenize
 from pmlm_dist.corpus.prepare.counts import UnitCounts
 from pmlm_dist.corpus.prepare.journal import RUNS
+from pmlm_dist.corpus.prepare.sampling import Segment, ValidationSample
 from pmlm_dist.corpus.prepare.scan import EXACT, NEAR, Scan
-from pmlm_dist.corpus.shards import SPLITS, TRAIN, VALIDATION, token_dtype
+from pmlm_dist.corpus.shards import IN_BOTH_SPLITS, SPLITS, TRAIN, token_dtype
 from pmlm_dist.vocab import Vocabulary
 
 TOO_FEW_TOKENS = "fewer than two tokens"
@@ -31,11 +34,13 @@ class RunPacker:
     """Pack units on one rank. Units are committed to the journal together, once the buffer is full."""
 
     def __init__(
-        self, scan: Scan, vocabulary: Vocabulary, *, validation_threshold: int, buffer_bytes: int = BUFFER_BYTES
+        self, scan: Scan, vocabulary: Vocabulary, *, held_out: ValidationSample, buffer_bytes: int = BUFFER_BYTES
     ):
         self.scan, self.config, self.vocabulary = scan, scan.config, vocabulary
         self._encoder = CachedEncoder(vocabulary)
-        self._validation_threshold = validation_threshold
+        self._held_out = held_out
+        self._splits: set[str] = set()
+        """Splits with text of the current document."""
         self._buffer_bytes = buffer_bytes
         self._packing = PackingConfig(
             self.config.sequence_length, cls_id=vocabulary.cls_id, sep_id=vocabulary.sep_id, joined=self.config.joined
@@ -54,10 +59,11 @@ class RunPacker:
     def add(self, unit: Unit) -> None:
         """Pack all documents of a unit."""
         streams = {split: self._stream(split, unit) for split in SPLITS}
-        for document in tokenize(self._documents(unit), self._encoder):
-            split = self._split(document.document)
-            if self._count(document, split=split):
-                streams[split].add(document)
+        segments = itertools.chain.from_iterable(map(self._held_out.segments, self._documents(unit)))
+        for tokenized in tokenize(segments, self._encoder):
+            segment = cast(Segment, tokenized.document)
+            if self._count(segment, tokens=len(tokenized.ids)):
+                streams[segment.split].add(tokenized)
                 self._flush_if_full(unit)
         self._finish(unit, streams)
         if self._buffered_bytes() >= self._buffer_bytes or any(self._runs.values()):
@@ -91,19 +97,20 @@ class RunPacker:
             elif document.number in scanned:
                 yield normalize(document, self.config.unicode)
 
-    def _split(self, document: Document) -> str:
-        hashed = hash64(FOR_SPLIT, self.config.seed, document.unit, document.number)
-        return VALIDATION if hashed < self._validation_threshold else TRAIN
-
-    def _count(self, document: TokenizedDocument, *, split: str) -> bool:
-        """Count a document; return False if it has too few tokens to be packed."""
-        if len(document.ids) < MIN_CONTENT:
-            self._skip(document.document, TOO_FEW_TOKENS)
-            return False
-        self._counts.documents[split] += 1
-        self._counts.content_tokens[split] += len(document.ids)
-        self._counts.characters += len(document.document.text)
-        return True
+    def _count(self, segment: Segment, *, tokens: int) -> bool:
+        """Count a segment; return False if it has too few tokens to be packed."""
+        is_packed = tokens >= MIN_CONTENT
+        if is_packed:
+            self._splits.add(segment.split)
+            self._counts.content_tokens[segment.split] += tokens
+            self._counts.characters += len(segment.text)
+        if segment.is_last:
+            if not self._splits:
+                self._skip(segment, TOO_FEW_TOKENS)
+            self._counts.documents.update(self._splits)
+            self._counts.changed[IN_BOTH_SPLITS] += len(self._splits) == len(SPLITS)
+            self._splits.clear()
+        return is_packed
 
     def _skip(self, document: Document, reason: str) -> None:
         self._counts.skipped.add(reason, unit=document.unit, location=document.location)

@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,9 @@ def test_compressed_files_equal_plain_ones(tmp_path: Path, kind: str):
     for name, data in {
         f"p.{kind}": plain,
         f"g.{kind}.gz": gzip.compress(plain),
+        f"b.{kind}.bz2": bz2.compress(plain),
+        f"x.{kind}.xz": lzma.compress(plain),
+        f"streams.{kind}.xz": lzma.compress(plain[:1234]) + lzma.compress(plain[1234:]),
         f"z.{kind}.zst": zstandard.compress(plain),
         f"frames.{kind}.zst": zstandard.compress(plain[:1234]) + zstandard.compress(plain[1234:]),
     }.items():
@@ -132,13 +137,16 @@ def test_empty_files_have_no_units(tmp_path: Path):
     assert list_units([local_file(tmp_path / "a.txt")]) == []
 
 
-@pytest.mark.parametrize("suffix", ["gz", "zst", "parquet"])
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst", "parquet"])
 def test_corrupt_files_are_named(tmp_path: Path, suffix: str):
     plain = jsonl([f"text {number}" for number in range(1000)])
     path = tmp_path / ("a.parquet" if suffix == "parquet" else f"a.jsonl.{suffix}")
-    path.write_bytes({"gz": gzip.compress(plain)[:-20], "zst": zstandard.compress(plain)[:-9]}.get(suffix, b"PAR1 no"))
-    with pytest.raises(ConfigError, match=f"source {path} is corrupt"):
-        read(path)
+    library = {"gz": gzip, "bz2": bz2, "xz": lzma, "zst": zstandard}.get(suffix)
+    whole = library.compress(plain) if library else b"PAR1 not a table"
+    for data in (whole[:-9], b"BZh9 neither" + whole[12:]):
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=f"source {path} is corrupt"):
+            read(path)
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.faulty_server import serving
-from support.preparations import command, config, content, samples, texts, write_source
+from support.preparations import WORDS, command, config, content, samples, texts, write_source
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.corpus.filters.cleaning import HELD_OUT
 from pmlm_dist.corpus.input.sources import SourceFile
-from pmlm_dist.corpus.prepare.counts import entropy
+from pmlm_dist.corpus.prepare.counts import DocumentLengths, entropy, length_histogram
 from pmlm_dist.corpus.prepare.pipeline import even_ranges, prepare_corpus
 from pmlm_dist.corpus.prepare.settings import PrepareConfig, problems
 from pmlm_dist.corpus.prepare.source_files import unsplittable_warnings
@@ -300,6 +300,51 @@ def test_near_duplicates_are_independent_of_the_number_of_ranks(tmp_path: Path):
     done = subprocess.run(started, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+@pytest.mark.distributed
+def test_long_documents_are_cut_for_the_split_on_any_number_of_ranks(tmp_path: Path, capsys):
+    """Four documents of 40 kB, one of them a duplicate: about 5 % of the text is held out, not a third."""
+    words = random.Random(3)
+    documents = [" ".join(f"{word}." for word in words.choices(WORDS, k=7000)) for _ in range(3)]
+    lines = [json.dumps({"text": text}) for text in [*documents, documents[0]]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    wanted = config(tmp_path / "a.jsonl", tmp_path / "one", validation_fraction=0.05)
+    manifest = prepare_corpus(wanted)
+    printed = capsys.readouterr().out
+    tokens = manifest.counts["content_tokens"]
+    assert tokens["validation"] / sum(tokens.values()) == pytest.approx(0.05, rel=0.2)
+    assert f"held out {tokens['validation'] / sum(tokens.values()):.2%} of the tokens (5.00% asked for)" in printed
+    assert manifest.counts["skipped"] == {"duplicate": 1}
+    cut = manifest.counts["changed"]["long document with parts in both splits"]
+    assert manifest.counts["documents"] == {"train": 3, "validation": cut}
+    verify(tmp_path / "one")
+    started = command(dataclasses.replace(wanted, output=tmp_path / "two"), ranks=2)
+    done = subprocess.run([*started, "--validation-fraction", "0.05"], capture_output=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("source", "lengths", "warning"),
+    [
+        (
+            "book.txt",
+            [300] * 900,
+            "half of the documents have at most 304 characters; in a .txt file a blank",
+        ),
+        ("lines.txt.xz", [16 << 20] * 2, "the longest document has about 18,295,684 characters; in a .txt file"),
+        ("titles.jsonl", [20] * 9, "at most 21 characters; check that --text-field is the field with one whole text"),
+        ("books.jsonl", [900_000] * 9, ""),
+        ("tweets.jsonl", [150] * 9, ""),
+        ("articles.txt", [2000] * 99 + [10, 2_000_000], ""),
+    ],
+)
+def test_suspicious_lengths_of_documents_give_a_warning(source: str, lengths: list[int], warning: str):
+    known = DocumentLengths(length_histogram(np.array(lengths)), sum(lengths))
+    warnings = known.warnings(PrepareConfig((source,)))
+    assert len(warnings) == bool(warning)
+    assert warning in "".join(warnings)
 
 
 def test_unsplittable_file_gives_a_warning():

@@ -1,17 +1,26 @@
-import numpy as np
+"""Validation split and vocabulary sample: shares of the text, the same on any number of ranks."""
 
-from pmlm_dist.corpus.hashing import FOR_SPLIT, hash64
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
 from pmlm_dist.corpus.input.documents import Document
 from pmlm_dist.corpus.prepare.sampling import (
+    HASH_BINS,
     SCAN_ROW,
-    lowest_hash,
+    ValidationSample,
+    piece_size,
+    piece_text,
+    sampled_pieces,
     scan_row,
+    split_pieces,
     validation_threshold,
-    vocabulary_bins,
-    vocabulary_documents,
-    vocabulary_text,
+    vocabulary_pieces,
     vocabulary_threshold,
 )
+
+SENTENCE = "one sentence of six words ends. "
 
 
 def rows(*texts: str) -> np.ndarray:
@@ -19,46 +28,68 @@ def rows(*texts: str) -> np.ndarray:
 
 
 def test_scan_row_marks_documents_with_two_words():
-    has_two_words = {
-        text: scan_row(Document(0, 0, text))[-1] for text in ("two words here", "word", "a -", "\0 \0", "é 1")
-    }
-    assert has_two_words == {"two words here": True, "word": False, "a -": False, "\0 \0": False, "é 1": True}
+    expected = {"two words here": True, "word": False, "a -": False, "\0 \0": False, "é 1": True, "漢字": True}
+    assert {text: scan_row(Document(0, 0, text))[-1] for text in expected} == expected
 
 
-def test_validation_threshold_is_the_fraction_or_one_document():
-    table = rows("word", "two words", "-", "three words here", "\0")
-    hashes = {number: hash64(FOR_SPLIT, 7, 4, number) for number in (1, 3)}
-    assert lowest_hash(table, seed=7, unit=4) == min(hashes.values())
-    assert lowest_hash(table[:1], seed=7, unit=4) is None
-    assert validation_threshold(0.5, [None, 3 << 60]) == 1 << 63
-    assert validation_threshold(1e-9, [None, 3 << 60, 9 << 60]) == (3 << 60) + 1
+def bins_of(tables: list[np.ndarray], cut, **options: int) -> np.ndarray:
+    bins = np.zeros(HASH_BINS, np.int64)
+    for unit, table in enumerate(tables):
+        cut(table, seed=0, unit=unit, **options).add_to(bins)
+    return bins
+
+
+@pytest.mark.parametrize("fraction", [0.003, 0.01, 0.3, 0.97])
+@pytest.mark.parametrize("lengths", [[150_000] * 4, [900_000], [300] * 5000, [100, 4_000_000, 20_000]])
+def test_held_out_share_is_what_was_asked_for(lengths: list[int], fraction: float):
+    """Few long documents, one, many short ones, a mixture; no part of a text is lost or repeated."""
+    texts = [(SENTENCE * (length // len(SENTENCE) + 1))[:length] for length in lengths]
+    table, size = rows(*texts), piece_size(fraction, sum(lengths))
+    bins = bins_of([table], split_pieces, size=size)
+    sample = ValidationSample(0, size, validation_threshold(fraction, bins, lowest=HASH_BINS))
+    segments = [list(sample.segments(Document(0, number, text))) for number, text in enumerate(texts)]
+    assert ["".join(segment.text for segment in parts) for parts in segments] == texts
+    assert all([segment.is_last for segment in parts] == [False] * (len(parts) - 1) + [True] for parts in segments)
+    held_out = sum(len(segment.text) for parts in segments for segment in parts if segment.split == "validation")
+    assert held_out / sum(lengths) == pytest.approx(fraction, rel=0.15)
+    cuts = [segment.text for parts in segments for segment in parts if not segment.is_last]
+    assert all(text.endswith(("ends.", " ")) for text in cuts)
+
+
+def test_short_documents_are_not_cut():
+    sample = ValidationSample(0, piece_size(0.01, 10_000), HASH_BINS // 2)
+    for number in range(50):
+        assert len(list(sample.segments(Document(0, number, "x y " * 500)))) == 1
+
+
+def test_validation_threshold_holds_out_one_document_with_two_words_and_not_all():
+    bins = np.zeros(HASH_BINS, np.int64)
+    bins[[5, 70, 900]] = 10
+    assert validation_threshold(1e-9, bins, lowest=70) == 71
+    assert validation_threshold(1e-9, bins, lowest=HASH_BINS) == 6
+    assert validation_threshold(0.999, bins, lowest=5) == 900
+    assert 6 <= validation_threshold(0.45, bins, lowest=5) <= 70
+    assert 71 <= validation_threshold(0.55, bins, lowest=5) <= 900
 
 
 def test_vocabulary_sample_is_independent_of_ranks():
     """The bins of all ranks add up to the same threshold; the sample fits the budget."""
     tables = [rows(*("x" * ((unit + number) % 50 + 1) for number in range(500))) for unit in range(6)]
-
-    def sampled(ranks: int) -> list[set[int]]:
-        bins_of_units = [
-            [vocabulary_bins(tables[unit], seed=0, unit=unit) for unit in range(rank, 6, ranks)]
-            for rank in range(ranks)
-        ]
-        bins = [np.sum(own, axis=0) for own in bins_of_units]
-        below = vocabulary_threshold(np.sum(bins, axis=0), budget=5000)
-        documents = [vocabulary_documents(tables[unit], seed=0, unit=unit, below=below) for unit in range(6)]
-        lengths = sum(
-            int(table["length"][list(numbers)].sum()) for table, numbers in zip(tables, documents, strict=True)
-        )
-        assert 4800 < lengths <= 5000
-        return documents
-
-    assert sampled(1) == sampled(2) == sampled(5)
+    below = vocabulary_threshold(bins_of(tables, vocabulary_pieces), budget=5000)
+    characters = 0
+    for unit, table in enumerate(tables):
+        sampled = sampled_pieces(table, vocabulary_pieces(table, seed=0, unit=unit), below=below)
+        characters += int(table["length"][list(sampled)].sum())
+    assert 4800 < characters <= 5000
 
 
 def test_vocabulary_sample_is_all_of_little_text_and_never_empty():
-    table = rows(*("y" * 100_000 for _ in range(3)))
-    bins = vocabulary_bins(table, seed=0, unit=0)
-    assert bins.sum() == 3 * 65_536
-    assert len(vocabulary_documents(table, seed=0, unit=0, below=vocabulary_threshold(bins, budget=1 << 20))) == 3
-    assert len(vocabulary_documents(table, seed=0, unit=0, below=vocabulary_threshold(bins, budget=10))) == 1
-    assert len(vocabulary_text(Document(0, 0, "y" * 100_000))) == 65_536
+    text = SENTENCE * 20_000
+    table = rows(text, "short", text)
+    pieces, bins = vocabulary_pieces(table, seed=0, unit=0), bins_of([table], vocabulary_pieces)
+    assert bins.sum() == 2 * len(text) + 5
+    sampled = sampled_pieces(table, pieces, below=vocabulary_threshold(bins, budget=1 << 24))
+    assert sampled == {0: list(range(9)), 1: [0], 2: list(range(9))}
+    assert "".join(piece_text(text, piece) for piece in sampled[0]) == text
+    assert piece_text("short", 0) == "short"
+    assert len(sampled_pieces(table, pieces, below=vocabulary_threshold(bins, budget=10))) == 1
