@@ -17,7 +17,7 @@ from typing import Any
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.console import print_safely
-from pmlm_dist.launch_environment import is_rank_zero, rendezvous, set_num_threads
+from pmlm_dist.launch_environment import is_rank_zero, launched_ranks, set_num_threads
 from pmlm_dist.supervision import exit_codes
 from pmlm_dist.supervision.heartbeat import Heartbeat
 from pmlm_dist.supervision.signals import StopSignals
@@ -193,14 +193,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # deepspeed puts --local_rank first
     arguments = _without_option("local_rank", sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
-        return 0 if arguments else USER_ERROR
+        return exit_codes.run(lambda: print(_help()) or (0 if arguments else USER_ERROR), program=PROGRAM)
     command = COMMANDS.get(arguments[0])
     if command is None:
         return _usage_error(f"no command {arguments[0]!r}{_closest(arguments[0])}; `pmlm --help` lists them")
     if is_process and command is finetune:
         _finetune_supervised(arguments[1:])
-    ranks = int(rendezvous(os.environ)["WORLD_SIZE"]) if command in SINGLE_PROCESS else 1
+    ranks = launched_ranks(os.environ) if command in SINGLE_PROCESS else 1
     if ranks > 1:
         return _usage_error(
             f"{arguments[0]} runs in one process but was started as {ranks}: start it without a launcher"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import sys
@@ -14,6 +15,17 @@ def print_safely(text: str, *, to_stderr: bool = False) -> bool:
         print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
         return True
     return False
+
+
+def flush_stdout(text: str = "") -> None:
+    """Print `text` and flush. Raises OSError if standard output cannot be written, and discards what is left of it."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            error.filename = "standard output"
+        raise
 
 
 def discard_broken_stdout() -> bool:

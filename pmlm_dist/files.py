@@ -43,11 +43,23 @@ def open_atomically(path: Path, *, durable: bool = True, replace: bool = True) -
         if not replace:
             path.touch(exist_ok=False)  # fails for an existing file, without a race
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # `write` names no file
         temporary.unlink(missing_ok=True)
         raise
     if durable:
         fsync_folder(path.parent)
+
+
+@contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Name `path` in every error of writing: `write` names no file, a temporary file means nothing to a user."""
+    try:
+        yield
+    except Exception as error:
+        error.filename = str(path)  # pyright: ignore[reportAttributeAccessIssue] (also of libraries that are not Python)
+        raise
 
 
 def fsync_folder(folder: Path) -> None:

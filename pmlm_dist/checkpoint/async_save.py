@@ -41,12 +41,19 @@ from pmlm_dist.checkpoint.resume import RunState, progress_metadata
 from pmlm_dist.config import raise_if_any
 from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.parallel.groups import Topology
+from pmlm_dist.supervision.exit_codes import ExitCode
 
 _CHUNK_BYTES = 2**24
 _POLL_S = 0.05
 _GRACE_S = 5.0
 _BUSY = "busy"
 _LATE = "it took longer than --train.save-timeout-s, or than a signal to stop left time"
+
+
+class LastCheckpointFailed(RuntimeError):
+    """The state at the end of a run could not be written."""
+
+    exit_code = ExitCode.FAILED
 
 
 class AsyncCheckpointer:
@@ -124,10 +131,10 @@ class AsyncCheckpointer:
         return self._writer is None or not self._writer.failed_anywhere
 
     def close(self) -> None:
-        """Wait until the last checkpoint is written. Raises RuntimeError when it failed."""
+        """Wait until the last checkpoint is written. Raises `LastCheckpointFailed`."""
         if not self.wait():
             assert self._writer is not None
-            raise RuntimeError(
+            raise LastCheckpointFailed(
                 f"the last checkpoint, of step {self._writer.request.step}, could not be written (see above): make "
                 "room, then start the run again"
             )

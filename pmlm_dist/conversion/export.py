@@ -135,7 +135,8 @@ def _write_and_compare(
 
 def _write_unilm(exported: ExportedModel, folder: Path) -> None:
     # Cloned: torch.save writes the whole storage of a view.
-    torch.save({name: tensor.clone() for name, tensor in exported.tensors.items()}, folder / OLD_WEIGHTS)
+    with (folder / OLD_WEIGHTS).open("wb") as file:  # of Python: its error of a full disk has a number
+        torch.save({name: tensor.clone() for name, tensor in exported.tensors.items()}, file)
     write_settings(folder / CONFIG, exported.settings)
     exported.vocabulary.save(folder)
 

@@ -7,7 +7,7 @@ checkpoint of any topology  --open_pretrained-->  PretrainedWeights  --save_pret
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +33,8 @@ from pmlm_dist.checkpoint.fragments import Fragment
 from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, parameter_shapes
+from pmlm_dist.files import name_in_errors
+from pmlm_dist.folder_lock import FolderLock
 from pmlm_dist.model.task_model import TASK_HEAD
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model, context_inputs
 from pmlm_dist.parallel import groups
@@ -230,16 +232,16 @@ def _state(pretrained: PretrainedWeights) -> dict[str, Any]:
 def new_folder(output: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `output` on success, and removed if the block raises.
 
-    Raises `ConfigError` if `output` exists or cannot be written.
+    Raises `ConfigError` if `output` exists, `FolderInUse` while another process writes it, and OSError.
     """
-    if output.exists():
-        raise ConfigError([f"--output ({output}) already exists and is not overwritten: choose another"])
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(output)
-    except OSError as error:
-        raise ConfigError([f"--output ({output}) cannot be written: {error}; no partial output remains"]) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with name_in_errors(output), FolderLock.acquire(output, beside=True) as lock:
+        if output.exists():
+            raise ConfigError([f"--output ({output}) already exists and is not overwritten: choose another"])
+        temporary = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")
+        temporary.mkdir()
+        try:
+            yield temporary
+            lock.check()
+            temporary.rename(output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -29,10 +30,13 @@ from pmlm_dist.data.remote_files import TransferError, iter_chunks, read_small_f
 from pmlm_dist.files import write_atomically
 
 _POLL_S = 0.02
+_OWN_NAME = re.compile(r"[0-9a-f]{64}\.(tar|part)")
 
 
 class CacheError(RuntimeError):
     """The cache has no space for a shard; the shard itself is not at fault."""
+
+    exit_code = 1  # ExitCode.FAILED
 
 
 def fetch_metadata(address: str, cache: Path, *, timeout_s: float) -> Path:
@@ -107,22 +111,27 @@ class ShardCache:
         return file
 
     def _fetch(self, address: str, shard: Shard, *, wait: bool) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _exclusive_lock(self._path(shard).with_suffix(".part"), wait=wait) as out:
+                if out is not None:
+                    self._fetch_locked(address, shard, out)
+        except OSError as error:  # a quota, a read-only disk
+            raise CacheError(f"cache {self.folder}: {error}; free some space, or choose another data.cache") from error
+
+    def _fetch_locked(self, address: str, shard: Shard, out: FileIO) -> None:
         part = self._path(shard).with_suffix(".part")
-        with _exclusive_lock(part, wait=wait) as out:
-            if out is None:
-                return
-            # The previous holder of the lock may have finished: its rename made this process create a new, empty .part.
-            if self._path(shard).exists():
-                part.unlink()
-                return
-            try:
-                self._reserve(shard, out)
-                self._transfer(address, shard, out)
-                part.rename(self._path(shard))  # still locked, so that it is not evicted before it is complete
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
+        # The previous holder of the lock may have finished: its rename made this process create a new, empty .part.
+        if self._path(shard).exists():
+            part.unlink()
+            return
+        try:
+            self._reserve(shard, out)
+            self._transfer(address, shard, out)
+            part.rename(self._path(shard))  # still locked, so that it is not evicted before it is complete
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
     def _reserve(self, shard: Shard, out: FileIO) -> None:
         """Evict the least recently read files until `shard` fits, and allocate its space.
@@ -150,7 +159,9 @@ class ShardCache:
     def _files(self) -> list[tuple[float, int, Path]]:
         """Return (time of last read, bytes, path) of all files of the cache, least recently read first."""
         files = []
-        for path in [*self.folder.glob("*.tar"), *self.folder.glob("*.part")]:
+        for path in self.folder.iterdir():
+            if not _OWN_NAME.fullmatch(path.name):  # the folder may hold files of others
+                continue
             try:
                 status = path.stat()
             except FileNotFoundError:  # renamed or removed since it was listed
@@ -236,7 +247,7 @@ def _allocate(out: FileIO, size: int) -> bool:
     try:
         os.posix_fallocate(out.fileno(), 0, size)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         out.truncate(0)
         return False

@@ -10,7 +10,8 @@ import contextlib
 import json
 import resource
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -66,6 +67,7 @@ class RunLog:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
+        threading.excepthook = _report_thread
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._lines = _open_lines(run_dir / "metrics.jsonl")
 
@@ -108,8 +110,10 @@ class RunLog:
         means = validation.means
         scalars = {f"validation/{name}": value for name, value in vars(means).items()}
         self._scalars({**scalars, "validation/unigram_entropy": unigram_entropy}, step=step)
-        for number, text in enumerate(validation.fill_ins):
-            self._writer.add_text(f"fill_in/{number}", text, step)
+        with self._losing_lines():
+            for number, text in enumerate(validation.fill_ins):
+                self._writer.add_text(f"fill_in/{number}", text, step)
+            self._writer.flush()
         parts = [
             *_objective("AE", means.ae, means.ae_accuracy),
             *_objective("PAR", means.par, means.par_accuracy),
@@ -118,7 +122,6 @@ class RunLog:
             f"unigram entropy {unigram_entropy:6.3f}",
         ]
         self.info(f"validation at step {step}:  {'  '.join(parts)}")
-        self._writer.flush()
 
     def ranks(self, per_rank: Sequence[RankTimes], *, step: int) -> None:
         """Write data, compute and step time of each rank; in a large world only median and maximum."""
@@ -150,19 +153,35 @@ class RunLog:
     def close(self) -> None:
         """Flush and close all files."""
         if self.enabled:
-            self._writer.close()
+            with self._losing_lines():
+                self._writer.close()
             with contextlib.suppress(OSError):
                 self._lines.close()
 
     def _scalars(self, scalars: dict[str, float | None], *, step: int) -> None:
         present = {name: value for name, value in scalars.items() if value is not None}
-        for name, value in present.items():
-            self._writer.add_scalar(name, value, step)
-        try:
+        with self._losing_lines():
+            for name, value in present.items():
+                self._writer.add_scalar(name, value, step)
+        with self._losing_lines():
             self._lines.write(json.dumps({"step": step, **present}) + "\n")
             self._lines.flush()
+
+    @contextlib.contextmanager
+    def _losing_lines(self) -> Iterator[None]:
+        """Count what cannot be written: a full disk does not end training. TensorBoard's thread raises here, too."""
+        try:
+            yield
         except OSError:
             self.lost_lines += 1
+
+
+def _report_thread(failure: threading.ExceptHookArgs) -> None:
+    """Print one line for a full disk in TensorBoard's thread, a traceback for anything else."""
+    if isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard."):
+        print_safely(f"warning: no more events for TensorBoard are written: {failure.exc_value}", to_stderr=True)
+    else:
+        threading.__excepthook__(failure)
 
 
 def _open_lines(path: Path) -> TextIO:

@@ -8,6 +8,7 @@ the formula of planning/reliability.py with the times measured in this run. With
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -53,7 +54,8 @@ class AttemptLog:
         if not self._enabled:
             return
         now = self._start_time + time.monotonic() - self._start_clock  # not affected by a change of the system's clock
-        with self._path.open("a", encoding="utf-8") as lines:
+        # A full disk does not end training; the next checkpoint reports it.
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"event": event, "time": now, **facts}) + "\n")
 
 

@@ -7,13 +7,14 @@ decide by it; docs/operations.md shows the table to users.
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import re
 import signal
 import traceback
 from collections.abc import Callable
 
-from pmlm_dist.console import discard_broken_stdout, print_safely
+from pmlm_dist.console import discard_broken_stdout, flush_stdout, print_safely
 from pmlm_dist.launch_environment import is_rank_zero
 
 SIGNALLED = 128
@@ -112,6 +113,28 @@ def is_peer_failure(error: BaseException) -> bool:
     return isinstance(error, (OSError, RuntimeError)) and _matches(_PEER_FAILURE, error)
 
 
+_DISK_ERRORS = {
+    errno.ENOSPC: "cannot be written: {}; make room on the disk",
+    errno.EDQUOT: "cannot be written: {}; make room, or raise the quota",
+    errno.EFBIG: "cannot be written: {}; raise the limit of the size of a file (`ulimit -f`)",
+    errno.EROFS: "cannot be written: {}; choose a folder that can be written to",
+    errno.EACCES: "cannot be opened: {}; change its permissions, or choose another",
+    errno.EPERM: "cannot be opened: {}; change its permissions, or choose another",
+}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""In the errors of libraries written in Rust: safetensors, tokenizers."""
+
+
+def _disk_problem(error: BaseException) -> str:
+    """Return what could not be written, why, and the way out; empty for other errors."""
+    match = _OS_ERROR.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+    if number not in _DISK_ERRORS:
+        return ""
+    name = getattr(error, "filename", None) or "a file"
+    return f"{name} {_DISK_ERRORS[number].format(os.strerror(number))}, then start again"
+
+
 def _matches(pattern: re.Pattern[str], error: BaseException) -> bool:
     # The class' module counts, too: errors of torch.distributed name the library there and not in their text.
     return bool(pattern.search(f"{type(error).__module__}.{type(error).__name__}: {error}"))
@@ -130,7 +153,9 @@ def run(
     its traceback. `on_failure` is called first with what is no collective end.
     """
     try:
-        return main() or int(ExitCode.DONE)
+        code = main() or int(ExitCode.DONE)
+        flush_stdout()  # here, where a full disk has a message; the interpreter's flush at exit has none
+        return code
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BrokenPipeError as error:
@@ -152,6 +177,11 @@ def _explain(error: BaseException) -> tuple[int, str]:
 
 
 def _failed(error: BaseException, program: str, on_failure: Callable[[BaseException], None] | None) -> int:
+    if isinstance(error, OSError) and error.filename is None and error.errno in _DISK_ERRORS:
+        try:
+            flush_stdout("\n")  # is it standard output that cannot be written?
+        except OSError as full:
+            error = full
     code, message = _explain(error)
     if code in COLLECTIVE_ENDS:
         if message and is_rank_zero(os.environ):
@@ -180,4 +210,4 @@ def _message(error: BaseException) -> str:
         return f"out of memory ({str(error).partition(chr(10))[0]}): use a smaller batch, more ranks or fewer beams"
     if hasattr(error, "exit_code") or isinstance(error, FloatingPointError):
         return str(error)
-    return ""
+    return _disk_problem(error)

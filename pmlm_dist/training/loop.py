@@ -28,7 +28,7 @@ def train(job: TrainingJob[Any], session: TrainingSession, state: RunState) -> R
     """Train from `state` to the job's last step and return the state reached; every rank calls.
 
     The last state is saved. Raises `Stopped` on all ranks alike, with the state saved unless its weights are not
-    finite; FloatingPointError after too many skipped steps; RuntimeError if the last checkpoint cannot be written.
+    finite; FloatingPointError after too many skipped steps; `LastCheckpointFailed` if it cannot be written.
     """
     loop = _Loop(job, session, state)
     attempt, checkpointer = session.attempt, loop.checkpointer

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from pmlm_dist.config import ConfigError
+from pmlm_dist.corpus.arrays import save_array
+from pmlm_dist.files import name_in_errors
 
 ROW = np.dtype([("digest", "<u8"), ("unit", "<u4"), ("number", "<u4")])
 PARTITION_ROWS = 4 << 20
@@ -48,7 +50,8 @@ class DigestPartitions:
         for table in tables:
             partition = table["digest"] % self.count
             for number in np.unique(partition):
-                with self._file(int(number), f"rank{rank:05d}").open("ab") as out:
+                file = self._file(int(number), f"rank{rank:05d}")
+                with name_in_errors(file), file.open("ab") as out:
                     out.write(table[partition == number].tobytes())
 
     def find_duplicates(self, partition: int, *, are_near: AreNear | None = None) -> None:
@@ -56,7 +59,7 @@ class DigestPartitions:
         files = sorted(self.folder.glob(self._file(partition, "rank*").name))
         table = np.concatenate([np.empty(0, ROW), *(np.fromfile(file, ROW) for file in files)])
         duplicates = np.unique(duplicate_rows(table, are_near=are_near)[["unit", "number"]])
-        np.save(self.duplicates / f"{self.kind}-{partition:05d}.npy", duplicates)
+        save_array(self.duplicates / f"{self.kind}-{partition:05d}.npy", duplicates)
         for file in files:
             file.unlink()
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pmlm_dist.config import ConfigError, raise_if_any
+from pmlm_dist.corpus.arrays import save_array
 from pmlm_dist.corpus.filters.cleaning import normalize
 from pmlm_dist.corpus.input.documents import read_unit
 from pmlm_dist.corpus.input.records import SkippedRecords
@@ -140,7 +141,7 @@ class _Preparation:
         manifest = build_manifest(settings, vocabulary, totals=totals, shards=shards, unigram_entropy=entropy(counts))
         if self.comm.rank == 0:
             vocabulary.save(self.config.output)
-            np.save(self.config.output / UNIT_SAMPLES, _unit_samples(runs, units=len(units)))
+            save_array(self.config.output / UNIT_SAMPLES, _unit_samples(runs, units=len(units)))
             self.check_lock()
             manifest.save(self.config.output)
             self.journal.remove()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pmlm_dist.corpus.arrays import save_array
 from pmlm_dist.corpus.filters import duplicates
 from pmlm_dist.corpus.filters.cleaning import Cleaner, language_filter
 from pmlm_dist.corpus.filters.contamination import HeldOutNgrams, read_held_out
@@ -72,10 +73,10 @@ class Scan:
             rows.append(scan_row(document))
             if self.near is not None:
                 signatures.append(self.near.signature(document.text))
-        np.save(self.journal.path(SCAN, f"{unit.stem}.npy"), np.array(rows, SCAN_ROW))
+        save_array(self.journal.path(SCAN, f"{unit.stem}.npy"), np.array(rows, SCAN_ROW))
         if self.near is not None:
             table = np.array(signatures, np.uint32).reshape(-1, duplicates.NUM_HASHES)
-            np.save(self.journal.path(SCAN, f"{unit.stem}.minhash.npy"), table)
+            save_array(self.journal.path(SCAN, f"{unit.stem}.minhash.npy"), table)
         counts = UnitCounts(changed=cleaner.changed, skipped=cleaner.skipped)
         self.journal.commit(SCAN, unit.stem, counts.as_json())
 

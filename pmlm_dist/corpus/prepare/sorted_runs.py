@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 
+from pmlm_dist.corpus.arrays import save_array
 from pmlm_dist.corpus.filters.cleaning import normalize
 from pmlm_dist.corpus.hashing import FOR_PACKING
 from pmlm_dist.corpus.input.documents import Document, read_unit
@@ -75,7 +76,7 @@ class RunPacker:
             return
         name = unit_stem(min(self._units))
         self._flush(name)
-        np.save(self.scan.journal.path(RUNS, f"{name}.npy"), self._token_counts)
+        save_array(self.scan.journal.path(RUNS, f"{name}.npy"), self._token_counts)
         record = {"units": self._units, "runs": self._runs, "counts": self._counts.as_json()}
         self.scan.journal.commit(RUNS, name, record)
         self._reset()

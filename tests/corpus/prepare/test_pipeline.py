@@ -328,11 +328,7 @@ def test_long_documents_are_cut_for_the_split_on_any_number_of_ranks(tmp_path: P
 @pytest.mark.parametrize(
     ("source", "lengths", "warning"),
     [
-        (
-            "book.txt",
-            [300] * 900,
-            "half of the documents have at most 304 characters; in a .txt file a blank",
-        ),
+        ("book.txt", [300] * 900, "half of the documents have at most 304 characters; in a .txt file a blank"),
         ("lines.txt.xz", [16 << 20] * 2, "the longest document has about 18,295,684 characters; in a .txt file"),
         ("titles.jsonl", [20] * 9, "at most 21 characters; check that --text-field is the field with one whole text"),
         ("books.jsonl", [900_000] * 9, ""),
