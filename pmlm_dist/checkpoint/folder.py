@@ -12,6 +12,7 @@ process ends between any two operations, a valid checkpoint remains and no parti
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ IMPORTED = "weights"
 """Folder into which `pmlm import` writes its one checkpoint, which holds weights alone."""
 _LATEST = "latest"
 _TEMPORARY = ".tmp-"
+_OWN_FILE = re.compile(r"(rank-\d{5}\.safetensors|state\.json|manifest\.json)(\.done|\.failed)?(\.tmp-[0-9a-f]{8})?")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class CheckpointFolder:
     def steps(self) -> list[Path]:
         """Return the folders with the name of a checkpoint, oldest step first."""
         folders = [path for path in self.root.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
-        return sorted(folders, key=step_of)
+        return sorted((path for path in folders if path == self.folder(step_of(path))), key=step_of)
 
     def newest(self) -> Path | None:
         """Return the newest folder with the name of a checkpoint, without verifying it."""
@@ -93,6 +95,8 @@ class CheckpointFolder:
         Each folder is renamed first, atomically. A stale rank about to commit then finds it missing, or has committed.
         """
         for path in self.root.glob(f"step-*{_TEMPORARY}*"):
+            if not _holds_only_own_files(path):
+                continue
             doomed = path.with_name(f"{path.name.partition(_TEMPORARY)[0]}{_TEMPORARY}removed-{secrets.token_hex(4)}")
             with contextlib.suppress(OSError):
                 path.rename(doomed)
@@ -116,6 +120,8 @@ class CheckpointFolder:
         final = self.folder(step)
         if final.exists():  # corrupt: otherwise this run would have resumed from it
             self._remove(final)
+            if final.exists():  # it holds files of others
+                final.rename(f"{final}.kept-{secrets.token_hex(4)}")
         temporary.rename(final)
         fsync_folder(self.root)
         self._point_to(final)
@@ -145,11 +151,14 @@ class CheckpointFolder:
         return self.keeps(step) or bool(self.keep_every and step % self.keep_every == 0)
 
     def _remove(self, folder: Path) -> None:
-        """Rename a checkpoint, then remove it: a half-removed one must not look like a checkpoint."""
-        doomed = self.temporary(step_of(folder), attempt="removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        """Rename a checkpoint, then remove it: a half-removed one must not look like a checkpoint.
+
+        A folder into which somebody has put other files is kept.
+        """
+        if _holds_only_own_files(folder):
+            doomed = self.temporary(step_of(folder), attempt=f"removed-{secrets.token_hex(4)}")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
 
     def _point_to(self, folder: Path) -> None:
         pointer = {"checkpoint": folder.name, "manifest_sha256": sha256_of(folder / MANIFEST)}
@@ -163,6 +172,10 @@ class CheckpointFolder:
         except CorruptCheckpoint as error:
             return [f"{self.root}: {error}"]
         return [] if (self.root / str(name)).is_dir() else [f"{path} points to {name}, which is not there"]
+
+
+def _holds_only_own_files(folder: Path) -> bool:
+    return folder.is_dir() and all(_OWN_FILE.fullmatch(path.name) and path.is_file() for path in folder.iterdir())
 
 
 def checkpoints_at(path: Path) -> list[Path]:

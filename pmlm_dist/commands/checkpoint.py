@@ -27,6 +27,8 @@ from pmlm_dist.checkpoint.files import (
 )
 from pmlm_dist.checkpoint.folder import CheckpointFolder, checkpoints_at, newest_valid_at
 from pmlm_dist.config import ConfigError, raise_if_any
+from pmlm_dist.files import name_in_errors
+from pmlm_dist.folder_lock import FolderLock
 
 
 def ls(folder: Path, /) -> None:
@@ -58,18 +60,18 @@ def reshape(folder: Path, /, *, output: Path) -> None:
     path, target = newest_valid_at(folder), CheckpointFolder(output, keep=1)
     state = read_state(path)
     step = int(state["step"])
-    if target.folder(step).exists():
-        raise ConfigError([f"{target.folder(step)} already exists: choose another --output"])
-    target.remove_temporary()
-    temporary = target.temporary(step, attempt="reshape")
-    try:
-        temporary.mkdir(parents=True)
-        files = {rank_file(0): _write_full_tensors(path, temporary / rank_file(0))}
-        files[STATE] = write_json(temporary / STATE, state)
-        print(f"written: {target.commit(step, temporary, files)}")
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise ConfigError([f"--output ({output}) cannot be written: {error}; nothing is left there"]) from error
+    with name_in_errors(output), FolderLock.acquire(output):
+        if target.folder(step).exists():
+            raise ConfigError([f"{target.folder(step)} already exists: choose another --output"])
+        temporary = target.temporary(step, attempt="reshape")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a reshape that was killed
+        try:
+            temporary.mkdir(parents=True)
+            files = {rank_file(0): _write_full_tensors(path, temporary / rank_file(0))}
+            files[STATE] = write_json(temporary / STATE, state)
+            print(f"written: {target.commit(step, temporary, files)}")
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_full_tensors(path: Path, file: Path) -> FileDigest:

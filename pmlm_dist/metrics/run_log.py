@@ -27,6 +27,9 @@ from pmlm_dist.objectives import LossMeans
 
 _RANKS_SHOWN = 64
 
+CONFIGURATION, METRICS = "config.json", "metrics.jsonl"
+"""Files in the folder of a run."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -69,7 +72,7 @@ class RunLog:
         self._run_dir = run_dir
         threading.excepthook = _report_thread
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        self._lines = _open_lines(run_dir / "metrics.jsonl")
+        self._lines = _open_lines(run_dir / METRICS)
 
     def info(self, text: str) -> None:
         """Print `text`, on rank 0 alone. A closed terminal or a full disk does not end training."""
@@ -80,7 +83,7 @@ class RunLog:
         """Write the resolved configuration to RUN_DIR/config.json and as TensorBoard text."""
         if self.enabled:
             text = json.dumps(configuration, indent=2)
-            write_atomically(self._run_dir / "config.json", f"{text}\n", durable=False)
+            write_atomically(self._run_dir / CONFIGURATION, f"{text}\n", durable=False)
             self._writer.add_text("configuration", f"```json\n{text}\n```")
 
     def progress(self, progress: Progress, device: torch.device) -> None:
@@ -195,7 +198,7 @@ def _open_lines(path: Path) -> TextIO:
 def read_metrics(run_dir: Path) -> dict[int, dict[str, float]]:
     """Return all scalars of a run by ascending step; of a step logged again after a resume, the last values."""
     by_step: dict[int, dict[str, float]] = {}
-    with (run_dir / "metrics.jsonl").open(encoding="utf-8") as lines:
+    with (run_dir / METRICS).open(encoding="utf-8") as lines:
         for line in lines:
             try:
                 scalars = json.loads(line)

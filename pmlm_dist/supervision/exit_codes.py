@@ -46,7 +46,11 @@ class ExitCode(enum.IntEnum):
         return member
 
     DONE = 0, "complete, or stopped by `STOP` or `--train.stop-at`", RestartPolicy.NEVER
-    FAILED = 1, "failed: a Python error, or an unreadable corpus", RestartPolicy.BOUNDED
+    FAILED = (
+        1,
+        "failed: a Python error, an unreadable corpus, or a disk that is full or read-only",
+        RestartPolicy.BOUNDED,
+    )
     BAD_CONFIGURATION = (
         2,
         "an invalid setting, or a checkpoint that does not match the settings; nothing was computed",

@@ -17,9 +17,10 @@ from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import find_checkpoint
 from pmlm_dist.config import WatchdogConfig, raise_if_any
 from pmlm_dist.folder_lock import FolderInUse, FolderLock
+from pmlm_dist.metrics.run_log import CONFIGURATION, METRICS
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology
-from pmlm_dist.supervision.attempts import AttemptLog
+from pmlm_dist.supervision.attempts import ATTEMPTS, AttemptLog
 from pmlm_dist.supervision.heartbeat import Heartbeat, phase_limits
 from pmlm_dist.supervision.signals import STOP_FILE, StopSignals
 from pmlm_dist.training.stopping import StopAgreement
@@ -82,7 +83,13 @@ def open_attempt(
     signals.grace_s = grace_s
     heartbeat.set_limits(phase_limits(watchdog, warm=False))
     topology = groups.init_process_groups(tp=tp, timeout_s=collective_timeout_s)
-    with _lease(run_dir, topology) as (name, check_lease):
+    with lease(run_dir, topology) as (name, check_lease):
+        foreign = topology.broadcast_object(_foreign_files(run_dir) if checkpoint_every is not None else [])
+        raise_if_any(
+            [f"{run_dir} holds {file}, which no run has written: name another folder, or move it" for file in foreign]
+        )
+        if checkpoint_every is not None and topology.is_rank_zero:
+            (run_dir / ATTEMPTS).touch()  # now it is a run's folder
         heartbeat.register(
             rank=topology.rank, world_size=topology.world_size, run_dir=str(run_dir.absolute()), attempt=name
         )
@@ -98,16 +105,19 @@ def open_attempt(
 
 
 @contextmanager
-def _lease(run_dir: Path, topology: Topology) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Hold the lock of `run_dir` on rank 0 for all; yields the attempt's name and the check of the lock."""
+def lease(output: Path, topology: Topology, *, beside: bool = False) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Hold the lock of `output` on rank 0 for all (`FolderLock`); yields the attempt's name and the check of the lock.
+
+    Raises `FolderInUse`, or `ConfigError` if the lock cannot be written, on every rank.
+    """
     lock, in_use, problems = None, "", []
     if topology.is_rank_zero:
         try:
-            lock = FolderLock.acquire(run_dir)
+            lock = FolderLock.acquire(output, beside=beside)
         except FolderInUse as error:
             in_use = str(error)
         except OSError as error:
-            problems = [f"the folder to write, {run_dir}, cannot be written to: {error}"]
+            problems = [f"the folder to write, {output}, cannot be written to: {error}"]
     name, in_use, problems = topology.broadcast_object((lock.attempt if lock else "", in_use, problems))
     raise_if_any(problems)
     if in_use:
@@ -117,3 +127,10 @@ def _lease(run_dir: Path, topology: Topology) -> Iterator[tuple[str, Callable[[]
     finally:
         if lock:
             lock.release()
+
+
+def _foreign_files(run_dir: Path) -> list[str]:
+    """Return what a run would overwrite in a folder in which none has started: another program's configuration."""
+    if any((run_dir / name).exists() for name in (ATTEMPTS, "checkpoints")):
+        return []
+    return [name for name in (CONFIGURATION, METRICS) if (run_dir / name).exists()]

@@ -148,6 +148,25 @@ def test_commit_replaces_a_corrupt_checkpoint_of_the_same_step(tmp_path: Path):
     assert folder.newest_valid() == (corrupt, [])
 
 
+@pytest.mark.fault("F43")
+def test_retention_keeps_what_others_have_put_into_the_folder(tmp_path: Path):
+    """A file in an old checkpoint, checkpoints of another program, and its temporary folder."""
+    folder = write_three(tmp_path)
+    foreign = [tmp_path / name / "notes.txt" for name in ("step-00000010", "step-5", "step-00000007.tmp-a", "step-x")]
+    for file in foreign:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("foreign")
+    assert [path.name for path in folder.steps()] == ["step-00000010", "step-00000020", "step-00000030"]
+    folder.remove_temporary()
+    folder.remove_old(folder.folder(30))
+    folder.keep_only(30)
+    assert all(file.read_text() == "foreign" for file in foreign)
+    assert not folder.folder(20).exists()
+    write_checkpoint(folder, 10)
+    (kept,) = tmp_path.glob("step-00000010.kept-*")
+    assert (kept / "notes.txt").read_text() == "foreign"
+
+
 class Killed(BaseException):
     """Simulated end of the process."""
 

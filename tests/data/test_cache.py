@@ -127,6 +127,20 @@ def test_cache_evicts_the_least_recently_read_shard_at_its_limit(server, corpus,
     assert not (tmp_path / f"{shards[0].sha256}.tar").exists()
 
 
+@pytest.mark.fault("F43")
+def test_cache_evicts_its_own_files_only(server, corpus, tmp_path):
+    foreign = [tmp_path / name for name in ("backup.tar", "download.part", f"{'g' * 64}.tar")]
+    for file in foreign:
+        file.write_bytes(b"foreign")
+        os.utime(file, (0, 0))
+    shards = shards_of(corpus)
+    cache = ShardCache(tmp_path, limit=shards[0].bytes, timeout_s=5)
+    for shard in shards[:3]:
+        cache.open(server.address, shard).close()
+    assert all(file.read_bytes() == b"foreign" for file in foreign)
+    assert len(list(tmp_path.glob("*.tar"))) == 3
+
+
 def test_open_shards_are_not_evicted(server, corpus, tmp_path):
     shards = sorted(shards_of(corpus), key=lambda shard: shard.bytes)
     cache = ShardCache(tmp_path, limit=shards[-1].bytes + shards[-2].bytes, timeout_s=5)
