@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from pmlm_dist.config import ConfigError
+
 
 def write_atomically(path: Path, data: str | bytes, *, durable: bool = True, replace: bool = True) -> None:
     """Replace the contents of the file `path` by `data` (text as UTF-8).
@@ -60,6 +62,15 @@ def name_in_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         error.filename = str(path)  # pyright: ignore[reportAttributeAccessIssue] (also of libraries that are not Python)
         raise
+
+
+def raise_if_foreign(path: Path, *, mark: bytes) -> None:
+    """Raise ConfigError if the file `path` exists and does not begin like a result of the same command.
+
+    `mark`: bytes in the first 4 KiB of such a result.
+    """
+    if path.exists() and not (path.is_file() and mark in path.read_bytes()[:4096]):
+        raise ConfigError([f"{path} exists, and this command has not written it: name another file, or move it"])
 
 
 def fsync_folder(folder: Path) -> None:

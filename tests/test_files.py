@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pmlm_dist.files import open_atomically, write_atomically
+from pmlm_dist.config import ConfigError
+from pmlm_dist.files import open_atomically, raise_if_foreign, write_atomically
 
 
 @pytest.fixture
@@ -118,3 +119,13 @@ def test_file_that_is_not_replaced_needs_no_hard_links(tmp_path: Path, monkeypat
         write_atomically(tmp_path / "file", "second", replace=False)
     assert (tmp_path / "file").read_text() == "first"
     assert names_in(tmp_path) == ["file"]
+
+
+def test_result_replaces_only_a_file_of_the_same_command(tmp_path: Path):
+    raise_if_foreign(tmp_path / "new.json", mark=b'{"a"')
+    (tmp_path / "own.json").write_bytes(b'{"a": 1}')
+    raise_if_foreign(tmp_path / "own.json", mark=b'{"a"')
+    (tmp_path / "foreign.json").write_bytes(b'{"b": 1}')
+    for path in (tmp_path / "foreign.json", tmp_path):
+        with pytest.raises(ConfigError, match="exists, and this command has not written it: name another"):
+            raise_if_foreign(path, mark=b'{"a"')

@@ -19,6 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from pmlm_dist.commands.plot import save_picture
 from pmlm_dist.config import MaskingConfig, raise_if_any
 from pmlm_dist.corpus.shards import TRAIN
 from pmlm_dist.data.batch import Batch, special_ids
@@ -259,8 +260,7 @@ def draw_layout(slots: Sequence[Slot], *, path: Path) -> None:
         left, right = figure.subplots(2, 1, height_ratios=[height, side])
     _draw_slots(left, slots)
     _draw_matrix(right, slots)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
+    save_picture(figure, path, bbox_inches="tight", pad_inches=0.15)
 
 
 def _draw_slots(axes: Axes, slots: Sequence[Slot]) -> None:

@@ -15,6 +15,7 @@ import torch
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.devices import Device
 from pmlm_dist.engine.deepspeed_config import load_engine_config
+from pmlm_dist.files import raise_if_foreign, write_atomically
 from pmlm_dist.launch_environment import threads_per_rank
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology
@@ -41,8 +42,10 @@ def run(config: PlanConfig) -> None:
 def _output(plan: Plan) -> None:
     report.show(plan)
     if plan.config.json:
+        text = json.dumps(plan.as_dict(), indent=2) + "\n"
+        raise_if_foreign(plan.config.json, mark=text.partition(":")[0].encode())
         plan.config.json.parent.mkdir(parents=True, exist_ok=True)
-        plan.config.json.write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_atomically(plan.config.json, text, durable=False)
 
 
 def _measured(config: PlanConfig, topology: Topology) -> Device:

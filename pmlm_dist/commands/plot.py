@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pmlm_dist.config import ConfigError
+from pmlm_dist.files import name_in_errors, raise_if_foreign
 from pmlm_dist.metrics.run_log import read_metrics
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MARK = b"pmlm_dist"
+"""In the pictures of this package."""
 _COLORS = {"ae": "#1f6feb", "par": "#d1490b"}
 _NAMES = {"ae": "AE", "par": "PAR"}
 
@@ -48,9 +55,17 @@ def plot_losses(config: PlotConfig) -> None:
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False)
     figure.tight_layout()
-    config.png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.png)
+    save_picture(figure, config.png)
     plt.close(figure)
+
+
+def save_picture(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a picture. Raises ConfigError for an existing file unless it is a PNG that this package has written."""
+    raise_if_foreign(path, mark=_MARK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Software": _MARK.decode()} if path.suffix in ("", ".png") else None
+    with name_in_errors(path):
+        figure.savefig(path, metadata=metadata, **options)
 
 
 def _series(metrics: dict[int, dict[str, float]], name: str) -> tuple[list[int], list[float]]:

@@ -66,6 +66,11 @@ def test_plot_losses_writes_a_picture_and_raises_without_metrics(tmp_path):
     write(tmp_path / "run", progress(1), progress(2))
     plot_losses(PlotConfig(run_dir=tmp_path / "run", png=tmp_path / "losses.png"))
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    plot_losses(PlotConfig(run_dir=tmp_path / "run", png=tmp_path / "losses.png"))  # again: its own picture
+    (tmp_path / "photo.png").write_bytes(b"foreign")
+    with pytest.raises(ConfigError, match=r"photo\.png exists, and this command has not written it"):
+        plot_losses(PlotConfig(run_dir=tmp_path / "run", png=tmp_path / "photo.png"))
+    assert (tmp_path / "photo.png").read_bytes() == b"foreign"
     with pytest.raises(ConfigError, match=r"metrics\.jsonl"):
         plot_losses(PlotConfig(run_dir=tmp_path / "empty", png=tmp_path / "losses.png"))
 

@@ -17,6 +17,7 @@ from pmlm_dist.config import ConfigError
 from pmlm_dist.downstream.demo import package_task, summary_task
 from pmlm_dist.downstream.demo.package_task import PackageTaskConfig, write_package_task
 from pmlm_dist.downstream.demo.summary_task import SummaryTaskConfig, write_summary_task
+from pmlm_dist.files import raise_if_foreign, write_atomically
 
 Scores = dict[str, dict[str, float]]
 _HELD_OUT = ("validation", "test")
@@ -45,6 +46,8 @@ DEMO_TASKS = {
     ),
 }
 
+_HELD_OUT_FILE = "held-out.jsonl"
+
 
 def write_data(source: Path = Path("data/demo/python-docs.jsonl"), output: Path = Path("data/demo-tasks")) -> None:
     """Write the data of both tasks unless they exist, and the docstrings to exclude from pre-training.
@@ -62,8 +65,9 @@ def write_data(source: Path = Path("data/demo/python-docs.jsonl"), output: Path 
         row["id"] for name in DEMO_TASKS for split in _HELD_OUT for row in _rows(output / name / f"{split}.jsonl")
     }
     texts = [{"text": row["text"]} for row in _rows(source) if row["name"] in held_out]
-    lines = (json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
-    (output / "held-out.jsonl").write_text("".join(lines), encoding="utf-8")
+    lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
+    raise_if_foreign(output / _HELD_OUT_FILE, mark=lines.encode()[:4096])
+    write_atomically(output / _HELD_OUT_FILE, lines, durable=False)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

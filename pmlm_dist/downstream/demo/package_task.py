@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pmlm_dist.config import ConfigError
+from pmlm_dist.conversion.pretrained import new_folder
 from pmlm_dist.downstream.tasks import scores
 
 SPLITS = ("train", "validation", "test")
@@ -68,13 +69,11 @@ class PackageTaskConfig:
 
 def write_package_task(config: PackageTaskConfig) -> dict[str, int]:
     """Write the data set; returns {split: examples}. Raises `ConfigError` if there are too few docstrings."""
-    if config.output.exists():
-        raise ConfigError([f"--output ({config.output}) exists already, and nothing is overwritten: name another"])
-    splits = _package_examples(_read(config.source), config)
-    config.output.mkdir(parents=True)
-    for name, examples in splits.items():
-        lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
-        (config.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    with new_folder(config.output) as folder:
+        splits = _package_examples(_read(config.source), config)
+        for name, examples in splits.items():
+            lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return {name: len(examples) for name, examples in splits.items()}
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pmlm_dist.config import ConfigError
+from pmlm_dist.conversion.pretrained import new_folder
 from pmlm_dist.downstream.tasks.overlap import overlap_scores
 
 SPLITS = ("train", "validation", "test")
@@ -62,15 +63,13 @@ class _Pair:
 
 def write_summary_task(config: SummaryTaskConfig) -> dict[str, int]:
     """Write the data set; returns {split: pairs}. Raises `ConfigError` if there are too few docstrings."""
-    if config.output.exists():
-        raise ConfigError([f"--output ({config.output}) exists already, and nothing is overwritten: name another"])
-    if not config.source.is_file():
-        raise ConfigError([f"there is no {config.source}: make it with `pmlm prepare-corpus --source python-docs`"])
-    with config.source.open(encoding="utf-8") as lines:
-        splits = _splits(_pairs(json.loads(line) for line in lines), config)
-    config.output.mkdir(parents=True)
-    for name, pairs in splits.items():
-        (config.output / f"{name}.jsonl").write_text("".join(pair.line for pair in pairs), encoding="utf-8")
+    with new_folder(config.output) as folder:
+        if not config.source.is_file():
+            raise ConfigError([f"there is no {config.source}: make it with `pmlm prepare-corpus --source python-docs`"])
+        with config.source.open(encoding="utf-8") as lines:
+            splits = _splits(_pairs(json.loads(line) for line in lines), config)
+        for name, pairs in splits.items():
+            (folder / f"{name}.jsonl").write_text("".join(pair.line for pair in pairs), encoding="utf-8")
     return {name: len(pairs) for name, pairs in splits.items()}
 
 

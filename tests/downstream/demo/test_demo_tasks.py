@@ -62,7 +62,7 @@ def test_summary_task_with_too_few_docstrings_raises_and_nothing_is_overwritten(
         write_summary_task(SummaryTaskConfig(source, tmp_path / "summary", train=40, validation=6, test=9999))
     assert not (tmp_path / "summary").exists()
     write_summary_task(summary_config(source, tmp_path / "summary"))
-    with pytest.raises(ConfigError, match="nothing is overwritten"):
+    with pytest.raises(ConfigError, match="is not overwritten"):
         write_summary_task(summary_config(source, tmp_path / "summary"))
     with pytest.raises(ConfigError, match="there is no"):
         write_summary_task(summary_config(tmp_path / "none.jsonl", tmp_path / "new"))

@@ -89,7 +89,7 @@ def test_baselines_have_expected_scores(folder: Path):
 
 def test_package_task_with_too_few_docstrings_raises_and_nothing_is_overwritten(folder: Path, tmp_path: Path):
     source = folder.parent / "docs.jsonl"
-    with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
+    with pytest.raises(ConfigError, match="already exists and is not overwritten"):
         write_package_task(PackageTaskConfig(source, folder))
     with pytest.raises(ConfigError, match=r"0 packages have enough docstrings \(150 for .*\), 4 are required"):
         write_package_task(PackageTaskConfig(source, tmp_path / "new"))
