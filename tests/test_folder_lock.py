@@ -180,7 +180,7 @@ def test_lock_beside_an_output_leaves_the_output_alone(tmp_path: Path):
 
 
 def test_foreign_file_with_the_name_of_a_lock_is_kept(tmp_path: Path):
-    (tmp_path / LOCK).write_text("somebody's notes")
+    (tmp_path / LOCK).write_text("notes of a user")
     with pytest.raises(FolderInUse, match="is no lock of this program: move it"):
         FolderLock.acquire(tmp_path)
-    assert (tmp_path / LOCK).read_text() == "somebody's notes"
+    assert (tmp_path / LOCK).read_text() == "notes of a user"

@@ -153,7 +153,7 @@ class CheckpointFolder:
     def _remove(self, folder: Path) -> None:
         """Rename a checkpoint, then remove it: a half-removed one must not look like a checkpoint.
 
-        A folder into which somebody has put other files is kept.
+        A folder that holds other files, too, is kept.
         """
         if _holds_only_own_files(folder):
             doomed = self.temporary(step_of(folder), attempt=f"removed-{secrets.token_hex(4)}")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pmlm_dist.commands.plot import PlotConfig, plot_losses
 from pmlm_dist.config import ConfigError
@@ -45,6 +49,35 @@ def write(run_dir: Path, *entries: Progress) -> None:
     for entry in entries:
         log.progress(entry, torch.device("cpu"))
     log.close()
+
+
+@pytest.mark.fault("F45")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_full_disk_of_tensorboard_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    """Its thread ends with one line in place of a traceback; metrics.jsonl is complete."""
+    log = RunLog(tmp_path, enabled=True, first_step=0)
+    assert threading.excepthook is not threading.__excepthook__
+    report = threading.excepthook
+    written = threading.Event()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def reported(failure: threading.ExceptHookArgs) -> None:
+        report(failure)
+        written.set()
+
+    monkeypatch.setattr(threading, "excepthook", reported)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    log.progress(progress(1), torch.device("cpu"))
+    assert written.wait(20)
+    log.progress(progress(2), torch.device("cpu"))
+    assert log.lost_lines
+    log.close()
+    assert list(read_metrics(tmp_path)) == [1, 2]
+    errors = capsys.readouterr().err
+    assert "warning: no more events for TensorBoard are written: [Errno 28] No space left on device" in errors
+    assert "Traceback" not in errors
 
 
 def test_partial_line_of_a_killed_run_is_skipped(tmp_path):

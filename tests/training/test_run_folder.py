@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from support.preparations import content
 
+from pmlm_dist import folder_lock
 from pmlm_dist.config import ConfigError, WatchdogConfig
-from pmlm_dist.folder_lock import LOCK
-from pmlm_dist.training.attempt import open_attempt
+from pmlm_dist.conversion.pretrained import new_folder
+from pmlm_dist.folder_lock import LOCK, FolderInUse, LockOwner
+from pmlm_dist.parallel import groups
+from pmlm_dist.training.attempt import lease, open_attempt
 
 
 def attempt(run_dir: Path):
@@ -25,6 +31,27 @@ def test_run_in_a_folder_of_another_program_raises_and_changes_nothing(tmp_path:
     with pytest.raises(ConfigError, match=rf"holds {name}, which no run has written"), attempt(tmp_path):
         pass
     assert content(tmp_path) == {name: b"foreign"}
+
+
+@pytest.mark.fault("F44")
+@pytest.mark.parametrize("beside", [True, False])
+def test_second_start_with_the_same_output_raises_and_changes_nothing(tmp_path: Path, beside: bool):
+    """Of a run, a fine-tuning, or a generation, whose lock is beside its output."""
+    owner = replace(LockOwner.current({}), pid=os.getppid(), started=folder_lock._start_ticks(os.getppid()) or 0)
+    output = tmp_path / "out"
+    lock = tmp_path / f"out{LOCK}" if beside else output / LOCK
+    lock.parent.mkdir(exist_ok=True)
+    lock.write_text(json.dumps(asdict(owner)))
+    before = content(tmp_path)
+    with (
+        pytest.raises(FolderInUse, match=rf"out is in use by process {owner.pid}"),
+        lease(output, groups.init_process_groups(), beside=beside),
+    ):
+        pass
+    if beside:
+        with pytest.raises(FolderInUse), new_folder(output):  # export, import, extend-positions, demo-tasks
+            pass
+    assert content(tmp_path) == before
 
 
 def test_own_folder_of_a_run_opens_again(tmp_path: Path):
