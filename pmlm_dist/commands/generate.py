@@ -30,8 +30,8 @@ from pmlm_dist.files import open_atomically
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology
+from pmlm_dist.parallel.lease import lease
 from pmlm_dist.ranges import Positive, range_problems
-from pmlm_dist.training.attempt import lease
 from pmlm_dist.vocab import Vocabulary
 
 Precision = Literal["fp32", "bf16"]
@@ -82,12 +82,12 @@ def generate(config: GenerateConfig) -> None:
     Raises `ConfigError` on every rank; nothing has been written then.
     """
     topology = groups.init_process_groups()
-    with lease(config.output, topology, beside=True):
-        _generate(config, topology)
-
-
-def _generate(config: GenerateConfig, topology: Topology) -> None:
     inputs = groups.run_on_all_ranks(topology, lambda: _read_inputs(config, is_rank_zero=topology.is_rank_zero))
+    with lease(config.output, topology, beside=True):
+        _generate(config, inputs, topology)
+
+
+def _generate(config: GenerateConfig, inputs: _Inputs, topology: Topology) -> None:
     start = time.perf_counter()
     hypotheses = _generate_all(config, inputs, topology)
     seconds = time.perf_counter() - start

@@ -38,6 +38,11 @@ class AttemptLog:
         self._attempt = {"attempt": attempt, "world_size": world_size, "checkpoint_every": every}
         self._start_time, self._start_clock = time.time(), time.monotonic()
 
+    def create(self) -> None:
+        """Create the file, by which the folder is recognized as that of a run, before any other."""
+        if self._enabled:
+            self._path.touch()
+
     def started(self, step: int) -> None:
         """Record the start of the attempt, which resumes after `step`; its time is that of the construction."""
         self._append("start", start_time=self._start_time, step=step, **self._attempt)

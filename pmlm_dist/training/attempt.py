@@ -16,10 +16,10 @@ from pathlib import Path
 from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import find_checkpoint
 from pmlm_dist.config import WatchdogConfig, raise_if_any
-from pmlm_dist.folder_lock import FolderInUse, FolderLock
 from pmlm_dist.metrics.run_log import CONFIGURATION, METRICS
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology
+from pmlm_dist.parallel.lease import lease
 from pmlm_dist.supervision.attempts import ATTEMPTS, AttemptLog
 from pmlm_dist.supervision.heartbeat import Heartbeat, phase_limits
 from pmlm_dist.supervision.signals import STOP_FILE, StopSignals
@@ -88,8 +88,6 @@ def open_attempt(
         raise_if_any(
             [f"{run_dir} holds {file}, which no run has written: name another folder, or move it" for file in foreign]
         )
-        if checkpoint_every is not None and topology.is_rank_zero:
-            (run_dir / ATTEMPTS).touch()  # now it is a run's folder
         heartbeat.register(
             rank=topology.rank, world_size=topology.world_size, run_dir=str(run_dir.absolute()), attempt=name
         )
@@ -102,31 +100,6 @@ def open_attempt(
             enabled=topology.is_rank_zero and checkpoint_every is not None,
         )
         yield Attempt(name, topology, heartbeat, stop, record, check_lease)
-
-
-@contextmanager
-def lease(output: Path, topology: Topology, *, beside: bool = False) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Hold the lock of `output` on rank 0 for all (`FolderLock`); yields the attempt's name and the check of the lock.
-
-    Raises `FolderInUse`, or `ConfigError` if the lock cannot be written, on every rank.
-    """
-    lock, in_use, problems = None, "", []
-    if topology.is_rank_zero:
-        try:
-            lock = FolderLock.acquire(output, beside=beside)
-        except FolderInUse as error:
-            in_use = str(error)
-        except OSError as error:
-            problems = [f"the folder to write, {output}, cannot be written to: {error}"]
-    name, in_use, problems = topology.broadcast_object((lock.attempt if lock else "", in_use, problems))
-    raise_if_any(problems)
-    if in_use:
-        raise FolderInUse(in_use)
-    try:
-        yield name, (lock.check if lock else lambda: None)
-    finally:
-        if lock:
-            lock.release()
 
 
 def _foreign_files(run_dir: Path) -> list[str]:

@@ -61,6 +61,7 @@ def train_job(job: TrainingJob[Any], attempt: Attempt, *, folder: CheckpointFold
     attempt.heartbeat.set_limits(phase_limits(job.settings.watchdog, warm=False))
     attempt.heartbeat.enter(START_UP, step=0)
     first_step = read_state(newest)["step"] if newest else 0
+    attempt.record.create()
     log = RunLog(job.output, enabled=attempt.topology.is_rank_zero, first_step=first_step)
     try:
         attempt.stop.check()

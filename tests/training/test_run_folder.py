@@ -15,7 +15,8 @@ from pmlm_dist.config import ConfigError, WatchdogConfig
 from pmlm_dist.conversion.pretrained import new_folder
 from pmlm_dist.folder_lock import LOCK, FolderInUse, LockOwner
 from pmlm_dist.parallel import groups
-from pmlm_dist.training.attempt import lease, open_attempt
+from pmlm_dist.parallel.lease import lease
+from pmlm_dist.training.attempt import open_attempt
 
 
 def attempt(run_dir: Path):
@@ -56,6 +57,7 @@ def test_second_start_with_the_same_output_raises_and_changes_nothing(tmp_path: 
 
 def test_own_folder_of_a_run_opens_again(tmp_path: Path):
     for _ in range(2):
-        with attempt(tmp_path / "run"):
+        with attempt(tmp_path / "run") as opened:
+            opened.record.create()
             (tmp_path / "run" / "config.json").write_text("{}")
             assert (tmp_path / "run" / LOCK).exists()
