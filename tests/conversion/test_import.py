@@ -214,7 +214,7 @@ def test_import_does_not_execute_code(tmp_path, capsys, monkeypatch):
 def test_import_of_a_cased_word_list_raises(tmp_path, capsys):
     folder = tmp_path / "bert"
     bert_folder(folder, words=[*WORDS[:-1], "Tea"])
-    assert "is cased (it has 'Tea')" in error_of_import(folder, capsys)
+    assert "is cased (1 of its tokens, 'Tea' for example" in error_of_import(folder, capsys)
 
 
 def test_import_with_other_vocabulary_raises(tmp_path, capsys, small_corpus):

@@ -79,7 +79,15 @@ def test_manifest_matches_the_folder(corpus: Path):
     total = counts.total()
     assert manifest.unigram_entropy == pytest.approx(-sum(c / total * np.log(c / total) for c in counts.values()))
     assert sorted(path.name for path in corpus.iterdir()) == [
-        *("manifest.json", "tokenizer.json", "train", "unit_samples.npy", "validation", "vocab.txt")
+        *(
+            "manifest.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "train",
+            "unit_samples.npy",
+            "validation",
+            "vocab.txt",
+        )
     ]
 
 
