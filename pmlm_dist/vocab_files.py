@@ -108,6 +108,7 @@ def read_specification(path: Path, flags: Mapping[str, bool]) -> tuple[dict[str,
             specification = bert_specification(tokens)
             specification["normalizer"] = _normalizer_of_words(tokens, config, flags, origin=origin)
         added = _added_tokens(specification, config, _beside(file, ADDED), origin=origin)
+        "".join([*specification["model"]["vocab"], *added]).encode()  # a JSON escape can be half of a surrogate pair
         return _with_special_tokens(specification, config, added), notes
     except (UnicodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
@@ -243,8 +244,9 @@ def _raise_if_cased(tokens: Sequence[str], *, strips_accents: bool, origin: str)
     accented = [word for word in words if strips_accents and word != without_accents(word)]
     if cased:
         raise ConfigError(
-            [f"{origin} is cased ({len(cased)} of its tokens, {cased[0]!r} for example, never occur in lower-case text)"
-             f': use --cased with prepare-corpus, or put a {TOKENIZER_CONFIG} with {{"do_lower_case": false}} beside it']
+            [f"{origin} is cased ({len(cased)} of its tokens, {cased[0]!r} for example, never occur in lower-case "
+             f"text): use --cased with prepare-corpus, or put a {TOKENIZER_CONFIG} with "
+             '{"do_lower_case": false} beside it']
         )  # fmt: skip
     if accented:
         raise ConfigError(
