@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.files import write_atomically
 from pmlm_dist.vocab_files import (
+    BERT_WORDS,
     CLS,
     CONTINUATION,
+    CUT_WORDS,
     MASK,
     PAD,
     SEP,
@@ -100,23 +102,31 @@ class Vocabulary:
 
         The special tokens have the ids 0 to 4. `texts` are kept in memory. The alphabet has the most frequent
         characters, which are `coverage` of the text; a word with any other character becomes [UNK]. Accents are kept
-        also where stripping them would change more than 1 % of the characters.
+        also where stripping them would change more than 1 % of the characters: `notes`.
         """
         from pmlm_dist.vocab_training import TrainingText, train_tokens
 
         prepared = TrainingText.of(texts, cased=cased, keep_accents=keep_accents)
-        tokens = train_tokens(prepared.texts, size=size, coverage=coverage)
-        specification = bert_specification(tokens, **prepared.normalizer)
+        tokens = train_tokens(prepared, size=size, coverage=coverage)
+        specification = bert_specification(tokens, **prepared.settings)
         return cls(json.dumps(specification, ensure_ascii=False), origin="trained vocabulary", notes=prepared.notes)
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`; and `vocab.txt` with its settings, which read alike, if the tokens fit into lines."""
+        """Write `tokenizer.json`; and `vocab.txt` with `tokenizer_config.json`, if these two are read alike."""
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / TOKENIZER, self._json)
         lines = self._tokens[: 1 + max(self._ids[token] for token in self._base)]
-        if not any("\n" in token or token.endswith("\r") for token in lines):
+        fits_lines = not any("\n" in token or token.endswith("\r") for token in lines)
+        if fits_lines and self._is_bert:
             write_atomically(folder / WORD_LIST, "".join(f"{token}\n" for token in lines))
             write_atomically(folder / TOKENIZER_CONFIG, json.dumps(self.settings, indent=2) + "\n")
+
+    @property
+    def _is_bert(self) -> bool:
+        """Whether a `tokenizer_config.json` can express how text is read."""
+        model = {name: value for name, value in bert_specification([])["model"].items() if name != "vocab"}
+        is_bert = (self.processing["normalizer"] or {}).get("type") == "BertNormalizer"
+        return is_bert and self.processing["pre_tokenizer"] == BERT_WORDS and self.processing["model"] == model
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -228,8 +238,8 @@ class Vocabulary:
     @cached_property
     def tokenizes_words_independently(self) -> bool:
         """Whether the ids of a text are those of its space-separated words, one after another: BERT's tokenizers."""
-        steps = [(self.processing[step] or {}).get("type") for step in ("normalizer", "pre_tokenizer")]
-        return steps == ["BertNormalizer", "BertPreTokenizer"] and not self._words
+        is_bert = (self.processing["normalizer"] or {}).get("type") == "BertNormalizer"
+        return is_bert and self.processing["pre_tokenizer"] in (BERT_WORDS, CUT_WORDS) and not self._words
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens around or in them."""

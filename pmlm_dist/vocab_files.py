@@ -48,8 +48,24 @@ _UNSUPPORTED = {
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 
 
-def bert_specification(tokens: Sequence[str], *, lowercase: bool = True, strip_accents: bool | None = None) -> Any:
-    """Return the `tokenizer.json` of the BERT tokenizer over `tokens`; `strip_accents`: None if it is lower-case."""
+BERT_WORDS = {"type": "BertPreTokenizer"}
+_CUT = {
+    "type": "Split",
+    "pattern": {"Regex": rf"[\u0e00-\u109f\u1780-\u17ff]{{1,{MAX_WORD_CHARACTERS}}}"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+CUT_WORDS = {"type": "Sequence", "pretokenizers": [BERT_WORDS, _CUT]}
+"""BERT's words; those of Thai, Lao, Tibetan, Burmese and Khmer, written without spaces, have at most 100 characters."""
+
+
+def bert_specification(
+    tokens: Sequence[str], *, lowercase: bool = True, strip_accents: bool | None = None, cut_words: bool = False
+) -> Any:
+    """Return the `tokenizer.json` of the BERT tokenizer over `tokens`.
+
+    `strip_accents`: None for those of lower-case text. `cut_words`: with `CUT_WORDS`.
+    """
     ids = {token: number for number, token in enumerate(tokens)}
     ends = {"sep": [SEP, ids.get(SEP)], "cls": [CLS, ids.get(CLS)]}
     return {
@@ -58,7 +74,7 @@ def bert_specification(tokens: Sequence[str], *, lowercase: bool = True, strip_a
         "padding": None,
         "added_tokens": _special({token: token for token in SPECIAL_TOKENS}, ids),
         "normalizer": bert_normalizer(lowercase=lowercase, strip_accents=strip_accents),
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "pre_tokenizer": CUT_WORDS if cut_words else BERT_WORDS,
         "post_processor": {"type": "BertProcessing", **ends} if {CLS, SEP} <= ids.keys() else None,
         "decoder": {"type": "WordPiece", "prefix": CONTINUATION, "cleanup": True},
         "model": {

@@ -27,39 +27,43 @@ from pmlm_dist.vocab_files import (
 
 _MAX_STRIPPED = 0.01
 """Share of the characters that stripping accents may change: more in Hindi, Thai, Korean, German, not in English."""
+_LONG_UNSPACED = re.compile(rf"[\u0e00-\u109f\u1780-\u17ff]{{{MAX_WORD_CHARACTERS + 1},}}")
 _LONG_RUN = re.compile(rf"\S{{{MAX_WORD_CHARACTERS + 1},}}")
 
 
 @dataclass(frozen=True)
 class TrainingText:
-    """Normalized texts without words of more than 100 characters, and how they were normalized."""
+    """Normalized texts without words of more than 100 characters, and how they were read."""
 
     texts: list[str]
-    normalizer: dict[str, bool]
-    """`lowercase` and `strip_accents`."""
+    settings: dict[str, bool]
+    """Of `bert_specification`."""
     notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, texts: Iterable[str], *, cased: bool, keep_accents: bool) -> TrainingText:
         """Normalize `texts`, without accents if neither a setting nor the texts require them."""
-        texts, notes = list(texts), ()
+        texts, notes = list(texts), []
         if not cased and not keep_accents and (share := _stripped_share(texts)) > _MAX_STRIPPED:
             keep_accents = True
-            notes = (f"accents are kept: stripping them would change {share:.1%} of the characters",)
-        normalizer = {"lowercase": not cased, "strip_accents": not (cased or keep_accents)}
-        tokenizer = _bert_tokenizer(**normalizer)
-        return cls([_readable(text, tokenizer) for text in texts], normalizer, notes)
+            notes.append(f"accents are kept: stripping them would change {share:.1%} of the characters")
+        settings = {"lowercase": not cased, "strip_accents": not (cased or keep_accents)}
+        if any(_LONG_UNSPACED.search(text) for text in texts):
+            settings["cut_words"] = True
+            notes.append(f"text without spaces (Thai, Khmer, ...) is cut into {MAX_WORD_CHARACTERS} characters at most")
+        tokenizer = _bert_tokenizer(**settings)
+        return cls([_readable(text, tokenizer) for text in texts], settings, tuple(notes))
 
 
-def train_tokens(texts: Sequence[str], *, size: int, coverage: float) -> list[str]:
-    """Return at most `size` tokens for `TrainingText.texts`. Raises ConfigError if the alphabet needs more."""
-    alphabet = _alphabet(texts, coverage=coverage)
-    texts = _without_other_characters(texts, alphabet)
+def train_tokens(text: TrainingText, *, size: int, coverage: float) -> list[str]:
+    """Return at most `size` tokens for `text`. Raises ConfigError if the alphabet needs more."""
+    alphabet = _alphabet(text.texts, coverage=coverage)
+    texts, words = _without_other_characters(text.texts, alphabet), _bert_tokenizer(**text.settings).pre_tokenizer
     # The library numbers the "##c" tokens in the order of a randomly seeded hash table, and breaks ties between
     # equally frequent pairs by these numbers. Sorted "##c" tokens as input make the result reproducible.
-    pieces = _train(texts, size=0, alphabet=alphabet, first=SPECIAL_TOKENS)
+    pieces = _train(texts, words, size=0, alphabet=alphabet, first=SPECIAL_TOKENS)
     continuations = sorted(token for token in pieces if token.startswith(CONTINUATION) and len(token) == 3)
-    tokens = _train(texts, size=size, alphabet=alphabet, first=(*SPECIAL_TOKENS, *continuations))
+    tokens = _train(texts, words, size=size, alphabet=alphabet, first=(*SPECIAL_TOKENS, *continuations))
     if len(tokens) > size:
         raise ConfigError(
             [f"vocabulary_size ({size}) is below the {len(tokens)} tokens of the special tokens and of the "
@@ -79,10 +83,10 @@ def _stripped_share(texts: Sequence[str]) -> float:
     return changed / max(1, sum(map(len, texts)))
 
 
-def _bert_tokenizer(**normalizer: bool) -> Any:
+def _bert_tokenizer(**settings: bool) -> Any:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(json.dumps(bert_specification([UNK], **normalizer)))
+    return Tokenizer.from_str(json.dumps(bert_specification([UNK], **settings)))
 
 
 def _readable(text: str, tokenizer: Any) -> str:
@@ -112,12 +116,12 @@ def _without_other_characters(texts: Sequence[str], alphabet: Sequence[str]) -> 
     ]
 
 
-def _train(texts: Sequence[str], *, size: int, alphabet: list[str], first: Sequence[str]) -> list[str]:
+def _train(texts: Sequence[str], words: Any, *, size: int, alphabet: list[str], first: Sequence[str]) -> list[str]:
     """Train with the library; the tokens of `first` have the lowest ids."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, trainers
 
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.pre_tokenizer = words
     trainer = trainers.WordPieceTrainer(
         vocab_size=size,
         min_frequency=2,
