@@ -301,9 +301,9 @@ def _added_tokens(
     added: dict[str, dict[str, Any]] = {}
     for token in listed:
         content, id = token["content"], ids.get(token["content"], token["id"])
-        before = added.setdefault(content, {"id": id, "content": content, **_FLAGS} | token)
-        if before["id"] != token["id"] or id != token["id"]:
-            raise ConfigError([f"{origin}: {content!r} has the ids {before['id']} and {token['id']}: save it again"])
+        first = added.setdefault(content, {**_FLAGS, **token, "id": id})
+        if first["id"] != token["id"]:
+            raise ConfigError([f"{origin}: {content!r} has the ids {first['id']} and {token['id']}: save it again"])
     return added
 
 
