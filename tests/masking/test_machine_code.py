@@ -7,9 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numba
 import pytest
-from numba.core import caching
+from numba.core import caching, config
 
 from pmlm_dist.masking.machine_code import compiled
 
@@ -24,10 +23,10 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/proc/none")
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [caching.UserProvidedCacheLocator])
-    numba.config.reload_config()
+    config.reload_config()
     yield tmp_path
     monkeypatch.undo()
-    numba.config.reload_config()
+    config.reload_config()
 
 
 def test_cache_without_a_writable_home_is_in_a_temporary_folder(temporary: Path):
