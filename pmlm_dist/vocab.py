@@ -1,45 +1,65 @@
-"""The vocabulary: uncased WordPiece, its special tokens and its padded size.
+"""The vocabulary: WordPiece tokens, how text is read with them, special tokens and the padded size.
 
-    vocab.txt | tokenizer.json | texts  ->  Vocabulary  ->  token ids
+    vocab.txt | tokenizer.json  --vocab_files.py--.
+                                                  |-->  Vocabulary  -->  token ids
+                         texts  --vocab_training.py--'
 
-Only this module uses the `tokenizers` library. The whole state is the text of a `tokenizer.json`, so processes can send
-a vocabulary as a string. Raw text never gives a special token: a literal "[SEP]" in a document is tokenized as bracket,
-word, bracket.
+The whole state is the text of a `tokenizer.json`, so processes can send a vocabulary as a string. Raw text never gives
+a special token: a literal "[SEP]" in a document is tokenized as bracket, word, bracket. Other added tokens are words.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.files import write_atomically
+from pmlm_dist.vocab_files import (
+    BERT_WORDS,
+    CLS,
+    CONTINUATION,
+    CUT_WORDS,
+    MASK,
+    PAD,
+    SEP,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    UNK,
+    UNUSED,
+    WORD_LIST,
+    bert_specification,
+    raise_unless_wordpiece,
+    read_specification,
+    tokenizer_settings,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-CONTINUATION = "##"
-VOCABULARY_FILES = ("tokenizer.json", "vocab.txt")
-_UNUSED = re.compile(r"\[unused\d+\]")
-_ALPHABET_LIMIT = 1000
+CHARACTER_COVERAGE = 0.9995
+VOCABULARY_FILES = (TOKENIZER, WORD_LIST, TOKENIZER_CONFIG)
 
 
 class Vocabulary:
     """WordPiece tokens 0 .. size-1, and their tokenizer.
 
-    Created by `load`, `train` or `from_tokens`. Equal tokens give an equal `fingerprint`, from any kind of file.
+    Created by `load`, `train` or `from_tokens`. Vocabularies with an equal `fingerprint` read every text alike.
     """
 
-    def __init__(self, tokenizer_json: str, *, origin: str = "vocabulary"):
+    def __init__(self, tokenizer_json: str, *, origin: str = "vocabulary", notes: Sequence[str] = ()):
         specification = json.loads(tokenizer_json)
+        raise_unless_wordpiece(specification, origin=origin)
         self._json = tokenizer_json
+        self.notes = tuple(notes)
+        """What a user should know of its files or its training, one sentence each."""
+        self._words = [token for token in specification["added_tokens"] if token["content"] not in SPECIAL_TOKENS]
         self._tokens = _ordered_tokens(specification, origin=origin)
         self._ids = {token: number for number, token in enumerate(self._tokens)}
         missing = [token for token in SPECIAL_TOKENS if token not in self._ids]
@@ -52,59 +72,76 @@ class Vocabulary:
             )
 
     @classmethod
-    def load(cls, path: Path) -> Vocabulary:
-        """Read a folder with `tokenizer.json`, a `tokenizer.json`, or a BERT `vocab.txt` (one token per line).
+    def load(cls, path: Path, *, cased: bool = False, keep_accents: bool = False) -> Vocabulary:
+        """Read a folder with `tokenizer.json` or `vocab.txt`, or one of these files, with the settings beside it.
 
-        Raises ConfigError for a missing file, a model other than WordPiece, or a missing special token.
+        `cased`, `keep_accents`: how a word list without settings is meant. Raises ConfigError for a missing file, a
+        model other than WordPiece, a missing special token, and settings that contradict each other or the tokens.
         """
-        path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise_if_any([f"vocabulary ({path}): no such file; give a tokenizer.json, its folder, or a BERT vocab.txt"])
-        try:
-            text = file.read_text(encoding="utf-8")
-            if file.suffix != ".json":
-                return cls.from_tokens(text.splitlines(), origin=str(file))
-            return cls(text, origin=str(file))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError([f"vocabulary ({file}) cannot be read: {error}; give another file"]) from error
+        flags = {**({"do_lower_case": False} if cased else {}), **({"strip_accents": False} if keep_accents else {})}
+        specification, notes = read_specification(Path(path), flags)
+        return cls(json.dumps(specification, ensure_ascii=False), origin=str(path), notes=notes)
 
     @classmethod
-    def from_tokens(cls, tokens: Sequence[str], *, origin: str = "vocabulary") -> Vocabulary:
-        """Create the uncased BERT tokenizer over `tokens`, whose ids are their positions."""
+    def from_tokens(cls, tokens: Sequence[str], *, origin: str = "vocabulary", **normalizer: bool) -> Vocabulary:
+        """Create the BERT tokenizer over `tokens`, whose ids are their positions; uncased without `lowercase=False`."""
         repeated = [token for token, count in Counter(tokens).items() if count > 1]
-        if repeated:
-            raise_if_any(
-                [f"{origin} holds tokens more than once, for example {repeated[0]!r}: every line must be distinct"]
-            )
-        return cls(_tokenizer_json(tokens), origin=origin)
+        raise_if_any([f"{origin} holds tokens more than once, for example {token!r}" for token in repeated[:1]])
+        return cls(json.dumps(bert_specification(tokens, **normalizer), ensure_ascii=False), origin=origin)
 
     @classmethod
-    def train(cls, texts: Iterable[str], size: int) -> Vocabulary:
+    def train(
+        cls,
+        texts: Iterable[str],
+        size: int,
+        *,
+        cased: bool = False,
+        keep_accents: bool = False,
+        coverage: float = CHARACTER_COVERAGE,
+    ) -> Vocabulary:
         """Train at most `size` tokens on `texts`; the same texts in any order give the same vocabulary.
 
-        The special tokens have the ids 0 to 4. `texts` are kept in memory. The alphabet has at most `size` / 16
-        characters (at least 64, at most 1000); a word with any other character becomes [UNK].
+        The special tokens have the ids 0 to 4. `texts` are kept in memory. The alphabet has the most frequent
+        characters, which are `coverage` of the text; a word with any other character becomes [UNK]. Accents are kept
+        also where stripping them would change more than 1 % of the characters: `notes`.
         """
-        texts = list(texts)
-        alphabet = _alphabet(texts, limit=min(_ALPHABET_LIMIT, max(64, size // 16)))
-        # The library numbers the "##c" tokens in the order of a randomly seeded hash table, and breaks ties between
-        # equally frequent pairs by these numbers. Sorted "##c" tokens as input make the result reproducible.
-        pieces = _train(texts, size=0, alphabet=alphabet, first=SPECIAL_TOKENS)
-        continuations = sorted(token for token in pieces if token.startswith(CONTINUATION) and len(token) == 3)
-        tokens = _train(texts, size=size, alphabet=alphabet, first=(*SPECIAL_TOKENS, *continuations))
-        if len(tokens) > size:
-            raise_if_any(
-                [f"vocabulary_size ({size}) is below the {len(tokens)} characters and special tokens: use more"]
-            )
-        return cls.from_tokens(tokens, origin="trained vocabulary")
+        from pmlm_dist.vocab_training import TrainingText, train_tokens
+
+        prepared = TrainingText.of(texts, cased=cased, keep_accents=keep_accents)
+        tokens = train_tokens(prepared, size=size, coverage=coverage)
+        specification = bert_specification(tokens, **prepared.settings)
+        return cls(json.dumps(specification, ensure_ascii=False), origin="trained vocabulary", notes=prepared.notes)
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `vocab.txt` into `folder`."""
+        """Write `tokenizer.json`; and `vocab.txt` with `tokenizer_config.json`, if these two are read alike."""
         folder.mkdir(parents=True, exist_ok=True)
-        words = "".join(f"{token}\n" for token in self._tokens)
-        for name, text in zip(VOCABULARY_FILES, (self._json, words), strict=True):
-            write_atomically(folder / name, text, durable=False)
+        write_atomically(folder / TOKENIZER, self._json)
+        fits_lines = not any("\n" in token or token.endswith("\r") for token in self._base)
+        if fits_lines and self._is_bert and self._tokens[: len(self._base)] == self._base:
+            write_atomically(folder / WORD_LIST, "".join(f"{token}\n" for token in self._base))
+            write_atomically(folder / TOKENIZER_CONFIG, json.dumps(self.settings, indent=2) + "\n")
+
+    @property
+    def _is_bert(self) -> bool:
+        """Whether a `tokenizer_config.json` can express how text is read."""
+        model = {name: value for name, value in bert_specification([])["model"].items() if name != "vocab"}
+        is_bert = (self.processing["normalizer"] or {}).get("type") == "BertNormalizer"
+        return is_bert and self.processing["pre_tokenizer"] == BERT_WORDS and self.processing["model"] == model
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Casing, accents and added words as in a `tokenizer_config.json`."""
+        return tokenizer_settings(json.loads(self._json))
+
+    @property
+    def description(self) -> str:
+        """How text is read, in a few words."""
+        normalizer = json.loads(self._json).get("normalizer") or {}
+        if normalizer.get("type") != "BertNormalizer":
+            return "its own normalization"
+        case, accents = normalizer["lowercase"], normalizer["strip_accents"]
+        words = f", {len(self._words)} added words" if self._words else ""
+        return f"{'uncased' if case else 'cased'}, accents {'stripped' if accents else 'kept'}{words}"
 
     @property
     def size(self) -> int:
@@ -144,50 +181,54 @@ class Vocabulary:
     def special_ids(self) -> tuple[int, ...]:
         """Sorted ids of the five special tokens and of every `[unusedN]`: all tokens that are not text."""
         special = {self._ids[token] for token in SPECIAL_TOKENS}
-        return tuple(sorted(special | {i for token, i in self._ids.items() if _UNUSED.fullmatch(token)}))
+        return tuple(sorted(special | {i for token, i in self._ids.items() if UNUSED.fullmatch(token)}))
+
+    @cached_property
+    def processing(self) -> dict[str, Any]:
+        """Everything but the tokens and their ids that decides how a text is read: normalization, added words, ..."""
+        specification = json.loads(self._json)
+        model, flags = specification["model"], ("content", "single_word", "lstrip", "rstrip", "normalized")
+        return {
+            "normalizer": specification.get("normalizer"),
+            "pre_tokenizer": specification.get("pre_tokenizer"),
+            "model": {name: value for name, value in model.items() if name != "vocab"},
+            "words": sorted([word[flag] for flag in flags] for word in self._words),
+        }
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hexadecimal) over the ordered tokens."""
-        return hashlib.sha256("\n".join(self._tokens).encode()).hexdigest()
+        """sha256 (hexadecimal) over the ordered tokens and `processing`."""
+        return hashlib.sha256(json.dumps([self._tokens, self.processing], sort_keys=True).encode()).hexdigest()
 
     @property
     def tokens(self) -> tuple[str, ...]:
         """All tokens in the order of their ids."""
         return tuple(self._tokens)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The added words, which text gives wherever they occur in it."""
+        return tuple(word["content"] for word in self._words)
+
     def with_ids_swapped(self, a: int, b: int) -> Vocabulary:
         """Return the same tokens with the ids `a` and `b` swapped."""
-        ids = dict(self._ids)
-        ids[self._tokens[a]], ids[self._tokens[b]] = b, a
-        return self._with_ids(ids)
-
-    def renamed(self, names: Mapping[str, str]) -> Vocabulary:
-        """Return the same ids with other names for the tokens in `names`; the text processing is unchanged."""
-        return self._with_ids({names.get(token, token): id for token, id in self._ids.items()}, names)
-
-    def _with_ids(self, ids: dict[str, int], names: Mapping[str, str] | None = None) -> Vocabulary:
+        ids = {**self._ids, self._tokens[a]: b, self._tokens[b]: a}
         specification = json.loads(self._json)
-        unknown = specification["model"]["unk_token"]
-        specification["model"]["unk_token"] = (names or {}).get(unknown, unknown)
-        specification["model"]["vocab"] = dict(sorted(ids.items(), key=lambda item: item[1]))
-        specification["added_tokens"] = []
+        specification["model"]["vocab"] = {token: ids[token] for token in sorted(self._base, key=ids.__getitem__)}
+        for token in specification["added_tokens"]:
+            token["id"] = ids[token["content"]]
         return Vocabulary(json.dumps(specification, ensure_ascii=False))
 
     @property
     def exported_json(self) -> str:
         """`tokenizer.json` for other programs: it adds [CLS] and [SEP], and recognizes special tokens in texts."""
         specification = json.loads(self._json)
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        special = sorted(SPECIAL_TOKENS, key=self._ids.__getitem__)
         specification.update(
-            added_tokens=[{"id": self._ids[token], "content": token, **flags} for token in special],
             truncation=None,
             padding=None,
             post_processor={"type": "BertProcessing", "sep": [SEP, self.sep_id], "cls": [CLS, self.cls_id]},
             decoder={"type": "WordPiece", "prefix": CONTINUATION, "cleanup": True},
         )
-        specification["model"]["vocab"] = dict(sorted(self._ids.items(), key=lambda item: item[1]))
         return json.dumps(specification, ensure_ascii=False)
 
     def token(self, id: int) -> str:
@@ -197,102 +238,62 @@ class Vocabulary:
     @cached_property
     def tokenizes_words_independently(self) -> bool:
         """Whether the ids of a text are those of its space-separated words, one after another: BERT's tokenizers."""
-        specification = json.loads(self._json)
-        steps = [(specification.get(step) or {}).get("type") for step in ("normalizer", "pre_tokenizer")]
-        return steps == ["BertNormalizer", "BertPreTokenizer"]
+        is_bert = (self.processing["normalizer"] or {}).get("type") == "BertNormalizer"
+        return is_bert and self.processing["pre_tokenizer"] in (BERT_WORDS, CUT_WORDS) and not self._words
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens around or in them."""
-        return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._own_ids(encoding.ids) for encoding in encoded]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Return the ids of `encode_batch`, and for each id its characters [start, stop) of the text."""
         encoded = self._encoder.encode_batch(list(texts), add_special_tokens=False)
-        return [(encoding.ids, encoding.offsets) for encoding in encoded]
+        return [(self._own_ids(encoding.ids), encoding.offsets) for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, with special tokens."""
-        return self._encoder.decode([int(id) for id in ids], skip_special_tokens=False)
+        tokens, decoder = [self._tokens[int(id)] for id in ids], self._encoder.decoder
+        return " ".join(tokens) if decoder is None else decoder.decode(tokens)
+
+    @cached_property
+    def _base(self) -> list[str]:
+        """Tokens by id, without the added words that WordPiece does not know."""
+        known = json.loads(self._json)["model"]["vocab"]
+        words = {word for word in self.words if word not in known}
+        return [token for token in self._tokens if token not in words]
 
     @cached_property
     def _encoder(self) -> Tokenizer:
         from tokenizers import Tokenizer
 
         specification = json.loads(self._json)
-        # Without added tokens, a literal "[MASK]" in a text is ordinary text.
-        specification.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
+        # Without special tokens, a literal "[MASK]" in a text is ordinary text. The library numbers the words that
+        # WordPiece does not know after all other tokens.
+        specification["model"]["vocab"] = {token: number for number, token in enumerate(self._base)}
+        specification.update(added_tokens=self._words, truncation=None, padding=None, post_processor=None)
         return Tokenizer.from_str(json.dumps(specification))
+
+    @cached_property
+    def _renumbered(self) -> list[int] | None:
+        """Id of each token of `_encoder`, if they differ."""
+        known = set(self._base)
+        ids = [self._ids[token] for token in (*self._base, *(word for word in self.words if word not in known))]
+        return None if ids == list(range(self.size)) else ids
+
+    def _own_ids(self, ids: list[int]) -> list[int]:
+        own = self._renumbered
+        return ids if own is None else [own[id] for id in ids]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_encoder"}
 
 
 def _ordered_tokens(specification: dict[str, Any], *, origin: str) -> list[str]:
-    model = specification.get("model", {}) if isinstance(specification, dict) else {}
-    if model.get("type") != "WordPiece":
-        raise_if_any(
-            [f"{origin} holds a {model.get('type') or 'nameless'} model, not WordPiece: give a WordPiece tokenizer"]
-        )
-    ids: dict[str, int] = dict(model["vocab"])
-    for added in specification.get("added_tokens") or []:
+    ids: dict[str, int] = dict(specification["model"]["vocab"])
+    for added in specification["added_tokens"]:
         ids.setdefault(added["content"], added["id"])
     tokens = sorted(ids, key=ids.__getitem__)
     if [ids[token] for token in tokens] != list(range(len(tokens))):
         raise_if_any([f"{origin}: the token ids are not 0 .. {len(tokens) - 1}: give a vocabulary without gaps"])
     return tokens
-
-
-def _tokenizer_json(tokens: Sequence[str]) -> str:
-    """Return the `tokenizer.json` of the uncased BERT tokenizer over `tokens`."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
-
-    ids = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token=UNK, max_input_chars_per_word=100))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = _normalizer(), _pre_tokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION)
-    present = [token for token in SPECIAL_TOKENS if token in ids]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in present])
-    if CLS in ids and SEP in ids:
-        tokenizer.post_processor = processors.BertProcessing((SEP, ids[SEP]), (CLS, ids[CLS]))
-    return tokenizer.to_str(pretty=False)
-
-
-def _normalizer() -> Any:
-    from tokenizers import normalizers
-
-    return normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=True)
-
-
-def _pre_tokenizer() -> Any:
-    from tokenizers import pre_tokenizers
-
-    return pre_tokenizers.BertPreTokenizer()
-
-
-def _alphabet(texts: Sequence[str], *, limit: int) -> list[str]:
-    """Return the `limit` most frequent characters of the normalized texts; for equal counts the lower code point."""
-    normalizer, counts = _normalizer(), Counter()
-    for text in texts:
-        counts.update(normalizer.normalize_str(text))
-    visible = [character for character in counts if not character.isspace()]
-    return sorted(visible, key=lambda character: (-counts[character], character))[:limit]
-
-
-def _train(texts: Sequence[str], *, size: int, alphabet: list[str], first: Sequence[str]) -> list[str]:
-    """Train with the library; the tokens of `first` have the lowest ids."""
-    from tokenizers import Tokenizer, models, trainers
-
-    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = _normalizer(), _pre_tokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size,
-        min_frequency=2,
-        special_tokens=list(first),
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        continuing_subword_prefix=CONTINUATION,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(iter(texts), trainer)
-    ids = tokenizer.get_vocab()
-    return sorted(ids, key=ids.__getitem__)

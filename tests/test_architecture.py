@@ -31,9 +31,10 @@ LAYERS = (
     ("objectives.py",),
     ("model/", "data/", "corpus/"),
     ("parallel/", "masking/", "vocab.py"),
+    ("vocab_training.py",),
     (
         *("config.py", "presets.py", "devices.py", "launch_environment.py", "console.py", "files.py"),
-        *("folder_lock.py", "ranges.py"),
+        *("folder_lock.py", "ranges.py", "vocab_files.py"),
     ),
 )
 """From the top; a module imports from the lines below its own, and from its own package."""
@@ -52,7 +53,7 @@ THIRD_PARTIES = {
     "datasets": ("corpus/input/", "downstream/rows.py"),
     "datasketch": ("corpus/filters/duplicates.py",),
     "mpi4py": ("corpus/prepare/mpi.py",),
-    "tokenizers": ("vocab.py",),
+    "tokenizers": ("vocab.py", "vocab_training.py"),
     "torch.utils.tensorboard": ("metrics/run_log.py",),
     "transformers": ("conversion/",),
     "onnxruntime": ("conversion/onnx.py",),

@@ -40,8 +40,9 @@ def initial_weights_problems(path: Path, model: ModelConfig, vocabulary: Vocabul
     problems = _architecture_problems(folder, state["configuration"].get("model"), model)
     if state["identity"].get("vocabulary") != vocabulary.fingerprint:
         problems.append(
-            f"--init ({path}): its vocabulary is not the corpus': prepare the corpus with `--vocabulary` of these "
-            "weights, or, when only the ids of the same tokens differ, import them with `--vocabulary` of the corpus"
+            f"--init ({path}): its vocabulary is not the corpus' (tokens, their ids, casing, accents, added words): "
+            "prepare the corpus with `--vocabulary` of these weights, or, when only the ids of the same tokens differ, "
+            "import them with `--vocabulary` of the corpus"
         )
     return problems
 

@@ -112,7 +112,9 @@ def _write_and_compare(
     expected = compute_outputs(pretrained, probe, one_segment=exported.settings["model_type"] == "mpnet")
     if exported.settings["model_type"] == "unilm":
         _write_unilm(exported, folder)
-        actual = compute_outputs(read_pretrained(folder, format="unilm"), probe)
+        reloaded = read_pretrained(folder, format="unilm")
+        raise_if_any(_vocabulary_problems(exported.vocabulary, reloaded.vocabulary))
+        actual = compute_outputs(reloaded, probe)
     else:
         write_folder(exported, folder, max_positions=pretrained.model.max_positions)
         raise_if_any(_tokenization_problems(pretrained.vocabulary, exported.vocabulary, folder))
@@ -182,10 +184,20 @@ def _max_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
+def _vocabulary_problems(exported: Vocabulary, reloaded: Vocabulary) -> list[str]:
+    if exported.fingerprint == reloaded.fingerprint:
+        return []
+    return [
+        f"the vocabulary of the export is read back as {reloaded.description}, not {exported.description}: nothing was "
+        "written; this is a bug of pmlm export"
+    ]
+
+
 def _tokenization_problems(original: Vocabulary, exported: Vocabulary, folder: Path) -> list[str]:
     """Return the texts that the tokenizer of the export splits differently than the checkpoint's vocabulary."""
     words = [token for id, token in enumerate(original.tokens) if id not in original.special_ids and token.isalnum()]
     texts = [" ".join(words[start::7][:40]) for start in range(7)] + ["Ünïcödé, UPPER case; don't: 1,024 (x) 北京!", ""]
+    texts += [f"a {word} {word.upper()}, {word}s" for word in original.words]
     problems = []
     exported_ids = transformers_token_ids(folder, texts)
     for text, original_ids, ids in zip(texts, original.encode_batch(texts), exported_ids, strict=True):

@@ -1,8 +1,7 @@
-"""Files of foreign models: tensors, settings, tokenizers. Code in them is never executed.
+"""Files of foreign models: tensors and settings; vocab_files.py reads tokenizers. Code in them is never executed.
 
 model.safetensors | pytorch_model.bin    tensors by name
 config.json                              settings
-tokenizer.json | vocab.txt               vocabulary, special tokens renamed to ours
 """
 
 from __future__ import annotations
@@ -19,11 +18,9 @@ from torch import Tensor
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.tensors import Tensors
-from pmlm_dist.vocab import CLS, MASK, PAD, SEP, UNK, Vocabulary
 
 WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
-CONFIG, TOKENIZER, WORD_LIST = "config.json", "tokenizer.json", "vocab.txt"
-TOKENIZER_CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+CONFIG = "config.json"
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -53,51 +50,3 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError([f"{path} cannot be read: it is not a JSON object"])
     return settings
-
-
-def read_vocabulary(path: Path) -> Vocabulary:
-    """Return the WordPiece vocabulary of a folder or a word list, special tokens renamed to those of corpora.
-
-    MPNet's special tokens are `<s> </s> <pad> <mask>`; its vocabulary also has BERT's names for them, unused. Unused
-    special tokens become `[unusedN]`, so that two tokens never have the same name.
-    """
-    file = path / TOKENIZER
-    if not file.is_file():
-        return _read_word_list(path if path.is_file() else path / WORD_LIST)
-    settings = {**_optional(path / SPECIAL), **_optional(path / TOKENIZER_CONFIG)}
-    roles = {"pad_token": PAD, "unk_token": UNK, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
-    their_names = {ours: _content(settings.get(role)) or ours for role, ours in roles.items()}
-    vocabulary = Vocabulary.load(path)
-    return vocabulary.renamed(_renames(vocabulary.tokens, their_names, _added(file)))
-
-
-def _read_word_list(words: Path) -> Vocabulary:
-    """Return the vocabulary of an uncased word list. A word list has no settings: capitals show that it is cased."""
-    vocabulary = Vocabulary.load(words)
-    capital = next((token for token in vocabulary.tokens if token.isalpha() and token != token.lower()), None)
-    if capital is not None:
-        raise ConfigError(
-            [f"{words} is cased (it has {capital!r}): save its {TOKENIZER} beside it, which defines the tokenization"]
-        )
-    return vocabulary
-
-
-def _renames(tokens: tuple[str, ...], their_names: dict[str, str], added: list[str]) -> dict[str, str]:
-    """Return new names of the special tokens in use (`their_names`: ours -> theirs) and of the unused ones."""
-    used = their_names.values()
-    unused = [token for token in dict.fromkeys([*added, *their_names]) if token in tokens and token not in used]
-    free_names = (name for number in range(len(tokens)) if (name := f"[unused{number}]") not in tokens)
-    renames = {theirs: ours for ours, theirs in their_names.items() if theirs != ours}
-    return renames | {token: next(free_names) for token in unused}
-
-
-def _added(file: Path) -> list[str]:
-    return [token["content"] for token in read_json_object(file).get("added_tokens") or [] if token.get("special")]
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json_object(path) if path.is_file() else {}
-
-
-def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
-from pmlm_dist.conversion.files import CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, write_settings
+from pmlm_dist.conversion.files import CONFIG, WEIGHTS, write_settings
 from pmlm_dist.conversion.pretrained import PretrainedWeights
 from pmlm_dist.conversion.tensors import NameScheme, Tensors
 from pmlm_dist.vocab import SPECIAL_TOKENS, Vocabulary
+from pmlm_dist.vocab_files import TOKENIZER, TOKENIZER_CONFIG
 
 NEW_HEAD_NOTE = "the checkpoint has no masked-LM head: head.dense is newly initialized, its biases are zero"
 _SHARED_SETTINGS = {
@@ -151,6 +152,7 @@ def _write_tokenizer(exported: ExportedModel, folder: Path, *, max_positions: in
     segments = [] if exported.settings["model_type"] == "mpnet" else ["token_type_ids"]
     names = zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True)
     settings = {
+        **exported.vocabulary.settings,
         **dict(names),
         # The class that uses tokenizer.json unchanged; those of BERT and MPNet rebuild the normalizer from settings.
         "tokenizer_class": "PreTrainedTokenizerFast",

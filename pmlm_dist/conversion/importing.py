@@ -14,21 +14,13 @@ from typing import Any, Literal
 from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS, flag_of
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.conversion.bert import from_bert
-from pmlm_dist.conversion.files import (
-    CONFIG,
-    OLD_WEIGHTS,
-    TOKENIZER,
-    WEIGHTS,
-    WORD_LIST,
-    read_json_object,
-    read_tensors,
-    read_vocabulary,
-)
+from pmlm_dist.conversion.files import CONFIG, OLD_WEIGHTS, WEIGHTS, read_json_object, read_tensors
 from pmlm_dist.conversion.mpnet import from_mpnet
 from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
 from pmlm_dist.conversion.tensors import Tensors
 from pmlm_dist.conversion.unilm import from_unilm, is_unilm
 from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocab_files import TOKENIZER, WORD_LIST
 
 Format = Literal["auto", "bert", "mpnet", "unilm"]
 _FORMATS: dict[str, Callable[..., PretrainedWeights]] = {"bert": from_bert, "mpnet": from_mpnet, "unilm": from_unilm}
@@ -48,11 +40,12 @@ def import_weights(path: Path, /, *, output: Path, vocabulary: Path | None = Non
     if vocabulary is not None:
         pretrained = pretrained.with_vocabulary(Vocabulary.load(vocabulary), origin=str(vocabulary))
     save_pretrained(pretrained, output)
-    for note in pretrained.facts["notes"]:
+    for note in (*pretrained.facts["notes"], *pretrained.vocabulary.notes):
         print(f"note: {note}")
     parameters = sum(weight.numel() for weight in pretrained.weights.values())
     print(
-        f"written: {output} ({pretrained.facts['format']}, {parameters:,} parameters)\n"
+        f"written: {output} ({pretrained.facts['format']}, {parameters:,} parameters; vocabulary "
+        f"{pretrained.vocabulary.size}, {pretrained.vocabulary.description})\n"
         f"to prepare a corpus: pmlm prepare-corpus --vocabulary {shlex.quote(str(output))} ...\n"
         f"to train: train.py --init {shlex.quote(str(output))} {' '.join(needed_flags(pretrained.model))}"
     )
@@ -70,7 +63,7 @@ def read_pretrained(path: Path, *, format: Format = "auto") -> PretrainedWeights
     files = _find_files(path)
     settings, tensors = read_json_object(files.settings), read_tensors(files.tensors)
     name = _detect_format(settings, tensors, path) if format == "auto" else format
-    return _FORMATS[name](settings, tensors, read_vocabulary(files.vocabulary), origin=str(path))
+    return _FORMATS[name](settings, tensors, Vocabulary.load(files.vocabulary), origin=str(path))
 
 
 def _detect_format(settings: dict[str, Any], tensors: Tensors, path: Path) -> str:

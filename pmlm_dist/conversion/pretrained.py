@@ -56,7 +56,10 @@ class PretrainedWeights:
     """Contents of `state.json` and the `folder` of its checkpoint, or the origin of imported weights."""
 
     def with_vocabulary(self, vocabulary: Vocabulary, *, origin: str) -> PretrainedWeights:
-        """Return the model with the token ids of `vocabulary`. Raises `ConfigError` if the sets of tokens differ."""
+        """Return the model with the token ids of `vocabulary`.
+
+        Raises `ConfigError` if the sets of tokens differ, or normalization and added words.
+        """
         ids = {token: id for id, token in enumerate(self.vocabulary.tokens)}
         tokens = vocabulary.tokens
         missing = [token for token in tokens if token not in ids]
@@ -67,6 +70,14 @@ class PretrainedWeights:
                     f"the vocabulary of {origin} ({len(tokens)} tokens) differs from that of the weights ({len(ids)}): "
                     f"{len(missing)} of its tokens have no weights{_examples(missing)}, "
                     f"{len(extra)} tokens with weights are not in it{_examples(sorted(extra))}"
+                ]
+            )
+        if vocabulary.processing != self.vocabulary.processing:
+            raise ConfigError(
+                [
+                    f"the vocabulary of {origin} ({vocabulary.description}) has the tokens of the weights, but reads "
+                    f"text otherwise ({self.vocabulary.description}): prepare the corpus with the vocabulary of the "
+                    "weights"
                 ]
             )
         rows = torch.tensor([ids[token] for token in tokens])

@@ -1,7 +1,7 @@
 """The corpus on disk: WebDataset shards, and the manifest with their sizes and checksums.
 
     corpus/
-      manifest.json  tokenizer.json  vocab.txt
+      manifest.json  tokenizer.json  vocab.txt  tokenizer_config.json
       train/shard-000000.tar  ...                one tar member per sample: 000000000.u16, 000000001.u16, ...
       validation/shard-000000.tar  ...
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -105,7 +106,7 @@ class Manifest:
     unigram_entropy: float
     """Entropy of the content tokens of the training split, in nats: the least loss of a model without context."""
     counts: Mapping[str, Any]
-    """Documents, characters, content tokens, and skipped records by reason."""
+    """Documents, characters, content tokens, [UNK] among them, and skipped records by reason."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the preparation."""
     version: int = VERSION
@@ -136,6 +137,12 @@ class Manifest:
         """Write `folder`/manifest.json, atomically and durably."""
         text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
         write_atomically(Path(folder) / MANIFEST, f"{text}\n")
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of [UNK] among the content tokens of all splits; NaN if the corpus was written without their number."""
+        unknown = self.counts.get("unknown_tokens")
+        return sum(unknown.values()) / sum(self.counts["content_tokens"].values()) if unknown else math.nan
 
     @property
     def fingerprint(self) -> str:

@@ -11,6 +11,7 @@ bytes for each sample of a split.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ class _Corpus:
     vocabulary: Vocabulary
     lengths: dict[str, np.ndarray] = field(default_factory=dict)
     """Split -> content tokens of every sample, shape [samples]."""
+    unknown: Counter[str] = field(default_factory=Counter)
+    """Split -> number of [UNK]."""
 
     def check(self) -> list[str]:
         """Return all problems. Digests are compared only if there is no other problem."""
@@ -63,10 +66,13 @@ class _Corpus:
 
     def summary(self) -> str:
         samples = ", ".join(f"{split.samples:,} {name} samples" for name, split in self.manifest.splits.items())
+        content = sum(int(lengths.sum()) for lengths in self.lengths.values())
+        unknown = f"{self.unknown.total() / max(1, content):.2%} of the tokens are [UNK]"
         if self._splits_with_digest():
-            return f"{samples}: every token of every document is in exactly one sample, at its position"
+            return f"{samples}: every token of every document is in exactly one sample, at its position; {unknown}"
         return (
-            f"{samples}: shards and samples are valid; without digests of the documents, their completeness is unknown"
+            f"{samples}: shards and samples are valid; without digests of the documents, their completeness is "
+            f"unknown; {unknown}"
         )
 
     def _check_shards(self, name: str) -> list[str]:
@@ -78,6 +84,7 @@ class _Corpus:
                 for ids, sizes in self._samples(shard):
                     problems += [f"{shard.name}: {problem}" for problem in self._check_samples(ids, sizes, number)]
                     lengths.append(sizes - SPECIAL_TOKENS_PER_SAMPLE)
+                    self.unknown[name] += int((ids == self.vocabulary.unk_id).sum())
                     number += len(sizes)
             except ShardError as error:
                 problems.append(str(error))
@@ -122,6 +129,7 @@ class _Corpus:
                 "samples": (split.samples, samples),
                 "tokens": (split.tokens, content + SPECIAL_TOKENS_PER_SAMPLE * samples),
                 "content tokens": (counts.get("content_tokens", {}).get(name, content), content),
+                "[UNK]": (counts.get("unknown_tokens", {}).get(name, self.unknown[name]), self.unknown[name]),
             }
             problems += [
                 f"{name} holds {actual} {what}, the manifest says {expected}"

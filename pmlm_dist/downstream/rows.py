@@ -17,7 +17,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pmlm_dist.config import ConfigError
 
@@ -81,7 +81,7 @@ def read_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:  # a lone \r is no line end
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -97,9 +97,9 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _table(path: Path) -> Iterator[dict[str, Any]]:
     is_tsv = path.suffix == ".tsv"
     csv.field_size_limit(2**31 - 1)  # passages exceed the default of 128 KiB
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(file)
-        names = next(lines, None)
+    with path.open(encoding="utf-8-sig", newline="\n" if is_tsv else "") as file:
+        lines = _cells(file, is_tsv=is_tsv)
+        _, names = next(lines, (1, None))
         if names is None:
             return
         if is_tsv and len(names) == len(_COLA) and names[1] in ("0", "1"):
@@ -108,10 +108,20 @@ def _table(path: Path) -> Iterator[dict[str, Any]]:
         duplicates = sorted(name for name, count in Counter(names).items() if count > 1)
         if duplicates:
             raise ConfigError([f"{path}, line 1: more than one column is called {', '.join(map(repr, duplicates))}"])
-        for row in filter(None, lines):
+        for number, row in lines:
             if len(row) != len(names):
-                raise ConfigError([f"{path}, line {lines.line_num}: {len(row)} columns instead of {len(names)}"])
+                raise ConfigError([f"{path}, line {number}: {len(row)} columns instead of {len(names)}"])
             yield dict(zip(names, row, strict=True))
+
+
+def _cells(file: TextIO, *, is_tsv: bool) -> Iterator[tuple[int, list[str]]]:
+    """Yield line number and cells of every row; blank lines are no rows."""
+    if is_tsv:  # not by `csv`, to which a lone carriage return ends a row
+        rows = ((number, line.removesuffix("\n").removesuffix("\r")) for number, line in enumerate(file, start=1))
+        yield from ((number, row.split("\t")) for number, row in rows if row)
+        return
+    reader = csv.reader(file)
+    yield from ((reader.line_num, row) for row in reader if row)
 
 
 def _squad_questions(path: Path) -> Iterator[dict[str, Any]]:

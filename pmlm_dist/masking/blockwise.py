@@ -8,7 +8,7 @@ of drawing is the factorization order. The random numbers of a sample are a func
 (`masking/random_state.py`), so its masks do not depend on batch, rank or worker. The compiled functions work on one
 sample; `masking/layout.py` runs them over whole batches.
 
-numba caches the machine code beside this file, or in `NUMBA_CACHE_DIR` where that folder is not writable.
+`machine_code.py` says where the machine code is cached.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from pmlm_dist.config import MaskingConfig
+from pmlm_dist.masking.machine_code import compiled
 from pmlm_dist.masking.random_state import below, seed_state, uniform
 
 MASK_SHARE = 0.8
@@ -141,14 +141,14 @@ def mask_sample(tokens: np.ndarray, *, rule: MaskRule, seed: int, epoch: int, sa
     return MaskedSample(predicted[:count], steps[:count], context, masked[:count])
 
 
-@njit(cache=True)
+@compiled
 def is_prefix_sample(rule: MaskRule, state: np.ndarray) -> bool:
     """Decide whether a sample is a prefix sample; `state` is not advanced."""
     # From a stream of its own: the spans of the other samples are the same whatever the share.
     return rule.prefix_share > 0 and uniform(state ^ _PREFIX_STREAM) < rule.prefix_share
 
 
-@njit(cache=True)
+@compiled
 def draw_prefix(tokens: np.ndarray, rule: MaskRule, state: np.ndarray, predicted: np.ndarray, steps: np.ndarray) -> int:
     """Draw the cut of a prefix sample of `tokens` [n]. Return the number of predicted tokens, at most ceil(rate * n).
 
@@ -163,12 +163,12 @@ def draw_prefix(tokens: np.ndarray, rule: MaskRule, state: np.ndarray, predicted
     return count
 
 
-@njit(cache=True)
+@compiled
 def _num_wanted(tokens: np.ndarray, rule: MaskRule) -> int:
     return max(1, int(np.ceil(rule.rate * tokens.size - _ROUNDING)))
 
 
-@njit(cache=True)
+@compiled
 def _maskable(tokens: np.ndarray, rule: MaskRule) -> np.ndarray:
     """True for each token that may be masked: bool [n]."""
     free = np.empty(tokens.size, np.bool_)
@@ -178,7 +178,7 @@ def _maskable(tokens: np.ndarray, rule: MaskRule) -> np.ndarray:
     return free
 
 
-@njit(cache=True)
+@compiled
 def _draw_length(rule: MaskRule, state: np.ndarray) -> int:
     """Length of a span: uniform in min_span .. max_span with `span_probability`, else 1."""
     if uniform(state) < rule.span_probability:
@@ -186,7 +186,7 @@ def _draw_length(rule: MaskRule, state: np.ndarray) -> int:
     return 1
 
 
-@njit(cache=True)
+@compiled
 def _all_free(free: np.ndarray, start: int, length: int) -> bool:
     """True if the span lies inside the sample and all of its tokens may be masked."""
     if start + length > free.size:
@@ -197,7 +197,7 @@ def _all_free(free: np.ndarray, start: int, length: int) -> bool:
     return True
 
 
-@njit(cache=True)
+@compiled
 def draw_spans(tokens: np.ndarray, rule: MaskRule, state: np.ndarray, predicted: np.ndarray, steps: np.ndarray) -> int:
     """Draw spans of `tokens` [n] until ceil(rate * n) tokens are masked. Return the number of masked tokens.
 
@@ -228,7 +228,7 @@ def draw_spans(tokens: np.ndarray, rule: MaskRule, state: np.ndarray, predicted:
     return count
 
 
-@njit(cache=True)
+@compiled
 def corrupt(context: np.ndarray, rule: MaskRule, state: np.ndarray, predicted: np.ndarray, masked: np.ndarray) -> None:
     """Corrupt the `predicted` positions of `context` in place: 80 % [MASK], 10 % random, 10 % kept.
 

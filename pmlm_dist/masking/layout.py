@@ -20,9 +20,9 @@ from collections.abc import Mapping, Sequence
 from typing import Generic, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from pmlm_dist.masking.blockwise import MaskRule, corrupt, draw_prefix, draw_spans, is_prefix_sample
+from pmlm_dist.masking.machine_code import compiled
 from pmlm_dist.masking.random_state import seed_state
 from pmlm_dist.masking.visibility import Array
 
@@ -115,7 +115,7 @@ def build_layout(
     _fill_rows(layout, tokens, ends, np.array(states, dtype=np.uint64), rule)
 
 
-@njit(cache=True)
+@compiled
 def _fill_rows(layout: Layout, tokens: np.ndarray, ends: np.ndarray, states: np.ndarray, rule: MaskRule) -> None:
     start = 0
     for row in range(ends.size):
@@ -123,7 +123,7 @@ def _fill_rows(layout: Layout, tokens: np.ndarray, ends: np.ndarray, states: np.
         start = ends[row]
 
 
-@njit(cache=True)
+@compiled
 def _fill_row(layout: Layout, row: int, tokens: np.ndarray, state: np.ndarray, rule: MaskRule) -> None:
     """Mask one sample into row `row`; the slices below are views, so the functions write into the batch itself."""
     num_predictions = layout.predicted_BM.shape[1]
@@ -144,7 +144,7 @@ def _fill_row(layout: Layout, row: int, tokens: np.ndarray, state: np.ndarray, r
         corrupt(layout.tokens_BT[row, :num_context], rule, state, predicted[:count], layout.masked_BM[row])
 
 
-@njit(cache=True)
+@compiled
 def _fill_context(layout: Layout, row: int, tokens: np.ndarray, end: int, sep_id: int) -> None:
     """Write the context up to `end`; segments continue, as appended slots have those of their base slots."""
     segment = 0
@@ -157,7 +157,7 @@ def _fill_context(layout: Layout, row: int, tokens: np.ndarray, end: int, sep_id
             segment = 1
 
 
-@njit(cache=True)
+@compiled
 def _append_slots(layout: Layout, row: int, tokens: np.ndarray, count: int, mask_id: int) -> None:
     num_predictions = layout.predicted_BM.shape[1]
     num_context = layout.tokens_BT.shape[1] - 2 * num_predictions

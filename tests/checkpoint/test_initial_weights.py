@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.random_models import save_random_model
+from support.random_models import WORDS, random_pretrained, save_random_model
 from support.saving_runs import printed_by_pretrain
 from support.small_runs import MODEL, run_config, start_run, take_steps, whole_weights, with_model, with_train
 from support.worlds import run_world
 
+from pmlm_dist.checkpoint.initial_weights import initial_weights_problems
 from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
@@ -119,6 +120,14 @@ def test_init_with_another_vocabulary_raises(small_corpus, tmp_path):
     save_random_model(tmp_path / "initial", max_positions=64)
     config = replace(run_config(small_corpus, tmp_path / "run"), init=tmp_path / "initial")
     assert "its vocabulary is not the corpus'" in error_at_start(config)
+
+
+def test_init_with_the_same_tokens_read_otherwise_raises(tmp_path):
+    model = random_pretrained().model
+    save_random_model(tmp_path / "weights")
+    assert initial_weights_problems(tmp_path / "weights", model, Vocabulary.from_tokens(WORDS)) == []
+    (problem,) = initial_weights_problems(tmp_path / "weights", model, Vocabulary.from_tokens(WORDS, lowercase=False))
+    assert "its vocabulary is not the corpus' (tokens, their ids, casing, accents, added words)" in problem
 
 
 def test_init_from_corrupt_or_missing_weights_raises(small_corpus, tmp_path):

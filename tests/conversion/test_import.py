@@ -18,12 +18,14 @@ from support.random_models import (
     random_pretrained,
     random_text,
 )
-from transformers import BertForPreTraining, BertModel
+from transformers import AutoTokenizer, BertForPreTraining, BertModel
 
 from pmlm_dist import cli
+from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.importing import read_pretrained
 from pmlm_dist.conversion.pretrained import open_pretrained, save_pretrained
 from pmlm_dist.conversion.tensors import RELATIVE_BIAS
+from pmlm_dist.vocab import Vocabulary
 
 
 def model_inputs(ids_BT, segments_BT, valid_BT) -> dict[str, torch.Tensor]:
@@ -121,6 +123,30 @@ def test_weights_are_reordered_to_the_vocabulary_of_a_corpus(tmp_path, capsys):
     assert RELATIVE_BIAS in imported.weights
 
 
+@pytest.mark.parametrize("format", ["bert", "unilm"])
+def test_added_words_survive_import_and_export(tmp_path, capsys, format: str):
+    folder, text = tmp_path / "bert", f"New York, {WORDS[10]} covid-19!"
+    bert_folder(folder, words=WORDS[:-2])
+    (folder / "added_tokens.json").write_text(json.dumps({"covid-19": len(WORDS) - 2, "New York": len(WORDS) - 1}))
+    expected = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    assert {len(WORDS) - 2, len(WORDS) - 1} <= set(expected)
+    assert cli.main(["import", str(folder), "--output", str(tmp_path / "imported")]) == 0
+    assert f"vocabulary {len(WORDS)}, uncased, accents stripped, 2 added words" in capsys.readouterr().out
+    target = tmp_path / "exported"
+    assert cli.main(["export", str(tmp_path / "imported"), "--format", format, "--output", str(target)]) == 0
+    vocabulary = open_pretrained(tmp_path / "imported").vocabulary
+    assert vocabulary.encode_batch([text])[0] == expected[1:-1]
+    assert read_pretrained(target).vocabulary.fingerprint == vocabulary.fingerprint
+    if format == "bert":
+        assert AutoTokenizer.from_pretrained(target)(text)["input_ids"] == expected
+
+
+def test_vocabulary_that_reads_text_otherwise_raises():
+    pretrained = random_pretrained()
+    with pytest.raises(ConfigError, match=r"corpus \(cased, accents kept\) has the tokens.*otherwise \(uncased"):
+        pretrained.with_vocabulary(Vocabulary.from_tokens(WORDS, lowercase=False), origin="corpus")
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -214,7 +240,7 @@ def test_import_does_not_execute_code(tmp_path, capsys, monkeypatch):
 def test_import_of_a_cased_word_list_raises(tmp_path, capsys):
     folder = tmp_path / "bert"
     bert_folder(folder, words=[*WORDS[:-1], "Tea"])
-    assert "is cased (it has 'Tea')" in error_of_import(folder, capsys)
+    assert "is cased (1 of its tokens, 'Tea' for example" in error_of_import(folder, capsys)
 
 
 def test_import_with_other_vocabulary_raises(tmp_path, capsys, small_corpus):

@@ -79,6 +79,14 @@ def test_crlf_byte_order_mark_and_blank_lines_are_ignored(tmp_path: Path, mark: 
     assert [read_rows(str(tmp_path), split) for split in ("train", "validation", "test")] == [rows] * 3
 
 
+def test_lone_carriage_returns_and_unicode_separators_end_no_line(tmp_path: Path):
+    text = "a\rb\x0bc\x0cd\x1ce\x85f\u2028g"
+    (tmp_path / "train.jsonl").write_bytes(b'{"text":\r"a\xe2\x80\xa8b",\r"label": "x"}\n')
+    (tmp_path / "test.tsv").write_bytes(f"text\tlabel\n{text}\tx\n".encode())
+    assert read_rows(str(tmp_path), "train") == [{"text": "a\u2028b", "label": "x"}]
+    assert read_rows(str(tmp_path), "test") == [{"text": text, "label": "x"}]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from typing import Literal
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.corpus.filters.contamination import HeldOutNgrams
+from pmlm_dist.corpus.filters.normal_form import normal_form
 from pmlm_dist.corpus.input.documents import Document
 from pmlm_dist.corpus.input.records import SkippedRecords
 
@@ -106,5 +106,5 @@ def normalize(document: Document, form: Unicode) -> Document:
     """Return the document in a Unicode normal form (UAX 15); the same object if it is already in that form."""
     if form == "none" or document.text.isascii():
         return document
-    text = unicodedata.normalize(form.upper(), document.text)  # pyright: ignore[reportArgumentType]
+    text = normal_form(form.upper(), document.text)  # pyright: ignore[reportArgumentType]
     return document if text == document.text else replace(document, text=text)

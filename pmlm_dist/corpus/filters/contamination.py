@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 from pmlm_dist.config import ConfigError, raise_if_any
+from pmlm_dist.corpus.filters.normal_form import normal_form
 from pmlm_dist.corpus.input.documents import read_strings
 from pmlm_dist.corpus.input.sources import find_files
 from pmlm_dist.corpus.input.units import list_units
@@ -78,7 +78,7 @@ def _ngrams(text: str, words: int) -> np.ndarray:
 
 
 def _normalize(text: str) -> str:
-    return (text if text.isascii() else unicodedata.normalize("NFKC", text)).lower()
+    return (text if text.isascii() else normal_form("NFKC", text)).lower()
 
 
 @lru_cache(maxsize=_CACHED_WORDS)

@@ -50,6 +50,9 @@ class CachedEncoder:
     def __init__(self, vocabulary: Vocabulary):
         self._vocabulary = vocabulary
         self._cache: dict[str, tuple[int, ...]] = {}
+        words = [r"\s+".join(map(re.escape, word.split())) for word in vocabulary.words if len(word.split()) > 1]
+        self.unbroken = re.compile("|".join(words), re.IGNORECASE) if words else None
+        """Added words with spaces: no cut of a text may be in them."""
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all texts one after another, [tokens] uint32, and the number of ids of each, [texts]."""
@@ -103,10 +106,7 @@ def _flatten(encoded: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 def tokenize(documents: Iterable[Document], encoder: CachedEncoder) -> Iterator[TokenizedDocument]:
     """Yield documents with their token ids; the tokenizer is called with about a million characters at a time."""
     for batch in _batches(documents, length=lambda document: len(document.text)):
-        pieces = [
-            list(split_text(document.text, min_length=SENTENCE_CHARACTERS, max_length=PIECE_CHARACTERS))
-            for document in batch
-        ]
+        pieces = [_pieces(document.text, encoder.unbroken) for document in batch]
         # A second batching: a single document can have many millions of characters.
         encoded = [encoder.encode(texts) for texts in _batches(itertools.chain.from_iterable(pieces), length=len)]
         ids = np.concatenate([ids for ids, _ in encoded])
@@ -115,6 +115,17 @@ def tokenize(documents: Iterable[Document], encoder: CachedEncoder) -> Iterator[
         for document, (first, last) in zip(batch, itertools.pairwise(stops), strict=True):
             start, stop = ends[first], ends[last]
             yield TokenizedDocument(document, ids[start:stop], ends[first + 1 : last] - start)
+
+
+def _pieces(text: str, unbroken: re.Pattern[str] | None) -> list[str]:
+    """Cut a text at sentence ends, but not within a match of `unbroken`."""
+    pieces = list(split_text(text, min_length=SENTENCE_CHARACTERS, max_length=PIECE_CHARACTERS))
+    if unbroken is None:
+        return pieces
+    cuts = np.cumsum([0, *map(len, pieces)])
+    for match in unbroken.finditer(text):
+        cuts = cuts[(cuts <= match.start()) | (cuts >= match.end())]
+    return [text[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
 def _batches(items: Iterable[T], *, length: Callable[[T], int]) -> Iterator[list[T]]:

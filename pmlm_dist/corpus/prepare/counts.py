@@ -16,6 +16,9 @@ from pmlm_dist.corpus.prepare.settings import PrepareConfig
 from pmlm_dist.corpus.shards import SPLITS, TRAIN, VALIDATION, Manifest, Shard, Split, token_dtype
 from pmlm_dist.vocab import Vocabulary
 
+_MAX_UNKNOWN = 0.01
+"""Share of [UNK] above which the summary warns."""
+
 
 @dataclass
 class UnitCounts:
@@ -25,6 +28,8 @@ class UnitCounts:
     """By split."""
     content_tokens: Counter[str] = field(default_factory=Counter)
     """By split."""
+    unknown_tokens: Counter[str] = field(default_factory=Counter)
+    """[UNK] among the content tokens, by split."""
     samples: Counter[str] = field(default_factory=Counter)
     """By split."""
     digests: Counter[str] = field(default_factory=Counter)
@@ -63,7 +68,7 @@ class UnitCounts:
         )
 
 
-_COUNTERS = ("documents", "content_tokens", "samples", "digests", "changed")
+_COUNTERS = ("documents", "content_tokens", "unknown_tokens", "samples", "digests", "changed")
 
 
 def sum_counts(counts: Iterable[UnitCounts]) -> UnitCounts:
@@ -128,6 +133,7 @@ def build_manifest(
             "records": totals.skipped.records_read,
             "documents": {split: totals.documents[split] for split in SPLITS},
             "content_tokens": {split: totals.content_tokens[split] for split in SPLITS},
+            "unknown_tokens": {split: totals.unknown_tokens[split] for split in SPLITS},
             "characters": totals.characters,
             "skipped": dict(sorted(totals.skipped.counts.items())),
             "changed": {what: count for what, count in sorted(totals.changed.items()) if count},
@@ -178,12 +184,14 @@ def summary(
     manifest: Manifest,
     totals: UnitCounts,
     seconds: Mapping[str, float],
+    vocabulary: Vocabulary,
     *,
     lengths: DocumentLengths,
 ) -> str:
     """Return the report of a finished preparation; `seconds` by phase."""
     lines = [
-        f"corpus {config.output}: vocabulary {manifest.vocabulary['size']}, sequence length {config.sequence_length}"
+        f"corpus {config.output}: vocabulary {vocabulary.size} ({vocabulary.description}), sequence length "
+        f"{config.sequence_length}"
     ]
     for name, split in manifest.splits.items():
         lines.append(
@@ -196,7 +204,13 @@ def summary(
         f"  held out {share:.2%} of the tokens ({config.validation_fraction:.2%} asked for); median document "
         f"{lengths.quantile(0.5):,} characters"
     )
-    lines.append(f"  unigram entropy {manifest.unigram_entropy:.4f} nats")
+    unknown = manifest.unknown_share
+    lines.append(f"  unigram entropy {manifest.unigram_entropy:.4f} nats; {unknown:.2%} of the tokens are [UNK]")
+    if unknown > _MAX_UNKNOWN:
+        lines.append(
+            "  warning: words became [UNK], which teaches nothing: train a larger vocabulary, or one with a higher "
+            "--character-coverage, or give one that was made for these texts"
+        )
     lines += [f"  changed {count:,} x {what}" for what, count in manifest.counts["changed"].items()]
     lines += [f"  skipped {line}" for line in _skipped_lines(totals.skipped)]
     phases = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())

@@ -58,8 +58,10 @@ from pmlm_dist.corpus.prepare.settings import (
     SAMPLES_PER_SHARD,
     PrepareConfig,
     existing_corpus,
+    given_vocabulary,
     raise_if_different,
     recorded_settings,
+    train_vocabulary,
 )
 from pmlm_dist.corpus.prepare.sorted_runs import RunPacker
 from pmlm_dist.corpus.prepare.source_files import raise_if_changed, source_files, unsplittable_warnings
@@ -145,7 +147,8 @@ class _Preparation:
             self.check_lock()
             manifest.save(self.config.output)
             self.journal.remove()
-            print(summary(self.config, manifest, totals, self.seconds, lengths=self.lengths), flush=True)
+            report = summary(self.config, manifest, totals, self.seconds, vocabulary, lengths=self.lengths)
+            print(report, flush=True)
         barrier(self.comm)
         return manifest
 
@@ -235,11 +238,13 @@ class _Preparation:
         if self.comm.rank == 0:
             if needs_training:
                 with self._journal_removed_on_error():
-                    vocabulary = Vocabulary.train(texts, self.config.vocabulary_size or 0)
+                    vocabulary = train_vocabulary(texts, self.config)
                 vocabulary.save(temporary := folder.with_name(f".{_VOCABULARY}"))
                 temporary.replace(folder)  # a folder of two files appears at once
             else:
-                vocabulary = Vocabulary.load(folder if is_trained else self.config.vocabulary or folder)
+                vocabulary = Vocabulary.load(folder) if is_trained else given_vocabulary(self.config)
+            for note in vocabulary.notes:
+                print(f"vocabulary: {note}", flush=True)
         vocabulary = broadcast_object(self.comm, vocabulary)
         assert vocabulary is not None
         return vocabulary

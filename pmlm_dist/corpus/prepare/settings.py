@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from pmlm_dist.corpus.input.units import UNIT_BYTES
 from pmlm_dist.corpus.packing.packer import MIN_SEQUENCE_LENGTH, Joined
 from pmlm_dist.corpus.shards import MANIFEST, Manifest
 from pmlm_dist.ranges import NotNegative, Positive, Range, range_problems
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocab import CHARACTER_COVERAGE, Vocabulary
 
 PYTHON_DOCS = "python-docs"
 SAMPLES_PER_SHARD = 8192
@@ -35,6 +35,7 @@ _DEFAULTS_OF_LATER_SETTINGS = {
 _MAX_VALUE_LENGTH = 200
 _SequenceLength = Range(f"be at least {MIN_SEQUENCE_LENGTH}: use 512", lambda length: length >= MIN_SEQUENCE_LENGTH)
 _Fraction = Range("lie between 0 and 1: use 0.01", lambda fraction: 0 < fraction < 1)
+_Coverage = Range("lie above 0 and at most at 1 (0.9995 is usual)", lambda coverage: 0 < coverage <= 1)
 _Similarity = Range("lie above 0 and at most at 1 (0.8 is usual)", lambda similarity: 0 < similarity <= 1)
 
 
@@ -49,11 +50,20 @@ class PrepareConfig:
     output: Path = Path("data/corpus")
     """Folder of the corpus."""
     vocabulary: Path | None = None
-    """WordPiece vocabulary to use: a tokenizer.json, its folder, or a BERT vocab.txt."""
+    """WordPiece vocabulary to use: a tokenizer.json, a BERT vocab.txt, or the folder of one. Settings beside it
+    (tokenizer_config.json, added_tokens.json) apply."""
     vocabulary_size: Annotated[int | None, Positive] = None
     """Train a vocabulary of this size on a sample of the text instead."""
     vocabulary_sample_bytes: Annotated[int, Positive] = 128 << 20
     """Maximum text to train a vocabulary on."""
+    cased: bool = False
+    """Keep capitals and accents: in a vocabulary to train, or as the meaning of a vocab.txt without settings."""
+    keep_accents: bool = False
+    """Keep accents in lower-case text. A vocabulary to train keeps them also where stripping them would change more
+    than 1 % of the characters: Hindi, Thai, Korean, German, ..."""
+    character_coverage: Annotated[float, _Coverage] = CHARACTER_COVERAGE
+    """Share of the text whose characters are in the alphabet of a vocabulary to train. A word with any other character
+    becomes [UNK]."""
     sequence_length: Annotated[int, _SequenceLength] = 512
     """Tokens of a sample, the three special tokens included."""
     joined: Joined = "join"
@@ -141,13 +151,30 @@ def recorded_settings(config: PrepareConfig) -> dict[str, Any]:
     listing = "".join(f"{file.name}\t{file.size}\n" for file in files)
     plain["input_files"] = hashlib.sha256(listing.encode()).hexdigest()
     if config.vocabulary is not None:
-        plain["vocabulary_fingerprint"] = Vocabulary.load(config.vocabulary).fingerprint
+        plain["vocabulary_fingerprint"] = given_vocabulary(config).fingerprint
     if config.language_filter is not None:
         plain["language_filter_fingerprint"] = language_filter(config.language_filter).fingerprint
     if config.decontaminate:
         held_out = read_held_out(config.decontaminate, words=config.decontaminate_words)
         plain["decontaminate_fingerprint"] = held_out.fingerprint
     return plain
+
+
+def given_vocabulary(config: PrepareConfig) -> Vocabulary:
+    """Return the vocabulary of `--vocabulary`, read as the settings say."""
+    assert config.vocabulary is not None
+    return Vocabulary.load(config.vocabulary, cased=config.cased, keep_accents=config.keep_accents)
+
+
+def train_vocabulary(texts: Sequence[str], config: PrepareConfig) -> Vocabulary:
+    """Train the vocabulary of `--vocabulary-size` on `texts`."""
+    return Vocabulary.train(
+        texts,
+        config.vocabulary_size or 0,
+        cased=config.cased,
+        keep_accents=config.keep_accents,
+        coverage=config.character_coverage,
+    )
 
 
 def file_patterns(config: PrepareConfig) -> list[str]:

@@ -121,6 +121,7 @@ class RunPacker:
             stream.finish()
             self._counts.samples[split] += stream.samples
             self._counts.digests[split] += stream.digest.digest
+            self._counts.unknown_tokens[split] += int(stream.digest.counts[self.vocabulary.unk_id])
         self._token_counts += streams[TRAIN].digest.counts
         self._units[unit.number] = [streams[split].samples for split in SPLITS]
 

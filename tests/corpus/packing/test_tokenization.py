@@ -1,4 +1,6 @@
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +83,17 @@ def test_long_documents_are_tokenized_like_one_text():
     assert [each.document for each in tokenized] == documents
     for each, expected in zip(tokenized, vocabulary.encode_batch(texts), strict=True):
         assert np.array_equal(each.ids, np.array(expected, np.uint32))
+
+
+def test_no_added_word_is_cut(tmp_path: Path):
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", ".", "st", "louis"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"St. Louis": len(tokens)}))
+    vocabulary = Vocabulary.load(tmp_path / "vocab.txt")
+    text = "a st.\nLouis a. " * 400
+    (document,) = tokenization.tokenize([Document(0, 0, text, "")], CachedEncoder(vocabulary))
+    assert document.ids.tolist() == vocabulary.encode_batch([text])[0] == [5, len(tokens), 5, 6] * 400
+    assert len(document.sentence_starts) > 10
 
 
 def test_sentence_starts_are_the_first_tokens_of_sentences():

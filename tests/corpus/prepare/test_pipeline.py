@@ -21,7 +21,7 @@ from pmlm_dist.corpus.prepare.settings import PrepareConfig, problems
 from pmlm_dist.corpus.prepare.source_files import unsplittable_warnings
 from pmlm_dist.corpus.shards import Manifest
 from pmlm_dist.corpus.verify import verify
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocab import SPECIAL_TOKENS, Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,15 @@ def test_manifest_matches_the_folder(corpus: Path):
     total = counts.total()
     assert manifest.unigram_entropy == pytest.approx(-sum(c / total * np.log(c / total) for c in counts.values()))
     assert sorted(path.name for path in corpus.iterdir()) == [
-        *("manifest.json", "tokenizer.json", "train", "unit_samples.npy", "validation", "vocab.txt")
+        *(
+            "manifest.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "train",
+            "unit_samples.npy",
+            "validation",
+            "vocab.txt",
+        )
     ]
 
 
@@ -91,6 +99,23 @@ def test_validation_split_holds_whole_documents(corpus: Path):
     words = {word for word in held_out.split() if word.isdigit() and len(word) == 3}
     assert words
     assert not words & set(train.split())
+
+
+def test_share_of_unknown_tokens_is_recorded_and_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = tmp_path / "words.jsonl"
+    source.write_text("".join(json.dumps({"text": f"{text} ☃"}) + "\n" for text in texts(100)))
+    (words := tmp_path / "words.txt").write_text("\n".join([*SPECIAL_TOKENS, *WORDS, *map(str, range(100))]))
+    given = config(source, tmp_path / "corpus", vocabulary=words, vocabulary_size=None, shards=2)
+    manifest = prepare_corpus(given)
+    stored = [id for split in ("train", "validation") for ids in samples(given.output, split) for id in ids]
+    assert sum(manifest.counts["unknown_tokens"].values()) == stored.count(1) == 100
+    share = f"{manifest.unknown_share:.2%} of the tokens are [UNK]"
+    printed = capsys.readouterr().out
+    assert 0.01 < manifest.unknown_share == 100 / sum(manifest.counts["content_tokens"].values())
+    assert f"{share}\n  warning: words became [UNK]" in printed
+    assert "(uncased, accents stripped)" in printed
+    verify(given.output)
+    assert share in capsys.readouterr().out
 
 
 def test_samples_are_shuffled_over_the_sources(corpus: Path):
