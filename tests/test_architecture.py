@@ -31,7 +31,16 @@ LAYERS = (
     ("objectives.py",),
     ("model/", "data/", "corpus/"),
     ("parallel/", "masking/", "vocab.py"),
-    ("config.py", "presets.py", "devices.py", "launch_environment.py", "console.py", "files.py", "ranges.py"),
+    (
+        "config.py",
+        "presets.py",
+        "devices.py",
+        "launch_environment.py",
+        "console.py",
+        "files.py",
+        "json_input.py",
+        "ranges.py",
+    ),
 )
 """From the top; a module imports from the lines below its own, and from its own package."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.tensors import Tensors
+from pmlm_dist.json_input import read_json_object
 from pmlm_dist.vocab import CLS, MASK, PAD, SEP, UNK, Vocabulary
 
 WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
@@ -42,17 +43,6 @@ def read_tensors(path: Path) -> Tensors:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ConfigError([f"{path} is not a mapping from names to tensors"])
     return dict(tensors)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"{path} cannot be read: {error}"]) from error
-    if not isinstance(settings, dict):
-        raise ConfigError([f"{path} cannot be read: it is not a JSON object"])
-    return settings
 
 
 def read_vocabulary(path: Path) -> Vocabulary:

@@ -14,20 +14,12 @@ from typing import Any, Literal
 from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS, flag_of
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.conversion.bert import from_bert
-from pmlm_dist.conversion.files import (
-    CONFIG,
-    OLD_WEIGHTS,
-    TOKENIZER,
-    WEIGHTS,
-    WORD_LIST,
-    read_json_object,
-    read_tensors,
-    read_vocabulary,
-)
+from pmlm_dist.conversion.files import CONFIG, OLD_WEIGHTS, TOKENIZER, WEIGHTS, WORD_LIST, read_tensors, read_vocabulary
 from pmlm_dist.conversion.mpnet import from_mpnet
 from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
 from pmlm_dist.conversion.tensors import Tensors
 from pmlm_dist.conversion.unilm import from_unilm, is_unilm
+from pmlm_dist.json_input import read_json_object
 from pmlm_dist.vocab import Vocabulary
 
 Format = Literal["auto", "bert", "mpnet", "unilm"]
