@@ -5,21 +5,24 @@
     NAME or NAME:CONFIG                              a data set of the Hugging Face hub (extra `datasets`), or a folder
                                                      with a copy of its repository
 
-CSV and TSV start with a line of column names. TSV is read without quoting, as GLUE's files are written; CoLA's files
-have no column names and get `_COLA`. `.json` is SQuAD's nested format: one row per question. Hugging Face class labels
-are replaced by their names.
+CSV and TSV start with a line of column names. TSV is read without quoting, as GLUE's files are written: they have
+irregular lines, which are skipped and counted in one line. `.json` is SQuAD's nested format: one row per question.
+Hugging Face class labels are replaced by their names.
 """
 
 from __future__ import annotations
 
 import csv
-import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pmlm_dist.config import ConfigError
+from pmlm_dist.console import print_safely
+from pmlm_dist.json_input import InvalidJson, parse_json, read_json
+from pmlm_dist.launch_environment import is_rank_zero
 
 _SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
 _OTHER_NAMES = {
@@ -30,6 +33,18 @@ _OTHER_NAMES = {
 }
 _COLA = ("source", "label", "note", "sentence")
 """Columns of CoLA's files, which have no header."""
+_GLUE_TEXTS = frozenset(
+    ("sentence", "sentence1", "sentence2", "#1 String", "#2 String", "question", "question1", "question2")
+)
+_GLUE_COLUMNS = _GLUE_TEXTS.union(
+    ("label", "gold_label", "label1", "label2", "label3", "label4", "label5", "Quality", "score", "is_duplicate"),
+    ("index", "id", "#1 ID", "#2 ID", "qid1", "qid2", "promptID", "pairID", "old_index"),
+    ("source", "source1", "source2", "genre", "filename", "year", "note"),
+    ("sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse"),
+)
+"""Columns of GLUE's files. Those of QQP have lines cut by a line feed in a question, and questions without text."""
+_NO_GOLD_LABEL = "-"
+"""In MNLI: the annotators did not agree."""
 _NO_LABEL = -1
 """Class label of hidden test sets in Hugging Face data sets."""
 
@@ -75,49 +90,95 @@ def read_file(path: Path) -> list[dict[str, Any]]:
             return list(_json_lines(path))
         if path.suffix == ".json":
             return list(_squad_questions(path))
-        return list(_table(path))
+        return list(_tsv(path) if path.suffix == ".tsv" else _csv(path))
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise ConfigError([f"{path} cannot be read: {error}"]) from error
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ConfigError([f"{path}, line {number}: not JSON ({error})"]) from error
+                row = parse_json(line)
+            except InvalidJson as error:
+                raise ConfigError([f"{path}, line {number}: not JSON ({error}): correct or remove it"]) from error
             if not isinstance(row, dict):
                 raise ConfigError([f"{path}, line {number}: not a JSON object"])
             yield row
 
 
-def _table(path: Path) -> Iterator[dict[str, Any]]:
-    is_tsv = path.suffix == ".tsv"
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # passages exceed the default of 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(file)
-        names = next(lines, None)
-        if names is None:
-            return
-        if is_tsv and len(names) == len(_COLA) and names[1] in ("0", "1"):
-            yield dict(zip(_COLA, names, strict=True))
-            names = list(_COLA)
-        duplicates = sorted(name for name, count in Counter(names).items() if count > 1)
-        if duplicates:
-            raise ConfigError([f"{path}, line 1: more than one column is called {', '.join(map(repr, duplicates))}"])
+        lines = csv.reader(file)
+        names = next(lines, [])
+        _check_header(names, path)
         for row in filter(None, lines):
             if len(row) != len(names):
-                raise ConfigError([f"{path}, line {lines.line_num}: {len(row)} columns instead of {len(names)}"])
+                raise ConfigError([_column_problem(path, lines.line_num, row, names)])
             yield dict(zip(names, row, strict=True))
+
+
+def _tsv(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file without quoting. Irregular lines are an error, in GLUE's files they are skipped."""
+    names, rows, irregular = [], 0, []
+    for number, fields in _tsv_lines(path):
+        if not names:
+            has_header = not (len(fields) == len(_COLA) and fields[1] in ("0", "1"))
+            names = fields if has_header else list(_COLA)
+            _check_header(names, path)
+            if has_header:
+                continue
+        rows += 1
+        row = dict(zip(names, fields, strict=False))
+        if len(fields) == len(names) and not (_GLUE_COLUMNS.issuperset(names) and _is_without_text(row)):
+            yield row
+        else:
+            irregular.append(_column_problem(path, number, fields, names))
+    if not irregular:
+        return
+    # Half: far more than in any file of GLUE, and still few of a small file.
+    if not _GLUE_COLUMNS.issuperset(names) or 2 * len(irregular) > rows:
+        raise ConfigError([f"{irregular[0]}{_and_more(irregular)}: replace tabs and line feeds in texts by spaces"])
+    if is_rank_zero(os.environ):
+        print_safely(f"note: {len(irregular)} of {rows:,} lines skipped, as GLUE's files have some: {irregular[0]}")
+
+
+def _tsv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, fields). A line ends at a line feed alone: texts hold every other separator."""
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            text = line.removesuffix("\n").removesuffix("\r")
+            if text:
+                yield number, text.split("\t")
+
+
+def _is_without_text(row: dict[str, Any]) -> bool:
+    has_text = all(value.strip() for name, value in row.items() if name in _GLUE_TEXTS)
+    return not has_text or row.get("gold_label") == _NO_GOLD_LABEL
+
+
+def _check_header(names: list[str], path: Path) -> None:
+    duplicates = sorted(name for name, count in Counter(names).items() if count > 1)
+    if duplicates:
+        raise ConfigError([f"{path}, line 1: more than one column is called {', '.join(map(repr, duplicates))}"])
+
+
+def _column_problem(path: Path, number: int, fields: list[str], names: list[str]) -> str:
+    if len(fields) == len(names):
+        return f"{path}, line {number}: no text or no gold label"
+    return f"{path}, line {number}: {len(fields)} columns instead of {len(names)}"
+
+
+def _and_more(problems: list[str]) -> str:
+    return f" (and {len(problems) - 1:,} more lines)" if len(problems) > 1 else ""
 
 
 def _squad_questions(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-        for article in document["data"]:
+        for article in read_json(path)["data"]:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     answers = question.get("answers", [])
@@ -127,7 +188,7 @@ def _squad_questions(path: Path) -> Iterator[dict[str, Any]]:
                         "context": paragraph["context"],
                         "answers": {name: [answer[name] for answer in answers] for name in ("text", "answer_start")},
                     }
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError([f"{path} is not in SQuAD's format: {error!r}"]) from error
 
 
