@@ -179,6 +179,8 @@ def checkpoints_at(path: Path) -> list[Path]:
             return checkpoints
     runs = sorted(str(folder.parent) for folder in path.glob("*/checkpoints"))
     way_out = f"name one of its runs, {runs[0]} for example" if runs else "pass RUN_DIR, or RUN_DIR/checkpoints/step-N"
+    if (path / "config.json").is_file() and not runs:  # the layout of Hugging Face models
+        way_out = "it looks like a model of another program, read it by `pmlm import` first"
     raise ConfigError([f"there is no checkpoint in {path}: {way_out}"])
 
 

@@ -1,6 +1,6 @@
 """Files of foreign models: tensors, settings, tokenizers. Code in them is never executed.
 
-model.safetensors | pytorch_model.bin    tensors by name
+model.safetensors | pytorch_model.bin    tensors by name, in one file or in those that an index lists
 config.json                              settings
 tokenizer.json | vocab.txt               vocabulary, special tokens renamed to ours
 """
@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.conversion.tensors import Tensors
+from pmlm_dist.conversion.tensors import Tensors, short_list
 from pmlm_dist.json_input import read_json_object
 from pmlm_dist.vocab import CLS, MASK, PAD, SEP, UNK, Vocabulary
 
 WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
+INDEX = ".index.json"
 CONFIG, TOKENIZER, WORD_LIST = "config.json", "tokenizer.json", "vocab.txt"
 TOKENIZER_CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 
@@ -33,7 +34,12 @@ def write_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """Return the tensors of a safetensors file, or of a file of `torch.save`, without executing code in it."""
+    """Return the tensors of a safetensors file or of a file of `torch.save`, without executing code in it.
+
+    `path` may also be an index of such files. Raises `ConfigError`.
+    """
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -43,6 +49,21 @@ def read_tensors(path: Path) -> Tensors:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ConfigError([f"{path} is not a mapping from names to tensors"])
     return dict(tensors)
+
+
+def _read_shards(index: Path) -> Tensors:
+    """Return the tensors of the files that `weight_map` lists, beside the index."""
+    files = read_json_object(index).get("weight_map")
+    # A name such as ../other would read outside the folder.
+    if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
+        raise ConfigError([f"{index} cannot be read: its weight_map must list a file beside it for each tensor"])
+    tensors = {}
+    for file in sorted(set(files.values())):
+        tensors |= read_tensors(index.with_name(file))
+    missing = sorted(files.keys() - tensors.keys())
+    if missing:
+        raise ConfigError([f"{index} lists tensors that its files lack, copy all files again: {short_list(missing)}"])
+    return tensors
 
 
 def read_vocabulary(path: Path) -> Vocabulary:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.files import CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, write_settings
 from pmlm_dist.conversion.pretrained import PretrainedWeights
-from pmlm_dist.conversion.tensors import NameScheme, Tensors
+from pmlm_dist.conversion.tensors import NameScheme, Tensors, short_list
 from pmlm_dist.vocab import SPECIAL_TOKENS, Vocabulary
 
 NEW_HEAD_NOTE = "the checkpoint has no masked-LM head: head.dense is newly initialized, its biases are zero"
@@ -69,15 +69,18 @@ def check_settings(settings: dict[str, Any], origin: str) -> None:
     )
 
 
-def read_shared_settings(settings: dict[str, Any], *, origin: str) -> ModelConfig:
-    """Return the settings that BERT and MPNet share. Sizes are required; the others have the same defaults as ours."""
+def read_shared_settings(settings: dict[str, Any], vocabulary: Vocabulary, *, origin: str) -> ModelConfig:
+    """Return the settings that BERT and MPNet share. Sizes are required; the others have the same defaults as ours.
+
+    The size of the vocabulary is the number of tokens: `vocab_size` counts the rows of an embedding that may be padded.
+    """
     shared: dict[str, Any] = {
         ours: positive_setting(settings, theirs, origin) for ours, theirs in _SHARED_SETTINGS.items() if _is_size(ours)
     }
     shared |= {
         ours: settings[theirs] for ours, theirs in _SHARED_SETTINGS.items() if theirs in settings and not _is_size(ours)
     }
-    model = ModelConfig(**shared, vocab_size=positive_setting(settings, "vocab_size", origin))
+    model = ModelConfig(**shared, vocab_size=vocabulary.size)
     if model.hidden_size % model.num_heads:
         raise ConfigError([f"{origin}: num_attention_heads ({model.num_heads}) must divide hidden_size"])
     return model
@@ -93,14 +96,6 @@ def positive_setting(settings: dict[str, Any], name: str, origin: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise ConfigError([f"{origin}: {name} ({value}) must be a positive number in its {CONFIG}"])
     return value
-
-
-def check_vocabulary(model: ModelConfig, vocabulary: Vocabulary, origin: str) -> None:
-    """Raise `ConfigError` if embedding and vocabulary differ in size."""
-    if model.vocab_size != vocabulary.size:
-        raise ConfigError(
-            [f"{origin}: its embedding has {model.vocab_size} rows, its tokenizer {vocabulary.size} tokens"]
-        )
 
 
 def add_prefix(tensors: Tensors, scheme: NameScheme) -> Tensors:
@@ -122,7 +117,7 @@ def add_prefix(tensors: Tensors, scheme: NameScheme) -> Tensors:
 
 def dropped_note(names: list[str]) -> list[str]:
     """Return a note on the tensors `names` that were dropped, if there are any."""
-    return [f"dropped, no counterpart in this model: {', '.join(names)}"] if names else []
+    return [f"dropped, no counterpart in this model: {short_list(names)}"] if names else []
 
 
 # -------------------------------------------------------------------------------------------------------------- export

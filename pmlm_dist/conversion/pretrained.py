@@ -32,7 +32,7 @@ from pmlm_dist.checkpoint.folder import IMPORTED, CheckpointFolder, newest_valid
 from pmlm_dist.checkpoint.fragments import Fragment
 from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
-from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, parameter_shapes
+from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, parameter_shapes, short_list
 from pmlm_dist.model.task_model import TASK_HEAD
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model, context_inputs
 from pmlm_dist.parallel import groups
@@ -158,11 +158,12 @@ def _vocabulary_folder(folder: Path, state: dict[str, Any]) -> Path:
 def _shape_problems(pretrained: PretrainedWeights, folder: Path) -> list[str]:
     expected = parameter_shapes(pretrained.model)
     actual = {name: tuple(weight.shape) for name, weight in pretrained.weights.items()}
-    return [
-        f"{folder}: {name}: shape {actual.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
+    different = [
+        f"{name}: shape {actual.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
         for name in sorted(expected.keys() | actual.keys())
         if expected.get(name) != actual.get(name)
     ]
+    return [f"{folder} holds other tensors than its settings require: {short_list(different)}"] if different else []
 
 
 # ----------------------------------------------------------------------------------------------------------- inference

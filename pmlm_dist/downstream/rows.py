@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,12 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
 
 def _tsv(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file without quoting. Irregular lines are an error, in GLUE's files they are skipped."""
-    names, rows, irregular = [], 0, []
+    names: Sequence[str] = ()
+    rows, irregular = 0, []
     for number, fields in _tsv_lines(path):
         if not names:
             has_header = not (len(fields) == len(_COLA) and fields[1] in ("0", "1"))
-            names = fields if has_header else list(_COLA)
+            names = fields if has_header else _COLA
             _check_header(names, path)
             if has_header:
                 continue
@@ -160,13 +161,13 @@ def _is_without_text(row: dict[str, Any]) -> bool:
     return not has_text or row.get("gold_label") == _NO_GOLD_LABEL
 
 
-def _check_header(names: list[str], path: Path) -> None:
+def _check_header(names: Sequence[str], path: Path) -> None:
     duplicates = sorted(name for name, count in Counter(names).items() if count > 1)
     if duplicates:
         raise ConfigError([f"{path}, line 1: more than one column is called {', '.join(map(repr, duplicates))}"])
 
 
-def _column_problem(path: Path, number: int, fields: list[str], names: list[str]) -> str:
+def _column_problem(path: Path, number: int, fields: Sequence[str], names: Sequence[str]) -> str:
     if len(fields) == len(names):
         return f"{path}, line {number}: no text or no gold label"
     return f"{path}, line {number}: {len(fields)} columns instead of {len(names)}"
