@@ -12,6 +12,7 @@ process ends between any two operations, a valid checkpoint remains and no parti
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -34,6 +35,8 @@ from pmlm_dist.files import fsync_folder
 
 IMPORTED = "weights"
 """Folder into which `pmlm import` writes its one checkpoint, which holds weights alone."""
+TOKENIZER = "tokenizer.json"
+"""The vocabulary of a run, beside its folder of checkpoints: with it a run folder can be used anywhere."""
 _LATEST = "latest"
 _TEMPORARY = ".tmp-"
 
@@ -165,12 +168,13 @@ class CheckpointFolder:
         return [] if (self.root / str(name)).is_dir() else [f"{path} points to {name}, which is not there"]
 
 
-def checkpoints_at(path: Path) -> list[Path]:
+def checkpoints_at(path: Path | str) -> list[Path]:
     """Return the checkpoints at `path`, oldest step first.
 
     `path`: one checkpoint, a folder of checkpoints, a run's folder, or a folder of imported weights. Raises
     `ConfigError` when there is none.
     """
+    path = Path(path)
     if path.is_dir() and ((path / STATE).is_file() or path.name.startswith("step-")):
         return [path]
     for place in (path, path / "checkpoints", path / IMPORTED):
@@ -184,7 +188,7 @@ def checkpoints_at(path: Path) -> list[Path]:
     raise ConfigError([f"there is no checkpoint in {path}: {way_out}"])
 
 
-def newest_valid_at(path: Path) -> Path:
+def newest_valid_at(path: Path | str) -> Path:
     """Return the newest valid checkpoint at `path`. Raises `ConfigError` with all problems when none is valid."""
     skipped = []
     for folder in reversed(checkpoints_at(path)):
@@ -193,6 +197,21 @@ def newest_valid_at(path: Path) -> Path:
             return folder
         skipped += [f"{folder}: {problem}" for problem in problems]
     raise ConfigError(skipped)
+
+
+def vocabulary_folder(checkpoint: Path) -> Path:
+    """Return the folder with the vocabulary of a checkpoint: that of its run, or the one that it lies in itself.
+
+    Raises `ConfigError` if neither has one, as in runs of earlier releases.
+    """
+    own = Path(os.path.abspath(checkpoint)).parent
+    run = own.parent if own.name in ("checkpoints", IMPORTED) else own
+    for folder in (own, run):
+        if (folder / TOKENIZER).is_file():
+            return folder
+    raise ConfigError(
+        [f"{run} has no {TOKENIZER}, the vocabulary of {checkpoint}: copy that of its corpus there, or resume the run"]
+    )
 
 
 def step_of(folder: Path) -> int:

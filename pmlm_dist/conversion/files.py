@@ -28,16 +28,17 @@ CONFIG, TOKENIZER, WORD_LIST = "config.json", "tokenizer.json", "vocab.txt"
 TOKENIZER_CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 
 
-def write_settings(path: Path, settings: dict[str, Any]) -> None:
+def write_settings(path: Path | str, settings: dict[str, Any]) -> None:
     """Write a JSON file."""
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_tensors(path: Path) -> Tensors:
+def read_tensors(path: Path | str) -> Tensors:
     """Return the tensors of a safetensors file or of a file of `torch.save`, without executing code in it.
 
     `path` may also be an index of such files. Raises `ConfigError`.
     """
+    path = Path(path)
     if path.name.endswith(INDEX):
         return _read_shards(path)
     try:
@@ -66,12 +67,13 @@ def _read_shards(index: Path) -> Tensors:
     return tensors
 
 
-def read_vocabulary(path: Path) -> Vocabulary:
+def read_vocabulary(path: Path | str) -> Vocabulary:
     """Return the WordPiece vocabulary of a folder or a word list, special tokens renamed to those of corpora.
 
     MPNet's special tokens are `<s> </s> <pad> <mask>`; its vocabulary also has BERT's names for them, unused. Unused
     special tokens become `[unusedN]`, so that two tokens never have the same name.
     """
+    path = Path(path)
     file = path / TOKENIZER
     if not file.is_file():
         return _read_word_list(path if path.is_file() else path / WORD_LIST)

@@ -129,13 +129,18 @@ def shared_settings(pretrained: PretrainedWeights) -> dict[str, Any]:
     return {**named, "vocab_size": pretrained.model.vocab_size, "hidden_act": "gelu", "tie_word_embeddings": True}
 
 
-def write_folder(exported: ExportedModel, folder: Path, *, max_positions: int) -> None:
+def write_folder(exported: ExportedModel, folder: Path | str, *, max_positions: int) -> None:
     """Write weights, settings and tokenizer in the layout of `from_pretrained`."""
+    folder = Path(folder)
+    weights = folder / WEIGHTS
+    weights.touch()
+    mode = weights.stat().st_mode  # by the umask; safetensors replaces the file by one that only its owner reads
     save_file(
         {name: tensor.clone().contiguous() for name, tensor in exported.tensors.items()},  # safetensors rejects views
-        folder / WEIGHTS,
+        weights,
         metadata={"format": "pt"},
     )
+    weights.chmod(mode)
     write_settings(folder / CONFIG, {**exported.settings, "dtype": "float32", "torch_dtype": "float32"})
     _write_tokenizer(exported, folder, max_positions=max_positions)
 
@@ -167,7 +172,7 @@ class ModelOutputs:
 
 
 @torch.no_grad()
-def transformers_outputs(folder: Path, *, ids_BT: Tensor, segments_BT: Tensor, valid_BT: Tensor) -> ModelOutputs:
+def transformers_outputs(folder: Path | str, *, ids_BT: Tensor, segments_BT: Tensor, valid_BT: Tensor) -> ModelOutputs:
     """Load a folder with `transformers` and compute its outputs; MPNet ignores `segments_BT`."""
     transformers = load_transformers()
     inputs = {"input_ids": ids_BT, "attention_mask": valid_BT.long()}
@@ -179,7 +184,7 @@ def transformers_outputs(folder: Path, *, ids_BT: Tensor, segments_BT: Tensor, v
     return ModelOutputs(*outputs)
 
 
-def transformers_token_ids(folder: Path, texts: list[str]) -> list[list[int]]:
+def transformers_token_ids(folder: Path | str, texts: list[str]) -> list[list[int]]:
     """Tokenize `texts` with the tokenizer in `folder`."""
     tokenizer = load_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer(texts)["input_ids"]

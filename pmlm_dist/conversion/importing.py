@@ -67,8 +67,9 @@ def needed_flags(model: ModelConfig) -> list[str]:
     return [flag_of(name, getattr(model, name)) for name in names if getattr(model, name) != getattr(default, name)]
 
 
-def read_pretrained(path: Path, *, format: Format = "auto") -> PretrainedWeights:
+def read_pretrained(path: Path | str, *, format: Format = "auto") -> PretrainedWeights:
     """Load the model at `path`. Raises `ConfigError` with every problem; dropped tensors are in `facts["notes"]`."""
+    path = Path(path)
     files = _find_files(path)
     settings = read_json_object(files.settings)
     tensors, notes = without_wrappers(read_tensors(files.tensors), origin=str(path))

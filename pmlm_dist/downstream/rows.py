@@ -49,11 +49,21 @@ _NO_LABEL = -1
 """Class label of hidden test sets in Hugging Face data sets."""
 
 
+def absolute_source(source: str | None) -> str | None:
+    """Return `source` for any working directory: the absolute path of a folder, a name of the hub unchanged."""
+    if source is None:
+        return None
+    folder, colon, config = (source, "", "") if Path(source).exists() else source.partition(":")
+    return f"{Path(folder).absolute()}{colon}{config}" if Path(folder).exists() else source
+
+
 def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     """Return all rows of `split` at `source` in order. Raises `ConfigError` if it is missing, empty or invalid."""
     if not split or Path(split).name != split:
         raise ConfigError([f"a split ({split}) is a name, not a path: put its file into {source} and give its name"])
     folder = Path(source)
+    if folder.is_absolute() and not any(Path(path).exists() for path in (source, source.partition(":")[0])):
+        raise ConfigError([f"--data ({source}) does not exist: name the folder that holds {split}.jsonl and others"])
     if not folder.exists() or _is_repository(folder):
         rows = _read_hub(source, split)
     elif (folder / "dataset_dict.json").is_file() or (folder / split / "dataset_info.json").is_file():

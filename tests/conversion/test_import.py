@@ -106,8 +106,10 @@ def published(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     """Write a model of `kind` and return its tensors; in a bare encoder and in UniLM's format they are BERT's."""
     if kind == "mpnet":
         mpnet_folder(folder)
+    elif kind == "bare":
+        bert_folder(folder, kind=BertModel)
     else:
-        bert_folder(folder, **({"kind": BertModel} if kind == "bare" else {}))
+        bert_folder(folder)
     return load_file(folder / "model.safetensors")
 
 
