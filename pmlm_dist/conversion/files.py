@@ -8,6 +8,7 @@ tokenizer.json | vocab.txt               vocabulary, special tokens renamed to o
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,6 +25,11 @@ from pmlm_dist.vocab import CLS, MASK, PAD, SEP, UNK, Vocabulary
 
 WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
+_DAMAGED = (
+    *(OSError, EOFError, SafetensorError, UnpicklingError, struct.error, RuntimeError, ValueError),
+    *(TypeError, AttributeError, LookupError, AssertionError),
+)
+"""What the readers raise for damaged files; the unpickler runs on whatever it finds there."""
 CONFIG, TOKENIZER, WORD_LIST = "config.json", "tokenizer.json", "vocab.txt"
 TOKENIZER_CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 
@@ -45,8 +51,9 @@ def read_tensors(path: Path | str) -> Tensors:
         if path.suffix == ".safetensors":
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-        raise ConfigError([f"{path} cannot be read: {error}"]) from error
+    except _DAMAGED as error:
+        reason = (str(error).splitlines() or [""])[0]  # torch appends paragraphs of advice
+        raise ConfigError([f"{path} cannot be read: {reason or repr(error)}"]) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ConfigError([f"{path} is not a mapping from names to tensors"])
     return dict(tensors)

@@ -34,6 +34,8 @@ _SHARED_SETTINGS = {
     "initializer_range": "initializer_range",
 }
 """Our setting -> theirs."""
+_MAX_SIZE = 100_000
+"""Of a dimension or a number of layers; one that no memory holds is a mistake of the file."""
 _REQUIRED_SETTINGS = {
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
@@ -93,8 +95,8 @@ def _is_size(name: str) -> bool:
 def positive_setting(settings: dict[str, Any], name: str, origin: str) -> int:
     """Return a required positive integer. Raises `ConfigError` if it is missing or anything else."""
     value = settings.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError([f"{origin}: {name} ({value}) must be a positive number in its {CONFIG}"])
+    if not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:
+        raise ConfigError([f"{origin}: {name} ({value}) must be a positive number up to {_MAX_SIZE:,} in its {CONFIG}"])
     return value
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from support.random_models import (
 from transformers import BertForPreTraining, BertModel
 
 from pmlm_dist import cli
+from pmlm_dist.config import ConfigError
+from pmlm_dist.conversion.files import read_tensors
 from pmlm_dist.conversion.importing import read_pretrained
 from pmlm_dist.conversion.pretrained import open_pretrained, save_pretrained
 from pmlm_dist.conversion.tensors import RELATIVE_BIAS
@@ -270,6 +274,8 @@ def test_import_lists_every_mismatched_tensor(tmp_path, capsys):
         ({"is_decoder": True}, "is_decoder (True) must be False"),
         ({"model_type": "roberta"}, "model_type (roberta) cannot be imported: must be bert, mpnet or unilm"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers (two) must be a positive number"),
+        ({"num_hidden_layers": 10**30}, "must be a positive number up to 100,000"),
+        ({"hidden_size": 10**400}, "config.json, line 1 is not JSON (the number 100000000000... (401 characters)"),
         ({"num_attention_heads": 5}, "num_attention_heads (5) must divide hidden_size"),
     ],
 )
@@ -291,6 +297,17 @@ def test_import_of_missing_or_corrupt_files_raises(tmp_path, capsys):
     assert "no weights found" in error_of_import(folder, capsys)
     (folder / "pytorch_model.bin").write_bytes(b"no weights either")
     assert "pytorch_model.bin cannot be read" in error_of_import(folder, capsys)
+
+
+def test_damaged_weights_raise_one_line(tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "old.bin").read_bytes()
+    for position in range(0, len(content), 3):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x55
+        (tmp_path / "damaged.bin").write_bytes(damaged[: len(content) - position % 2])
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(ConfigError):
+            read_tensors(tmp_path / "damaged.bin")
 
 
 class TouchOnUnpickling:
