@@ -137,9 +137,9 @@ def generate(arguments: Sequence[str]) -> None:
     from pmlm_dist.commands import generate as command
 
     default = command.GenerateConfig(model=tyro.MISSING, input=tyro.MISSING, output=tyro.MISSING)
-    model, vocabulary = (_option_value(name, arguments) for name in ("model", "vocabulary"))
+    model = _option_value("model", arguments)
     if model is not None:
-        default = dataclasses.replace(default, decoding=command.saved_decoding(model, vocabulary=vocabulary))
+        default = dataclasses.replace(default, decoding=command.saved_decoding(model))
     help_text = f"{generate.__doc__}\nWith --model the settings of its fine-tuning are the defaults."
     command.generate(
         _parse(command.GenerateConfig, generate, arguments, default=default, help_text=help_text, flat=True)

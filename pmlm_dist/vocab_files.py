@@ -10,7 +10,6 @@ Settings beside a vocabulary apply as in `transformers`. Contradictions and what
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pmlm_dist.config import ConfigError, raise_if_any
+from pmlm_dist.json_input import read_json_object
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"
@@ -116,7 +116,7 @@ def read_specification(path: Path, flags: Mapping[str, bool]) -> tuple[dict[str,
         config = {**_beside(file, SPECIAL), **_beside(file, TOKENIZER_CONFIG)}
         notes: list[str] = []
         if file.suffix == ".json":
-            specification = _json_object(file)
+            specification = read_json_object(file)
             raise_unless_wordpiece(specification, origin=origin)
             _check_normalizer(specification.get("normalizer"), config, flags, origin=origin)
         else:
@@ -159,17 +159,7 @@ def _beside(file: Path, name: str) -> dict[str, Any]:
     stem = file.name.removesuffix(TOKENIZER).removesuffix(WORD_LIST)
     prefix = stem if stem != file.name else ""
     files = [other for other in (file.with_name(f"{prefix}{name}"), file.with_name(name)) if other.is_file()]
-    return _json_object(files[0]) if files else {}
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError([f"vocabulary ({file}) cannot be read: {error}; give another file"]) from error
-    if not isinstance(value, dict):
-        raise ConfigError([f"vocabulary ({file}) is not a JSON object: give another file"])
-    return value
+    return read_json_object(files[0]) if files else {}
 
 
 def _read_words(file: Path) -> tuple[list[str], list[str]]:

@@ -34,7 +34,7 @@ LAYERS = (
     ("vocab_training.py",),
     (
         *("config.py", "presets.py", "devices.py", "launch_environment.py", "console.py", "files.py"),
-        *("folder_lock.py", "ranges.py", "vocab_files.py"),
+        *("folder_lock.py", "json_input.py", "ranges.py", "vocab_files.py"),
     ),
 )
 """From the top; a module imports from the lines below its own, and from its own package."""

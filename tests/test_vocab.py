@@ -97,7 +97,7 @@ def test_missing_special_tokens_are_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read"),
+        ("{", "is not JSON"),
         (json.dumps({"model": {"type": "BPE", "vocab": {}}}), "holds a BPE model, not WordPiece"),
         (json.dumps({"model": {"type": "WordPiece", "vocab": {"a": 0, "b": 2}}}), "without gaps"),
     ],

@@ -196,20 +196,21 @@ def sha256_of(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path | str) -> dict[str, Any]:
     """Return `state.json` of a checkpoint. Raises `CorruptCheckpoint` when a required field is missing."""
-    state = read_json(folder / STATE)
+    state = read_json(Path(folder) / STATE)
     missing = [name for name in _STATE_FIELDS if name not in state]
     if missing or not isinstance(state["identity"], dict) or not isinstance(state["configuration"], dict):
         raise CorruptCheckpoint(f"{STATE} lacks {', '.join(missing) or 'identity or configuration'}")
     return state
 
 
-def read_weights(folder: Path) -> dict[str, np.ndarray]:
+def read_weights(folder: Path | str) -> dict[str, np.ndarray]:
     """Return the full fp32 weights of a checkpoint by name, without padding rows.
 
     Raises `CorruptCheckpoint` when the checkpoint is not valid.
     """
+    folder = Path(folder)
     problems = checkpoint_problems(folder)
     if problems:
         raise CorruptCheckpoint(f"checkpoint {folder} is corrupt: {problems[0]}")

@@ -12,6 +12,7 @@ process ends between any two operations, a valid checkpoint remains and no parti
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
 import shutil
@@ -35,6 +36,8 @@ from pmlm_dist.files import fsync_folder
 
 IMPORTED = "weights"
 """Folder into which `pmlm import` writes its one checkpoint, which holds weights alone."""
+TOKENIZER = "tokenizer.json"
+"""The vocabulary of a run, beside its folder of checkpoints: with it a run folder can be used anywhere."""
 _LATEST = "latest"
 _TEMPORARY = ".tmp-"
 _OWN_FILE = re.compile(r"(rank-\d{5}\.safetensors|state\.json|manifest\.json)(\.done|\.failed)?(\.tmp-[0-9a-f]{8})?")
@@ -178,12 +181,13 @@ def _holds_only_own_files(folder: Path) -> bool:
     return folder.is_dir() and all(_OWN_FILE.fullmatch(path.name) and path.is_file() for path in folder.iterdir())
 
 
-def checkpoints_at(path: Path) -> list[Path]:
+def checkpoints_at(path: Path | str) -> list[Path]:
     """Return the checkpoints at `path`, oldest step first.
 
     `path`: one checkpoint, a folder of checkpoints, a run's folder, or a folder of imported weights. Raises
     `ConfigError` when there is none.
     """
+    path = Path(path)
     if path.is_dir() and ((path / STATE).is_file() or path.name.startswith("step-")):
         return [path]
     for place in (path, path / "checkpoints", path / IMPORTED):
@@ -192,10 +196,12 @@ def checkpoints_at(path: Path) -> list[Path]:
             return checkpoints
     runs = sorted(str(folder.parent) for folder in path.glob("*/checkpoints"))
     way_out = f"name one of its runs, {runs[0]} for example" if runs else "pass RUN_DIR, or RUN_DIR/checkpoints/step-N"
+    if (path / "config.json").is_file() and not runs:  # the layout of Hugging Face models
+        way_out = "it looks like a model of another program, read it by `pmlm import` first"
     raise ConfigError([f"there is no checkpoint in {path}: {way_out}"])
 
 
-def newest_valid_at(path: Path) -> Path:
+def newest_valid_at(path: Path | str) -> Path:
     """Return the newest valid checkpoint at `path`. Raises `ConfigError` with all problems when none is valid."""
     skipped = []
     for folder in reversed(checkpoints_at(path)):
@@ -204,6 +210,21 @@ def newest_valid_at(path: Path) -> Path:
             return folder
         skipped += [f"{folder}: {problem}" for problem in problems]
     raise ConfigError(skipped)
+
+
+def vocabulary_folder(checkpoint: Path) -> Path:
+    """Return the folder with the vocabulary of a checkpoint: that of its run, or the one that it lies in itself.
+
+    Raises `ConfigError` if neither has one, as in runs of earlier releases.
+    """
+    own = Path(os.path.abspath(checkpoint)).parent
+    run = own.parent if own.name in ("checkpoints", IMPORTED) else own
+    for folder in (own, run):
+        if (folder / TOKENIZER).is_file():
+            return folder
+    raise ConfigError(
+        [f"{run} has no {TOKENIZER}, the vocabulary of {checkpoint}: copy that of its corpus there, or resume the run"]
+    )
 
 
 def step_of(folder: Path) -> int:

@@ -5,6 +5,7 @@ Needs neither torch nor a GPU, nor as many ranks as wrote the checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from pmlm_dist.checkpoint.files import (
     write_json,
     write_numbers,
 )
-from pmlm_dist.checkpoint.folder import CheckpointFolder, checkpoints_at, newest_valid_at
+from pmlm_dist.checkpoint.folder import TOKENIZER, CheckpointFolder, checkpoints_at, newest_valid_at, vocabulary_folder
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.files import name_in_errors
 from pmlm_dist.folder_lock import FolderLock
@@ -69,7 +70,10 @@ def reshape(folder: Path, /, *, output: Path) -> None:
             temporary.mkdir(parents=True)
             files = {rank_file(0): _write_full_tensors(path, temporary / rank_file(0))}
             files[STATE] = write_json(temporary / STATE, state)
-            print(f"written: {target.commit(step, temporary, files)}")
+            written = target.commit(step, temporary, files)
+            with contextlib.suppress(ConfigError):  # of an earlier release: the checkpoint has no vocabulary
+                shutil.copyfile(vocabulary_folder(path) / TOKENIZER, output / TOKENIZER)
+            print(f"written: {written}")
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -13,21 +13,20 @@ from pmlm_dist.conversion.pretrained import open_pretrained, save_pretrained
 _POSITION_EMBEDDINGS = "embeddings.position.weight"
 
 
-def extend_positions(model: Path, /, *, positions: int, output: Path, vocabulary: Path | None = None) -> None:
+def extend_positions(model: Path, /, *, positions: int, output: Path) -> None:
     """Write a model with more positions, for sources and targets longer than in pre-training.
 
     Args:
         model: A run folder, one of its checkpoints, or the output of `pmlm import`.
         positions: New number of positions. The added embeddings are copies of the first ones; fine-tuning adapts them.
         output: Folder to write; it must not exist.
-        vocabulary: Folder of the model's vocabulary, if it is not beside the model.
     """
-    pretrained = open_pretrained(model, vocabulary=vocabulary)
+    pretrained = open_pretrained(model)
     before = pretrained.model.max_positions
     raise_if_any([] if positions > before else [f"--positions ({positions}) must exceed the model's {before}"])
     rows = torch.arange(positions) % before
     weights = pretrained.weights | {_POSITION_EMBEDDINGS: pretrained.weights[_POSITION_EMBEDDINGS][rows]}
-    facts = {"format": "extended", "from": str(pretrained.facts["folder"]), "notes": [f"{before} positions before"]}
+    facts = pretrained.facts | {"format": "extended", "notes": [f"{before} positions before"]}
     config = replace(pretrained.model, max_positions=positions)
     save_pretrained(replace(pretrained, model=config, weights=weights, facts=facts), output)
     print(f"written: {output}, {positions} positions")

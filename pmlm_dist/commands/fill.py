@@ -40,8 +40,6 @@ class FillConfig:
     """Number of candidate tokens printed per mask token."""
     json: bool = False
     """Print one JSON object instead of text."""
-    vocabulary: Path | None = None
-    """Folder of the model's vocabulary. None: the model's folder, or the corpus of its run."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def fill_masks(text: str, /, config: FillConfig) -> None:
         config: Settings.
     """
     raise_if_any(range_problems(config, prefix="--"))
-    pretrained = open_pretrained(config.model, vocabulary=config.vocabulary)
+    pretrained = open_pretrained(config.model)
     raise_if_not_seq2seq(pretrained.facts["configuration"], pretrained.facts["folder"])
     vocabulary = pretrained.vocabulary
     masked = read_masks(text, vocabulary, positions=pretrained.model.max_positions)

@@ -55,14 +55,12 @@ class GenerateConfig:
     """Sources per batch."""
     precision: Precision = "fp32"
     """Data type of weights and activations."""
-    vocabulary: Path | None = None
-    """Folder of the model's vocabulary. None: the model's folder, or the corpus of its run."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
 
-def saved_decoding(model: str, *, vocabulary: str | None = None) -> DecodingConfig:
+def saved_decoding(model: str) -> DecodingConfig:
     """Return the decoding settings of the fine-tuning of `model`, or the defaults for a pre-trained model."""
-    pretrained = find_pretrained(Path(model), vocabulary=Path(vocabulary) if vocabulary else None)
+    pretrained = find_pretrained(model)
     task = pretrained.state["configuration"].get("task")
     return generation_settings(task["settings"]).decoding if _is_seq2seq(task) else DecodingConfig()
 
@@ -138,7 +136,7 @@ def load_model(pretrained: PretrainedWeights, precision: Precision) -> PseudoMas
 def _read_inputs(config: GenerateConfig, *, is_rank_zero: bool) -> _Inputs:
     """Read model and sources. Raises `ConfigError`."""
     raise_if_any(_problems(config))
-    pretrained = open_pretrained(config.model, vocabulary=config.vocabulary)
+    pretrained = open_pretrained(config.model)
     raise_if_not_seq2seq(pretrained.facts["configuration"], pretrained.facts["folder"])
     rows = read_file(config.input)
     raise_if_any([] if rows else [f"--input ({config.input}) is empty"])

@@ -19,7 +19,6 @@ from pmlm_dist.conversion.huggingface import (
     ExportedModel,
     add_prefix,
     check_settings,
-    check_vocabulary,
     dropped_note,
     positive_setting,
     read_shared_settings,
@@ -88,12 +87,11 @@ def from_bert(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary
     """Convert a BERT with or without masked-LM head. Raises one `ConfigError` for everything that does not match."""
     check_settings(settings, origin)
     model = replace(
-        read_shared_settings(settings, origin=origin),
+        read_shared_settings(settings, vocabulary, origin=origin),
         max_positions=positive_setting(settings, "max_position_embeddings", origin),
         segment_types=positive_setting(settings, "type_vocab_size", origin),
         relative_bias=False,
     )
-    check_vocabulary(model, vocabulary, origin)
     source = StrictTensors(add_prefix(tensors, BERT), origin=origin)
     weights, notes = bert_weights(source, model)
     source.finish()
@@ -105,7 +103,7 @@ def bert_weights(source: StrictTensors, model: ModelConfig) -> tuple[Tensors, li
     size, rows = model.hidden_size, model.vocab_size
     assert rows is not None
     weights = {
-        TOKENS: source.take(BERT_TOKENS, (rows, size)),
+        TOKENS: source.take_token_rows(BERT_TOKENS, rows, size),
         POSITIONS: source.take(BERT_POSITIONS, (model.max_positions, size)),
         SEGMENTS: source.take(BERT_SEGMENTS, (model.segment_types, size)),
         **from_scheme(source, BERT.encoder, model),
@@ -117,9 +115,9 @@ def bert_weights(source: StrictTensors, model: ModelConfig) -> tuple[Tensors, li
     )
     notes = dropped_note(dropped)
     if not source.has("cls."):
-        return weights | initial_head(model), [*notes, NEW_HEAD_NOTE]
+        return weights | initial_head(model), [*notes, *source.padding_notes(), NEW_HEAD_NOTE]
     weights |= from_scheme(source, BERT.head, model)
-    weights[HEAD_BIAS] = source.take(BERT_BIAS, (rows,))
+    weights[HEAD_BIAS] = source.take_token_rows(BERT_BIAS, rows)
     source.drop_tied("cls.predictions.decoder.weight", weights[TOKENS])
     source.drop_tied("cls.predictions.decoder.bias", weights[HEAD_BIAS])
-    return weights, notes
+    return weights, [*notes, *source.padding_notes()]

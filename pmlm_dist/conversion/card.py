@@ -8,30 +8,31 @@ from pmlm_dist.conversion.huggingface import ExportedModel
 from pmlm_dist.conversion.pretrained import PretrainedWeights
 
 _FRONT_MATTER = """---
-language: en
 library_name: {library}
 pipeline_tag: fill-mask
 tags:
-- unilmv2
-- pseudo-masked-language-model
-- {kind}
+- {tags}
 ---
 """
 _SUMMARY = """
-# Pseudo-masked language model
+# {title}
 
-Pre-trained as described in UniLMv2 (arXiv 2002.12804): autoencoding and partially autoregressive prediction in one
-forward pass of one network. This folder holds the model as `{kind}`, a bidirectional encoder with a masked-LM head. It
-has no trained pooler: for sentence vectors, use the mean of the last hidden states.
+{origin} This folder holds the model as `{kind}`, a bidirectional encoder with a masked-LM head. It has no trained
+pooler: for sentence vectors, use the mean of the last hidden states.
 """
+_PRETRAINED = "Pre-trained with the pseudo-masked language model of UniLMv2 (arXiv 2002.12804)."
 
 
 def model_card(pretrained: PretrainedWeights, exported: ExportedModel, *, difference: float) -> str:
-    """Return Markdown with the front matter of a model hub."""
-    kind = exported.settings["model_type"]
+    """Return Markdown with the front matter of a model hub; what is not known, such as the language, is left out."""
+    kind, imported = exported.settings["model_type"], _configuration(pretrained).get("imported")
     library = "unilm" if kind == "unilm" else "transformers"
+    tags = [kind] if imported else ["unilmv2", "pseudo-masked-language-model", kind]
+    title = "Masked language model" if imported else "Pseudo-masked language model"
+    origin = "Not trained by the program that wrote it." if imported else _PRETRAINED
     parts = [
-        _FRONT_MATTER.format(kind=kind, library=library) + _SUMMARY.format(kind=kind),
+        _FRONT_MATTER.format(library=library, tags="\n- ".join(tags)),
+        _SUMMARY.format(title=title, origin=origin, kind=kind),
         "## Training\n" + _table(_training_facts(pretrained)),
         "## Model\n" + _table(_model_facts(pretrained)),
         "## Export\n"
@@ -48,24 +49,32 @@ def _table(facts: dict[str, Any]) -> str:
     return f"| | |\n|---|---|\n{rows}"
 
 
+def _configuration(pretrained: PretrainedWeights) -> dict[str, Any]:
+    return pretrained.facts.get("configuration", {})
+
+
 def _training_facts(pretrained: PretrainedWeights) -> dict[str, Any]:
-    facts, run = pretrained.facts, pretrained.facts.get("configuration", {})
+    """Return what the checkpoint records of a pre-training, a fine-tuning or an import; None for the rest."""
+    facts, run = pretrained.facts, _configuration(pretrained)
+    corpus = run.get("corpus_fingerprint")
     imported = run.get("imported")
     if imported:
-        return {"imported from": f"{imported.get('format')}, without further training"}
-    objective, masking, optim = (run.get(name, {}) for name in ("objective", "masking", "optim"))
+        return {"converted from": f"{imported.get('format')}, without further training", "corpus (sha256)": corpus}
+    task, optim = run.get("task", {}), run.get("optim", run.get("recipe", {}))
+    rate, steps = run.get("masking", {}).get("rate"), run.get("train", {}).get("steps")
     identity = facts.get("identity", {})
     return {
-        "optimizer steps": f"{facts['step']:,} of {run.get('train', {}).get('steps', 0):,}",
+        "fine-tuned for": task.get("kind"),
+        "optimizer steps": f"{facts['step']:,}" + (f" of {steps:,}" if steps else ""),
         "sequences": f"{facts['samples_consumed']:,}",
-        "tokens": f"{facts['tokens_seen']:,}",
+        "tokens": f"{facts['tokens_seen']:,}" if facts["tokens_seen"] else None,
         "sequence length": run.get("sequence_length"),
         "batch (sequences)": identity.get("train_batch_size"),
-        "objective": objective.get("kind"),
-        "masked": f"{masking.get('rate')} of the tokens",
-        "AdamW": ", ".join(f"{name} {value}" for name, value in optim.items()),
+        "objective": run.get("objective", {}).get("kind"),
+        "masked": f"{rate} of the tokens" if rate else None,
+        "AdamW": ", ".join(f"{name} {value}" for name, value in optim.items()) or None,
         "precision": identity.get("precision"),
-        "corpus (sha256)": identity.get("corpus"),
+        "corpus (sha256)": corpus,
         "vocabulary (sha256)": identity.get("vocabulary"),
         "initial weights": run.get("init"),
     }

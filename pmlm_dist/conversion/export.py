@@ -67,9 +67,7 @@ class Difference:
     states: float
 
 
-def export(
-    folder: Path, /, *, format: Format, output: Path | None = None, vocabulary: Path | None = None, onnx: bool = False
-) -> None:
+def export(folder: Path, /, *, format: Format, output: Path | None = None, onnx: bool = False) -> None:
     """Export the newest valid checkpoint in a folder to Hugging Face `transformers` (mpnet, bert) or UniLM.
 
     The result is reloaded and its logits are compared with the checkpoint's before it gets its name.
@@ -78,15 +76,14 @@ def export(
         folder: A run folder, its checkpoints, one of them, or a folder written by `pmlm import`.
         format: `mpnet` for models with relative position bias, `bert` for those without, `unilm` for both.
         output: The folder to write, which must not exist. None: RUN_DIR/export/FORMAT-STEP.
-        vocabulary: Path of the vocabulary. None: in the corpus of the run, or beside imported weights.
         onnx: Also write the encoder as onnx/model.onnx, checked with onnxruntime (extra `onnx`).
     """
     if onnx and format == "unilm":
         raise ConfigError(["--onnx requires a format that transformers can load, not --format unilm: use another"])
     if format != "unilm":
         load_transformers()
-    pretrained = open_pretrained(folder, vocabulary=vocabulary)
-    target = output or _default_output(pretrained, format)
+    pretrained = open_pretrained(folder)
+    target = Path(output) if output else _default_output(pretrained, format)
     exported = _FORMATS[format](pretrained)
     with new_folder(target) as temporary:
         difference = _write_and_compare(pretrained, exported, temporary, onnx=onnx)

@@ -19,7 +19,7 @@ from torch import Tensor
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.files import CONFIG, WEIGHTS, write_settings
 from pmlm_dist.conversion.pretrained import PretrainedWeights
-from pmlm_dist.conversion.tensors import NameScheme, Tensors
+from pmlm_dist.conversion.tensors import NameScheme, Tensors, short_list
 from pmlm_dist.vocab import SPECIAL_TOKENS, Vocabulary
 from pmlm_dist.vocab_files import TOKENIZER, TOKENIZER_CONFIG
 
@@ -35,6 +35,8 @@ _SHARED_SETTINGS = {
     "initializer_range": "initializer_range",
 }
 """Our setting -> theirs."""
+_MAX_SIZE = 100_000
+"""Of a dimension or a number of layers; one that no memory holds is a mistake of the file."""
 _REQUIRED_SETTINGS = {
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
@@ -70,15 +72,18 @@ def check_settings(settings: dict[str, Any], origin: str) -> None:
     )
 
 
-def read_shared_settings(settings: dict[str, Any], *, origin: str) -> ModelConfig:
-    """Return the settings that BERT and MPNet share. Sizes are required; the others have the same defaults as ours."""
+def read_shared_settings(settings: dict[str, Any], vocabulary: Vocabulary, *, origin: str) -> ModelConfig:
+    """Return the settings that BERT and MPNet share. Sizes are required; the others have the same defaults as ours.
+
+    The size of the vocabulary is the number of tokens: `vocab_size` counts the rows of an embedding that may be padded.
+    """
     shared: dict[str, Any] = {
         ours: positive_setting(settings, theirs, origin) for ours, theirs in _SHARED_SETTINGS.items() if _is_size(ours)
     }
     shared |= {
         ours: settings[theirs] for ours, theirs in _SHARED_SETTINGS.items() if theirs in settings and not _is_size(ours)
     }
-    model = ModelConfig(**shared, vocab_size=positive_setting(settings, "vocab_size", origin))
+    model = ModelConfig(**shared, vocab_size=vocabulary.size)
     if model.hidden_size % model.num_heads:
         raise ConfigError([f"{origin}: num_attention_heads ({model.num_heads}) must divide hidden_size"])
     return model
@@ -91,17 +96,9 @@ def _is_size(name: str) -> bool:
 def positive_setting(settings: dict[str, Any], name: str, origin: str) -> int:
     """Return a required positive integer. Raises `ConfigError` if it is missing or anything else."""
     value = settings.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError([f"{origin}: {name} ({value}) must be a positive number in its {CONFIG}"])
+    if not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:
+        raise ConfigError([f"{origin}: {name} ({value}) must be a positive number up to {_MAX_SIZE:,} in its {CONFIG}"])
     return value
-
-
-def check_vocabulary(model: ModelConfig, vocabulary: Vocabulary, origin: str) -> None:
-    """Raise `ConfigError` if embedding and vocabulary differ in size."""
-    if model.vocab_size != vocabulary.size:
-        raise ConfigError(
-            [f"{origin}: its embedding has {model.vocab_size} rows, its tokenizer {vocabulary.size} tokens"]
-        )
 
 
 def add_prefix(tensors: Tensors, scheme: NameScheme) -> Tensors:
@@ -123,7 +120,7 @@ def add_prefix(tensors: Tensors, scheme: NameScheme) -> Tensors:
 
 def dropped_note(names: list[str]) -> list[str]:
     """Return a note on the tensors `names` that were dropped, if there are any."""
-    return [f"dropped, no counterpart in this model: {', '.join(names)}"] if names else []
+    return [f"dropped, no counterpart in this model: {short_list(names)}"] if names else []
 
 
 # -------------------------------------------------------------------------------------------------------------- export
@@ -135,13 +132,18 @@ def shared_settings(pretrained: PretrainedWeights) -> dict[str, Any]:
     return {**named, "vocab_size": pretrained.model.vocab_size, "hidden_act": "gelu", "tie_word_embeddings": True}
 
 
-def write_folder(exported: ExportedModel, folder: Path, *, max_positions: int) -> None:
+def write_folder(exported: ExportedModel, folder: Path | str, *, max_positions: int) -> None:
     """Write weights, settings and tokenizer in the layout of `from_pretrained`."""
+    folder = Path(folder)
+    weights = folder / WEIGHTS
+    weights.touch()
+    mode = weights.stat().st_mode  # by the umask; safetensors replaces the file by one that only its owner reads
     save_file(
         {name: tensor.clone().contiguous() for name, tensor in exported.tensors.items()},  # safetensors rejects views
-        folder / WEIGHTS,
+        weights,
         metadata={"format": "pt"},
     )
+    weights.chmod(mode)
     write_settings(folder / CONFIG, {**exported.settings, "dtype": "float32", "torch_dtype": "float32"})
     _write_tokenizer(exported, folder, max_positions=max_positions)
 
@@ -174,7 +176,7 @@ class ModelOutputs:
 
 
 @torch.no_grad()
-def transformers_outputs(folder: Path, *, ids_BT: Tensor, segments_BT: Tensor, valid_BT: Tensor) -> ModelOutputs:
+def transformers_outputs(folder: Path | str, *, ids_BT: Tensor, segments_BT: Tensor, valid_BT: Tensor) -> ModelOutputs:
     """Load a folder with `transformers` and compute its outputs; MPNet ignores `segments_BT`."""
     transformers = load_transformers()
     inputs = {"input_ids": ids_BT, "attention_mask": valid_BT.long()}
@@ -186,7 +188,7 @@ def transformers_outputs(folder: Path, *, ids_BT: Tensor, segments_BT: Tensor, v
     return ModelOutputs(*outputs)
 
 
-def transformers_token_ids(folder: Path, texts: list[str]) -> list[list[int]]:
+def transformers_token_ids(folder: Path | str, texts: list[str]) -> list[list[int]]:
     """Tokenize `texts` with the tokenizer in `folder`."""
     tokenizer = load_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer(texts)["input_ids"]

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS, flag_of
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.conversion.bert import from_bert
-from pmlm_dist.conversion.files import CONFIG, OLD_WEIGHTS, WEIGHTS, read_json_object, read_tensors
+from pmlm_dist.conversion.files import CONFIG, INDEX, OLD_WEIGHTS, WEIGHTS, read_tensors
 from pmlm_dist.conversion.mpnet import from_mpnet
 from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
-from pmlm_dist.conversion.tensors import Tensors
+from pmlm_dist.conversion.tensors import Tensors, without_wrappers
 from pmlm_dist.conversion.unilm import from_unilm, is_unilm
+from pmlm_dist.json_input import read_json_object
 from pmlm_dist.vocab import Vocabulary
 from pmlm_dist.vocab_files import TOKENIZER, WORD_LIST
 
@@ -30,7 +31,8 @@ def import_weights(path: Path, /, *, output: Path, vocabulary: Path | None = Non
     """Import a BERT, MPNet (Hugging Face) or UniLM checkpoint as initial weights for `train.py --init`.
 
     Args:
-        path: A folder with config.json, model.safetensors or pytorch_model.bin, and tokenizer.json or vocab.txt; or a
+        path: A folder with config.json, model.safetensors or pytorch_model.bin (or the index of several), and
+            tokenizer.json or vocab.txt; or a
             UniLM file NAME.bin beside NAME-config.json and NAME-vocab.txt.
         output: The folder to write, which must not exist.
         vocabulary: A corpus whose vocabulary has the same tokens in another order: the weights are reordered to it.
@@ -58,12 +60,16 @@ def needed_flags(model: ModelConfig) -> list[str]:
     return [flag_of(name, getattr(model, name)) for name in names if getattr(model, name) != getattr(default, name)]
 
 
-def read_pretrained(path: Path, *, format: Format = "auto") -> PretrainedWeights:
+def read_pretrained(path: Path | str, *, format: Format = "auto") -> PretrainedWeights:
     """Load the model at `path`. Raises `ConfigError` with every problem; dropped tensors are in `facts["notes"]`."""
+    path = Path(path)
     files = _find_files(path)
-    settings, tensors = read_json_object(files.settings), read_tensors(files.tensors)
+    settings = read_json_object(files.settings)
+    tensors, notes = without_wrappers(read_tensors(files.tensors), origin=str(path))
     name = _detect_format(settings, tensors, path) if format == "auto" else format
-    return _FORMATS[name](settings, tensors, Vocabulary.load(files.vocabulary), origin=str(path))
+    pretrained = _FORMATS[name](settings, tensors, Vocabulary.load(files.vocabulary), origin=str(path))
+    facts = {**pretrained.facts, "from": str(path.absolute()), "notes": [*notes, *pretrained.facts["notes"]]}
+    return replace(pretrained, facts=facts)
 
 
 def _detect_format(settings: dict[str, Any], tensors: Tensors, path: Path) -> str:
@@ -89,7 +95,8 @@ class _Files:
 
 def _find_files(path: Path) -> _Files:
     if path.is_dir():
-        tensors = _first([path / WEIGHTS, path / OLD_WEIGHTS], "weights")
+        names = (f"{name}{end}" for name in (WEIGHTS, OLD_WEIGHTS) for end in ("", INDEX))
+        tensors = _first([path / name for name in names], "weights")
         folder, stem = path, None
     elif path.is_file():
         tensors, folder, stem = path, path.parent, path.stem

@@ -23,7 +23,6 @@ from pmlm_dist.conversion.huggingface import (
     ExportedModel,
     add_prefix,
     check_settings,
-    check_vocabulary,
     dropped_note,
     positive_setting,
     read_shared_settings,
@@ -129,13 +128,12 @@ def from_mpnet(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabular
             [f"{origin}: relative_attention_num_buckets ({buckets}) must be 32, a constant of MPNet's code"]
         )
     model = replace(
-        read_shared_settings(settings, origin=origin),
+        read_shared_settings(settings, vocabulary, origin=origin),
         max_positions=positive_setting(settings, "max_position_embeddings", origin) - _FIRST_POSITION,
         segment_types=2,
         relative_bias=True,
         **_BUCKETS,
     )
-    check_vocabulary(model, vocabulary, origin)
     source = StrictTensors(add_prefix(tensors, MPNET), origin=origin)
     weights, notes = _mpnet_weights(source, model)
     source.finish()
@@ -146,7 +144,7 @@ def _mpnet_weights(source: StrictTensors, model: ModelConfig) -> tuple[Tensors, 
     size, rows, buckets = model.hidden_size, model.vocab_size, model.relative_buckets
     assert rows is not None
     weights = {
-        TOKENS: source.take(_TOKENS, (rows, size)),
+        TOKENS: source.take_token_rows(_TOKENS, rows, size),
         POSITIONS: source.take(_POSITIONS, (model.max_positions + _FIRST_POSITION, size))[
             _FIRST_POSITION:
         ].contiguous(),
@@ -159,9 +157,9 @@ def _mpnet_weights(source: StrictTensors, model: ModelConfig) -> tuple[Tensors, 
     dropped = source.drop(*(f"mpnet.pooler.dense.{kind}" for kind in ("weight", "bias")))
     notes = ["MPNet has no segment embeddings: both rows are initialized to zero", *dropped_note(dropped)]
     if not source.has("lm_head."):
-        return weights | initial_head(model), [*notes, NEW_HEAD_NOTE]
+        return weights | initial_head(model), [*notes, *source.padding_notes(), NEW_HEAD_NOTE]
     weights |= from_scheme(source, MPNET.head, model)
-    weights[HEAD_BIAS] = source.take(_HEAD_BIAS, (rows,))
+    weights[HEAD_BIAS] = source.take_token_rows(_HEAD_BIAS, rows)
     source.drop_tied("lm_head.decoder.weight", weights[TOKENS])
     source.drop_tied("lm_head.decoder.bias", weights[HEAD_BIAS])
-    return weights, notes
+    return weights, [*notes, *source.padding_notes()]

@@ -32,7 +32,7 @@ def missing_packages() -> list[str]:
     return [name for name in _REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
 
 
-def write_onnx(folder: Path) -> float:
+def write_onnx(folder: Path | str) -> float:
     """Add onnx/model.onnx to an export that `transformers` can load; return the largest difference of hidden states.
 
     Raises `ConfigError` if packages are missing, or onnxruntime computes different hidden states.
@@ -44,7 +44,7 @@ def write_onnx(folder: Path) -> float:
         folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
     )
     names = ["input_ids", "attention_mask", *([] if encoder.config.model_type == "mpnet" else ["token_type_ids"])]
-    path = folder / _FILE
+    path = Path(folder) / _FILE
     path.parent.mkdir()
     _convert(_HiddenStates(encoder, names).eval(), _inputs(encoder.config, names, batch=2, length=16), path)
     # Other sizes than those of the conversion: constants of the trace would show.

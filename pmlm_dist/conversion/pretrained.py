@@ -7,6 +7,7 @@ checkpoint of any topology  --open_pretrained-->  PretrainedWeights  --save_pret
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -28,11 +29,11 @@ from pmlm_dist.checkpoint.files import (
     write_json,
     write_numbers,
 )
-from pmlm_dist.checkpoint.folder import IMPORTED, CheckpointFolder, newest_valid_at
+from pmlm_dist.checkpoint.folder import IMPORTED, TOKENIZER, CheckpointFolder, newest_valid_at, vocabulary_folder
 from pmlm_dist.checkpoint.fragments import Fragment
 from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
-from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, parameter_shapes
+from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, parameter_shapes, short_list
 from pmlm_dist.files import name_in_errors
 from pmlm_dist.folder_lock import FolderLock
 from pmlm_dist.model.task_model import TASK_HEAD
@@ -103,14 +104,14 @@ class PretrainedModel:
     """Contents of its `state.json`."""
 
 
-def find_pretrained(path: Path, *, vocabulary: Path | None = None) -> PretrainedModel:
+def find_pretrained(path: Path | str) -> PretrainedModel:
     """Return the newest valid checkpoint at `path`.
 
     `path`: a run folder, its checkpoints, one of them, or a folder written by `pmlm import`. In a fine-tuning folder
-    the best checkpoint so far is returned instead. `vocabulary`: path of the vocabulary; None: beside the checkpoints
-    (fine-tuning, import), else in the corpus of the run. Raises `ConfigError` if the checkpoint is corrupt, or the
-    vocabulary is not the one that it was trained with.
+    the best checkpoint so far is returned instead. Nothing outside the folder is read. Raises `ConfigError` if the
+    checkpoint is corrupt, or the vocabulary beside it is missing or not the one that it was trained with.
     """
+    path = Path(os.path.abspath(path))  # in `.` or `..` no name is known and no parent
     folder = newest_valid_at(path)
     state = _state_of(folder)
     best = state.get("progress", {}).get("best_step")
@@ -118,12 +119,12 @@ def find_pretrained(path: Path, *, vocabulary: Path | None = None) -> Pretrained
         folder = newest_valid_at(CheckpointFolder(folder.parent, keep=1).folder(best))
         state = _state_of(folder)
     model = _model_settings(state["configuration"].get("model"), folder)
-    words = Vocabulary.load(vocabulary or _vocabulary_folder(folder, state))
+    place = vocabulary_folder(folder)
+    words = Vocabulary.load(place)
     if words.fingerprint != state["identity"].get("vocabulary"):
         raise ConfigError(
-            [f"the vocabulary in {vocabulary or _vocabulary_folder(folder, state)} differs from that of {folder}: "
-             "pass the one that it was trained with as --vocabulary"]
-        )  # fmt: skip
+            [f"{place / TOKENIZER} is not the vocabulary that {folder} was trained with: copy that of its corpus there"]
+        )
     return PretrainedModel(folder, replace(model, vocab_size=words.size), words, state)
 
 
@@ -134,9 +135,9 @@ def _state_of(folder: Path) -> dict[str, Any]:
         raise ConfigError([f"{folder}: {error}"]) from error
 
 
-def open_pretrained(path: Path, *, vocabulary: Path | None = None) -> PretrainedWeights:
+def open_pretrained(path: Path | str) -> PretrainedWeights:
     """Load the checkpoint that `find_pretrained` returns, without the head of a fine-tuning task."""
-    checkpoint = find_pretrained(path, vocabulary=vocabulary)
+    checkpoint = find_pretrained(path)
     folder = checkpoint.folder
     try:
         arrays = read_weights(folder)
@@ -156,26 +157,15 @@ def _model_settings(saved: Any, folder: Path) -> ModelConfig:
     return ModelConfig(**saved)
 
 
-def _vocabulary_folder(folder: Path, state: dict[str, Any]) -> Path:
-    model_folder = folder.parent.parent
-    if folder.parent.name == IMPORTED or (model_folder / "tokenizer.json").is_file():
-        return model_folder
-    corpus = state["configuration"].get("corpus")
-    if corpus is None or not Path(corpus).exists():
-        raise ConfigError(
-            [f"the corpus of {folder} ({corpus}) does not exist here: pass its vocabulary as --vocabulary"]
-        )
-    return Path(corpus)
-
-
 def _shape_problems(pretrained: PretrainedWeights, folder: Path) -> list[str]:
     expected = parameter_shapes(pretrained.model)
     actual = {name: tuple(weight.shape) for name, weight in pretrained.weights.items()}
-    return [
-        f"{folder}: {name}: shape {actual.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
+    different = [
+        f"{name}: shape {actual.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
         for name in sorted(expected.keys() | actual.keys())
         if expected.get(name) != actual.get(name)
     ]
+    return [f"{folder} holds other tensors than its settings require: {short_list(different)}"] if different else []
 
 
 # ----------------------------------------------------------------------------------------------------------- inference
@@ -210,7 +200,7 @@ def logits(model: PseudoMaskedLM, states_BTE: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
-def save_pretrained(pretrained: PretrainedWeights, output: Path) -> Path:
+def save_pretrained(pretrained: PretrainedWeights, output: Path | str) -> Path:
     """Write a folder for `train.py --init` and `pmlm export`. Raises `ConfigError` if it exists."""
     with new_folder(output) as temporary:
         checkpoints = CheckpointFolder(temporary / IMPORTED, keep=1)
@@ -224,7 +214,7 @@ def save_pretrained(pretrained: PretrainedWeights, output: Path) -> Path:
         }
         checkpoints.commit(0, checkpoint, files)
         pretrained.vocabulary.save(temporary)
-    return output
+    return Path(output)
 
 
 def _bytes_of(weight: Tensor) -> memoryview:
@@ -232,19 +222,26 @@ def _bytes_of(weight: Tensor) -> memoryview:
 
 
 def _state(pretrained: PretrainedWeights) -> dict[str, Any]:
+    facts = pretrained.facts
+    origin = {"format": "checkpoint", "from": str(facts["folder"])} if "folder" in facts else {}
     return {
         **dict.fromkeys(("step", "samples_consumed", "tokens_seen"), 0),
         "identity": {"vocabulary": pretrained.vocabulary.fingerprint},
-        "configuration": {"model": asdict(pretrained.model), "imported": pretrained.facts},
+        "configuration": {
+            "model": asdict(pretrained.model),
+            "corpus_fingerprint": facts.get("configuration", {}).get("corpus_fingerprint"),
+            "imported": origin | {name: facts[name] for name in ("format", "from", "notes") if name in facts},
+        },
     }
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Path | str) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `output` on success, and removed if the block raises.
 
     Raises `ConfigError` if `output` exists, `FolderInUse` while another process writes it, and OSError.
     """
+    output = Path(output)
     with name_in_errors(output), FolderLock.acquire(output, beside=True) as lock:
         if output.exists():
             raise ConfigError([f"--output ({output}) already exists and is not overwritten: choose another"])

@@ -10,18 +10,23 @@ Tensors are read by name and shape. All missing, unknown and mismatched ones are
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pmlm_dist.config import ModelConfig, raise_if_any
+from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 
 Tensors = dict[str, Tensor]
 
 TOKENS, POSITIONS, SEGMENTS = (f"embeddings.{table}.weight" for table in ("token", "position", "segment"))
 RELATIVE_BIAS, HEAD_BIAS = "relative_bias.weight", "head.bias"
+_INNER_WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+"""Parts of names that torch.compile, FSDP and activation checkpointing add, around any module of a model."""
+_WRAPPERS = re.compile(rf"^(?:(?:module|model|{_INNER_WRAPPERS})\.)+|(?<=\.)(?:{_INNER_WRAPPERS})\.")
+"""Also `module.` and `model.`, which DistributedDataParallel and training frameworks put before all names."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,25 @@ class NameScheme:
     encoder: dict[str, str]
     head: dict[str, str]
     attention: dict[str, str]
+
+
+def short_list(names: Sequence[str], *, shown: int = 4) -> str:
+    """Return the first names and the number of the others, for a message."""
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def without_wrappers(tensors: Tensors, *, origin: str) -> tuple[Tensors, list[str]]:
+    """Return `tensors` without the parts of their names that wrappers of the model added, and a note if there are any.
+
+    Raises `ConfigError` if two tensors have the same name without them.
+    """
+    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    parts = sorted({part for name in tensors for part in _WRAPPERS.findall(name)})
+    if len(plain) < len(tensors):
+        raise ConfigError([f"{origin}: tensors have the same name without {short_list(parts)}: save one model alone"])
+    note = f"names of tensors are read without {short_list(parts)}, which wrappers of the model added"
+    return plain, [note] if parts else []
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -111,6 +135,7 @@ class StrictTensors:
         self._remaining, self._origin = dict(tensors), origin
         self._missing: list[str] = []
         self._problems: list[str] = []
+        self._padded: dict[str, int] = {}
 
     def has(self, prefix: str) -> bool:
         """Return True if a remaining name starts with `prefix`."""
@@ -131,6 +156,31 @@ class StrictTensors:
             return tensor.float().contiguous()
         return torch.zeros(shape)
 
+    def take_token_rows(self, name: str, tokens: int, *columns: int) -> Tensor:
+        """Return the rows [tokens, *columns] of a tensor with a row for each token; further rows are left out.
+
+        Embeddings are often padded to a multiple of 8 or more. `padding_notes` reports it; fewer rows are a problem.
+        """
+        tensor = self._remaining.get(name)
+        rows = tensor.shape[0] if tensor is not None and tensor.dim() else tokens
+        if rows < tokens:
+            self._problems.append(
+                f"{self._origin}: {name} has {rows:,} rows, but there are {tokens:,} tokens; put the tokenizer of "
+                "these weights beside them"
+            )
+            del self._remaining[name]
+            return torch.zeros(tokens, *columns)
+        if rows > tokens:
+            self._padded[name] = rows - tokens
+        return self.take(name, (rows, *columns))[:tokens]
+
+    def padding_notes(self) -> list[str]:
+        """Return a note on the rows that `take_token_rows` has left out, if there are any."""
+        if not self._padded:
+            return []
+        names, rows = short_list(list(self._padded)), max(self._padded.values())
+        return [f"rows beyond the tokens stand for no token and are left out: the last {rows:,} of {names}"]
+
     def drop(self, *names: str) -> list[str]:
         """Drop tensors without a counterpart in this model; return the names that existed."""
         return [name for name in names if self._remaining.pop(name, None) is not None]
@@ -138,7 +188,7 @@ class StrictTensors:
     def drop_tied(self, name: str, original: Tensor) -> None:
         """Drop a copy of the tied tensor `original`; record a problem if it differs."""
         copy = self._remaining.pop(name, None)
-        if copy is not None and not torch.equal(copy.float(), original):
+        if copy is not None and not torch.equal(copy[: len(original)].float(), original):
             self._problems.append(
                 f"{self._origin}: {name} is not tied to its counterpart; this model requires tied weights"
             )
@@ -147,10 +197,10 @@ class StrictTensors:
         """Raise one `ConfigError` for all recorded problems, missing and unknown tensors."""
         problems = list(self._problems)
         if self._missing:
-            problems.append(f"{self._origin}: missing tensors: {', '.join(self._missing)}")
+            problems.append(f"{self._origin}: missing tensors: {short_list(self._missing)}")
         if self._remaining:
             problems.append(
-                f"{self._origin}: tensors without a counterpart in this model: {', '.join(sorted(self._remaining))}"
+                f"{self._origin}: tensors without a counterpart in this model: {short_list(sorted(self._remaining))}"
             )
         raise_if_any(problems)
 

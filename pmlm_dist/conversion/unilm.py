@@ -23,7 +23,6 @@ from pmlm_dist.conversion.huggingface import (
     ExportedModel,
     add_prefix,
     check_settings,
-    check_vocabulary,
     positive_setting,
     read_shared_settings,
     shared_settings,
@@ -85,8 +84,7 @@ def from_unilm(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabular
     relative_bias = tensors.pop(_RELATIVE_BIAS_S2S_FT, None)
     if relative_bias is not None:
         tensors[_RELATIVE_BIAS] = relative_bias
-    model = _model_settings(settings, has_relative_bias=_RELATIVE_BIAS in tensors, origin=origin)
-    check_vocabulary(model, vocabulary, origin)
+    model = _model_settings(settings, vocabulary, has_relative_bias=_RELATIVE_BIAS in tensors, origin=origin)
     notes = []
     if BERT_SEGMENTS not in tensors and not settings.get("type_vocab_size"):
         tensors[BERT_SEGMENTS] = torch.zeros(model.segment_types, model.hidden_size)
@@ -123,13 +121,15 @@ def split_qkv(tensors: Tensors) -> Tensors:
     return split
 
 
-def _model_settings(settings: dict[str, Any], *, has_relative_bias: bool, origin: str) -> ModelConfig:
+def _model_settings(
+    settings: dict[str, Any], vocabulary: Vocabulary, *, has_relative_bias: bool, origin: str
+) -> ModelConfig:
     buckets = settings.get("rel_pos_bins", 0)
     if bool(buckets) != has_relative_bias:
         has = "has" if has_relative_bias else "has no"
         raise ConfigError([f"{origin}: rel_pos_bins is {buckets}, but the checkpoint {has} {_RELATIVE_BIAS}"])
     model = replace(
-        read_shared_settings(settings, origin=origin),
+        read_shared_settings(settings, vocabulary, origin=origin),
         max_positions=positive_setting(settings, "max_position_embeddings", origin),
         segment_types=settings.get("type_vocab_size") or 2,
         relative_bias=has_relative_bias,

@@ -30,6 +30,7 @@ import numpy as np
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.files import open_atomically, write_atomically
+from pmlm_dist.json_input import InvalidJson, parse_json
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -117,11 +118,11 @@ class Manifest:
         path = Path(folder) / MANIFEST
         remedy = f"run `pmlm prepare-corpus --source 'texts/*.jsonl' --output {folder} --vocabulary-size 30522`"
         try:
-            plain = json.loads(path.read_bytes())
+            plain = parse_json(path.read_bytes())
             version = plain.get("version")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError([f"no corpus in {folder} ({path} is missing): {remedy}"]) from error
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        except (InvalidJson, AttributeError) as error:
             raise ConfigError([f"{path} is not a manifest ({error}): remove {folder} and {remedy}"]) from error
         if version != VERSION:
             raise ConfigError(

@@ -42,7 +42,7 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Evaluation]:
 
 
 def _prepare(config: EvaluateConfig, topology: Topology) -> tuple[PretrainedModel, Task, list[Split], EngineConfig]:
-    start = find_pretrained(config.model, vocabulary=config.vocabulary)
+    start = find_pretrained(config.model)
     saved = start.state["configuration"].get("task")
     if not isinstance(saved, dict) or saved.get("kind") not in TASKS:
         raise ConfigError(

@@ -30,6 +30,7 @@ from pmlm_dist.config import ModelConfig, as_dict, raise_if_any
 from pmlm_dist.data.order import BatchShare, micro_batch_samples, permutation
 from pmlm_dist.downstream.prediction import Evaluation, Split, evaluate, predictions_file, score_line, write_predictions
 from pmlm_dist.downstream.preparation import FinetuneData, build_task_engine
+from pmlm_dist.downstream.rows import absolute_source
 from pmlm_dist.downstream.settings import Recipe, optim_config
 from pmlm_dist.downstream.summary import FinetuneRun
 from pmlm_dist.downstream.tasks.registry import TASKS
@@ -189,10 +190,11 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
             "seed": self.seed,
             "model": dataclasses.asdict(self.model_config),
             "started_from": None if config.untrained else str(data.start.folder),
+            "corpus_fingerprint": data.start.state["configuration"].get("corpus_fingerprint"),
             "task": {
                 "kind": config.task,
                 "settings": data.task.as_json(),
-                "data": config.data or TASKS[config.task].hub,
+                "data": absolute_source(config.data or TASKS[config.task].hub),
             },
             "engine": self.engine_config.raw,
         }

@@ -51,7 +51,7 @@ def prepare(config: FinetuneConfig, topology: Topology) -> FinetuneData:
     kind = TASKS.get(config.task)
     if kind is None:
         raise ConfigError([f"--task ({config.task}) must be one of {', '.join(TASKS)}"])
-    start = find_pretrained(config.model, vocabulary=config.vocabulary)
+    start = find_pretrained(config.model)
     source = config.data or kind.hub
     if source is None:
         raise ConfigError([f"--task {config.task} has no data of its own: name yours by --data"])

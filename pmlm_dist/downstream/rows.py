@@ -5,21 +5,24 @@
     NAME or NAME:CONFIG                              a data set of the Hugging Face hub (extra `datasets`), or a folder
                                                      with a copy of its repository
 
-CSV and TSV start with a line of column names. TSV is read without quoting, as GLUE's files are written; CoLA's files
-have no column names and get `_COLA`. `.json` is SQuAD's nested format: one row per question. Hugging Face class labels
-are replaced by their names.
+CSV and TSV start with a line of column names. TSV is read without quoting, as GLUE's files are written: they have
+irregular lines, which are skipped and counted in one line. `.json` is SQuAD's nested format: one row per question.
+Hugging Face class labels are replaced by their names.
 """
 
 from __future__ import annotations
 
 import csv
-import json
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pmlm_dist.config import ConfigError
+from pmlm_dist.console import print_safely
+from pmlm_dist.json_input import InvalidJson, parse_json, read_json
+from pmlm_dist.launch_environment import is_rank_zero
 
 _SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
 _OTHER_NAMES = {
@@ -30,8 +33,28 @@ _OTHER_NAMES = {
 }
 _COLA = ("source", "label", "note", "sentence")
 """Columns of CoLA's files, which have no header."""
+_GLUE_TEXTS = frozenset(
+    ("sentence", "sentence1", "sentence2", "#1 String", "#2 String", "question", "question1", "question2")
+)
+_GLUE_COLUMNS = _GLUE_TEXTS.union(
+    ("label", "gold_label", "label1", "label2", "label3", "label4", "label5", "Quality", "score", "is_duplicate"),
+    ("index", "id", "#1 ID", "#2 ID", "qid1", "qid2", "promptID", "pairID", "old_index"),
+    ("source", "source1", "source2", "genre", "filename", "year", "note"),
+    ("sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse"),
+)
+"""Columns of GLUE's files. Those of QQP have lines cut by a line feed in a question, and questions without text."""
+_NO_GOLD_LABEL = "-"
+"""In MNLI: the annotators did not agree."""
 _NO_LABEL = -1
 """Class label of hidden test sets in Hugging Face data sets."""
+
+
+def absolute_source(source: str | None) -> str | None:
+    """Return `source` for any working directory: the absolute path of a folder, a name of the hub unchanged."""
+    if source is None:
+        return None
+    folder, colon, config = (source, "", "") if Path(source).exists() else source.partition(":")
+    return f"{Path(folder).absolute()}{colon}{config}" if Path(folder).exists() else source
 
 
 def read_rows(source: str, split: str) -> list[dict[str, Any]]:
@@ -39,6 +62,8 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     if not split or Path(split).name != split:
         raise ConfigError([f"a split ({split}) is a name, not a path: put its file into {source} and give its name"])
     folder = Path(source)
+    if folder.is_absolute() and not any(Path(path).exists() for path in (source, source.partition(":")[0])):
+        raise ConfigError([f"--data ({source}) does not exist: name the folder that holds {split}.jsonl and others"])
     if not folder.exists() or _is_repository(folder):
         rows = _read_hub(source, split)
     elif (folder / "dataset_dict.json").is_file() or (folder / split / "dataset_info.json").is_file():
@@ -75,7 +100,7 @@ def read_file(path: Path) -> list[dict[str, Any]]:
             return list(_json_lines(path))
         if path.suffix == ".json":
             return list(_squad_questions(path))
-        return list(_table(path))
+        return list(_tsv(path) if path.suffix == ".tsv" else _csv(path))
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise ConfigError([f"{path} cannot be read: {error}"]) from error
 
@@ -86,48 +111,85 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ConfigError([f"{path}, line {number}: not JSON ({error})"]) from error
+                row = parse_json(line)
+            except InvalidJson as error:
+                raise ConfigError([f"{path}, line {number}: not JSON ({error}): correct or remove it"]) from error
             if not isinstance(row, dict):
                 raise ConfigError([f"{path}, line {number}: not a JSON object"])
             yield row
 
 
-def _table(path: Path) -> Iterator[dict[str, Any]]:
-    is_tsv = path.suffix == ".tsv"
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # passages exceed the default of 128 KiB
-    with path.open(encoding="utf-8-sig", newline="\n" if is_tsv else "") as file:
-        lines = _cells(file, is_tsv=is_tsv)
-        _, names = next(lines, (1, None))
-        if names is None:
-            return
-        if is_tsv and len(names) == len(_COLA) and names[1] in ("0", "1"):
-            yield dict(zip(_COLA, names, strict=True))
-            names = list(_COLA)
-        duplicates = sorted(name for name, count in Counter(names).items() if count > 1)
-        if duplicates:
-            raise ConfigError([f"{path}, line 1: more than one column is called {', '.join(map(repr, duplicates))}"])
-        for number, row in lines:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file)
+        names = next(lines, [])
+        _check_header(names, path)
+        for row in filter(None, lines):
             if len(row) != len(names):
-                raise ConfigError([f"{path}, line {number}: {len(row)} columns instead of {len(names)}"])
+                raise ConfigError([_column_problem(path, lines.line_num, row, names)])
             yield dict(zip(names, row, strict=True))
 
 
-def _cells(file: TextIO, *, is_tsv: bool) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number and cells of every row; blank lines are no rows."""
-    if is_tsv:  # not by `csv`, to which a lone carriage return ends a row
-        rows = ((number, line.removesuffix("\n").removesuffix("\r")) for number, line in enumerate(file, start=1))
-        yield from ((number, row.split("\t")) for number, row in rows if row)
+def _tsv(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file without quoting. Irregular lines are an error, in GLUE's files they are skipped."""
+    names: Sequence[str] = ()
+    rows, irregular = 0, []
+    for number, fields in _tsv_lines(path):
+        if not names:
+            has_header = not (len(fields) == len(_COLA) and fields[1] in ("0", "1"))
+            names = fields if has_header else _COLA
+            _check_header(names, path)
+            if has_header:
+                continue
+        rows += 1
+        row = dict(zip(names, fields, strict=False))
+        if len(fields) == len(names) and not (_GLUE_COLUMNS.issuperset(names) and _is_without_text(row)):
+            yield row
+        else:
+            irregular.append(_column_problem(path, number, fields, names))
+    if not irregular:
         return
-    reader = csv.reader(file)
-    yield from ((reader.line_num, row) for row in reader if row)
+    # Half: far more than in any file of GLUE, and still few of a small file.
+    if not _GLUE_COLUMNS.issuperset(names) or 2 * len(irregular) > rows:
+        raise ConfigError([f"{irregular[0]}{_and_more(irregular)}: replace tabs and line feeds in texts by spaces"])
+    if is_rank_zero(os.environ):
+        print_safely(f"note: {len(irregular)} of {rows:,} lines skipped, as GLUE's files have some: {irregular[0]}")
+
+
+def _tsv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, fields). A line ends at a line feed alone: texts hold every other separator."""
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            text = line.removesuffix("\n").removesuffix("\r")
+            if text:
+                yield number, text.split("\t")
+
+
+def _is_without_text(row: dict[str, Any]) -> bool:
+    has_text = all(value.strip() for name, value in row.items() if name in _GLUE_TEXTS)
+    return not has_text or row.get("gold_label") == _NO_GOLD_LABEL
+
+
+def _check_header(names: Sequence[str], path: Path) -> None:
+    duplicates = sorted(name for name, count in Counter(names).items() if count > 1)
+    if duplicates:
+        raise ConfigError([f"{path}, line 1: more than one column is called {', '.join(map(repr, duplicates))}"])
+
+
+def _column_problem(path: Path, number: int, fields: Sequence[str], names: Sequence[str]) -> str:
+    if len(fields) == len(names):
+        return f"{path}, line {number}: no text or no gold label"
+    return f"{path}, line {number}: {len(fields)} columns instead of {len(names)}"
+
+
+def _and_more(problems: list[str]) -> str:
+    return f" (and {len(problems) - 1:,} more lines)" if len(problems) > 1 else ""
 
 
 def _squad_questions(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-        for article in document["data"]:
+        for article in read_json(path)["data"]:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     answers = question.get("answers", [])
@@ -137,7 +199,7 @@ def _squad_questions(path: Path) -> Iterator[dict[str, Any]]:
                         "context": paragraph["context"],
                         "answers": {name: [answer[name] for answer in answers] for name in ("text", "answer_start")},
                     }
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError([f"{path} is not in SQuAD's format: {error!r}"]) from error
 
 

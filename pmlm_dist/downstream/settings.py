@@ -140,8 +140,6 @@ class FinetuneConfig:
     `datasets` saved, or the name of a data set, NAME or NAME:CONFIG. None: the task's own on the Hugging Face hub."""
     untrained: bool = False
     """Draw the weights from the seed instead of loading the model's: a baseline of the same shape and vocabulary."""
-    vocabulary: Path | None = None
-    """Folder of the model's vocabulary. None: beside imported weights, else in the corpus of its run."""
     ds_config: Path = Path("ds_configs/finetune.json")
     """DeepSpeed's JSON: micro-batch, precision, ZeRO, clipping, offload."""
     seed: Annotated[int, NotNegative] = 0
@@ -183,8 +181,6 @@ class EvaluateConfig:
     """Splits to evaluate. None: the task's validation splits."""
     predictions: Path | None = None
     """Folder for predictions-SPLIT.jsonl, which must not exist in it yet."""
-    vocabulary: Path | None = None
-    """Folder of the model's vocabulary. None: the model's own folder."""
     ds_config: Path = Path("ds_configs/finetune.json")
     """DeepSpeed's JSON: micro-batch, precision, ZeRO."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pmlm_dist.config import ConfigError, divisors, raise_if_any
+from pmlm_dist.json_input import read_json_object
 
 _ALLOWED = {
     "train_batch_size": "sequences of one optimizer step over all ranks",
@@ -141,21 +142,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(
             [f"{path} does not exist: pass DeepSpeed's JSON with --ds-config, ds_configs/base.json for example"]
         )
-    repeated: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        repeated.extend(sorted({name for name in names if names.count(name) > 1}))
-        return dict(pairs)
-
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except ValueError as error:
-        raise ConfigError([f"{path} is not JSON: {error}"]) from error
-    if not isinstance(raw, dict):
-        raise ConfigError([f"{path} must hold one JSON object"])
-    raise_if_any([f"{path}: setting `{name}` is given twice: remove one" for name in repeated])
-    return raw
+    return read_json_object(path)
 
 
 def _problems(raw: dict[str, Any], *, has_accelerator: bool) -> list[str]:

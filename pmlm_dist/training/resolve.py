@@ -111,6 +111,7 @@ class ResolvedRun:
         """Return everything as resolved, as JSON values: settings, DeepSpeed's JSON, corpus, topology."""
         return {
             **as_dict(self.config),
+            "corpus": self.own_corpus.address or str(self.own_corpus.folder.absolute()),
             "engine": self.engine.raw,
             "corpus_fingerprint": self.manifest.fingerprint,
             "sequence_length": self.manifest.sequence_length,
@@ -192,6 +193,8 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
             ),
         )
         problems += _cache_problems(config, training, lanes=lanes) if lanes else []
+    if saved and manifest is None:
+        problems.append(_missing_corpus(saved))
     raise_on_all_ranks(problems, topology)
     assert engine is not None
     assert own is not None
@@ -211,6 +214,11 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
             problems += initial_weights_problems(config.init, completed.model, vocabulary)
         raise_on_all_ranks(problems, topology)
     return run
+
+
+def _missing_corpus(saved: dict[str, Any]) -> str:
+    corpus, fingerprint = saved["configuration"].get("corpus"), saved["identity"].get("corpus")
+    return f"the run to resume reads the corpus of sha256 {fingerprint}, which was {corpus}: name its place by --corpus"
 
 
 def _mixture(problems: list[str], config: RunConfig) -> tuple[CorpusSource, ...]:

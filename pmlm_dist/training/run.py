@@ -47,6 +47,8 @@ def pretrain(config: RunConfig, signals: StopSignals | None = None, heartbeat: H
         )
         saved = read_state(newest) if newest else None
         run = resolve(config, attempt.topology, saved=saved)
+        if attempt.topology.is_rank_zero:
+            run.vocabulary.save(config.run_dir)  # with it the run folder can be used without its corpus
         if newest and saved and saved["step"] >= run.last_step:
             complete(run, step=saved["step"], checkpoint=newest)
             return

@@ -208,12 +208,6 @@ def test_export_with_different_logits_is_not_written(tmp_path, capsys, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_export_with_another_vocabulary_raises(tmp_path, capsys, small_corpus):
-    save_random_model(tmp_path / "source")
-    message = error_of("export", tmp_path / "source", "--format", "mpnet", "--vocabulary", small_corpus, capsys=capsys)
-    assert "differs from that of" in message
-
-
 def test_export_of_a_corrupt_checkpoint_raises(tmp_path, capsys):
     file = save_random_model(tmp_path / "source") / "weights" / "step-00000000" / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())

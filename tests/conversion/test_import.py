@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from transformers import AutoTokenizer, BertForPreTraining, BertModel
 
 from pmlm_dist import cli
 from pmlm_dist.config import ConfigError
+from pmlm_dist.conversion.files import read_tensors
 from pmlm_dist.conversion.importing import read_pretrained
 from pmlm_dist.conversion.pretrained import open_pretrained, save_pretrained
 from pmlm_dist.conversion.tensors import RELATIVE_BIAS
@@ -104,6 +107,78 @@ def test_old_names_and_file_formats_are_imported(tmp_path, variant: str):
         assert torch.equal(imported.weights[name], correct), name
 
 
+def published(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Write a model of `kind` and return its tensors; in a bare encoder and in UniLM's format they are BERT's."""
+    if kind == "mpnet":
+        mpnet_folder(folder)
+    elif kind == "bare":
+        bert_folder(folder, kind=BertModel)
+    else:
+        bert_folder(folder)
+    return load_file(folder / "model.safetensors")
+
+
+KINDS = ("bert", "bare", "mpnet", "unilm")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_beyond_the_tokens_are_left_out_with_one_note(tmp_path, kind: str):
+    tensors, tokens, format = published(tmp_path, kind), len(WORDS), "auto" if kind != "unilm" else "unilm"
+    expected = read_pretrained(tmp_path, format=format)
+    padded = {name: t for name, t in tensors.items() if t.shape[0] == tokens}
+    assert len(padded) == (1 if kind == "bare" else 2)
+    if kind != "bare":  # a tied copy of the embedding, as old files have it
+        decoder = "lm_head.decoder.weight" if kind == "mpnet" else "cls.predictions.decoder.weight"
+        padded[decoder] = next(t for t in padded.values() if t.dim() == 2)
+    padded = {name: torch.cat([t, torch.full((7, *t.shape[1:]), 9.0)]) for name, t in padded.items()}
+    save_file(tensors | padded, tmp_path / "model.safetensors")
+    change_settings(tmp_path, vocab_size=tokens + 7)
+    imported = read_pretrained(tmp_path, format=format)
+    assert imported.model == expected.model
+    assert all(torch.equal(imported.weights[name], weight) for name, weight in expected.weights.items())
+    (note,) = [note for note in imported.facts["notes"] if "are left out: the last 7 of" in note]
+    assert "embeddings" in note
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod.", "_orig_mod.module.model."])
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_wrapped_models_are_read_with_one_note(tmp_path, kind: str, prefix: str):
+    tensors, format = published(tmp_path, kind), "auto" if kind != "unilm" else "unilm"
+    expected = read_pretrained(tmp_path, format=format)
+    wrapped = {f"{prefix}{name.replace('encoder.', 'encoder._orig_mod.')}": t for name, t in tensors.items()}
+    save_file(wrapped, tmp_path / "model.safetensors")
+    imported = read_pretrained(tmp_path, format=format)
+    assert all(torch.equal(imported.weights[name], weight) for name, weight in expected.weights.items())
+    wrappers, *notes = imported.facts["notes"]
+    assert prefix in wrappers
+    assert "_orig_mod." in wrappers
+    assert notes == expected.facts["notes"]
+
+
+@pytest.mark.parametrize("end", ["safetensors", "bin"])
+def test_sharded_weights_are_imported(tmp_path, end: str, capsys):
+    folder = tmp_path / "bert"
+    tensors = published(folder, "bert")
+    expected = read_pretrained(folder)
+    name = {"safetensors": "model", "bin": "pytorch_model"}[end]
+    files = {tensor: f"{name}-0000{n % 3 + 1}-of-00003.{end}" for n, tensor in enumerate(tensors)}
+    for file in set(files.values()):
+        part = {tensor: tensors[tensor] for tensor in files if files[tensor] == file}
+        (save_file if end == "safetensors" else torch.save)(part, folder / file)
+    (folder / "model.safetensors").unlink()
+    index = folder / f"{name}.{end}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    imported = read_pretrained(folder)
+    assert all(torch.equal(imported.weights[name], weight) for name, weight in expected.weights.items())
+    for changed, expected_message in (
+        ({"more": files["cls.predictions.bias"]}, "lists tensors that its files lack, copy all files again: more"),
+        ({"more": "../bert/config.json"}, "must list a file beside it for each tensor"),
+        ({"more": f"missing.{end}"}, f"missing.{end} cannot be read"),
+    ):
+        index.write_text(json.dumps({"weight_map": files | changed}))
+        assert expected_message in error_of_import(folder, capsys)
+
+
 def test_weights_are_reordered_to_the_vocabulary_of_a_corpus(tmp_path, capsys):
     original = random_pretrained()
     save_pretrained(original, tmp_path / "source")
@@ -169,6 +244,32 @@ def change_settings(folder: Path, **settings: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
+def test_fewer_rows_than_tokens_raises(tmp_path, capsys):
+    bert_folder(tmp_path / "bert", words=[*WORDS, "one", "more"])
+    message = error_of_import(tmp_path / "bert", capsys)
+    assert f"word_embeddings.weight has {len(WORDS)} rows, but there are {len(WORDS) + 2} tokens; put the" in message
+
+
+def test_other_names_give_a_short_message(tmp_path, capsys):
+    bert_folder(tmp_path / "bert")
+    tensors = load_file(tmp_path / "bert" / "model.safetensors")
+    save_file({f"net.{name}": t for name, t in tensors.items()}, tmp_path / "bert" / "model.safetensors")
+    message = error_of_import(tmp_path / "bert", capsys)
+    assert f"and {len(tensors) - 4} more" in message
+    assert len(message) < 1000
+    both = {name: t.clone() for name, t in tensors.items()} | {f"module.{name}": t for name, t in tensors.items()}
+    save_file(both, tmp_path / "bert" / "model.safetensors")
+    assert "tensors have the same name without module.: save one model alone" in error_of_import(
+        tmp_path / "bert", capsys
+    )
+
+
+def test_published_folder_as_a_checkpoint_names_the_import(tmp_path, capsys):
+    bert_folder(tmp_path / "bert")
+    assert cli.main(["fill", "w1 [MASK]", "--model", str(tmp_path / "bert")]) == 2
+    assert "read it by `pmlm import` first" in capsys.readouterr().err
+
+
 def test_import_lists_every_mismatched_tensor(tmp_path, capsys):
     folder = tmp_path / "bert"
     bert_folder(folder)
@@ -197,8 +298,9 @@ def test_import_lists_every_mismatched_tensor(tmp_path, capsys):
         ({"position_embedding_type": "relative_key"}, "position_embedding_type (relative_key) must be absolute"),
         ({"is_decoder": True}, "is_decoder (True) must be False"),
         ({"model_type": "roberta"}, "model_type (roberta) cannot be imported: must be bert, mpnet or unilm"),
-        ({"vocab_size": 60}, "its embedding has 60 rows, its tokenizer 49 tokens"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers (two) must be a positive number"),
+        ({"num_hidden_layers": 10**30}, "must be a positive number up to 100,000"),
+        ({"hidden_size": 10**400}, "config.json, line 1 is not JSON (the number 100000000000... (401 characters)"),
         ({"num_attention_heads": 5}, "num_attention_heads (5) must divide hidden_size"),
     ],
 )
@@ -220,6 +322,17 @@ def test_import_of_missing_or_corrupt_files_raises(tmp_path, capsys):
     assert "no weights found" in error_of_import(folder, capsys)
     (folder / "pytorch_model.bin").write_bytes(b"no weights either")
     assert "pytorch_model.bin cannot be read" in error_of_import(folder, capsys)
+
+
+def test_damaged_weights_raise_one_line(tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "old.bin").read_bytes()
+    for position in range(0, len(content), 3):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x55
+        (tmp_path / "damaged.bin").write_bytes(damaged[: len(content) - position % 2])
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(ConfigError):
+            read_tensors(tmp_path / "damaged.bin")
 
 
 class TouchOnUnpickling:

@@ -54,6 +54,19 @@ def test_fused_weights_without_relative_bias_have_berts_logits(tmp_path, named):
     torch.testing.assert_close(logits[valid_BT], expected[valid_BT], rtol=0, atol=1e-11)
 
 
+def test_wrapped_and_padded_weights_are_imported(tmp_path):
+    write_unilm_release(tmp_path, relative_bias=torch.randn(4, 32))
+    expected = read_pretrained(tmp_path)
+    tensors = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
+        tensors[name] = torch.cat([tensors[name], tensors[name][:3]])
+    tensors["cls.predictions.decoder_weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+    torch.save({f"module._orig_mod.{name}": t for name, t in tensors.items()}, tmp_path / "pytorch_model.bin")
+    imported = read_pretrained(tmp_path)
+    assert all(torch.equal(imported.weights[name], weight) for name, weight in expected.weights.items())
+    assert len(imported.facts["notes"]) == 2
+
+
 @torch.no_grad()
 def test_relative_bias_has_mpnets_logits(tmp_path):
     relative_bias = torch.randn(4, 32)

@@ -245,7 +245,7 @@ def test_summary_sorts_by_mean():
         (text_rows(3), {"recipe": Recipe(lr=-1.0, warmup=1.0)}, r"recipe.lr \(-1.0\)[^$]*recipe.warmup \(1.0\)"),
         (text_rows(3), {"recipe": Recipe(lr=float("inf")), "seed": -1}, r"seed \(-1\)[^$]*recipe.lr \(inf\)"),
         (text_rows(3), {"grid": ("ls=3",)}, "--grid .ls=3. is not NAME=VALUE"),
-        ([{"text": "a fish", "label": float("nan")}], {}, "row 1: nan in column label is not a label"),
+        ([{"text": "a fish", "label": float("nan")}], {}, r"validation.jsonl, line 1: not JSON \(the number NaN"),
         ([{"text": "a fish", "label": ""}, *text_rows(1)], {}, "row 1: '' in column label is not a label"),
     ],
 )
@@ -266,7 +266,7 @@ def test_existing_output_is_not_overwritten(model: Path, data: Path, tmp_path: P
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("label", [float("nan"), "", "high"])
+@pytest.mark.parametrize("label", ["nan", "", "high"])
 def test_label_that_is_no_number_raises_before_anything_is_written(model: Path, tmp_path: Path, label: Any):
     rows = [{"text": "a fish", "label": 1.5}, {"text": "a bird", "label": label}]
     for split in ("train", "validation"):

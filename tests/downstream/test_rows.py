@@ -43,6 +43,37 @@ def test_cola_without_header_is_read_as_validation_split_from_dev(tmp_path: Path
     assert [(row["label"], row["sentence"]) for row in rows] == [("1", 'The "sailors" rode.'), ("0", "Rode sailors.")]
 
 
+GLUE_FILES = {
+    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", '7\t1\t2\tIs "this\tIs that?\t0'),
+    "mrpc": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", '1\t70\t71\t" He said .\tHe said so .\u2028'),
+    "qnli": ("index\tquestion\tsentence\tlabel", "0\tWho?\tShe \x0b said.\tnot_entailment"),
+    "sst2": ("sentence\tlabel", "it 's \u0085 good \t1"),
+    "mnli": ("index\tpromptID\tpairID\tgenre\tsentence1\tsentence2\tlabel1\tgold_label", "0\t1\t1e\tx\ta\tb\tc\tc"),
+}
+
+
+@pytest.mark.parametrize("name", GLUE_FILES)
+def test_irregular_lines_of_glue_are_skipped_with_one_note(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+):
+    header, line = GLUE_FILES[name]
+    broken = ['" a question?', f"{line}\textra"]
+    (tmp_path / "train.tsv").write_text("\r\n".join([header, line, *broken, line, line, ""]), newline="")
+    rows = read_rows(str(tmp_path), "train")
+    assert [list(row.values()) for row in rows] == [line.split("\t")] * 3
+    assert list(rows[0]) == header.removeprefix("\ufeff").split("\t")
+    (note,) = capsys.readouterr().out.splitlines()
+    assert note.startswith("note: 2 of 5 lines skipped")
+    assert note.endswith(f"train.tsv, line 3: 1 columns instead of {len(rows[0])}")
+
+
+def test_glue_rows_without_text_or_gold_label_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = ["sentence1\tsentence2\tgold_label", "a\tb\tneutral", "a\t \tneutral", "c\td\tneutral", "a\tb\t-", ""]
+    (tmp_path / "dev_matched.tsv").write_text("\n".join(lines))
+    assert [row["sentence1"] for row in read_rows(str(tmp_path), "validation_matched")] == ["a", "c"]
+    assert "2 of 4 lines skipped, as GLUE's files have some" in capsys.readouterr().out
+
+
 def test_squad_has_one_row_per_question(tmp_path: Path):
     (tmp_path / "train-v2.0.json").write_text(json.dumps(SQUAD))
     first, second = read_rows(str(tmp_path), "train")
@@ -92,11 +123,17 @@ def test_lone_carriage_returns_and_unicode_separators_end_no_line(tmp_path: Path
     [
         ("train.csv", "text,label,text\na,b,c\n", "more than one column is called 'text'"),
         ("train.tsv", "", "is empty"),
-        ("train.json", "", "not in SQuAD's format"),
+        ("train.json", "", "train.json, line 1 is not JSON"),
+        ("train.json", "[]", "not in SQuAD's format"),
         ("train.jsonl", "", "is empty"),
         ("train.csv", "text,label\n", "is empty"),
         ("train.jsonl", '{"a": 1}\n{"a": \n', "line 2: not JSON"),
         ("train.jsonl", "[1]\n", "line 1: not a JSON object"),
+        ("train.jsonl", '{"a": 1}\n' + "[" * 100_000 + "\n", "line 2: not JSON .* nested more than 64 deep"),
+        ("train.jsonl", '{"a": ' + "9" * 5000 + "}\n", "line 1: not JSON .*5000 characters"),
+        ("train.jsonl", '{"a": 1, "a": 2}\n', "line 1: not JSON .*`a` is given twice"),
+        ("train.tsv", "text\tlabel\na\tb\nc\n", "line 3: 1 columns instead of 2: replace tabs"),
+        ("train.tsv", "sentence\tlabel\na\nb\tx\nc\n", r"line 2: 1 columns instead of 2 \(and 1 more lines\)"),
         ("train.csv", "a,b\n1,2,3\n", "line 2: 3 columns instead of 2"),
         ("train.json", '{"data": [{"paragraphs": [{}]}]}', "not in SQuAD's format"),
         ("test.jsonl", '{"a": 1}\n', "has no split train.*it contains test.jsonl"),

@@ -223,7 +223,7 @@ def test_all_deepspeed_problems_are_reported_at_once(tmp_path: Path):
 @pytest.mark.parametrize("text", ["", "{", "{'train_batch_size': 8}", '{"train_batch_size": 8,}'])
 def test_file_that_is_not_json_raises_with_its_path(tmp_path: Path, text: str):
     (problem,) = problems_of(tmp_path, text)
-    assert f"{tmp_path / 'ds.json'} is not JSON" in problem
+    assert f"{tmp_path / 'ds.json'}, line 1 is not JSON" in problem
 
 
 def test_binary_file_raises(tmp_path: Path):

@@ -12,7 +12,6 @@ each a document of its own. A .jsonl line of more than `MAX_LINE_BYTES` is skipp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -33,6 +32,7 @@ from pmlm_dist.corpus.input.segmentation import split_text
 from pmlm_dist.corpus.input.sources import open_dataset, open_source
 from pmlm_dist.corpus.input.tables import dataset_rows, parquet_rows, parquet_values
 from pmlm_dist.corpus.input.units import Unit
+from pmlm_dist.json_input import InvalidJson, parse_json
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def _decode(record: Record, *, unit: Unit, text_field: str) -> str | RejectedRec
 
 def _text_of_json(line: str, *, text_field: str) -> str | RejectedRecord:
     try:
-        record: Any = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        record: Any = parse_json(line, any_number=True)
+    except InvalidJson as error:
         return RejectedRecord(INVALID_JSON, f": {error}")
     if not isinstance(record, dict):
         return RejectedRecord(NO_TEXT, ": not a JSON object")
@@ -141,8 +141,8 @@ def _parse(record: Record, *, unit: Unit, location: str) -> Any:
         if isinstance(record, RejectedRecord):
             raise ValueError(record.reason)
         text = record.decode("utf-8")
-        return json.loads(text) if unit.format == "jsonl" else text
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, any_number=True) if unit.format == "jsonl" else text
+    except ValueError as error:
         raise ConfigError([f"{unit.source}, {location} cannot be read: {error}; correct the record"]) from error
 
 
