@@ -197,10 +197,9 @@ def problems(config: FinetuneConfig) -> list[str]:
 
 
 def is_finetune_unfinished(output: Path) -> bool:
-    """Return True if `output` holds an incomplete fine-tuning, or at most the lock of one."""
-    if not output.is_dir():
-        return False
-    return (output / UNFINISHED).is_file() or all(path.name.startswith(LOCK) for path in output.iterdir())
+    """Return True if `output` holds an incomplete fine-tuning, or only the lock of one."""
+    names = [path.name for path in output.iterdir()] if output.is_dir() else []
+    return UNFINISHED in names or bool(names and all(name.startswith(LOCK) for name in names))
 
 
 def recipes(config: FinetuneConfig) -> list[Recipe]:
