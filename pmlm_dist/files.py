@@ -7,21 +7,22 @@ A process that is killed leaves at most a `.tmp-` file beside the old contents.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
-def write_atomically(path: Path, data: str | bytes, *, durable: bool = True) -> None:
+def write_atomically(path: Path, data: str | bytes, *, durable: bool = True, replace: bool = True) -> None:
     """Replace the contents of the file `path` by `data` (text as UTF-8).
 
     `durable`: contents and name are on the disk on return and survive a power failure. On OSError `path` is unchanged
-    and no temporary file is left.
+    and no temporary file is left. `replace` as for `open_atomically`.
     """
-    with open_atomically(path, durable=durable) as file:
+    with open_atomically(path, durable=durable, replace=replace) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
@@ -29,7 +30,8 @@ def write_atomically(path: Path, data: str | bytes, *, durable: bool = True) -> 
 def open_atomically(path: Path, *, durable: bool = True, replace: bool = True) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` when the block ends, and is removed when the block raises.
 
-    `durable` as for `write_atomically`. Without `replace` an existing file raises FileExistsError.
+    `durable` as for `write_atomically`. Without `replace` an existing file raises FileExistsError: of several processes
+    one succeeds. Its file is empty for an instant, since not every file system has hard links.
     """
     # A random name: process ids repeat on the nodes that share a folder.
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
@@ -39,16 +41,26 @@ def open_atomically(path: Path, *, durable: bool = True, replace: bool = True) -
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        if replace:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)  # fails for an existing file, without a race
-            temporary.unlink()
+        if not replace:
+            path.touch(exist_ok=False)  # fails for an existing file, without a race
+        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if durable:
         fsync_folder(path.parent)
+
+
+def json_line(value: Any) -> bytes:
+    """Return `value` as one line of JSON in UTF-8; half of a surrogate pair is written as the escape that it was.
+
+    Raises TypeError, ValueError or RecursionError for what is no JSON value, or is nested too deeply.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(value)}\n".encode()
 
 
 def fsync_folder(folder: Path) -> None:

@@ -109,3 +109,12 @@ def test_durable_write_syncs_the_file_before_the_rename_and_the_folder_after(
 def test_write_that_is_not_durable_never_syncs(tmp_path: Path, fsynced: list[str]):
     write_atomically(tmp_path / "file", "text", durable=False)
     assert fsynced == []
+
+
+def test_file_that_is_not_replaced_needs_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(os, "link")
+    write_atomically(tmp_path / "file", "first", replace=False)
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "file", "second", replace=False)
+    assert (tmp_path / "file").read_text() == "first"
+    assert names_in(tmp_path) == ["file"]

@@ -48,6 +48,7 @@ FAULTS: dict[str, tuple[int, str, str]] = {
     "F40": (1, "schedule, loss scale and counters", "a run interrupted anywhere; fp16"),
     "F41": (1, "a hostile pickle", "in place of a file, with a correct checksum"),
     "F42": (2, "a reshape is killed", "a kill midway"),
+    "F45": (1, "predictions are killed", "SIGKILL to a rank between and within writes of results"),
     "F50": (1, "a shard is truncated inside a member", "truncated; the quarantine and its limit"),
     "F51": (1, "a shard is truncated at the end of a member", "truncated"),
     "F52": (1, "a bit of a tar header is flipped", "any bit of a shard"),

@@ -303,7 +303,7 @@ def test_rouge_and_bleu_equal_known_values():
 # ------------------------------------------------------------------------------------------------------------ start-up
 
 
-def test_generate_and_fill_do_not_import_deepspeed():
+def test_commands_that_do_not_train_do_not_import_deepspeed():
     """DeepSpeed takes seconds to import, and prints to stdout, which programs parse."""
-    code = "import sys, pmlm_dist.commands.fill; sys.exit('deepspeed' in sys.modules)"
+    code = "import sys, pmlm_dist.commands.fill, pmlm_dist.downstream.evaluate; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
