@@ -56,11 +56,8 @@ def json_line(value: Any) -> bytes:
 
     Raises TypeError, ValueError or RecursionError for what is no JSON value, or is nested too deeply.
     """
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        return f"{text}\n".encode()
-    except UnicodeEncodeError:
-        return f"{json.dumps(value)}\n".encode()
+    # UTF-8 cannot encode surrogates, which occur inside strings only; their replacement is JSON's escape.
+    return f"{json.dumps(value, ensure_ascii=False)}\n".encode(errors="backslashreplace")
 
 
 def fsync_folder(folder: Path) -> None:

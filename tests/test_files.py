@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from pmlm_dist.files import open_atomically, write_atomically
+from pmlm_dist.files import json_line, open_atomically, write_atomically
 
 
 @pytest.fixture
@@ -118,3 +119,18 @@ def test_file_that_is_not_replaced_needs_no_hard_links(tmp_path: Path, monkeypat
         write_atomically(tmp_path / "file", "second", replace=False)
     assert (tmp_path / "file").read_text() == "first"
     assert names_in(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    "value", ["Füße → ½\u2028", "half \ud83d of \udc00 pairs", {"\ud800": [1, None, "😀"]}, 10**400]
+)
+def test_json_line_is_one_line_that_reads_back(value: object):
+    line = json_line(value)
+    assert line.count(b"\n") == 1
+    assert json.loads(line) == value
+
+
+def test_json_line_escapes_surrogates_alone():
+    assert json_line("ü\ud800") == '"ü\\ud800"\n'.encode()
+    with pytest.raises(TypeError):
+        json_line({"id": b"bytes"})

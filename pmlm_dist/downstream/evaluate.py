@@ -56,7 +56,7 @@ def evaluate_saved(config: EvaluateConfig) -> dict[str, Evaluation]:
 
     def prepare() -> tuple[SavedTask, list[Split]]:
         saved = open_task(config, topology)
-        names = config.split or saved.kind.validation
+        names = dict.fromkeys(config.split or saved.kind.validation)
         return saved, [read_split(saved.task, name, config.data or saved.data) for name in names]
 
     saved, splits = run_on_all_ranks(topology, prepare)

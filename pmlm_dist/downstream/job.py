@@ -277,7 +277,7 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
             values = evaluation.scores.items()
             scalars = {f"{name}/{metric}": value for metric, value in values}
             log.scores({**scalars, f"{name}/loss": evaluation.loss}, step=state.step)
-            log.info(f"step {state.step}: {score_line(name, evaluation)}")
+            log.info(f"step {state.step}: {score_line(name, evaluation, signed=False)}")
         progress.evaluated, self._is_save_due = state.step, True
         value, loss = evaluations[data.scored[0].name].scores[data.task.metric], evaluations[data.scored[0].name].loss
         value = -math.inf if math.isnan(value) else value

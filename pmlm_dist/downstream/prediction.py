@@ -91,11 +91,12 @@ def predictions_file(folder: Path, split: str) -> Path:
     return folder / f"predictions-{split}.jsonl"
 
 
-def score_line(name: str, evaluation: Evaluation) -> str:
-    """Return a console line of the scores of split `name`."""
+def score_line(name: str, evaluation: Evaluation, *, signed: bool = True) -> str:
+    """Return a console line of the scores of split `name`; `signed`: with the signatures."""
     if not evaluation.scores:
         return f"{name}: no labels, predictions only"
-    values = {**evaluation.scores, "loss": evaluation.loss}
+    has_nll = "nll" in evaluation.scores  # the loss of generation by its usual name
+    values = evaluation.scores | ({} if has_nll else {"loss": evaluation.loss})
     scores = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
     how = "".join(f" ({metric}: {signature})" for metric, signature in evaluation.signatures.items())
-    return f"{name}: {scores}{how}"
+    return f"{name}: {scores}{how if signed else ''}"
