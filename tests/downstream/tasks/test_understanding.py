@@ -150,6 +150,15 @@ def test_many_invalid_rows_are_counted_and_single_class_raises():
         make("classification", [{"text": "a", "label": "x"}])
 
 
+@pytest.mark.parametrize("kind", ["classification", "squad2"])
+def test_id_that_cannot_be_written_raises_before_anything_is_computed(kind: str):
+    rows = [{**squad_row("a", "the", "the"), "text": "a", "label": label} for label in "xy"]
+    task = make(kind, rows)
+    assert task.read([{**rows[0], "id": {"part": ["\ud800", None]}}], origin="here")
+    with pytest.raises(ConfigError, match=r"here, row 2: its id cannot be written as JSON: .*bytes"):
+        task.read([rows[0], {**rows[1], "id": b"bytes"}], origin="here")
+
+
 def test_columns_are_configurable():
     rows = [{"q": "a", "r": "the", "class": 0}, {"q": "a", "r": "the", "class": 1}]
     task = make("classification", rows, text="q", pair="r", label="class")
