@@ -126,7 +126,16 @@ def evaluate(arguments: Sequence[str]) -> None:
     from pmlm_dist.downstream.evaluate import evaluate_saved
 
     evaluate_saved(_parse(EvaluateConfig, evaluate, arguments))
-    _exit_distributed()
+
+
+def predict(arguments: Sequence[str]) -> None:
+    """Predict new inputs without labels with a fine-tuned model of any task."""
+    from pmlm_dist.downstream.settings import PredictConfig
+
+    set_num_threads()
+    from pmlm_dist.downstream.evaluate import predict_file
+
+    predict_file(_parse(PredictConfig, predict, arguments))
 
 
 def generate(arguments: Sequence[str]) -> None:
@@ -178,6 +187,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "import": import_weights,
     "finetune": finetune,
     "evaluate": evaluate,
+    "predict": predict,
     "demo-tasks": demo_tasks,
     "generate": generate,
     "fill": fill,
@@ -217,14 +227,6 @@ def _finetune_supervised(arguments: Sequence[str]) -> None:
         finetune(arguments, heartbeat, signals)
 
     exit_now(run_supervised(rank, program=PROGRAM))
-
-
-def _exit_distributed() -> None:
-    """Exit a rank of several without its destructors: after ZeRO-3 on gloo they can abort."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments

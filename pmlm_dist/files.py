@@ -7,12 +7,13 @@ A process that is killed leaves at most a `.tmp-` file beside the old contents.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pmlm_dist.config import ConfigError
 
@@ -71,6 +72,15 @@ def raise_if_foreign(path: Path, *, mark: bytes) -> None:
     """
     if path.exists() and not (path.is_file() and mark in path.read_bytes()[:4096]):
         raise ConfigError([f"{path} exists, and this command has not written it: name another file, or move it"])
+
+
+def json_line(value: Any) -> bytes:
+    """Return `value` as one line of JSON in UTF-8; half of a surrogate pair is written as the escape that it was.
+
+    Raises TypeError, ValueError or RecursionError for what is no JSON value, or is nested too deeply.
+    """
+    # UTF-8 cannot encode surrogates, which occur inside strings only; their replacement is JSON's escape.
+    return f"{json.dumps(value, ensure_ascii=False)}\n".encode(errors="backslashreplace")
 
 
 def fsync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.files import open_atomically, raise_if_foreign, write_atomically
+from pmlm_dist.files import json_line, open_atomically, raise_if_foreign, write_atomically
 
 
 @pytest.fixture
@@ -129,3 +130,18 @@ def test_result_replaces_only_a_file_of_the_same_command(tmp_path: Path):
     for path in (tmp_path / "foreign.json", tmp_path):
         with pytest.raises(ConfigError, match="exists, and this command has not written it: name another"):
             raise_if_foreign(path, mark=b'{"a"')
+
+
+@pytest.mark.parametrize(
+    "value", ["Füße → ½\u2028", "half \ud83d of \udc00 pairs", {"\ud800": [1, None, "😀"]}, 10**400]
+)
+def test_json_line_is_one_line_that_reads_back(value: object):
+    line = json_line(value)
+    assert line.count(b"\n") == 1
+    assert json.loads(line) == value
+
+
+def test_json_line_escapes_surrogates_alone():
+    assert json_line("ü\ud800") == '"ü\\ud800"\n'.encode()
+    with pytest.raises(TypeError):
+        json_line({"id": b"bytes"})

@@ -1,36 +1,36 @@
 """`pmlm generate`: generate a target for each source of a file.
 
-file of sources --all ranks--> rows, token ids --sorted by length, sharded over ranks--> generate_batches
-hypotheses of all ranks --all-gather--> rank 0 writes OUTPUT, one JSON object per row, in the order of the rows
+file of sources --all ranks--> rows, token ids --sorted by length, in batches, ranks in turn--> generate_batches
+hypotheses --rank 0 keeps them in OUTPUT.part (downstream/results.py)--> OUTPUT: a JSON object a row, in their order
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 
+from pmlm_dist.checkpoint.files import MANIFEST, sha256_of
 from pmlm_dist.config import ConfigError, raise_if_any
+from pmlm_dist.console import print_safely
 from pmlm_dist.conversion.pretrained import PretrainedWeights, build_pretrained, find_pretrained, open_pretrained
 from pmlm_dist.data.batch import special_ids
-from pmlm_dist.decoding.batch_generation import build_search, generate_batches
+from pmlm_dist.decoding.batch_generation import batches_by_length, build_search, generate_batches
 from pmlm_dist.decoding.beam_search import Hypothesis, ScoresNotFinite
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
+from pmlm_dist.downstream.results import ResultsFile, compute_batches, digest_of, open_results
 from pmlm_dist.downstream.rows import read_file
 from pmlm_dist.downstream.tasks.inputs import find_column, raise_row_problems, row_id, row_text
 from pmlm_dist.downstream.tasks.seq2seq import SOURCES, generation_settings, raise_if_not_seq2seq
-from pmlm_dist.files import open_atomically
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology
-from pmlm_dist.parallel.lease import lease
 from pmlm_dist.ranges import Positive, range_problems
 from pmlm_dist.vocab import Vocabulary
 
@@ -46,7 +46,8 @@ class GenerateConfig:
     input: Path
     """Sources: .jsonl, .csv or .tsv, one row each."""
     output: Path
-    """JSONL file to write (`id`, `prediction`, `score`, `ended`); it must not exist. Written atomically."""
+    """JSONL file to write (`id`, `prediction`, `score`, `ended`); it must not exist. Results are kept in OUTPUT.part
+    while they are computed; the same command resumes from it."""
     column: str | None = None
     """Column of the source. None: src, source or text."""
     too_long: Literal["raise", "truncate"] = "raise"
@@ -67,60 +68,65 @@ def saved_decoding(model: str) -> DecodingConfig:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Rows of the input file, their sources [CLS] text [SEP] as token ids, and the model."""
+    """Ids of the rows, their sources [CLS] text [SEP] as token ids in batches, and the model."""
 
-    rows: list[dict[str, Any]]
+    ids: list[Any]
     sources: list[np.ndarray]
+    batches: list[list[int]]
     pretrained: PretrainedWeights
+    identity: dict[str, Any]
+    """All that determines the results (downstream/results.py)."""
 
 
 def generate(config: GenerateConfig) -> None:
     """Write a target for every source of a file; the ranks of a launcher share the sources.
 
-    Raises `ConfigError` on every rank; nothing has been written then.
+    Raises `ConfigError` on every rank; results that were computed are kept, and the same command resumes.
     """
     topology = groups.init_process_groups()
-    inputs = groups.run_on_all_ranks(topology, lambda: _read_inputs(config, is_rank_zero=topology.is_rank_zero))
-    with lease(config.output, topology, beside=True):
-        _generate(config, inputs, topology)
+    inputs = groups.run_on_all_ranks(topology, lambda: _read_inputs(config, topology))
+    vocabulary, start, computed = inputs.pretrained.vocabulary, time.perf_counter(), []
+    special = special_ids(vocabulary)
+    search = build_search(config.decoding, special)
 
-
-def _generate(config: GenerateConfig, inputs: _Inputs, topology: Topology) -> None:
-    start = time.perf_counter()
-    hypotheses = _generate_all(config, inputs, topology)
-    seconds = time.perf_counter() - start
-    _raise_if_without_hypothesis(hypotheses)
-    if not topology.is_rank_zero:
-        return
-    vocabulary = inputs.pretrained.vocabulary
-    pairs = enumerate(zip(inputs.rows, hypotheses, strict=True))
-    _write_lines(config.output, (_prediction(row, number, best, vocabulary) for number, (row, best) in pairs))
-    tokens = sum(len(best[0].tokens) + best[0].ended for best in hypotheses)
-    count = len(hypotheses)
-    print(f"written: {config.output}, {count:,} predictions, {tokens:,} tokens, {tokens / seconds:.0f} tokens/s")
-
-
-def _generate_all(config: GenerateConfig, inputs: _Inputs, topology: Topology) -> list[list[Hypothesis]]:
-    """Return the hypotheses of all sources, in their order, on every rank."""
-    sources, pretrained = inputs.sources, inputs.pretrained
-    # Longest first and strided over the ranks: every rank gets sources of all lengths, thus similar work.
-    order = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
-    own, special = order[topology.rank :: topology.world_size], special_ids(pretrained.vocabulary)
-
-    def generate_own() -> dict[int, list[Hypothesis]]:
-        model, search = load_model(pretrained, config.precision), build_search(config.decoding, special)
-        own_sources = [sources[number] for number in own]
+    def generate_rows(model: PseudoMaskedLM, rows: Sequence[int]) -> list[dict[str, Any]]:
+        sources = [inputs.sources[row] for row in rows]
         try:
             hypotheses = generate_batches(
-                model, own_sources, search=search, special=special, batch=config.batch, sample_ids=own
+                model, sources, search=search, special=special, batch=config.batch, sample_ids=rows
             )
         except ScoresNotFinite as error:
-            raise ConfigError([f"{pretrained.facts['folder']}: {error}"]) from error
-        return dict(zip(own, hypotheses, strict=True))
+            raise ConfigError([f"{inputs.pretrained.facts['folder']}: {error}"]) from error
+        computed.extend(len(best[0].tokens) + best[0].ended for best in hypotheses if best)
+        return [_prediction(best, vocabulary) for best in hypotheses]
 
-    per_rank = topology.all_gather_object(groups.run_on_all_ranks(topology, generate_own))
-    merged = {number: hypotheses for part in per_rank for number, hypotheses in part.items()}
-    return [merged[number] for number in range(len(sources))]
+    def results_file() -> ResultsFile:
+        return ResultsFile(config.output, inputs.identity, batches=inputs.batches, option="--output")
+
+    with open_results(topology, config.output, results_file) as file:
+        model = load_model(inputs.pretrained, config.precision)
+        results = compute_batches(inputs.batches, partial(generate_rows, model), topology, file=file)
+        seconds, tokens = time.perf_counter() - start, sum(topology.all_gather_object(sum(computed)))
+        rows = [{"id": id, **result} for id, result in zip(inputs.ids, results, strict=True)]
+        groups.run_on_all_ranks(topology, lambda: _finish(file, rows) if file else None)
+    if topology.is_rank_zero:
+        _print_summary(config, rows, speed=f"{tokens:,} tokens, {tokens / seconds:.0f} tokens/s")
+
+
+def _finish(file: ResultsFile, rows: list[dict[str, Any]]) -> None:
+    file.write(rows)
+    file.remove_part()
+
+
+def _print_summary(config: GenerateConfig, rows: list[dict[str, Any]], *, speed: str) -> None:
+    without = [str(number) for number, row in enumerate(rows, start=1) if row["prediction"] is None]
+    if without:
+        shown = ", ".join([*without[:5], *(["..."] if len(without) > 5 else [])])
+        print_safely(
+            f"note: {len(without):,} rows have no prediction (null): {shown}: --no-repeat-ngram, --min-length and the "
+            "vocabulary allow no target; relax them"
+        )
+    print_safely(f"written: {config.output}, {len(rows):,} predictions, {speed}")
 
 
 def load_model(pretrained: PretrainedWeights, precision: Precision) -> PseudoMaskedLM:
@@ -133,32 +139,35 @@ def load_model(pretrained: PretrainedWeights, precision: Precision) -> PseudoMas
 # -------------------------------------------------------------------------------------------------------------- inputs
 
 
-def _read_inputs(config: GenerateConfig, *, is_rank_zero: bool) -> _Inputs:
+def _read_inputs(config: GenerateConfig, topology: Topology) -> _Inputs:
     """Read model and sources. Raises `ConfigError`."""
     raise_if_any(_problems(config))
     pretrained = open_pretrained(config.model)
     raise_if_not_seq2seq(pretrained.facts["configuration"], pretrained.facts["folder"])
     rows = read_file(config.input)
     raise_if_any([] if rows else [f"--input ({config.input}) is empty"])
-    return _Inputs(rows, _sources(config, rows, pretrained, is_rank_zero=is_rank_zero), pretrained)
+    sources = _sources(config, rows, pretrained, is_rank_zero=topology.is_rank_zero)
+    problems: list[str] = []
+    ids = [row_id(row, n, location=f"row {n + 1}", problems=problems) for n, row in enumerate(rows)]
+    raise_row_problems(problems)
+    identity = {
+        "model": sha256_of(pretrained.facts["folder"] / MANIFEST),
+        "inputs": digest_of([ids, *(source.tolist() for source in sources)]),
+        "decoding": asdict(config.decoding),
+        "batch": config.batch,
+        "precision": config.precision,
+        "device": topology.device.type,
+    }
+    batches = list(batches_by_length([len(source) for source in sources], batch=config.batch))
+    return _Inputs(ids, sources, batches, pretrained, identity)
 
 
 def _problems(config: GenerateConfig) -> list[str]:
     problems = decoding_problems(config.decoding)
     problems += range_problems(replace(config, decoding=DecodingConfig()), prefix="--")  # decoding: checked above
-    if config.output.exists():
-        problems.append(f"--output ({config.output}) exists already, and nothing is overwritten: name another")
-    elif not _is_writable(config.output.parent):
-        problems.append(f"--output ({config.output}) cannot be written: {config.output.parent} cannot be a folder")
     if not config.input.is_file():
         problems.append(f"--input ({config.input}): no such file")
     return problems
-
-
-def _is_writable(folder: Path) -> bool:
-    """Return True if `folder` exists or can be created; checked first, because generation may take hours."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def _is_seq2seq(task: Any) -> bool:
@@ -201,36 +210,11 @@ def _source_room(config: GenerateConfig, pretrained: PretrainedWeights, *, is_ra
     return room
 
 
-# -------------------------------------------------------------------------------------------------------------- output
-
-
-def _raise_if_without_hypothesis(hypotheses: list[list[Hypothesis]]) -> None:
-    """Raise `ConfigError` for rows without a hypothesis: the decoding rules exclude the whole vocabulary."""
-    raise_row_problems(
-        [
-            f"row {number}: --no-repeat-ngram, --min-length and the vocabulary allow no target; relax them"
-            for number, best_first in enumerate(hypotheses, start=1)
-            if not best_first
-        ]
-    )
-
-
-def _prediction(
-    row: dict[str, Any], number: int, hypotheses: list[Hypothesis], vocabulary: Vocabulary
-) -> dict[str, Any]:
+def _prediction(hypotheses: list[Hypothesis], vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the best hypothesis and the others; None for a row whose rules exclude the whole vocabulary."""
+    if not hypotheses:
+        return {"prediction": None, "score": None, "ended": False}
     best, *others = [
         {"prediction": vocabulary.decode(h.tokens), "score": h.score, "ended": h.ended} for h in hypotheses
     ]
-    return {"id": row_id(row, number), **best, **({"others": others} if others else {})}
-
-
-def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write JSONL atomically; an existing file is never replaced. Raises `ConfigError`."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open_atomically(path, replace=False) as out:
-            out.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
-    except FileExistsError as error:
-        raise ConfigError([f"--output ({path}) exists already, and nothing is overwritten: name another"]) from error
-    except OSError as error:
-        raise ConfigError([f"--output ({path}) cannot be written: {error}; no part of it remains"]) from error
+    return {**best, **({"others": others} if others else {})}

@@ -39,6 +39,7 @@ from pmlm_dist.folder_lock import FolderLock
 from pmlm_dist.model.task_model import TASK_HEAD
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model, context_inputs
 from pmlm_dist.parallel import groups
+from pmlm_dist.parallel.layers import is_sharded, sharded_dimension, tp_rank, tp_size
 from pmlm_dist.vocab import Vocabulary
 
 _VOCABULARY_TENSORS = (TOKENS, HEAD_BIAS)
@@ -176,11 +177,32 @@ def build_pretrained(pretrained: PretrainedWeights) -> PseudoMaskedLM:
     groups.init_process_groups()
     config = replace(pretrained.model, attention="fused", activation_checkpointing=False)
     model = build_model(config, padded_vocab_size=pretrained.vocabulary.padded_size()).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            weight = pretrained.weights[name]
-            parameter.zero_()[: len(weight)] = weight  # zero: the rows that pad the vocabulary
+    fill_weights(model, pretrained.weights, origin=pretrained.facts.get("folder"))
     return model
+
+
+@torch.no_grad()
+def fill_weights(model: PseudoMaskedLM, weights: Tensors, *, origin: Any) -> None:
+    """Copy unsharded `weights` into `model`, of which this rank may hold a tensor-parallel slice.
+
+    Raises `ConfigError` if the model has other tensors than `weights`; `origin` names those.
+    """
+    own = dict(model.named_parameters())
+    problems = [f"{origin}: the tensors of the model do not include {name}" for name in weights.keys() - own.keys()]
+    problems += [f"{origin} has no tensor {name}" for name in own.keys() - weights.keys()]
+    raise_if_any(sorted(problems))
+    for name, parameter in own.items():
+        whole, dim, weight = list(parameter.shape), sharded_dimension(parameter), weights[name]
+        whole[dim] *= tp_size() if is_sharded(parameter) else 1
+        raise_if_any(
+            [f"{origin}: {name}: shape {tuple(weight.shape)}, expected {tuple(whole)}"]
+            if weight.shape[1:] != torch.Size(whole[1:]) or len(weight) > whole[0]
+            else []
+        )
+        padded = parameter.new_zeros(whole)  # zero: the rows that pad the vocabulary
+        padded[: len(weight)] = weight
+        first = tp_rank() * parameter.shape[dim] if is_sharded(parameter) else 0
+        parameter.copy_(padded.narrow(dim, first, parameter.shape[dim]))
 
 
 @torch.no_grad()

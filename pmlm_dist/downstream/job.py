@@ -28,18 +28,20 @@ from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import RunState, differences
 from pmlm_dist.config import ModelConfig, as_dict, raise_if_any
 from pmlm_dist.data.order import BatchShare, micro_batch_samples, permutation
-from pmlm_dist.downstream.prediction import Evaluation, Split, evaluate, predictions_file, score_line, write_predictions
-from pmlm_dist.downstream.preparation import FinetuneData, build_task_engine
+from pmlm_dist.downstream.prediction import Evaluation, Split, batch_for, evaluate, predictions_file, score_line
+from pmlm_dist.downstream.preparation import FinetuneData
 from pmlm_dist.downstream.rows import absolute_source
 from pmlm_dist.downstream.settings import Recipe, optim_config
 from pmlm_dist.downstream.summary import FinetuneRun
 from pmlm_dist.downstream.tasks.registry import TASKS
 from pmlm_dist.downstream.tasks.task import TaskBatch
 from pmlm_dist.engine.deepspeed_config import EngineConfig
+from pmlm_dist.engine.deepspeed_engine import initialize_engine
 from pmlm_dist.engine.optimizer import learning_rate
-from pmlm_dist.files import write_atomically
+from pmlm_dist.files import json_line, write_atomically
 from pmlm_dist.metrics.meter import Interval, StepResult
 from pmlm_dist.model.task_model import TASK_HEAD
+from pmlm_dist.parallel import seeding
 from pmlm_dist.training.job import LoopSettings, TrainingJob, TrainingSession
 
 SCORES = "scores.json"
@@ -64,6 +66,8 @@ class FinetuneProgress:
     """The step of the last evaluation."""
     best_step: int = 0
     best_value: float = -math.inf
+    """Minus infinity if the metric is undefined: the correlation of constant predictions."""
+    best_loss: float = math.inf
     evaluations: dict[str, Evaluation] = dataclasses.field(default_factory=dict)
     """Those of the best step, if this attempt made them."""
     kept: int = 0
@@ -71,8 +75,8 @@ class FinetuneProgress:
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        value = self.best_value if self.best_step else None
-        return {"evaluated": self.evaluated, "best_step": self.best_step, "best_value": value}
+        value, loss = (x if math.isfinite(x) else None for x in (self.best_value, self.best_loss))
+        return {"evaluated": self.evaluated, "best_step": self.best_step, "best_value": value, "best_loss": loss}
 
     def restore(self, checkpoint: Path) -> None:
         """Set it to that of `checkpoint`. Raises `ConfigError` if the best checkpoint so far is not valid."""
@@ -80,7 +84,9 @@ class FinetuneProgress:
         self.evaluated, self.best_step = saved["evaluated"], saved["best_step"]
         self.kept = self.best_step
         if self.best_step:
-            self.best_value = saved["best_value"]
+            value, loss = saved["best_value"], saved.get("best_loss")
+            self.best_value = -math.inf if value is None else value
+            self.best_loss = math.inf if loss is None else loss
             best = CheckpointFolder(checkpoint.parent, keep=1).folder(self.best_step)
             problems = checkpoint_problems(best, thorough=False)
             raise_if_any([f"{best}, the best checkpoint so far, is not valid: {problem}" for problem in problems])
@@ -125,13 +131,14 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
     # ------------------------------------------------------------------------------------------------------- set-up
 
     def build_engine(self) -> DeepSpeedEngine:
-        return build_task_engine(
-            self.data.task,
-            self.model_config,
-            engine=self.engine_config,
+        vocab_size = self.model_config.vocab_size
+        assert vocab_size is not None
+        seeding.seed_initialization(self.seed)
+        return initialize_engine(
+            self.data.task.build_model(self.model_config, padded_vocab_size=-(-vocab_size // 128) * 128),
             optim=self.settings.optim,
+            config=self.engine_config,
             topology=self.topology,
-            seed=self.seed,
         )
 
     def load_initial_weights(self, session: TrainingSession) -> None:
@@ -265,17 +272,41 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
         return due and self.progress.evaluated < state.step
 
     def evaluate(self, session: TrainingSession, state: RunState) -> None:
-        """Evaluate the validation splits and keep the evaluation if it is the best; NaN never is."""
+        """Evaluate the validation splits and keep the evaluation if it is the best."""
         data, progress, log = self.data, self.progress, session.log
         evaluations = {split.name: self._evaluate(session, split) for split in data.scored}
         for name, evaluation in evaluations.items():
             values = evaluation.scores.items()
-            log.scores({f"{name}/{metric}": value for metric, value in values}, step=state.step)
-            log.info(f"step {state.step}: {score_line(name, evaluation.scores)}")
-        value = evaluations[data.scored[0].name].scores[data.task.metric]
+            scalars = {f"{name}/{metric}": value for metric, value in values}
+            log.scores({**scalars, f"{name}/loss": evaluation.loss}, step=state.step)
+            log.info(f"step {state.step}: {score_line(name, evaluation, signed=False)}")
         progress.evaluated, self._is_save_due = state.step, True
-        if value > progress.best_value:
-            progress.best_step, progress.best_value, progress.evaluations = state.step, value, evaluations
+        value, loss = evaluations[data.scored[0].name].scores[data.task.metric], evaluations[data.scored[0].name].loss
+        value = -math.inf if math.isnan(value) else value
+        is_better, note = self._compare(state.step, value, loss)
+        if note:
+            log.info(note)
+        if is_better:
+            progress.best_step, progress.best_value, progress.best_loss = state.step, value, loss
+            progress.evaluations = evaluations
+
+    def _compare(self, step: int, value: float, loss: float) -> tuple[bool, str]:
+        """Return whether `step` is the best so far, and why if its metric alone does not tell.
+
+        Equal values of the metric, and undefined ones, are ordered by the loss. A step whose loss is NaN never counts.
+        """
+        progress, metric = self.progress, self.data.task.metric
+        if math.isnan(loss) or value < progress.best_value:
+            return False, ""
+        if not progress.best_step or value > progress.best_value:
+            return True, ""
+        best, other = (progress.best_step, step) if progress.best_loss <= loss else (step, progress.best_step)
+        losses = sorted([progress.best_loss, loss])
+        shown = f"{value:.4f}" if math.isfinite(value) else "undefined"
+        return best == step, (
+            f"step {step}: {metric} ties with step {progress.best_step} ({shown}), the lower loss decides: "
+            f"step {best} ({losses[0]:.4f}) is kept, not step {other} ({losses[1]:.4f})"
+        )
 
     def _evaluate(self, session: TrainingSession, split: Split) -> Evaluation:
         return evaluate(
@@ -283,7 +314,7 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
             self.data.task,
             split,
             self.topology,
-            micro_batch=self.engine_config.micro_batch,
+            batch=batch_for(split, self.topology, largest=self.engine_config.micro_batch),
             before_batch=session.attempt.stop.check,
         )
 
@@ -301,9 +332,7 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
         """Score the best checkpoint on the splits it has not been scored on; write scores and predictions."""
         data, progress, log = self.data, self.progress, session.log
         if not progress.best_step:
-            raise FloatingPointError(
-                f"no evaluation gave a number for {data.task.metric}: the training has diverged, lower --recipe.lr"
-            )
+            raise FloatingPointError("every evaluation's loss was NaN: the training has diverged, lower --recipe.lr")
         best = session.folder.folder(progress.best_step)
         missing = [split for split in (*data.scored, *data.reported) if split.name not in progress.evaluations]
         if missing:
@@ -313,13 +342,15 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
         scores = {name: evaluation.scores for name, evaluation in progress.evaluations.items()}
         if self.topology.is_rank_zero:
             for name, evaluation in progress.evaluations.items():
-                predictions_file(self.output, name).unlink(missing_ok=True)  # of an attempt that ended right here
-                write_predictions(predictions_file(self.output, name), evaluation.predictions)
+                write_atomically(predictions_file(self.output, name), b"".join(map(json_line, evaluation.predictions)))
             session.folder.keep_only(progress.best_step)
-            summary = {"step": progress.best_step, "scores": scores}
+            signatures = {name: e.signatures for name, e in progress.evaluations.items() if e.signatures}
+            losses = {name: e.loss for name, e in progress.evaluations.items() if e.scores}
+            summary = {"step": progress.best_step, "scores": scores, "losses": losses}
+            summary |= {"signatures": signatures} if signatures else {}
             write_atomically(self.output / SCORES, json.dumps(summary, indent=2) + "\n")  # now it is complete
-        for name, values in scores.items():
-            log.info(f"best, step {progress.best_step}: {score_line(name, values)}")
+        for name, evaluation in progress.evaluations.items():
+            log.info(f"best, step {progress.best_step}: {score_line(name, evaluation)}")
         log.info(f"written: {best}")
         return FinetuneRun(dataclasses.asdict(self.recipe), self.seed, scores, str(self.output))
 

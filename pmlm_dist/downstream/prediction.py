@@ -1,21 +1,22 @@
 """Evaluation of a split over all ranks, with equal predictions and scores on any topology.
 
-features --sorted by length, sharded over data-parallel ranks--> batches --task.predict--> outputs
-outputs of all ranks --all-gather--> task.predictions --> task.scores
+features --sorted by length, in batches--> task.predict on the data-parallel ranks in turn --> outputs (results.py)
+outputs of all features --> task.predictions --> task.scores
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
 
+from pmlm_dist.decoding.batch_generation import batches_by_length
+from pmlm_dist.downstream.results import ResultsFile, compute_batches
 from pmlm_dist.downstream.tasks.task import Task
 from pmlm_dist.parallel.groups import Topology
 
@@ -36,60 +37,53 @@ class Evaluation:
 
     predictions: list[dict[str, Any]]
     scores: dict[str, float]
+    loss: float = math.nan
+    """Mean loss of a labeled split."""
+    signatures: dict[str, str] = field(default_factory=dict)
+    """How metrics were computed that have variants."""
+
+
+def batches_of(task: Task, split: Split, *, batch: int) -> list[list[int]]:
+    """Return the numbers of the features in batches, longest first."""
+    return list(batches_by_length([task.length(feature) for feature in split.features], batch=batch))
 
 
 def evaluate(
-    engine: DeepSpeedEngine,
+    model: nn.Module,
     task: Task,
     split: Split,
     topology: Topology,
     *,
-    micro_batch: int,
+    batch: int,
+    file: ResultsFile | None = None,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Predict `split` without dropout and score the predictions. Collective: all ranks get equal results.
 
-    `before_batch` is called before each batch, equally often on all ranks.
+    `model`: an engine or a module. `file` (rank 0): keeps the outputs. `before_batch` is called before each batch,
+    equally often on all ranks.
     """
-    was_training = engine.training
-    engine.eval()
-    outputs = _predict(engine, task, split, topology, micro_batch=micro_batch, before_batch=before_batch)
-    engine.train(was_training)
+
+    @torch.no_grad()
+    def predict(ids: Sequence[int]) -> list[Any]:
+        inputs = task.collate([split.features[number] for number in ids], ids=ids, epoch=0, seed=0)
+        return task.predict(model, inputs.to(topology.device))
+
+    was_training = model.training
+    model.eval()
+    batches = batches_of(task, split, batch=batch)
+    outputs = compute_batches(batches, predict, topology, file=file, before_batch=before_batch)
+    model.train(was_training)
     predictions = task.predictions(split.examples, split.features, outputs)
-    return Evaluation(predictions, task.scores(split.examples, predictions) if split.labeled else {})
+    if not split.labeled:
+        return Evaluation(predictions, {})
+    scores, loss = task.scores(split.examples, predictions), task.mean_loss(split.features, outputs)
+    return Evaluation(predictions, scores, loss, task.signatures(split.examples))
 
 
-@torch.no_grad()
-def _predict(
-    engine: DeepSpeedEngine,
-    task: Task,
-    split: Split,
-    topology: Topology,
-    *,
-    micro_batch: int,
-    before_batch: Callable[[], None],
-) -> list[Any]:
-    """Return one output per feature. All ranks compute equally many batches."""
-    features = split.features
-    # Longest first: little padding, and an out-of-memory error comes with the first batch.
-    by_length = sorted(range(len(features)), key=lambda number: task.length(features[number]), reverse=True)
-    own, outputs = by_length[topology.dp_rank :: topology.dp], {}
-    for start in range(0, math.ceil(len(features) / topology.dp), micro_batch):
-        before_batch()
-        ids = own[start : start + micro_batch] or by_length[-1:]  # `predict` is collective: repeat the shortest
-        batch = task.collate([features[number] for number in ids], ids=ids, epoch=0, seed=0)
-        outputs.update(zip(ids, task.predict(engine, batch.to(topology.device)), strict=True))
-    per_rank = topology.all_gather_object(outputs)[:: topology.tp]  # tensor-parallel ranks have equal outputs
-    # Reversed: for a repeated feature, the output of the lowest rank wins.
-    merged = {number: output for part in reversed(per_rank) for number, output in part.items()}
-    return [merged[number] for number in range(len(features))]
-
-
-def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
-    """Write one JSON object per line. Raises `FileExistsError` if `path` exists."""
-    with path.open("x", encoding="utf-8") as out:
-        for prediction in predictions:
-            out.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+def batch_for(split: Split, topology: Topology, *, largest: int) -> int:
+    """Return the batch with which all data-parallel ranks have work, at most `largest`."""
+    return max(1, min(largest, math.ceil(len(split.features) / topology.dp)))
 
 
 def predictions_file(folder: Path, split: str) -> Path:
@@ -97,6 +91,12 @@ def predictions_file(folder: Path, split: str) -> Path:
     return folder / f"predictions-{split}.jsonl"
 
 
-def score_line(name: str, scores: dict[str, float]) -> str:
-    """Return a console line of the scores of split `name`."""
-    return f"{name}: " + (", ".join(f"{m} {v:.4f}" for m, v in scores.items()) or "no labels, predictions only")
+def score_line(name: str, evaluation: Evaluation, *, signed: bool = True) -> str:
+    """Return a console line of the scores of split `name`; `signed`: with the signatures."""
+    if not evaluation.scores:
+        return f"{name}: no labels, predictions only"
+    has_nll = "nll" in evaluation.scores  # the loss of generation by its usual name
+    values = evaluation.scores | ({} if has_nll else {"loss": evaluation.loss})
+    scores = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
+    how = "".join(f" ({metric}: {signature})" for metric, signature in evaluation.signatures.items())
+    return f"{name}: {scores}{how if signed else ''}"

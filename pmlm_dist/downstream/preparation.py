@@ -1,4 +1,4 @@
-"""What fine-tuning and evaluation prepare alike: the model to start from, the splits of a task, the engine.
+"""What fine-tuning and evaluation prepare alike: the model to start from, the splits of a task, the engine's settings.
 
     checkpoint -> PretrainedModel;  rows -> Task -> Split (examples and features);  DeepSpeed's JSON -> EngineConfig
 
@@ -8,25 +8,19 @@ Every problem is a `ConfigError`, raised before anything is computed or written.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from deepspeed.runtime.engine import DeepSpeedEngine
-
-from pmlm_dist.config import ConfigError, ModelConfig, OptimConfig, divisors, raise_if_any
+from pmlm_dist.config import ConfigError, ModelConfig, divisors, raise_if_any
 from pmlm_dist.conversion.pretrained import PretrainedModel, find_pretrained
 from pmlm_dist.downstream.prediction import Split
+from pmlm_dist.downstream.results import digest_of
 from pmlm_dist.downstream.rows import read_rows
 from pmlm_dist.downstream.settings import FinetuneConfig
 from pmlm_dist.downstream.tasks.registry import TASKS
-from pmlm_dist.downstream.tasks.task import Task
+from pmlm_dist.downstream.tasks.task import Row, Task
 from pmlm_dist.engine.deepspeed_config import EngineConfig, load_engine_config
-from pmlm_dist.engine.deepspeed_engine import initialize_engine
-from pmlm_dist.parallel import seeding
 from pmlm_dist.parallel.groups import Topology
 
 
@@ -57,30 +51,26 @@ def prepare(config: FinetuneConfig, topology: Topology) -> FinetuneData:
         raise ConfigError([f"--task {config.task} has no data of its own: name yours by --data"])
     rows = read_rows(source, kind.train)
     task = kind.make(config, rows, start.vocabulary, start.model)
-    train = _split(task, kind.train, rows, training=True)
+    train = split_of(task, kind.train, rows, training=True)
     raise_if_any([] if train.features else [f"{source}: the split {kind.train} holds nothing to train on"])
-    scored = tuple(_split(task, name, read_rows(source, name)) for name in kind.validation)
+    scored = tuple(split_of(task, name, read_rows(source, name)) for name in kind.validation)
     raise_if_any(task.metric_problems(scored[0].examples))
     reported = tuple(read_split(task, name, source) for name in config.report)
-    return FinetuneData(config, topology, start, task, train, scored, reported, _digest(rows))
+    return FinetuneData(config, topology, start, task, train, scored, reported, digest_of(rows))
 
 
 def read_split(task: Task, name: str, source: str) -> Split:
     """Read a split to predict; it is scored if its rows have labels."""
     rows = read_rows(source, name)
-    return _split(task, name, rows, labelled=task.has_labels(rows))
+    return split_of(task, name, rows, labeled=task.has_labels(rows))
 
 
-def _split(task: Task, name: str, rows: Sequence[Any], *, training: bool = False, labelled: bool = True) -> Split:
-    examples = task.read(rows, origin=f"split {name}", labeled=labelled)
-    return Split(name, examples, task.features(examples, training=training), labelled)
-
-
-def _digest(rows: Sequence[Any]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
+def split_of(
+    task: Task, name: str, rows: Sequence[Row], *, training: bool = False, labeled: bool = True, origin: str = ""
+) -> Split:
+    """Return the examples and features of `rows`; `origin`: their name in messages. Raises `ConfigError`."""
+    examples = task.read(rows, origin=origin or f"split {name}", labeled=labeled)
+    return Split(name, examples, task.features(examples, training=training), labeled)
 
 
 def engine_config_for_batch(path: Path, topology: Topology, *, batch: int | None) -> EngineConfig:
@@ -108,15 +98,3 @@ def task_model_config(model: ModelConfig, *, dropout: float | None) -> ModelConf
     if dropout is None:
         return model
     return dataclasses.replace(model, hidden_dropout=dropout, attention_dropout=dropout)
-
-
-def build_task_engine(
-    task: Task, model: ModelConfig, *, engine: EngineConfig, optim: OptimConfig, topology: Topology, seed: int
-) -> DeepSpeedEngine:
-    """Build the engine of a task's model, with weights drawn from `seed`; every rank calls."""
-    assert model.vocab_size is not None
-    seeding.seed_initialization(seed)
-    padded = -(-model.vocab_size // 128) * 128
-    return initialize_engine(
-        task.build_model(model, padded_vocab_size=padded), optim=optim, config=engine, topology=topology
-    )

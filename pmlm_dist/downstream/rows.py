@@ -192,12 +192,14 @@ def _squad_questions(path: Path) -> Iterator[dict[str, Any]]:
         for article in read_json(path)["data"]:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
-                    answers = question.get("answers", [])
+                    answers = question.get("answers")  # None: a test file without labels
                     yield {
                         "id": question["id"],
                         "question": question["question"],
                         "context": paragraph["context"],
-                        "answers": {name: [answer[name] for answer in answers] for name in ("text", "answer_start")},
+                        "answers": None
+                        if answers is None
+                        else {name: [answer[name] for answer in answers] for name in ("text", "answer_start")},
                     }
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError([f"{path} is not in SQuAD's format: {error!r}"]) from error

@@ -170,22 +170,42 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """One evaluation of a fine-tuned model."""
+class InferenceConfig:
+    """What `pmlm evaluate` and `pmlm predict` have in common."""
 
     model: Path
     """Output of `pmlm finetune`, or one of its checkpoints."""
+    batch: Annotated[int, Positive] = 32
+    """Inputs of a forward pass on a rank."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Data type of weights and activations. None: that of the fine-tuning."""
+    vocabulary: Path | None = None
+    """Folder of the model's vocabulary. None: the model's own folder."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    collective_timeout_s: Annotated[int, Positive] = 600
+    """Timeout of a collective in seconds; it ends the command."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(InferenceConfig):
+    """One evaluation of a fine-tuned model."""
+
     data: str | None = None
     """As for `pmlm finetune`. None: the data the model was fine-tuned on."""
     split: tuple[str, ...] = ()
     """Splits to evaluate. None: the task's validation splits."""
     predictions: Path | None = None
     """Folder for predictions-SPLIT.jsonl, which must not exist in it yet."""
-    ds_config: Path = Path("ds_configs/finetune.json")
-    """DeepSpeed's JSON: micro-batch, precision, ZeRO."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    collective_timeout_s: Annotated[int, Positive] = 600
-    """Timeout of a collective in seconds; it ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(InferenceConfig):
+    """Predictions of a fine-tuned model for new inputs."""
+
+    input: Path
+    """Inputs without labels: .jsonl, .csv or .tsv with the columns of the fine-tuning's data, or SQuAD's .json."""
+    output: Path | None = None
+    """JSONL file to write, which must not exist yet. None: standard output."""
 
 
 def problems(config: FinetuneConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -66,12 +67,17 @@ def _format_spread(spread: Spread) -> str:
 
 
 def summarize(runs: Sequence[FinetuneRun], *, split: str, metric: str) -> Summary:
-    """Group `runs` by recipe; all have equal splits and metrics."""
+    """Group `runs` by recipe; all have equal splits and metrics. A metric that is NaN comes last."""
     by_recipe: dict[str, list[FinetuneRun]] = {}
     for run in runs:
         by_recipe.setdefault(json.dumps(run.recipe), []).append(run)
     summaries = [_summarize_recipe(group) for group in by_recipe.values()]
-    return Summary(split, metric, tuple(sorted(summaries, key=lambda entry: -entry.spreads[split][metric].mean)))
+
+    def rank(entry: RecipeSummary) -> float:
+        value = entry.spreads[split][metric].mean
+        return math.inf if math.isnan(value) else -value
+
+    return Summary(split, metric, tuple(sorted(summaries, key=rank)))
 
 
 def _summarize_recipe(runs: Sequence[FinetuneRun]) -> RecipeSummary:

@@ -24,7 +24,7 @@ def lease(output: Path, topology: Topology, *, beside: bool = False) -> Iterator
         except FolderInUse as error:
             in_use = str(error)
         except OSError as error:
-            problems = [f"the folder to write, {output}, cannot be written to: {error}"]
+            problems = [f"{output} cannot be written: {error}; name another output"]
     name, in_use, problems = topology.broadcast_object((lock.attempt if lock else "", in_use, problems))
     raise_if_any(problems)
     if in_use:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.small_tasks import config, text_rows, write_jsonl
+from support.small_tasks import COLORS, config, text_rows, write_jsonl
 from support.worlds import RankFailed, run_world
 
 from pmlm_dist.config import ConfigError, ParallelConfig
 from pmlm_dist.conversion.pretrained import open_pretrained
+from pmlm_dist.downstream.job import FinetuneJob, FinetuneProgress
+from pmlm_dist.downstream.prediction import Evaluation
 from pmlm_dist.downstream.settings import (
     GENERATION,
     RECIPES,
@@ -76,11 +81,7 @@ def test_saved_model_gives_the_same_scores(single: tuple[Path, dict[int, Any]], 
     output = single[0]
     stated = json.loads((output / "scores.json").read_text())["scores"]
     wanted = EvaluateConfig(
-        output,
-        split=("validation", "test"),
-        predictions=tmp_path / "said",
-        ds_config=output.parent / "out-ds.json",
-        parallel=ParallelConfig(tp=2),
+        output, split=("validation", "test"), predictions=tmp_path / "said", parallel=ParallelConfig(tp=2)
     )
     answers = run_world(score, 2, wanted)
     assert answers[0] == answers[1]
@@ -90,7 +91,7 @@ def test_saved_model_gives_the_same_scores(single: tuple[Path, dict[int, Any]], 
             [json.loads(line) for line in (folder / f"predictions-{name}.jsonl").open()]
             for folder in (output, tmp_path / "said")
         )
-        assert [(row["id"], row["label"]) for row in before] == [(row["id"], row["label"]) for row in after]
+        assert [(row["id"], row["prediction"]) for row in before] == [(row["id"], row["prediction"]) for row in after]
     with pytest.raises(RankFailed, match=r"predictions-validation\.jsonl exists already"):
         run_world(score, 1, wanted.__class__(**{**vars(wanted), "parallel": ParallelConfig()}))
 
@@ -111,6 +112,55 @@ def test_kept_checkpoint_is_the_best_and_opens_as_a_language_model(single: tuple
     assert [path.name for path in (output / "checkpoints").glob("step-*")] == [f"step-{best['step']:08d}"]
     tuned = open_pretrained(output)
     assert tuned.weights.keys() == open_pretrained(model).weights.keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "losses", "best", "notes"),
+    [
+        ((0.0, 0.0, 0.0), (3.0, 2.0, 2.5), 2, 2),  # Matthews' correlation, F1 or ROUGE that never rise
+        ((0.0, 0.0, 0.0), (2.0, 2.0, 2.0), 1, 2),
+        ((0.5, 0.7, 0.6), (1.0, 2.0, 0.5), 2, 0),
+        ((math.nan, math.nan, math.nan), (3.0, 2.0, 2.5), 2, 2),  # correlations of constant predictions
+        ((math.nan, -0.5, math.nan), (1.0, 2.0, 0.5), 2, 0),
+        ((0.5, 0.5, 0.5), (math.nan, 2.0, math.nan), 2, 0),  # weights that are not finite predict the first class
+        ((0.5, 0.5), (math.nan, math.nan), 0, 0),
+    ],
+)
+def test_equal_metrics_keep_the_lower_loss_and_say_so(
+    values: Sequence[float], losses: Sequence[float], best: int, notes: int
+):
+    job: Any = object.__new__(FinetuneJob)
+    split = SimpleNamespace(name="validation")
+    job.data = SimpleNamespace(task=SimpleNamespace(metric="score"), scored=[split])
+    job.progress, lines = FinetuneProgress(), []
+    session: Any = SimpleNamespace(log=SimpleNamespace(scores=lambda *_, **__: None, info=lines.append))
+    for step, (value, loss) in enumerate(zip(values, losses, strict=True), start=1):
+        job._evaluate = lambda *_, value=value, loss=loss: Evaluation([], {"score": value}, loss)
+        job.evaluate(session, SimpleNamespace(step=step))
+        saved = json.loads(json.dumps(job.progress.as_json(), allow_nan=False))
+        assert saved["best_step"] == job.progress.best_step
+    assert job.progress.best_step == best
+    said = [line for line in lines if "ties with step" in line]
+    assert len(said) == notes
+    assert all(f"step {best} (" in line or "is kept" in line for line in said)
+
+
+def test_first_of_equal_checkpoints_is_not_kept_when_the_loss_falls(model: Path, data: Path, tmp_path: Path):
+    wanted = config(model, data, tmp_path / "out", recipe=Recipe(lr=1e-5, batch=8, epochs=3, dropout=0.0))
+    run_world(learn, 1, wanted)
+    metrics = {step: m for step, m in read_metrics(tmp_path / "out").items() if "validation/loss" in m}
+    assert len({m["validation/accuracy"] for m in metrics.values()}) == 1
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["step"] == min(metrics, key=lambda step: metrics[step]["validation/loss"]) == max(metrics)
+    assert scores["losses"]["validation"] == metrics[scores["step"]]["validation/loss"]
+
+
+def test_class_minus_one_of_the_training_split_is_scored(model: Path, tmp_path: Path):
+    rows = [{"text": f"the {COLORS[n % 3]} fish", "label": n % 3 - 1} for n in range(12)]
+    for split, chosen in {"train": rows, "validation": rows, "test": rows[::3]}.items():
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", chosen)
+    ((run,),) = run_world(learn, 1, config(model, tmp_path / "data", tmp_path / "out", report=("test",)))
+    assert run.scores["test"].keys() == {"accuracy", "macro_f1"}
 
 
 # ---------------------------------------------------------------------------------------------------------- data order
@@ -207,7 +257,7 @@ def test_bf16_with_the_shipped_settings_learns(model: Path, data: Path, tmp_path
     wanted = replace(config(model, data, tmp_path / "out", recipe=recipe), ds_config=shipped)
     ((trial,),) = run_world(learn, 1, wanted)
     assert trial.scores["validation"]["accuracy"] == 1.0
-    again = EvaluateConfig(tmp_path / "out", ds_config=shipped)
+    again = EvaluateConfig(tmp_path / "out")
     assert run_world(score, 1, again)[0]["validation"][0] == trial.scores["validation"]
 
 

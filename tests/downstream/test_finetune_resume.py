@@ -160,7 +160,7 @@ def test_incomplete_folder_opens_as_the_best_so_far(model: Path, data: Path, tmp
         assert find_pretrained(place).folder == checkpoints[0]
     assert find_pretrained(checkpoints[-1]).folder == checkpoints[-1]
     written = read_metrics(tmp_path / "out")[best]["validation/accuracy"]
-    assert run_world(accuracy, 1, EvaluateConfig(tmp_path / "out", ds_config=wanted.ds_config)) == [written]
+    assert run_world(accuracy, 1, EvaluateConfig(tmp_path / "out")) == [written]
 
 
 def accuracy(wanted: EvaluateConfig) -> float:

@@ -51,6 +51,7 @@ FAULTS: dict[str, tuple[int, str, str]] = {
     "F43": (1, "foreign files where a command writes", "files of others, before and during a command"),
     "F44": (1, "two starts in one folder", "a second start, a take-over, tasks that MPI does not connect"),
     "F45": (1, "the disk is full in a command", "limited file sizes; /dev/full; each number of the error"),
+    "F46": (1, "predictions are killed", "SIGKILL to a rank between and within writes of results"),
     "F50": (1, "a shard is truncated inside a member", "truncated; the quarantine and its limit"),
     "F51": (1, "a shard is truncated at the end of a member", "truncated"),
     "F52": (1, "a bit of a tar header is flipped", "any bit of a shard"),

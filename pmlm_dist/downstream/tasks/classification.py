@@ -68,6 +68,8 @@ class DatasetFormat:
     """The classes; empty: those of the training split, or regression."""
     label_aliases: dict[str, str] = field(default_factory=dict)
     """Other names of the classes in data files -> names in `labels`."""
+    hidden_labels: tuple[str, ...] = ()
+    """Labels that the data set's documentation gives to test examples whose label is hidden."""
     is_regression: bool = False
     metrics: tuple[str, ...] = ("accuracy", "macro_f1")
     """Reported metrics; the first selects the best checkpoint, unless `averaged` lists several."""
@@ -118,8 +120,10 @@ class TextFeature:
 class Classification(Task[TextExample, TextFeature]):
     """Classification of a text or pair; regression if `settings.labels` is empty."""
 
-    def __init__(self, settings: ClassificationSettings, vocabulary: Vocabulary):
-        self.settings, self.vocabulary = settings, vocabulary
+    def __init__(
+        self, settings: ClassificationSettings, vocabulary: Vocabulary, *, hidden_labels: tuple[str, ...] = ()
+    ):
+        self.settings, self.vocabulary, self._hidden_labels = settings, vocabulary, {*hidden_labels}
         self.metric = "mean" if len(settings.averaged) > 1 else settings.metrics[0]
         self._num_truncated = 0
 
@@ -156,13 +160,15 @@ class Classification(Task[TextExample, TextFeature]):
             max_tokens=max_input_tokens(inputs.max_tokens, default=MAX_TOKENS, model=model),
             too_long=inputs.too_long,
         )
-        return cls(settings, vocabulary)
+        return cls(settings, vocabulary, hidden_labels=dataset.hidden_labels)
 
     @classmethod
-    def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary) -> Classification:
+    def restore(
+        cls, saved: dict[str, Any], vocabulary: Vocabulary, *, hidden_labels: tuple[str, ...] = ()
+    ) -> Classification:
         """Rebuild the task from `as_json()`."""
-        lists = ("labels", "metrics", "averaged")
-        return cls(ClassificationSettings(**{**saved, **{name: tuple(saved[name]) for name in lists}}), vocabulary)
+        lists = {name: tuple(saved[name]) for name in ("labels", "metrics", "averaged")}
+        return cls(ClassificationSettings(**{**saved, **lists}), vocabulary, hidden_labels=hidden_labels)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self.settings)
@@ -170,8 +176,10 @@ class Classification(Task[TextExample, TextFeature]):
     # -------------------------------------------------------------------------------------------------------- examples
 
     def has_labels(self, rows: Sequence[Row]) -> bool:
-        """Return False for a hidden test set: labels are missing, or -1 in all rows."""
-        return not {str(row.get(self.settings.label)) for row in rows} <= {"None", "-1", "-1.0", ""}
+        """Return False if all labels are missing, or are those of the data set's hidden test examples."""
+        values = (row.get(self.settings.label) for row in rows)
+        labels = {"" if value is None else str(value).strip() for value in values}
+        return not labels <= {"", *self._hidden_labels}
 
     def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[TextExample]:
         """Validate texts and labels of all rows."""
@@ -183,7 +191,8 @@ class Classification(Task[TextExample, TextFeature]):
                 row_text(row, column, location=location, problems=problems) for column in settings.text_columns
             )
             label = self._label(row.get(settings.label), location=location, problems=problems) if labeled else None
-            examples.append(TextExample(row_id(row, number - 1), texts, label, location))
+            row_number = row_id(row, number - 1, location=location, problems=problems)
+            examples.append(TextExample(row_number, texts, label, location))
         raise_row_problems(problems)
         return examples
 
@@ -269,35 +278,56 @@ class Classification(Task[TextExample, TextFeature]):
         return F.mse_loss(outputs_BC[:, 0], targets_B.float(), reduction="sum")
 
     def predict(self, engine: nn.Module, batch: TaskBatch) -> list[Any]:
-        """Return class probabilities, or the score, of each input."""
+        """Return the log probabilities of the classes, or the score, of each input."""
         outputs_BC = engine(inputs=model_inputs(batch)).float()
-        return (outputs_BC.softmax(dim=-1) if self.settings.labels else outputs_BC[:, 0]).tolist()
+        return (outputs_BC.log_softmax(dim=-1) if self.settings.labels else outputs_BC[:, 0]).tolist()
 
     # ------------------------------------------------------------------------------------------------------ predictions
 
     def predictions(
         self, examples: Sequence[TextExample], features: Sequence[TextFeature], outputs: Sequence[Any]
     ) -> list[dict[str, Any]]:
-        """Return `label` and its `probability`, or `score`, of each example."""
+        """Return `text` (and `pair`), the `label` if known, and the `prediction`: a class or a score.
+
+        A class has its `probability`, and `probabilities` has those of all classes.
+        """
         return [
-            {"id": example.id, **self._prediction(output)} for example, output in zip(examples, outputs, strict=True)
+            {
+                "id": example.id,
+                **dict(zip(("text", "pair"), example.texts, strict=False)),
+                **({} if example.label is None else {"label": example.label}),
+                **self._prediction(output),
+            }
+            for example, output in zip(examples, outputs, strict=True)
         ]
 
     def _prediction(self, output: Any) -> dict[str, Any]:
         labels = self.settings.labels
         if not labels:
-            return {"score": output}
+            return {"prediction": output}
         best = max(range(len(labels)), key=output.__getitem__)
-        return {"label": labels[best], "probability": round(output[best], 6)}
+        probabilities = [round(math.exp(value), 6) for value in output]
+        return {
+            "prediction": labels[best],
+            "probability": probabilities[best],
+            "probabilities": dict(zip(labels, probabilities, strict=True)),
+        }
 
     def scores(self, examples: Sequence[TextExample], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Return the task's metrics."""
         labels = [example.label for example in examples]
-        predicted = [prediction["label" if self.settings.labels else "score"] for prediction in predictions]
+        predicted = [prediction["prediction"] for prediction in predictions]
         values = {name: METRICS[name](labels, predicted) for name in self.settings.metrics}
         if self.metric == "mean":
             values["mean"] = math.fsum(values[name] for name in self.settings.averaged) / len(self.settings.averaged)
         return values
+
+    def mean_loss(self, features: Sequence[TextFeature], outputs: Sequence[Any]) -> float:
+        """Return the mean cross entropy, or squared error."""
+        pairs = list(zip(features, outputs, strict=True))
+        if self.settings.labels:
+            return -math.fsum(output[int(feature.target)] for feature, output in pairs) / len(pairs)
+        return math.fsum((output - feature.target) ** 2 for feature, output in pairs) / len(pairs)
 
 
 def _is_label(value: Any) -> bool:

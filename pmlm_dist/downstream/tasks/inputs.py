@@ -13,6 +13,7 @@ import torch
 
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.downstream.tasks.task import Row, TaskBatch
+from pmlm_dist.files import json_line
 from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.model.transformer import context_inputs
 from pmlm_dist.vocab import Vocabulary
@@ -111,9 +112,17 @@ def raise_row_problems(problems: Sequence[str]) -> None:
     raise_if_any([*problems[:_MAX_LISTED], *more])
 
 
-def row_id(row: Row, number: int) -> Any:
-    """Return the id of a row: `id`, `idx` or `index` (GLUE, SQuAD), else its number in the split, from 0."""
-    return next((row[name] for name in ("id", "idx", "index") if row.get(name) is not None), number)
+def row_id(row: Row, number: int, *, location: str, problems: list[str]) -> Any:
+    """Return the id of a row: `id`, `idx` or `index` (GLUE, SQuAD), else its number in the split, from 0.
+
+    An id that is no JSON value, and could not be written with its prediction, is added to `problems`.
+    """
+    value = next((row[name] for name in ("id", "idx", "index") if row.get(name) is not None), number)
+    try:
+        json_line(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        problems.append(f"{location}: its id cannot be written as JSON: {error}")
+    return value
 
 
 def row_text(row: Row, column: str, *, location: str, problems: list[str]) -> str:

@@ -7,6 +7,7 @@ and classes differently; both forms are supported.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,8 @@ _FIRST, _SECOND = ("sentence1", "#1 String"), ("sentence2", "#2 String")
 
 
 def _texts(about: str, dataset: DatasetFormat, **options: Any) -> TaskKind:
-    return TaskKind(about, partial(Classification.make, dataset), Classification.restore, **options)
+    restore = partial(Classification.restore, hidden_labels=dataset.hidden_labels)
+    return TaskKind(about, partial(Classification.make, dataset), restore, **options)
 
 
 def _spans(about: str, **options: Any) -> TaskKind:
@@ -27,6 +29,7 @@ def _spans(about: str, **options: Any) -> TaskKind:
 
 
 def _glue(name: str, about: str, dataset: DatasetFormat, **options: Any) -> TaskKind:
+    dataset = replace(dataset, hidden_labels=("-1", "-1.0"))
     return _texts(f"GLUE: {about}", dataset, hub=f"nyu-mll/glue:{name}", **options)
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from scipy import stats
 from sklearn import metrics
 
+from pmlm_dist.downstream.tasks.overlap import is_unspaced
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
 
@@ -93,9 +95,16 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 
 def overlap_f1(answer: str, references: Sequence[str]) -> float:
-    """Return the maximum word-level F1 of `answer` over `references`; if either has no words: 1 if both are empty."""
-    words = normalize_answer(answer).split()
-    return max(_word_f1(words, normalize_answer(other).split()) for other in references or [""])
+    """Return the maximum word-level F1 of `answer` over `references`; if either has no words: 1 if both are empty.
+
+    Each character of a script without spaces (Chinese, Thai) is a word.
+    """
+    words = _answer_words(answer)
+    return max(_word_f1(words, _answer_words(other)) for other in references or [""])
+
+
+def _answer_words(answer: str) -> list[str]:
+    return "".join(f" {c} " if is_unspaced(c) else c for c in normalize_answer(answer)).split()
 
 
 def _word_f1(answer: list[str], reference: list[str]) -> float:

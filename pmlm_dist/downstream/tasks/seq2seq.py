@@ -13,9 +13,11 @@ Legend: B batch, S source slots, M target slots, T = S + 2M.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from pmlm_dist.decoding.batch_generation import build_search, generate_batch
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.downstream.settings import FinetuneConfig, GenerationConfig
 from pmlm_dist.downstream.tasks.inputs import find_column, raise_if_missing, raise_row_problems, row_id, row_text
-from pmlm_dist.downstream.tasks.overlap import overlap_scores
+from pmlm_dist.downstream.tasks.overlap import bleu_signature, overlap_scores
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
 from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
@@ -48,8 +50,7 @@ class PairExample:
     location: str
 
 
-@dataclass(frozen=True)
-class GeneratedTarget:
+class GeneratedTarget(NamedTuple):
     """The output for one source."""
 
     tokens: list[int]
@@ -111,7 +112,8 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         for number, row in enumerate(rows, start=1):
             location = f"{origin}, row {number}"
             texts = [row_text(row, column, location=location, problems=problems) for column in columns]
-            examples.append(PairExample(row_id(row, number - 1), texts[0], texts[1] if labeled else None, location))
+            row_number = row_id(row, number - 1, location=location, problems=problems)
+            examples.append(PairExample(row_number, texts[0], texts[1] if labeled else None, location))
         raise_row_problems(problems)
         return examples
 
@@ -197,14 +199,10 @@ class Seq2Seq(Task[PairExample, PairFeature]):
 
     def predict(self, engine: nn.Module, batch: TaskBatch) -> list[GeneratedTarget]:
         """Decode a target for each source, and score its reference."""
-        # Imported here: it needs DeepSpeed, which `pmlm generate` does not load.
-        from pmlm_dist.engine.deepspeed_engine import gathered_module
-
         nll_B, counts_B = self._reference_nll(engine, batch)
         tokens_BS, valid_BS = (_source_part(batch, name).cpu() for name in ("tokens_BT", "valid_BT"))
         sources = [row[valid].numpy() for row, valid in zip(tokens_BS, valid_BS, strict=True)]
-        # ZeRO-3 gathers weights in the module's forward pass only; decoding calls the parts of the module.
-        with gathered_module(engine, self._new_module) as model:
+        with self._decodable(engine) as model:
             hypotheses = generate_batch(
                 model, sources, search=build_search(self.decoding, self._special), special=self._special
             )
@@ -226,6 +224,15 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         nll_B = (losses_1MB[0].t() * weights_BM).sum(dim=1)
         return nll_B.tolist(), weights_BM.sum(dim=1).long().tolist()
 
+    def _decodable(self, engine: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """Return a context with the module in `engine`, whose parts decoding calls one by one."""
+        if isinstance(engine, PseudoMaskedLM):
+            return contextlib.nullcontext(engine)
+        # Imported here: it needs DeepSpeed, which only fine-tuning loads.
+        from pmlm_dist.engine.deepspeed_engine import gathered_module
+
+        return gathered_module(engine, self._new_module)
+
     def _new_module(self) -> nn.Module:
         assert self._model_config is not None
         return build_model(self._model_config, padded_vocab_size=self.vocabulary.padded_size())
@@ -240,22 +247,35 @@ class Seq2Seq(Task[PairExample, PairFeature]):
     def predictions(
         self, examples: Sequence[PairExample], features: Sequence[PairFeature], outputs: Sequence[Any]
     ) -> list[dict[str, Any]]:
-        """Return `prediction`; for labeled examples also `reference`, `reference_nll` and `reference_tokens`."""
+        """Return `source`, `prediction`, and of labeled examples `reference`, `reference_nll`, `reference_tokens`."""
         predictions = []
         for example, output in zip(examples, outputs, strict=True):
+            tokens, nll, count = output
             reference = {}
             if example.target is not None:
-                nll = round(output.nll, 2)
-                reference = {"reference": example.target, "reference_nll": nll, "reference_tokens": output.count}
-            predictions.append({"id": example.id, "prediction": self.vocabulary.decode(output.tokens), **reference})
+                reference = {"reference": example.target, "reference_nll": round(nll, 2), "reference_tokens": count}
+            prediction = self.vocabulary.decode(tokens)
+            predictions.append({"id": example.id, "source": example.source, **reference, "prediction": prediction})
         return predictions
 
     def scores(self, examples: Sequence[PairExample], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Return ROUGE and BLEU, 0 to 100, and `nll` of the references in nats per token."""
-        references = [example.target or "" for example in examples]
         nll, tokens = (sum(row[f"reference_{name}"] for row in predictions) for name in ("nll", "tokens"))
-        overlap = overlap_scores([prediction["prediction"] for prediction in predictions], references)
+        overlap = overlap_scores([prediction["prediction"] for prediction in predictions], _references(examples))
         return {**overlap, "nll": nll / tokens}
+
+    def signatures(self, examples: Sequence[PairExample]) -> dict[str, str]:
+        """Return sacrebleu's signature."""
+        return {"bleu": bleu_signature(_references(examples))}
+
+    def mean_loss(self, features: Sequence[PairFeature], outputs: Sequence[Any]) -> float:
+        """Return the negative log-likelihood of the references in nats per token."""
+        targets = [GeneratedTarget(*output) for output in outputs]
+        return math.fsum(target.nll for target in targets) / sum(target.count for target in targets)
+
+
+def _references(examples: Sequence[PairExample]) -> list[str]:
+    return [example.target or "" for example in examples]
 
 
 def _source_part(batch: TaskBatch, name: str) -> Tensor:

@@ -14,9 +14,10 @@ Legend: B batch, T tokens, P passage tokens of a window.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,12 +65,12 @@ class SpanSettings:
 
 @dataclass(frozen=True)
 class SpanExample:
-    """A question, its passage and the reference answers; no answers: unanswerable or unlabeled."""
+    """A question, its passage and the reference answers; empty: unanswerable, None: unlabeled."""
 
     id: Any
     question: str
     passage: str
-    answers: tuple[str, ...]
+    answers: tuple[str, ...] | None
     starts: tuple[int, ...]
     """Offset of the first character of each answer."""
 
@@ -90,14 +91,14 @@ class Window:
     """Positions of the answer's first and last token in the input; 0 ([CLS]): the answer is not in this window."""
 
 
-@dataclass(frozen=True)
-class SpanPrediction:
+class SpanPrediction(NamedTuple):
     """The best span of a window (None: no span of an allowed length), and the score of the empty answer."""
 
     score: float
     span: tuple[int, int] | None
     """First and last token, relative to the window's passage."""
     null_score: float
+    loss: float = 0.0
 
 
 class Spans(Task[SpanExample, Window]):
@@ -138,8 +139,11 @@ class Spans(Task[SpanExample, Window]):
     # -------------------------------------------------------------------------------------------------------- examples
 
     def has_labels(self, rows: Sequence[Row]) -> bool:
-        """Return True if any row has an answer."""
-        return any(_answer_texts(row.get(self.settings.answers)) for row in rows)
+        """Return True if any row has an answer; no answer is one if the training split has unanswerable questions."""
+        answers = [row.get(self.settings.answers) for row in rows]
+        return any(map(_answer_texts, answers)) or (
+            self.settings.has_unanswerable and any(value not in (None, "") for value in answers)
+        )
 
     def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[SpanExample]:
         """Validate questions and passages, and that each answer is at its offset in the passage."""
@@ -153,10 +157,11 @@ class Spans(Task[SpanExample, Window]):
             answers = (
                 _answers(row.get(settings.answers), passage, location=location, problems=problems) if labeled else []
             )
-            texts, starts = zip(*answers, strict=True) if answers else ((), ())
+            texts, starts = zip(*answers, strict=True) if answers else (() if labeled else None, ())
             if labeled and not answers and not settings.has_unanswerable:
                 problems.append(f"{location}: no answer, and every question of the training split had one")
-            examples.append(SpanExample(row_id(row, number - 1), question, passage, texts, starts))
+            row_number = row_id(row, number - 1, location=location, problems=problems)
+            examples.append(SpanExample(row_number, question, passage, texts, starts))
         raise_row_problems(problems)
         return examples
 
@@ -225,24 +230,28 @@ class Spans(Task[SpanExample, Window]):
         return scores_B2T.masked_fill(~batch.tensors["valid_BT"][:, None], float("-inf"))
 
     def predict(self, engine: nn.Module, batch: TaskBatch) -> list[SpanPrediction]:
-        """Return the best span of each window."""
-        scores_B2T = self._scores(engine, batch).cpu()
+        """Return the best span of each window, and the loss of its targets."""
+        scores_B2T, targets_B2 = self._scores(engine, batch).cpu(), batch.tensors["targets_B2"].cpu()
+        losses_B = F.cross_entropy(scores_B2T.transpose(1, 2), targets_B2, reduction="none").mean(dim=1).tolist()
         passages = batch.tensors["passage_B2"].tolist()
         max_length = self.settings.max_answer_tokens
         return [
-            best_span(scores_2T, first=first, stop=stop, max_length=max_length)
-            for scores_2T, (first, stop) in zip(scores_B2T, passages, strict=True)
+            best_span(scores_2T, first=first, stop=stop, max_length=max_length)._replace(loss=loss)
+            for scores_2T, (first, stop), loss in zip(scores_B2T, passages, losses_B, strict=True)
         ]
 
     # ------------------------------------------------------------------------------------------------------ predictions
 
     def predictions(
-        self, examples: Sequence[SpanExample], features: Sequence[Window], outputs: Sequence[SpanPrediction]
+        self, examples: Sequence[SpanExample], features: Sequence[Window], outputs: Sequence[Any]
     ) -> list[dict[str, Any]]:
-        """Return `answer` (may be empty), the span's `score` and, with unanswerable questions, `no_answer_score`."""
+        """Return `question`, `context`, the `answers` if known, and the `prediction`, which may be empty.
+
+        Beside it the span's `score` and, with unanswerable questions, `no_answer_score`.
+        """
         by_example: list[list[tuple[Window, SpanPrediction]]] = [[] for _ in examples]
         for window, output in zip(features, outputs, strict=True):
-            by_example[window.example].append((window, output))
+            by_example[window.example].append((window, SpanPrediction(*output)))
         return [self._prediction(example, pairs) for example, pairs in zip(examples, by_example, strict=True)]
 
     def _prediction(self, example: SpanExample, pairs: list[tuple[Window, SpanPrediction]]) -> dict[str, Any]:
@@ -252,17 +261,23 @@ class Spans(Task[SpanExample, Window]):
         if best.span is not None:
             (start, _), (_, stop) = window.offsets[best.span[0]], window.offsets[best.span[1]]
             answer = example.passage[start:stop]
+        inputs = {"id": example.id, "question": example.question, "context": example.passage}
+        inputs |= {} if example.answers is None else {"answers": list(example.answers)}
         score = {"score": best.score if best.span is not None else None}
         if not self.settings.has_unanswerable:
-            return {"id": example.id, "answer": answer, **score}
+            return {**inputs, "prediction": answer, **score}
         if best.score - null_score < self.settings.null_threshold:
             answer = ""
-        return {"id": example.id, "answer": answer, **score, "no_answer_score": null_score}
+        return {**inputs, "prediction": answer, **score, "no_answer_score": null_score}
 
     def scores(self, examples: Sequence[SpanExample], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Return exact match and F1 in percent."""
-        references = [example.answers for example in examples]
-        return scores.squad_scores(references, [prediction["answer"] for prediction in predictions])
+        references = [example.answers or () for example in examples]
+        return scores.squad_scores(references, [prediction["prediction"] for prediction in predictions])
+
+    def mean_loss(self, features: Sequence[Window], outputs: Sequence[Any]) -> float:
+        """Return the mean loss of a window."""
+        return statistics.fmean(SpanPrediction(*output).loss for output in outputs)
 
 
 def best_span(scores_2T: Tensor, *, first: int, stop: int, max_length: int) -> SpanPrediction:

@@ -5,9 +5,9 @@
        | task.features     model inputs as token ids; one example may give several (windows of a passage)
        | task.collate      TaskBatch: padded tensors, and the number of losses in their sum
        | task.loss         forward pass through the engine -> SUM of the losses of the batch
-       | task.predict      forward pass through the engine -> one plain Python value per feature
+       | task.predict      forward pass through the engine -> one JSON value per feature
        | task.predictions  one JSON object per example, in the order of the examples
-       | task.scores       {metric: value}
+       | task.scores       {metric: value}; task.mean_loss decides between equal values
 
 **Division of labor.** The fine-tuning job (`job.py`) and the training loop own data order, ranks, schedule, engine,
 checkpoints and files; a task is independent of all of them. The job draws the feature order of epoch e from (seed, e),
@@ -99,17 +99,31 @@ class Task(ABC, Generic[Example, Feature]):
 
     @abstractmethod
     def predict(self, engine: nn.Module, batch: TaskBatch) -> list[Any]:
-        """Return one small picklable value per feature of `batch`; runs in evaluation mode without gradients."""
+        """Return one small JSON value (or tuple) per feature of `batch`; runs in evaluation mode without gradients.
+
+        `engine` is an engine, or the module itself.
+        """
 
     @abstractmethod
     def predictions(
         self, examples: Sequence[Example], features: Sequence[Feature], outputs: Sequence[Any]
     ) -> list[dict[str, Any]]:
-        """Return one prediction per example: JSON values with its `id`. `outputs`: one per feature, from `predict`."""
+        """Return one complete row per example: its `id`, inputs, label if known, and `prediction`, as JSON values.
+
+        `outputs`: one per feature, from `predict` or read from JSON, where tuples have become lists.
+        """
 
     @abstractmethod
     def scores(self, examples: Sequence[Example], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Return the metrics of labeled `examples`; `self.metric` is one of them."""
+
+    @abstractmethod
+    def mean_loss(self, features: Sequence[Feature], outputs: Sequence[Any]) -> float:
+        """Return the mean loss of labeled `features`; it decides between checkpoints with equal `metric`."""
+
+    def signatures(self, examples: Sequence[Example]) -> dict[str, str]:
+        """Return how metrics were computed that have variants: {metric: signature}."""
+        return {}
 
     @abstractmethod
     def as_json(self) -> dict[str, Any]:

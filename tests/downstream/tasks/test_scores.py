@@ -77,6 +77,7 @@ def test_undefined_correlation_is_nan():
         ("", ["Denver"], 0, 0),
         ("the", ["Denver"], 0, 0),
         ("to be to be", ["to be"], 0, 2 * 2 / 6),
+        ("北京市", ["北京"], 0, 2 * 2 / 5),  # a character of a script without spaces is a word
     ],
 )
 def test_exact_match_and_f1_follow_squad(answer: str, references: list[str], exact: float, f1: float):

@@ -102,8 +102,7 @@ def test_hub_and_original_format_of_glue_give_equal_features(name: str):
 def test_scores_are_those_of_glue(name: str, labels: list[Any], predicted: list[Any], scores: dict[str, float]):
     task: Classification = make(name, [GLUE_ROWS[name][0]])
     rows = [{**GLUE_ROWS[name][0], "label": label} for label in labels]
-    key = "score" if name == "stsb" else "label"
-    values = task.scores(task.read(rows, origin="here"), [{key: value} for value in predicted])
+    values = task.scores(task.read(rows, origin="here"), [{"prediction": value} for value in predicted])
     assert values == pytest.approx(scores)
     assert task.metric in values
 
@@ -124,12 +123,40 @@ def test_hidden_test_set_has_no_labels():
         assert task.read([hidden], origin="here", labeled=False)[0].label is None
 
 
+def test_only_what_documentation_hides_is_unlabeled():
+    """-1 hides labels in GLUE; in other data it is a class, like the word None, and so is no answer of SQuAD 2.0."""
+    for labels in ([-1, 0, 1], ["None", "some", "all"]):
+        task = make("classification", [{"text": "a", "label": label} for label in labels])
+        assert task.has_labels([{"text": "a", "label": labels[0]}])
+        assert not task.has_labels([{"text": "a", "label": None}, {"text": "a", "label": " "}, {"text": "a"}])
+    task = make("classification", [{"text": "a", "label": "x"}, {"text": "a", "label": "y"}])
+    rows = [{"text": "a", "label": -1}]
+    assert task.has_labels(rows)
+    with pytest.raises(ConfigError, match="the label -1 in column label was not in training"):
+        task.read(rows, origin="here")
+    task = make("regression", [{"text": "a", "label": -1.0}, {"text": "a", "label": 1.0}])
+    assert task.has_labels([{"text": "a", "label": -1.0}])
+    unanswerable = squad_row("a", "the", None)
+    assert make("squad2", [unanswerable, squad_row("a", "the", "the")]).has_labels([unanswerable])
+    assert not make("squad1", [squad_row("a", "the", "the")]).has_labels([unanswerable])
+    assert not make("squad2", [unanswerable]).has_labels([{**unanswerable, "answers": None}])
+
+
 def test_many_invalid_rows_are_counted_and_single_class_raises():
     task = make("classification", [{"text": "a", "label": "x"}, {"text": "a", "label": "y"}])
     with pytest.raises(ConfigError, match=r"row 1(.|\n)*row 5(.|\n)*\.\.\. and 4 more rows"):
         task.read([{"text": "a", "label": "z"}] * 9, origin="here")
     with pytest.raises(ConfigError, match="every training example is of the class 'x'"):
         make("classification", [{"text": "a", "label": "x"}])
+
+
+@pytest.mark.parametrize("kind", ["classification", "squad2"])
+def test_id_that_cannot_be_written_raises_before_anything_is_computed(kind: str):
+    rows = [{**squad_row("a", "the", "the"), "text": "a", "label": label} for label in "xy"]
+    task = make(kind, rows)
+    assert task.read([{**rows[0], "id": {"part": ["\ud800", None]}}], origin="here")
+    with pytest.raises(ConfigError, match=r"here, row 2: its id cannot be written as JSON: .*bytes"):
+        task.read([rows[0], {**rows[1], "id": b"bytes"}], origin="here")
 
 
 def test_columns_are_configurable():
@@ -247,7 +274,7 @@ def learn(settings: FinetuneConfig) -> tuple[list[FinetuneRun], dict[str, Any]]:
     from pmlm_dist.downstream.finetune import finetune
 
     runs = finetune(settings)
-    evaluations = evaluate_saved(EvaluateConfig(settings.output, ds_config=settings.ds_config))
+    evaluations = evaluate_saved(EvaluateConfig(settings.output))
     return runs, {name: evaluation.scores for name, evaluation in evaluations.items()}
 
 
