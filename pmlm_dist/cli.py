@@ -13,17 +13,46 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
-from pmlm_dist.config import ConfigError
+from pmlm_dist import __version__
+from pmlm_dist.config import BatchConfig, ConfigError, RunConfig
 from pmlm_dist.console import print_safely
 from pmlm_dist.launch_environment import is_rank_zero, rendezvous, set_num_threads
+from pmlm_dist.ranges import Positive
 from pmlm_dist.supervision import exit_codes
 from pmlm_dist.supervision.heartbeat import Heartbeat
 from pmlm_dist.supervision.signals import StopSignals
 
 PROGRAM = "pmlm"
 USER_ERROR = int(exit_codes.ExitCode.BAD_CONFIGURATION)
+
+
+def train(arguments: Sequence[str], heartbeat: Heartbeat | None = None, signals: StopSignals | None = None) -> None:
+    """Pre-train a pseudo-masked language model, or resume its run; `train.py`, for launchers, is the same."""
+    set_num_threads()
+    config = run_config(arguments)
+    from pmlm_dist.training.run import pretrain  # torch reads OMP_NUM_THREADS when it is imported
+
+    pretrain(config, signals, heartbeat)
+
+
+def run_config(arguments: Sequence[str]) -> RunConfig:
+    """Return the settings of a pre-training: a preset, then overrides by name.
+
+    Exits with a message for an unknown setting; raises `ConfigError` for an unknown preset.
+    """
+    from pmlm_dist.presets import PRESETS
+
+    preset = _preset(arguments, PRESETS, default="base")
+    help_text = (
+        f"{train.__doc__}\n\ndeepspeed --num_gpus 8 train.py                  the paper's base model on data/corpus\n\n"
+        "deepspeed --num_gpus 2 train.py --preset tiny    the demo\n\n"
+        "torchrun, srun and mpirun start it as well. Any setting is overridden by name: `--train.steps 1000`.\n\n"
+        f"--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
+    )
+    rest = _without_option("preset", _without_option("local_rank", arguments))
+    return _parse(RunConfig, train, rest, default=PRESETS[preset](), help_text=help_text)
 
 
 def prepare_corpus(arguments: Sequence[str]) -> None:
@@ -64,14 +93,16 @@ def checkpoint(arguments: Sequence[str]) -> None:
 
 def plan(arguments: Sequence[str]) -> None:
     """Estimate what a run needs before it is queued: memory, step time, communication, days; and what does not fit."""
-    from pmlm_dist.commands import plan as command
     from pmlm_dist.planning.settings import PlanConfig
     from pmlm_dist.presets import PRESETS
 
     preset = _preset(arguments, PRESETS, default="base")
     help_text = f"{plan.__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
     default = PlanConfig.of_preset(preset)
-    command.run(_parse(PlanConfig, plan, _without_option("preset", arguments), default=default, help_text=help_text))
+    config = _parse(PlanConfig, plan, _without_option("preset", arguments), default=default, help_text=help_text)
+    from pmlm_dist.commands import plan as command
+
+    command.run(config)
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -166,6 +197,7 @@ def demo_tasks(arguments: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
     "prepare-corpus": prepare_corpus,
     "corpus": corpus,
     "inspect": inspect,
@@ -181,6 +213,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "fill": fill,
     "extend-positions": extend_positions,
 }
+SUPERVISED = {train: "train.py", finetune: PROGRAM}
+"""Commands whose ranks run below a supervisor, with the name in their messages."""
 SINGLE_PROCESS = (export, import_weights, extend_positions)
 """Commands that write a folder from one process."""
 
@@ -193,11 +227,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else USER_ERROR
+    if "--version" in (arguments[0], *arguments[1:2]):
+        print(f"pmlm_dist {__version__}")
+        return 0
     command = COMMANDS.get(arguments[0])
     if command is None:
         return _usage_error(f"no command {arguments[0]!r}{_closest(arguments[0])}; `pmlm --help` lists them")
-    if is_process and command is finetune:
-        _finetune_supervised(arguments[1:])
+    if is_process and command in SUPERVISED:
+        run_below_supervisor(command, arguments[1:])
     ranks = int(rendezvous(os.environ)["WORLD_SIZE"]) if command in SINGLE_PROCESS else 1
     if ranks > 1:
         return _usage_error(
@@ -206,16 +243,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_codes.run(partial(command, arguments[1:]), program=PROGRAM)
 
 
-def _finetune_supervised(arguments: Sequence[str]) -> None:
-    """Fine-tune in a process below a supervisor, as train.py trains; does not return."""
+def run_below_supervisor(command: Callable[..., None], arguments: Sequence[str]) -> NoReturn:
+    """Run a command of `SUPERVISED` in a process below a supervisor; does not return."""
     from pmlm_dist.supervision.supervisor import exit_now, run_supervised
 
     def rank(heartbeat: Heartbeat) -> None:
         signals = StopSignals()
         signals.install()
-        finetune(arguments, heartbeat, signals)
+        command(arguments, heartbeat, signals)
 
-    exit_now(run_supervised(rank, program=PROGRAM))
+    exit_now(run_supervised(rank, program=SUPERVISED[command]))
 
 
 def _exit_distributed() -> None:
@@ -244,6 +281,8 @@ def _parse(
     """
     import tyro
 
+    # The option of `global_` without the underscore that Python needs.
+    BatchConfig.__annotations__["global_"] = Annotated[int | None, Positive, tyro.conf.arg(name="global")]
     options: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(
         kind,

@@ -18,6 +18,9 @@ from typing import Annotated, Any, Literal
 
 from pmlm_dist.ranges import BelowOne, NotNegative, Positive, Probability, Range, range_problems
 
+DS_CONFIGS = Path(__file__).parent / "ds_configs"
+"""DeepSpeed's JSON files of the presets; the folder `ds_configs` of a checkout is a link to it."""
+
 _MultipleOf4 = Range("be a positive multiple of 4: use 32", lambda value: value >= 4 and value % 4 == 0)
 _UpToHalf = Range("lie above 0 and at most 0.5: the paper uses 0.15", lambda value: 0.0 < value <= 0.5)
 
@@ -176,6 +179,25 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class BatchConfig:
+    """Batch sizes in place of those of DeepSpeed's JSON."""
+
+    global_: Annotated[int | None, Positive] = None  # `global` is a keyword; the command line names it so
+    """Sequences of an optimizer step over all ranks. None: from DeepSpeed's JSON."""
+    micro: Annotated[int | None, Positive] = None
+    """Sequences of one forward pass on one rank. None: from DeepSpeed's JSON."""
+
+    def overrides(self, *, zero: int | None) -> dict[str, Any]:
+        """Return what replaces settings of DeepSpeed's JSON, with the ZeRO stage `zero`."""
+        settings: dict[str, Any] = {
+            "train_batch_size": self.global_,
+            "train_micro_batch_size_per_gpu": self.micro,
+            "zero_optimization": None if zero is None else {"stage": zero},
+        }
+        return {name: value for name, value in settings.items() if value is not None}
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length of the run, its intervals, its time limits and its seed."""
 
@@ -246,8 +268,11 @@ class RunConfig:
     """Corpus folder, written by `pmlm prepare-corpus`."""
     run_dir: Path = Path("runs/base")
     """Folder of this run: checkpoints, TensorBoard files, resolved settings. An unfinished run in it is resumed."""
-    ds_config: Path = Path("ds_configs/base.json")
+    ds_config: Path = DS_CONFIGS / "base.json"
     """DeepSpeed's JSON: batch sizes, precision, ZeRO, clipping, offload."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    zero: Literal[0, 1, 2, 3] | None = None
+    """ZeRO stage. None: from DeepSpeed's JSON."""
     init: Path | None = None
     """Initial weights: a folder that `pmlm import` wrote, or another run's. Ignored once this run has a checkpoint of
     its own. None: weights are drawn from the seed."""

@@ -17,6 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pmlm_dist.checkpoint.initial_weights import load_initial_weights
 from pmlm_dist.checkpoint.resume import RunState
+from pmlm_dist.config import DS_CONFIGS
 from pmlm_dist.console import print_safely
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.data.loader import validation_batches
@@ -117,7 +118,7 @@ class PretrainJob(TrainingJob[Batch]):
         if engine.precision == "bf16" and not has_fast_bf16(topology.device):
             session.log.info(
                 "warning: this CPU has no bf16 matrix products; torch computes them element by element, hundreds of "
-                "times slower than fp32: use a --ds-config without bf16, ds_configs/tiny.json for example"
+                f"times slower than fp32: use a --ds-config without bf16, {DS_CONFIGS / 'tiny.json'} for example"
             )
         start = f"resuming after step {state.step}" if state.step else "starting"
         session.log.info(f"{start}; {config.train.steps} steps in all")

@@ -161,8 +161,9 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     """
     problems = _device_problems(config.model, topology.device)
     saved_lanes = saved["identity"]["data.lanes"] if saved else None
+    has_accelerator, overrides = topology.device.type != "cpu", config.batch.overrides(zero=config.zero)
     engine = _collect_problems(
-        problems, lambda: load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
+        problems, lambda: load_engine_config(config.ds_config, has_accelerator=has_accelerator, overrides=overrides)
     )
     own: CorpusSource | None = _collect_problems(problems, lambda: CorpusSource.open(config.corpus, config.data))
     manifest = None if own is None else _collect_problems(problems, lambda: own.manifest)
