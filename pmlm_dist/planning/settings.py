@@ -133,8 +133,8 @@ class PlanConfig:
             problems.append(f"device ({self.device}) must be {MEASURE} or one of {', '.join(sorted(DEVICES))}")
         if self.tp > 0 and self.in_node > 0 and self.in_node % self.tp:
             problems.append(
-                f"parallel.tp ({self.tp}) must divide gpus_per_node ({self.in_node}), so that its ranks lie inside a node: "
-                f"use one of {divisors(self.in_node)}"
+                f"parallel.tp ({self.tp}) must divide gpus_per_node ({self.in_node}), so that its ranks lie inside a "
+                f"node: use one of {divisors(self.in_node)}"
             )
         if self.context > self.model.max_positions:
             problems.append(
