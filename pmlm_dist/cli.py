@@ -12,6 +12,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Annotated, Any, NoReturn
 
@@ -22,7 +23,7 @@ from pmlm_dist.launch_environment import is_rank_zero, rendezvous, set_num_threa
 from pmlm_dist.ranges import Positive
 from pmlm_dist.supervision import exit_codes
 from pmlm_dist.supervision.heartbeat import Heartbeat
-from pmlm_dist.supervision.signals import StopSignals
+from pmlm_dist.supervision.signals import StopSignals, interruptible
 
 PROGRAM = "pmlm"
 USER_ERROR = int(exit_codes.ExitCode.BAD_CONFIGURATION)
@@ -240,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _usage_error(
             f"{arguments[0]} runs in one process but was started as {ranks}: start it without a launcher"
         )
-    return exit_codes.run(partial(command, arguments[1:]), program=PROGRAM)
+    with interruptible() if is_process else nullcontext():
+        return exit_codes.run(partial(command, arguments[1:]), program=PROGRAM)
 
 
 def run_below_supervisor(command: Callable[..., None], arguments: Sequence[str]) -> NoReturn:

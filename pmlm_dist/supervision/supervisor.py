@@ -45,11 +45,11 @@ from pmlm_dist.supervision.failure_reports import (
     write_report,
 )
 from pmlm_dist.supervision.heartbeat import Beat, Heartbeat
+from pmlm_dist.supervision.signals import STOP_SIGNALS
 
 SUPERVISOR_VARIABLE = "PMLM_SUPERVISOR"
 
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
-_HANDLED = (*_FORWARDED, signal.SIGCHLD)
+_HANDLED = (*STOP_SIGNALS, signal.SIGCHLD)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,6 @@ def run_supervised(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     parent, child = os.getpid(), os.fork()
     if child:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the rank as well
         supervisor = Supervisor(child, heartbeat, stacks, oom_kills_before=oom_kills_before, times=times)
         return supervisor.watch()
     processes.die_with_parent()
@@ -161,7 +160,7 @@ class Supervisor:
         """Wait for a signal and forward it; return True once the rank's process has ended."""
         if self._wait_status is None:
             received = signal.sigtimedwait(_HANDLED, within_s)
-            if received is not None and received.si_signo in _FORWARDED:
+            if received is not None and received.si_signo in STOP_SIGNALS:
                 processes.send_signal(self._child, signal.Signals(received.si_signo))
             self._reap()
         return self._wait_status is not None

@@ -16,7 +16,7 @@ from pmlm_dist.checkpoint.resume import RunState, load_checkpoint
 from pmlm_dist.config import RunConfig
 from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.supervision.heartbeat import START_UP, Heartbeat, phase_limits
-from pmlm_dist.supervision.signals import Stopped, StopSignals
+from pmlm_dist.supervision.signals import Stopped, StopSignals, stop_signals_blocked
 from pmlm_dist.training.attempt import Attempt, open_attempt
 from pmlm_dist.training.job import TrainingJob, TrainingSession
 from pmlm_dist.training.loop import train
@@ -64,7 +64,8 @@ def train_job(job: TrainingJob[Any], attempt: Attempt, *, folder: CheckpointFold
     log = RunLog(job.output, enabled=attempt.topology.is_rank_zero, first_step=first_step)
     try:
         attempt.stop.check()
-        engine = job.build_engine()
+        with stop_signals_blocked():  # a terminal sends Ctrl-C to compilers as well
+            engine = job.build_engine()
         attempt.stop.check()
         engine_state = EngineState(engine, attempt.topology)
         session = TrainingSession(attempt, engine, engine_state, log, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -40,6 +41,8 @@ def abort_on_failure(comm: Intracomm) -> Iterator[None]:
     except BaseException as error:
         if comm.size == 1:
             raise
+        if isinstance(error, KeyboardInterrupt):
+            comm.Abort(128 + (error.args[0] if error.args else signal.SIGINT))
         is_user_error = isinstance(error, ConfigError | ShardError)
         message = str(error) if is_user_error else traceback.format_exc()
         print(f"pmlm prepare-corpus (rank {comm.rank} of {comm.size}):\n{message}", file=sys.stderr, flush=True)
