@@ -1,6 +1,6 @@
 """The record of a run's attempts: effective training time, and the best interval between checkpoints.
 
-    RUN_DIR/attempts.jsonl    a line at each start, save and end, appended by rank 0 of every attempt
+    RUN_DIR/attempts.jsonl    a line at each start, save, signal to stop and end, appended by rank 0 of every attempt
 
 A step counts once: steps repeated after a failure are lost time, as are saving, starting and waiting. The advice uses
 the formula of planning/reliability.py with the times measured in this run. Without torch.
@@ -8,6 +8,7 @@ the formula of planning/reliability.py with the times measured in this run. With
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -45,6 +46,11 @@ class AttemptLog:
     def started(self, step: int) -> None:
         """Record the start of the attempt, which resumes after `step`; its time is that of the construction."""
         self._append("start", start_time=self._start_time, step=step, **self._attempt)
+
+    def stopping(self) -> None:
+        """Record a signal to stop: an attempt that its launcher kills a moment later has not failed."""
+        with contextlib.suppress(OSError):
+            self._append("stop")
 
     def saved(self, step: int, *, useful_s: float, stalled_s: float) -> None:
         """Record a save of `step`, with the seconds of training and of waiting for saves in this attempt so far."""
@@ -97,6 +103,8 @@ def read_attempts(run_dir: Path) -> list[AttemptRecord]:
             names = ("attempt", "start_time", "step", "world_size", "checkpoint_every")
             record = AttemptRecord(*(facts[name] for name in names), last_time=facts["time"], last_step=facts["step"])
             attempts.append(record)
+        elif attempts and facts["event"] == "stop":
+            attempts[-1].code = int(ExitCode.PREEMPTED)
         elif attempts:
             _add(attempts[-1], facts)
     return attempts

@@ -91,6 +91,8 @@ class StopSignals:
         self.grace_s, self._times = grace_s, times
         self.reason = StopReason.NONE
         """The reason to stop, after a signal to this rank or another."""
+        self.on_first: Callable[[], None] = lambda: None
+        """Called by the watcher thread at the first signal."""
         self._requested_at: float | None = None
         self._signalled_at: float | None = None
 
@@ -139,6 +141,7 @@ class StopSignals:
         self.request(StopReason.INTERRUPT if number == signal.SIGINT else StopReason.SIGNAL)
         if self._signalled_at is None:
             self._signalled_at = time.monotonic()
+            self.on_first()
             if self._is_loud and is_rank_zero(os.environ):
                 _write(f"{signal.Signals(number).name}: stopping at the next step; a second signal ends it at once\n")
         elif time.monotonic() > self._signalled_at + self._times.duplicate_s:

@@ -84,6 +84,8 @@ def test_cut_lines_are_skipped_and_wrong_exit_codes_corrected(tmp_path: Path):
     log.ended(7, useful_s=4.0, code=75)
     with (tmp_path / attempts.ATTEMPTS).open("a") as out:
         out.write('{"event": "sa')
+    log.stopping()
+    assert [attempt.code for attempt in read_attempts(tmp_path)] == [75]
     attempts.close_attempt(tmp_path, attempt="a", code=80)
     attempts.close_attempt(tmp_path, attempt="b", code=1)
     (attempt,) = read_attempts(tmp_path)
