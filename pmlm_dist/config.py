@@ -235,6 +235,8 @@ class TrainConfig:
     """Consecutive steps with a non-finite gradient after which the run ends. Each is skipped: no weight changes."""
     collective_timeout_s: Annotated[int, Positive] = 300
     """Seconds after which an unfinished collective ends the run; torch's own limit is 600 to 1800."""
+    allow_slow_steps: bool = False
+    """Start also if a step is estimated to take more than five minutes on these devices."""
     keep_freed_memory: bool = True
     """CPU only: the process keeps freed memory for the next step. Off: a smaller process and slower steps."""
 

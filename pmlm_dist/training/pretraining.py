@@ -24,12 +24,12 @@ from pmlm_dist.data.loader import validation_batches
 from pmlm_dist.engine.deepspeed_engine import has_fast_bf16, initialize_engine, module_of
 from pmlm_dist.engine.optimizer import learning_rate
 from pmlm_dist.files import write_atomically
-from pmlm_dist.metrics.flops import peak_tflops, training_flops
+from pmlm_dist.metrics.flops import peak_tflops
 from pmlm_dist.metrics.meter import Interval, StepResult
 from pmlm_dist.metrics.run_log import Progress
 from pmlm_dist.metrics.stragglers import RankTimes, Stragglers
 from pmlm_dist.model.transformer import build_model
-from pmlm_dist.objectives import OBJECTIVES, LossMeans, loss_scales, target_weights
+from pmlm_dist.objectives import LossMeans, loss_scales, target_weights
 from pmlm_dist.parallel import seeding
 from pmlm_dist.parallel.layers import count_parameters
 from pmlm_dist.training.batches import TrainBatches, synchronized_batches
@@ -187,7 +187,7 @@ class PretrainJob(TrainingJob[Batch]):
     ) -> Progress:
         run, train = self.run, self.run.config.train
         samples_per_s = run.engine.global_batch / interval.seconds_per_step
-        flops_per_s = samples_per_s * self._sample_flops() / run.topology.world_size
+        flops_per_s = samples_per_s * run.sample_flops / run.topology.world_size
         peak = peak_tflops(train.peak_tflops, run.topology.device)
         return Progress(
             step=step,
@@ -202,16 +202,6 @@ class PretrainJob(TrainingJob[Batch]):
             mfu=flops_per_s / (peak * 1e12) if peak else None,
             seconds=interval.phases,
             eta_s=(train.steps - step) * interval.seconds_per_step,
-        )
-
-    def _sample_flops(self) -> float:
-        run = self.run
-        return training_flops(
-            run.config.model,
-            context=run.manifest.sequence_length,
-            predictions=run.num_predictions,
-            vocab_rows=run.vocabulary.padded_size(),
-            objectives=OBJECTIVES[run.config.objective.kind],
         )
 
     def is_evaluation_due(self, state: RunState) -> bool:
