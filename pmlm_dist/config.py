@@ -182,19 +182,16 @@ class ParallelConfig:
 class BatchConfig:
     """Batch sizes in place of those of DeepSpeed's JSON."""
 
-    global_: Annotated[int | None, Positive] = None  # `global` is a keyword; the command line names it so
+    global_: Annotated[int | None, Positive] = None  # --batch.global
     """Sequences of an optimizer step over all ranks. None: from DeepSpeed's JSON."""
     micro: Annotated[int | None, Positive] = None
     """Sequences of one forward pass on one rank. None: from DeepSpeed's JSON."""
 
     def overrides(self, *, zero: int | None) -> dict[str, Any]:
         """Return what replaces settings of DeepSpeed's JSON, with the ZeRO stage `zero`."""
-        settings: dict[str, Any] = {
-            "train_batch_size": self.global_,
-            "train_micro_batch_size_per_gpu": self.micro,
-            "zero_optimization": None if zero is None else {"stage": zero},
-        }
-        return {name: value for name, value in settings.items() if value is not None}
+        settings = {"train_batch_size": self.global_, "train_micro_batch_size_per_gpu": self.micro}
+        stage = {} if zero is None else {"zero_optimization": {"stage": zero}}
+        return {name: value for name, value in settings.items() if value is not None} | stage
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ def _too_slow(run: ResolvedRun, step_s: float) -> str:
     return (
         f"a step of {run.engine.global_batch:,} sequences is estimated to take {_seconds(step_s)} on "
         f"{run.topology.world_size} {run.topology.device.type} rank(s), the run "
-        f"{_seconds(run.last_step * step_s)}: use {fitting or ''}a smaller --batch.global, more ranks, or --train.allow-slow-steps"
+        f"{_seconds(run.last_step * step_s)}: use {fitting or ''}a smaller --batch.global, more ranks, or "
+        "--train.allow-slow-steps"
     )
 
 

@@ -38,13 +38,13 @@ def forecasts(cases: list[tuple[RunConfig, float]]) -> list[str]:
 def test_time_is_estimated_and_a_slow_step_needs_a_flag(small_corpus: Path, tmp_path: Path):
     short = run_config(small_corpus, tmp_path / "run", steps=20, micro_batch=2)
     run = replace(short, train=replace(short.train, steps=100_000))
-    huge = replace(run, batch=BatchConfig(2**29, 2**20))
+    huge = replace(run, batch=BatchConfig(2**24, 2**20))
     allowed = replace(huge, train=replace(huge.train, allow_slow_steps=True))
-    found, other_rank = run_world(forecasts, 2, [(short, 1e9), (run, 1e12), (huge, 1e12), (huge, 1e9), (allowed, 1e12)])
+    found, other_rank = run_world(forecasts, 2, [(short, 1e9), (run, 1e12), (huge, 5e10), (huge, 1e9), (allowed, 5e10)])
     assert found == other_rank
     assert found[0] == ""
     assert re.fullmatch(r"estimate: .* s a step, .* for 100,000 steps on 2 cpu ranks", found[1])
-    assert re.search(r"a step of 536,870,912 sequences .* use --preset tiny \(.* s a step here\), a smaller", found[2])
+    assert re.search(r"a step of 16,777,216 sequences .* use --preset tiny \(.* s a step here\), a smaller", found[2])
     assert "preset" not in found[3]
     assert "use a smaller --batch.global, more ranks, or --train.allow-slow-steps" in found[3]
     assert found[4].startswith("estimate: ")
