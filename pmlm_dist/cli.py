@@ -320,12 +320,12 @@ def _preset(arguments: Sequence[str], presets: Mapping[str, Any], *, default: st
 
 
 def _option_value(name: str, arguments: Sequence[str]) -> str | None:
-    """Return the value of `--name` in `arguments`, None without it."""
+    """Return the value of the option `name` in `arguments`, None without it."""
     return getattr(_option_parser(name).parse_known_args(arguments)[0], name)
 
 
 def _without_option(name: str, arguments: Sequence[str]) -> list[str]:
-    """Return `arguments` without `--name` and its value."""
+    """Return `arguments` without the option `name` and its value."""
     return _option_parser(name).parse_known_args(arguments)[1]
 
 
