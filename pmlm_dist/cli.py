@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 from pmlm_dist import __version__
 from pmlm_dist.config import BatchConfig, ConfigError, RunConfig
 from pmlm_dist.console import print_safely
-from pmlm_dist.launch_environment import is_rank_zero, rendezvous, set_num_threads
+from pmlm_dist.launch_environment import choose_accelerator, is_rank_zero, rendezvous, set_num_threads
 from pmlm_dist.ranges import Positive
 from pmlm_dist.supervision import exit_codes
 from pmlm_dist.supervision.heartbeat import Heartbeat
@@ -223,6 +223,7 @@ SINGLE_PROCESS = (export, import_weights, extend_positions)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (supervision/exit_codes.py)."""
     is_process = arguments is None
+    choose_accelerator()
     # deepspeed puts --local_rank first
     arguments = _without_option("local_rank", sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
