@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from pmlm_dist import cli
 from pmlm_dist.config import ConfigError, WatchdogConfig
+from pmlm_dist.corpus.shards import ShardError
 from pmlm_dist.launch_environment import rank_in
+from pmlm_dist.supervision import exit_codes
 from pmlm_dist.supervision.exit_codes import (
     ExitCode,
     RestartPolicy,
@@ -275,6 +278,15 @@ def test_exit_code_follows_from_the_error(error: BaseException, code: ExitCode):
 
 
 @pytest.mark.fault("F86")
+@pytest.mark.parametrize("error", [error for error, _ in ERRORS] + [ShardError("x"), KeyboardInterrupt()], ids=repr)
+def test_exit_code_is_that_of_train_and_of_every_command(monkeypatch: pytest.MonkeyPatch, error: BaseException):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "plot", fail)
+    assert cli.main(["plot"]) == exit_codes.run(lambda: fail(), program="train.py", on_failure=Heartbeat().fail)
+
+
 def test_restart_policy_follows_from_the_exit_code():
     assert [restart_policy(code) for code in (0, 2, 82, 83, 84)] == [RestartPolicy.NEVER] * 5
     assert restart_policy(75) is RestartPolicy.ALWAYS
