@@ -36,7 +36,7 @@ prepare = $(BIN)/mpirun --oversubscribe --bind-to none -n $(RANKS) $(BIN)/pmlm p
 	    --vocabulary-size 8192 --sequence-length 128 --shards 64
 
 # $(1) corpus
-pretrain = $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
+pretrain = $(BIN)/deepspeed --quiet --num_gpus $(RANKS) --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
 	    train.py --preset tiny --corpus $(1)
 
 # The job of `make train` for 6,000 steps in place of 1,000, in a folder of its own and without the texts that the tasks

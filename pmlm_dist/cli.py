@@ -12,18 +12,48 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
-from pmlm_dist.config import ConfigError
+from pmlm_dist import __version__
+from pmlm_dist.config import BatchConfig, ConfigError, RunConfig
 from pmlm_dist.console import print_safely
-from pmlm_dist.launch_environment import is_rank_zero, launched_ranks, set_num_threads
+from pmlm_dist.launch_environment import choose_accelerator, is_rank_zero, launched_ranks, set_num_threads
+from pmlm_dist.ranges import Positive
 from pmlm_dist.supervision import exit_codes
 from pmlm_dist.supervision.heartbeat import Heartbeat
-from pmlm_dist.supervision.signals import StopSignals
+from pmlm_dist.supervision.signals import StopSignals, interruptible
 
 PROGRAM = "pmlm"
 USER_ERROR = int(exit_codes.ExitCode.BAD_CONFIGURATION)
+
+
+def train(arguments: Sequence[str], heartbeat: Heartbeat | None = None, signals: StopSignals | None = None) -> None:
+    """Pre-train a pseudo-masked language model, or resume its run; `train.py`, for launchers, is the same."""
+    set_num_threads()
+    config = run_config(arguments)
+    from pmlm_dist.training.run import pretrain  # torch reads OMP_NUM_THREADS when it is imported
+
+    pretrain(config, signals, heartbeat)
+
+
+def run_config(arguments: Sequence[str]) -> RunConfig:
+    """Return the settings of a pre-training: a preset, then overrides by name.
+
+    Exits with a message for an unknown setting; raises `ConfigError` for an unknown preset.
+    """
+    from pmlm_dist.presets import PRESETS
+
+    preset = _preset(arguments, PRESETS, default="base")
+    help_text = (
+        f"{train.__doc__}\n\ndeepspeed --num_gpus 8 train.py                  the paper's base model on data/corpus\n\n"
+        "deepspeed --num_gpus 2 train.py --preset tiny    the demo\n\n"
+        "torchrun, srun and mpirun start it as well. Any setting is overridden by name: `--train.steps 1000`.\n\n"
+        f"--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
+    )
+    rest = _without_option("preset", _without_option("local_rank", arguments))
+    return _parse(RunConfig, train, rest, default=PRESETS[preset](), help_text=help_text)
 
 
 def prepare_corpus(arguments: Sequence[str]) -> None:
@@ -66,14 +96,16 @@ def checkpoint(arguments: Sequence[str]) -> None:
 
 def plan(arguments: Sequence[str]) -> None:
     """Estimate what a run needs before it is queued: memory, step time, communication, days; and what does not fit."""
-    from pmlm_dist.commands import plan as command
     from pmlm_dist.planning.settings import PlanConfig
     from pmlm_dist.presets import PRESETS
 
     preset = _preset(arguments, PRESETS, default="base")
     help_text = f"{plan.__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
     default = PlanConfig.of_preset(preset)
-    command.run(_parse(PlanConfig, plan, _without_option("preset", arguments), default=default, help_text=help_text))
+    config = _parse(PlanConfig, plan, _without_option("preset", arguments), default=default, help_text=help_text)
+    from pmlm_dist.commands import plan as command
+
+    command.run(config)
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -177,6 +209,7 @@ def demo_tasks(arguments: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
     "prepare-corpus": prepare_corpus,
     "corpus": corpus,
     "inspect": inspect,
@@ -193,6 +226,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "fill": fill,
     "extend-positions": extend_positions,
 }
+SUPERVISED = {train: "train.py", finetune: PROGRAM}
+"""Commands whose ranks run below a supervisor, with the name in their messages."""
 SINGLE_PROCESS = (export, import_weights, extend_positions)
 """Commands that write a folder from one process."""
 
@@ -200,33 +235,37 @@ SINGLE_PROCESS = (export, import_weights, extend_positions)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (supervision/exit_codes.py)."""
     is_process = arguments is None
+    choose_accelerator()
     # deepspeed puts --local_rank first
     arguments = _without_option("local_rank", sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         return exit_codes.run(lambda: print(_help()) or (0 if arguments else USER_ERROR), program=PROGRAM)
+    if "--version" in (arguments[0], *arguments[1:2]):
+        return exit_codes.run(lambda: print(f"pmlm_dist {__version__}"), program=PROGRAM)
     command = COMMANDS.get(arguments[0])
     if command is None:
         return _usage_error(f"no command {arguments[0]!r}{_closest(arguments[0])}; `pmlm --help` lists them")
-    if is_process and command is finetune:
-        _finetune_supervised(arguments[1:])
+    if is_process and command in SUPERVISED:
+        run_below_supervisor(command, arguments[1:])
     ranks = launched_ranks(os.environ) if command in SINGLE_PROCESS else 1
     if ranks > 1:
         return _usage_error(
             f"{arguments[0]} runs in one process but was started as {ranks}: start it without a launcher"
         )
-    return exit_codes.run(partial(command, arguments[1:]), program=PROGRAM)
+    with interruptible() if is_process else nullcontext():
+        return exit_codes.run(partial(command, arguments[1:]), program=PROGRAM)
 
 
-def _finetune_supervised(arguments: Sequence[str]) -> None:
-    """Fine-tune in a process below a supervisor, as train.py trains; does not return."""
+def run_below_supervisor(command: Callable[..., None], arguments: Sequence[str]) -> NoReturn:
+    """Run a command of `SUPERVISED` in a process below a supervisor; does not return."""
     from pmlm_dist.supervision.supervisor import exit_now, run_supervised
 
     def rank(heartbeat: Heartbeat) -> None:
         signals = StopSignals()
         signals.install()
-        finetune(arguments, heartbeat, signals)
+        command(arguments, heartbeat, signals)
 
-    exit_now(run_supervised(rank, program=PROGRAM))
+    exit_now(run_supervised(rank, program=SUPERVISED[command]))
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -247,6 +286,8 @@ def _parse(
     """
     import tyro
 
+    # The option of `global_` without the underscore that Python needs.
+    BatchConfig.__annotations__["global_"] = Annotated[int | None, Positive, tyro.conf.arg(name="global")]
     options: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(
         kind,
@@ -282,12 +323,12 @@ def _preset(arguments: Sequence[str], presets: Mapping[str, Any], *, default: st
 
 
 def _option_value(name: str, arguments: Sequence[str]) -> str | None:
-    """Return the value of `--name` in `arguments`, None without it."""
+    """Return the value of the option `name` in `arguments`, None without it."""
     return getattr(_option_parser(name).parse_known_args(arguments)[0], name)
 
 
 def _without_option(name: str, arguments: Sequence[str]) -> list[str]:
-    """Return `arguments` without `--name` and its value."""
+    """Return `arguments` without the option `name` and its value."""
     return _option_parser(name).parse_known_args(arguments)[1]
 
 

@@ -18,6 +18,9 @@ from typing import Annotated, Any, Literal
 
 from pmlm_dist.ranges import BelowOne, NotNegative, Positive, Probability, Range, range_problems
 
+DS_CONFIGS = Path(__file__).parent / "ds_configs"
+"""DeepSpeed's JSON files of the presets; the folder `ds_configs` of a checkout is a link to it."""
+
 _MultipleOf4 = Range("be a positive multiple of 4: use 32", lambda value: value >= 4 and value % 4 == 0)
 _UpToHalf = Range("lie above 0 and at most 0.5: the paper uses 0.15", lambda value: 0.0 < value <= 0.5)
 
@@ -179,6 +182,22 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class BatchConfig:
+    """Batch sizes in place of those of DeepSpeed's JSON."""
+
+    global_: Annotated[int | None, Positive] = None  # --batch.global
+    """Sequences of an optimizer step over all ranks. None: from DeepSpeed's JSON."""
+    micro: Annotated[int | None, Positive] = None
+    """Sequences of one forward pass on one rank. None: from DeepSpeed's JSON."""
+
+    def overrides(self, *, zero: int | None) -> dict[str, Any]:
+        """Return what replaces settings of DeepSpeed's JSON, with the ZeRO stage `zero`."""
+        settings = {"train_batch_size": self.global_, "train_micro_batch_size_per_gpu": self.micro}
+        stage = {} if zero is None else {"zero_optimization": {"stage": zero}}
+        return {name: value for name, value in settings.items() if value is not None} | stage
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length of the run, its intervals, its time limits and its seed."""
 
@@ -216,6 +235,8 @@ class TrainConfig:
     """Consecutive steps with a non-finite gradient after which the run ends. Each is skipped: no weight changes."""
     collective_timeout_s: Annotated[int, Positive] = 300
     """Seconds after which an unfinished collective ends the run; torch's own limit is 600 to 1800."""
+    allow_slow_steps: bool = False
+    """Start also if a step is estimated to take more than five minutes on these devices."""
     keep_freed_memory: bool = True
     """CPU only: the process keeps freed memory for the next step. Off: a smaller process and slower steps."""
 
@@ -249,8 +270,11 @@ class RunConfig:
     """Corpus folder, written by `pmlm prepare-corpus`."""
     run_dir: Path = Path("runs/base")
     """Folder of this run: checkpoints, TensorBoard files, resolved settings. An unfinished run in it is resumed."""
-    ds_config: Path = Path("ds_configs/base.json")
+    ds_config: Path = DS_CONFIGS / "base.json"
     """DeepSpeed's JSON: batch sizes, precision, ZeRO, clipping, offload."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    zero: Literal[0, 1, 2, 3] | None = None
+    """ZeRO stage. None: from DeepSpeed's JSON."""
     init: Path | None = None
     """Initial weights: a folder that `pmlm import` wrote, or another run's. Ignored once this run has a checkpoint of
     its own. None: weights are drawn from the seed."""
@@ -286,8 +310,7 @@ def relation_problems(config: RunConfig) -> list[str]:
         *_model_relations(config.model),
         *_parallel_relations(config.model, tp=config.parallel.tp),
         *_span_relations(config.masking),
-        *_prefix_relations(config.masking, config.objective),
-        *_objective_relations(config.objective),
+        *_objective_relations(config.objective, config.masking),
         *_mixture_relations(config.data.sources),
         *_schedule_relations(config),
     ]
@@ -333,15 +356,6 @@ def _parallel_relations(model: ModelConfig, *, tp: int) -> list[str]:
     return problems
 
 
-def _prefix_relations(masking: MaskingConfig, objective: ObjectiveConfig) -> list[str]:
-    if not masking.prefix_share or objective.kind != "ae":
-        return []
-    return [
-        f"masking.prefix_share ({masking.prefix_share}) lays out samples that AE cannot predict, and objective.kind is "
-        "`ae`: use a kind with `par` or `ar`, or a share of 0"
-    ]
-
-
 def _span_relations(masking: MaskingConfig) -> list[str]:
     if 2 <= masking.min_span <= masking.max_span:
         return []
@@ -351,8 +365,13 @@ def _span_relations(masking: MaskingConfig) -> list[str]:
     ]
 
 
-def _objective_relations(objective: ObjectiveConfig) -> list[str]:
+def _objective_relations(objective: ObjectiveConfig, masking: MaskingConfig) -> list[str]:
     parts = objective.kind.split("+")
+    if masking.prefix_share and parts == ["ae"]:
+        return [
+            f"masking.prefix_share ({masking.prefix_share}) must be 0 with objective.kind ae, which predicts nothing "
+            "in a prefix sample: use another kind"
+        ]
     weights = {"objective.ae_weight": objective.ae_weight} if "ae" in parts else {}
     if "par" in parts or "ar" in parts:
         weights["objective.par_weight"] = objective.par_weight
@@ -377,11 +396,3 @@ def _schedule_relations(config: RunConfig) -> list[str]:
         f"optim.warmup_steps ({warmup}) must be below train.steps ({steps}): the paper's share of about 5 % would be "
         f"{max(1, steps // 20)}"
     ]
-
-
-def setting(config: RunConfig, name: str) -> Any:
-    """Value of a setting by its dotted name, `train.steps` for example."""
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value

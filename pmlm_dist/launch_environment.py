@@ -170,6 +170,12 @@ def _first_set(names: Sequence[str], environ: Mapping[str, str], *, default: str
     return next((environ[name] for name in names if environ.get(name)), default)
 
 
+def choose_accelerator() -> None:
+    """Tell DeepSpeed that there is no accelerator where no GPU has a device file: it would search and warn."""
+    if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def set_num_threads() -> None:
     """Set OMP_NUM_THREADS to this rank's share of the host's cores unless it is set; call before importing torch."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(os.environ, cores=len(os.sched_getaffinity(0)))))

@@ -1,7 +1,7 @@
 """Presets of a run: the paper's base model, the large model, and a tiny one for the demo.
 
 Shapes and training settings follow UniLMv2 (Bao et al., 2020). The training settings of `large` are ours, since the
-paper reports none. Batch sizes are in `ds_configs/<preset>.json`. Standard library only.
+paper reports none. Batch sizes are in `pmlm_dist/ds_configs/<preset>.json`. Standard library only.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pmlm_dist.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from pmlm_dist.config import DS_CONFIGS, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
 
 def base() -> RunConfig:
     """12 layers, hidden 768: the paper's model, 7,680 sequences a step for 500,000 steps."""
-    return RunConfig(run_dir=Path("runs/base"), ds_config=Path("ds_configs/base.json"))
+    return RunConfig(run_dir=Path("runs/base"), ds_config=DS_CONFIGS / "base.json")
 
 
 def large() -> RunConfig:
     """24 layers, hidden 1024."""
     return RunConfig(
         run_dir=Path("runs/large"),
-        ds_config=Path("ds_configs/large.json"),
+        ds_config=DS_CONFIGS / "large.json",
         model=ModelConfig(hidden_size=1024, num_layers=24, num_heads=16, ffn_size=4096),
         optim=OptimConfig(peak_lr=4e-4, warmup_steps=30_000),
     )
@@ -36,7 +36,7 @@ def tiny() -> RunConfig:
     return RunConfig(
         corpus=Path("data/demo"),
         run_dir=Path("runs/demo"),
-        ds_config=Path("ds_configs/tiny.json"),
+        ds_config=DS_CONFIGS / "tiny.json",
         model=ModelConfig(
             hidden_size=256,
             num_layers=4,

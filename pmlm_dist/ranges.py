@@ -42,7 +42,7 @@ def range_problems(config: Any, *, prefix: str = "") -> list[str]:
     problems: list[str] = []
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        value, name = getattr(config, field.name), f"{prefix}{field.name.rstrip('_')}"
         if dataclasses.is_dataclass(value):
             problems += range_problems(value, prefix=f"{name}.")
             continue

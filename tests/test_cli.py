@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pmlm_dist import cli
+from pmlm_dist import __version__, cli
 from pmlm_dist.config import ConfigError
 from pmlm_dist.corpus.shards import ShardError
 
@@ -20,6 +20,12 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "[]"
     assert all(f"  {name} " in found.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--version"], ["--local_rank=0", "train", "--version"]])
+def test_version_is_printed(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == f"pmlm_dist {__version__}\n"
 
 
 def test_unknown_command_exits_2_with_the_closest(capsys: pytest.CaptureFixture[str]):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.launch_environment import RENDEZVOUS, first_node, local_world_size, rank_in, rendezvous
+from pmlm_dist.launch_environment import (
+    RENDEZVOUS,
+    choose_accelerator,
+    first_node,
+    local_world_size,
+    rank_in,
+    rendezvous,
+)
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}
 SRUN = {
@@ -57,6 +65,16 @@ def test_srun_step_over_two_nodes():
         "MASTER_ADDR": "gpu003",
         "MASTER_PORT": "",
     }
+
+
+def test_deepspeed_is_told_of_a_missing_accelerator(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("os.path.exists", lambda path: path == "/dev/nvidiactl")
+    choose_accelerator()
+    assert "DS_ACCELERATOR" not in os.environ
+    monkeypatch.setattr("os.path.exists", lambda path: False)
+    choose_accelerator()
+    assert os.environ.pop("DS_ACCELERATOR") == "cpu"
 
 
 def test_step_smaller_than_its_job_has_its_own_world_size():

@@ -53,7 +53,7 @@ def numeric_fields(config: Any, *, prefix: str = "") -> dict[str, bool]:
 
 def test_every_numeric_setting_declares_a_range_or_is_listed_above():
     settings = numeric_fields(RunConfig()) | numeric_fields(PlanConfig())
-    assert {"train.stop_at", "tp", "assume.link_gb_per_s"} <= settings.keys()
+    assert {"train.stop_at", "parallel.tp", "assume.link_gb_per_s"} <= settings.keys()
     assert {name for name, declares_range in settings.items() if not declares_range} == set(CHECKED_ELSEWHERE)
 
 

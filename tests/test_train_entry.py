@@ -16,10 +16,12 @@ import pytest
 from support.small_runs import run_config, write_engine_config
 from support.worlds import free_port, run_world
 
-import train
-from pmlm_dist.config import ConfigError, RunConfig
+from pmlm_dist import cli
+from pmlm_dist.config import BatchConfig, ConfigError, RunConfig
 from pmlm_dist.launch_environment import is_rank_zero, threads_per_rank
 from pmlm_dist.metrics.run_log import read_metrics
+from pmlm_dist.planning.plan import make_plan
+from pmlm_dist.planning.settings import PlanConfig
 from pmlm_dist.presets import PRESETS, base, tiny
 from pmlm_dist.supervision.exit_codes import ExitCode
 
@@ -40,12 +42,12 @@ SMALL = [
 
 
 def test_default_preset_is_base():
-    assert train.parse([]) == base()
+    assert cli.run_config([]) == base()
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_is_selected_by_name(name: str):
-    assert train.parse(["--preset", name]) == train.parse([f"--preset={name}"]) == PRESETS[name]()
+    assert cli.run_config(["--preset", name]) == cli.run_config([f"--preset={name}"]) == PRESETS[name]()
 
 
 def test_overrides_change_the_named_settings_only():
@@ -56,14 +58,31 @@ def test_overrides_change_the_named_settings_only():
         model=replace(tiny().model, relative_bias=False),
         data=replace(tiny().data, lanes=4),
     )
-    assert train.parse(arguments) == expected
+    assert cli.run_config(arguments) == expected
+
+
+def test_batch_and_zero_replace_those_of_the_json():
+    config = cli.run_config(["--preset", "tiny", "--batch.global", "64", "--batch.micro", "8", "--zero", "2"])
+    assert (config.batch, config.zero) == (BatchConfig(64, 8), 2)
+
+
+def test_layouts_that_the_plan_advises_are_options_of_plan_and_train(monkeypatch: pytest.MonkeyPatch):
+    estimates = make_plan(PlanConfig.of_preset("large")).alternatives
+    planned: list[PlanConfig] = []
+    monkeypatch.setattr("pmlm_dist.commands.plan.run", planned.append)
+    for estimate in (*estimates, replace(estimates[0], layout=replace(estimates[0].layout, recompute=True))):
+        layout, options = estimate.layout, estimate.layout.options.split()
+        cli.plan(["--preset", "large", *options])
+        for config in (cli.run_config(["--preset", "large", *options]), planned.pop()):
+            assert (config.parallel.tp, config.zero, config.batch.micro) == (layout.tp, layout.zero, layout.micro_batch)
+            assert config.model.activation_checkpointing == layout.recompute
 
 
 @pytest.mark.parametrize(
     "flags", [["--local_rank=3"], ["--local-rank", "3"], ["--local_rank", "3", "--preset", "base"]]
 )
 def test_local_rank_flag_of_deepspeed_is_ignored(flags: list[str]):
-    assert train.parse(flags) == base()
+    assert cli.run_config(flags) == base()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +101,7 @@ def test_unknown_setting_exits_2_and_suggests_the_closest(
     arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit) as caught:
-        train.parse(arguments)
+        cli.run_config(arguments)
     assert caught.value.code == ExitCode.BAD_CONFIGURATION
     printed = capsys.readouterr()
     assert hint in printed.out + printed.err
@@ -91,12 +110,15 @@ def test_unknown_setting_exits_2_and_suggests_the_closest(
 
 def test_unknown_preset_raises_with_known_ones():
     with pytest.raises(ConfigError, match=r"--preset \(bas\) .* base, large, tiny"):
-        train.parse(["--preset", "bas"])
+        cli.run_config(["--preset", "bas"])
 
 
-def test_ranks_other_than_zero_print_nothing_about_settings(capsys: pytest.CaptureFixture[str]):
+def test_ranks_other_than_zero_print_nothing_about_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
-        train.parse(["--train.stepz", "3"], quiet=True)
+        cli.run_config(["--train.stepz", "3"])
     printed = capsys.readouterr()
     assert printed.out + printed.err == ""
 

@@ -1,6 +1,6 @@
 """`pmlm plan`: make the plan, with `--device measure` from this machine's rates; print it and write it as JSON.
 
-pmlm plan --preset large --nodes 8 --gpus-per-node 8 --device h100-80gb --tp 2 --zero 1 --micro-batch 60
+pmlm plan --preset large --nodes 8 --gpus-per-node 8 --device h100-80gb --parallel.tp 2 --zero 1 --batch.micro 60
 torchrun --nproc_per_node 2 --no-python pmlm plan --preset tiny --device measure
 """
 
@@ -53,7 +53,8 @@ def _measured(config: PlanConfig, topology: Topology) -> Device:
     if topology.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads_per_rank(os.environ, cores=len(os.sched_getaffinity(0))))
     has_accelerator = topology.device.type != "cpu"
-    engine = load_engine_config(config.ds_config, has_accelerator=has_accelerator, overrides=config.overrides)
+    overrides = config.batch.overrides(zero=config.zero)
+    engine = load_engine_config(config.ds_config, has_accelerator=has_accelerator, overrides=overrides)
     tokens = engine.micro_batch * config.context
     device = measure_device(engine.precision, topology, model=config.model, tokens=tokens)
     if config.gpus > 1 and topology.world_size == 1:

@@ -100,7 +100,9 @@ def _jobs(data: FinetuneData) -> list[FinetuneJob]:
     several = len(chosen) > 1 or config.seeds > 1
     jobs = []
     for recipe in chosen:
-        engine = engine_config_for_batch(config.ds_config, topology, batch=recipe.batch)
+        engine = engine_config_for_batch(
+            config.ds_config, topology, batch=recipe.batch, micro=config.batch.micro, zero=config.zero
+        )
         model = task_model_config(data.start.model, dropout=recipe.dropout)
         raise_if_any(problems_of_model(model, tp=config.parallel.tp))
         for seed in range(config.seed, config.seed + config.seeds):

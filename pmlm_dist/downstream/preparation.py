@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmlm_dist.config import ConfigError, ModelConfig, divisors, raise_if_any
+from pmlm_dist.config import BatchConfig, ConfigError, ModelConfig, divisors, raise_if_any
 from pmlm_dist.conversion.pretrained import PretrainedModel, find_pretrained
 from pmlm_dist.downstream.prediction import Split
 from pmlm_dist.downstream.results import digest_of
@@ -73,23 +73,30 @@ def split_of(
     return Split(name, examples, task.features(examples, training=training), labeled)
 
 
-def engine_config_for_batch(path: Path, topology: Topology, *, batch: int | None) -> EngineConfig:
+def engine_config_for_batch(
+    path: Path, topology: Topology, *, batch: int | None, micro: int | None = None, zero: int | None = None
+) -> EngineConfig:
     """Load DeepSpeed's JSON with the global batch `batch`, in the largest micro-batches that fit it and the file.
 
-    None: one micro-batch of the file on each data-parallel rank. Raises `ConfigError`.
+    `batch` None: one micro-batch of the file on each data-parallel rank. `micro`, `zero`: in place of the file's
+    micro-batch, exactly, and ZeRO stage. Raises `ConfigError`.
     """
-    has_accelerator = topology.device.type != "cpu"
-    stated = load_engine_config(path, has_accelerator=has_accelerator)
+    has_accelerator, overrides = topology.device.type != "cpu", BatchConfig(micro=micro).overrides(zero=zero)
+    stated = load_engine_config(path, has_accelerator=has_accelerator, overrides=overrides)
     batch = stated.micro_batch * topology.dp if batch is None else batch
     if batch % topology.dp:
         raise ConfigError(
             [f"recipe.batch ({batch}) must be a multiple of the data-parallel ranks ({topology.dp}): "
              f"use {topology.dp * -(-batch // topology.dp)}, or fewer ranks"]
         )  # fmt: skip
-    micro = max(size for size in divisors(batch // topology.dp) if size <= stated.micro_batch)
-    sizes = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro}
-    sizes |= {"gradient_accumulation_steps": batch // (micro * topology.dp)}
-    return load_engine_config(path, has_accelerator=has_accelerator, overrides=sizes)
+    usable = divisors(batch // topology.dp)
+    if micro not in (None, *usable):
+        raise ConfigError(
+            [f"batch.micro ({micro}) must divide the {batch // topology.dp} examples of a rank: use one of {usable}"]
+        )
+    largest = max(size for size in usable if size <= stated.micro_batch)
+    overrides = BatchConfig(batch, largest).overrides(zero=zero)
+    return load_engine_config(path, has_accelerator=has_accelerator, overrides=overrides)
 
 
 def task_model_config(model: ModelConfig, *, dropout: float | None) -> ModelConfig:

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pmlm_dist.config import ConfigError, OptimConfig, ParallelConfig, WatchdogConfig, raise_if_any
+from pmlm_dist.config import (
+    DS_CONFIGS,
+    BatchConfig,
+    ConfigError,
+    OptimConfig,
+    ParallelConfig,
+    WatchdogConfig,
+    raise_if_any,
+)
 from pmlm_dist.decoding.settings import DecodingConfig
 from pmlm_dist.folder_lock import LOCK
 from pmlm_dist.ranges import BelowOne, NotNegative, Positive, Probability, Range, range_problems
@@ -34,7 +42,8 @@ class Recipe:
     lr: Annotated[float, PositiveFinite] = 2e-5
     """Peak learning rate."""
     batch: Annotated[int, PositiveFinite] = 32
-    """Examples of one optimizer step over all ranks; replaces `train_batch_size` of the DeepSpeed JSON."""
+    """Examples of one optimizer step over all ranks; replaces `train_batch_size` of the DeepSpeed JSON.
+    `--batch.global` has the same effect."""
     epochs: Annotated[int, PositiveFinite] = 10
     """Passes over the training examples."""
     warmup: Annotated[float, BelowOne] = 0.1
@@ -140,8 +149,11 @@ class FinetuneConfig:
     `datasets` saved, or the name of a data set, NAME or NAME:CONFIG. None: the task's own on the Hugging Face hub."""
     untrained: bool = False
     """Draw the weights from the seed instead of loading the model's: a baseline of the same shape and vocabulary."""
-    ds_config: Path = Path("ds_configs/finetune.json")
+    ds_config: Path = DS_CONFIGS / "finetune.json"
     """DeepSpeed's JSON: micro-batch, precision, ZeRO, clipping, offload."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    zero: Literal[0, 1, 2, 3] | None = None
+    """ZeRO stage. None: from DeepSpeed's JSON."""
     seed: Annotated[int, NotNegative] = 0
     """Seed of the head's weights, the order of the examples and dropout."""
     seeds: Annotated[int, Positive] = 1
@@ -229,9 +241,13 @@ def recipes(config: FinetuneConfig) -> list[Recipe]:
         grid |= GRIDS.get(config.preset, {}) if entry == "preset" else dict([_axis(entry)])
     if config.grid and not grid:
         raise ConfigError([f"--grid: the preset {config.preset} has no grid: name one, lr=1e-5,3e-5 for example"])
-    names = list(grid)
+    if "batch" in grid and config.batch.global_:
+        raise ConfigError([f"batch.global ({config.batch.global_}) contradicts the batches of --grid: leave one out"])
+    names, recipe = list(grid), config.recipe
+    if config.batch.global_:
+        recipe = dataclasses.replace(recipe, batch=config.batch.global_)
     axes = (dict.fromkeys(values) for values in grid.values())  # a value named twice counts once
-    return [dataclasses.replace(config.recipe, **dict(zip(names, v, strict=True))) for v in itertools.product(*axes)]
+    return [dataclasses.replace(recipe, **dict(zip(names, v, strict=True))) for v in itertools.product(*axes)]
 
 
 def _axis(entry: str) -> tuple[str, tuple[Any, ...]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pmlm_dist.config import ConfigError, divisors, raise_if_any
+from pmlm_dist.config import DS_CONFIGS, ConfigError, divisors, raise_if_any
 from pmlm_dist.json_input import read_json_object
 
 _ALLOWED = {
@@ -97,6 +97,8 @@ def load_engine_config(
     `overrides` replace settings of the file; sections are merged. Raises `ConfigError` with all problems.
     """
     raw = _read(path)
+    if overrides and {"train_batch_size", "train_micro_batch_size_per_gpu"} & overrides.keys():
+        raw.pop("gradient_accumulation_steps", None)  # the file's follows from the file's batch sizes
     for name, value in (overrides or {}).items():
         raw[name] = {**_section(raw, name), **value} if isinstance(value, dict) else value
     raise_if_any([f"{path}: {problem}" for problem in _problems(raw, has_accelerator=has_accelerator)])
@@ -120,9 +122,7 @@ def batch_problems(engine: EngineConfig, *, dp: int) -> list[str]:
             for d in divisors(engine.global_batch)
             if d * dp <= engine.global_batch and engine.global_batch % (d * dp) == 0
         ]
-        way_out = (
-            f"train_micro_batch_size_per_gpu one of {usable}" if usable else f"a train_batch_size divisible by {dp}"
-        )
+        way_out = f"--batch.micro with one of {usable}" if usable else f"--batch.global with a multiple of {dp}"
         return [
             f"train_batch_size ({engine.global_batch}) must be a multiple of train_micro_batch_size_per_gpu "
             f"({engine.micro_batch}) x data-parallel ranks ({dp}): use {way_out}"
@@ -140,7 +140,7 @@ def batch_problems(engine: EngineConfig, *, dp: int) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(
-            [f"{path} does not exist: pass DeepSpeed's JSON with --ds-config, ds_configs/base.json for example"]
+            [f"{path} does not exist: pass DeepSpeed's JSON with --ds-config, for example {DS_CONFIGS / 'base.json'}"]
         )
     return read_json_object(path)
 

@@ -31,8 +31,8 @@ class Layout:
 
     @property
     def options(self) -> str:
-        """The layout as options of `pmlm plan`."""
-        text = f"--tp {self.tp} --zero {self.zero} --micro-batch {self.micro_batch}"
+        """The layout as options of `pmlm plan` and train.py alike."""
+        text = f"--parallel.tp {self.tp} --zero {self.zero} --batch.micro {self.micro_batch}"
         return f"{text} --model.activation-checkpointing" if self.recompute else text
 
 

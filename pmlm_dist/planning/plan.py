@@ -137,7 +137,9 @@ def make_plan(config: PlanConfig, *, measured: Device | None = None) -> Plan:
 def _engine(config: PlanConfig, problems: list[str], *, has_accelerator: bool) -> EngineConfig | None:
     """The validated DeepSpeed JSON; None, and its problems added to `problems`, if it is invalid."""
     try:
-        return load_engine_config(config.ds_config, has_accelerator=has_accelerator, overrides=config.overrides)
+        return load_engine_config(
+            config.ds_config, has_accelerator=has_accelerator, overrides=config.batch.overrides(zero=config.zero)
+        )
     except ConfigError as error:
         problems += error.problems
         return None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pmlm_dist.config import (
+    DS_CONFIGS,
+    BatchConfig,
     MaskingConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -56,21 +58,17 @@ class PlanConfig:
     """Devices of a node, one rank each. None: 8; with device `measure`: the ranks of this call."""
     device: str = "h100-80gb"
     """Name of a device, or `measure`: the rates that this machine attains (under torchrun: with all ranks)."""
-    tp: Annotated[int, Positive] = 1
-    """Tensor-parallel size."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     zero: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage. None: from DeepSpeed's JSON."""
-    micro_batch: Annotated[int | None, Positive] = None
-    """Sequences of a forward pass on one rank. None: from DeepSpeed's JSON."""
-    global_batch: Annotated[int | None, Positive] = None
-    """Sequences of an optimizer step over all ranks. None: from DeepSpeed's JSON."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
     sequence_length: Annotated[int | None, Positive] = None
     """Tokens of a sample. None: model.max_positions."""
     steps: Annotated[int, Positive] = 500_000
     """Optimizer steps of the run."""
     checkpoint_every: Annotated[int, Positive] = 5_000
     """Steps between checkpoints."""
-    ds_config: Path = Path("ds_configs/base.json")
+    ds_config: Path = DS_CONFIGS / "base.json"
     """DeepSpeed's JSON: batch sizes, precision, ZeRO, offload."""
     json: Path | None = None
     """File to write the plan to, as JSON. None: print it only."""
@@ -84,7 +82,7 @@ class PlanConfig:
         """The settings of a preset, with the size of BERT's vocabulary where it has none."""
         run = PRESETS[name]()
         return cls(
-            tp=run.parallel.tp,
+            parallel=run.parallel,
             steps=run.train.steps,
             checkpoint_every=run.train.checkpoint_every,
             ds_config=run.ds_config,
@@ -109,14 +107,9 @@ class PlanConfig:
         return self.sequence_length or self.model.max_positions
 
     @property
-    def overrides(self) -> dict[str, Any]:
-        """Settings that replace those of DeepSpeed's JSON."""
-        settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": self.micro_batch,
-            "train_batch_size": self.global_batch,
-            "zero_optimization": None if self.zero is None else {"stage": self.zero},
-        }
-        return {name: value for name, value in settings.items() if value is not None}
+    def tp(self) -> int:
+        """Tensor-parallel size."""
+        return self.parallel.tp
 
     def assumed(self, device: Device) -> Device:
         """`device` with the rates of `assume` in place of its own."""
@@ -131,9 +124,7 @@ class PlanConfig:
 
     def problems(self) -> list[str]:
         """One sentence for each invalid setting: setting, value, constraint, way out."""
-        run = RunConfig(
-            model=self.model, masking=self.masking, objective=self.objective, parallel=ParallelConfig(self.tp)
-        )
+        run = RunConfig(model=self.model, masking=self.masking, objective=self.objective, parallel=self.parallel)
         return [*range_problems(self), *self._cluster_problems(), *relation_problems(run)]
 
     def _cluster_problems(self) -> list[str]:
@@ -142,8 +133,8 @@ class PlanConfig:
             problems.append(f"device ({self.device}) must be {MEASURE} or one of {', '.join(sorted(DEVICES))}")
         if self.tp > 0 and self.in_node > 0 and self.in_node % self.tp:
             problems.append(
-                f"tp ({self.tp}) must divide gpus_per_node ({self.in_node}), so that its ranks lie inside a node: "
-                f"use one of {divisors(self.in_node)}"
+                f"parallel.tp ({self.tp}) must divide gpus_per_node ({self.in_node}), so that its ranks lie inside a "
+                f"node: use one of {divisors(self.in_node)}"
             )
         if self.context > self.model.max_positions:
             problems.append(

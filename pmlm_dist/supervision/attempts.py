@@ -1,6 +1,6 @@
 """The record of a run's attempts: effective training time, and the best interval between checkpoints.
 
-    RUN_DIR/attempts.jsonl    a line at each start, save and end, appended by rank 0 of every attempt
+    RUN_DIR/attempts.jsonl    a line at each start, save, signal to stop and end, appended by rank 0 of every attempt
 
 A step counts once: steps repeated after a failure are lost time, as are saving, starting and waiting. The advice uses
 the formula of planning/reliability.py with the times measured in this run. Without torch.
@@ -11,16 +11,21 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import signal
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pmlm_dist.supervision.exit_codes import ExitCode
+from pmlm_dist.supervision.exit_codes import SIGNALLED, STOPS, ExitCode
 
 ATTEMPTS = "attempts.jsonl"
-_EXPECTED = (ExitCode.DONE, ExitCode.PREEMPTED)
+_EXPECTED = (*STOPS, SIGNALLED + signal.SIGTERM, SIGNALLED + signal.SIGUSR1)
+"""Exit codes of attempts that did not fail: complete, or stopped by one signal or two."""
+_BY_HAND = (ExitCode.DONE, ExitCode.INTERRUPTED)
+_MIN_FAILURES, _MIN_TOTAL_S = 3, 3600.0
+"""From these on the time between failures is worth an advice."""
 LLAMA_3_HOURS = 54 * 24 * 16_384 / 419
 """Hours between failures for each GPU: 419 unexpected interruptions in 54 days on 16,384 GPUs (Llama 3, 2024)."""
 
@@ -46,6 +51,11 @@ class AttemptLog:
     def started(self, step: int) -> None:
         """Record the start of the attempt, which resumes after `step`; its time is that of the construction."""
         self._append("start", start_time=self._start_time, step=step, **self._attempt)
+
+    def stopping(self) -> None:
+        """Record a signal to stop: an attempt that its launcher kills a moment later has not failed."""
+        with contextlib.suppress(OSError):
+            self._append("stop")
 
     def saved(self, step: int, *, useful_s: float, stalled_s: float) -> None:
         """Record a save of `step`, with the seconds of training and of waiting for saves in this attempt so far."""
@@ -99,6 +109,8 @@ def read_attempts(run_dir: Path) -> list[AttemptRecord]:
             names = ("attempt", "start_time", "step", "world_size", "checkpoint_every")
             record = AttemptRecord(*(facts[name] for name in names), last_time=facts["time"], last_step=facts["step"])
             attempts.append(record)
+        elif attempts and facts["event"] == "stop":
+            attempts[-1].code = int(ExitCode.PREEMPTED)
         elif attempts:
             _add(attempts[-1], facts)
     return attempts
@@ -126,7 +138,6 @@ class EffectiveTime:
     steps: int
     save_s: float
     """Seconds that a checkpoint stalls the training."""
-    world_size: int
     checkpoint_every: int
 
     @property
@@ -136,21 +147,26 @@ class EffectiveTime:
 
     def __str__(self) -> str:
         return (
-            f"effective training time: {self.fraction:.1%} of {_span(self.total_s)} in {self.attempts} attempts "
-            f"({self.failures} failures){self._advice()}"
+            f"effective training time: {self.fraction:.1%} of {_span(self.total_s)} in "
+            f"{_count(self.attempts, 'attempt')} ({_count(self.failures, 'failure')}){self._advice()}"
         )
 
     def _advice(self) -> str:
+        if self.failures < _MIN_FAILURES or self.total_s < _MIN_TOTAL_S:
+            return ""
         if not (self.steps and self.useful_s and self.save_s):
             return ""
-        between = self.total_s / self.failures if self.failures else 3600 * LLAMA_3_HOURS / self.world_size
-        basis = "measured here" if self.failures else f"typical of {self.world_size} GPUs"
+        between = self.total_s / self.failures
         interval = best_interval(self.save_s, between)
         steps = max(1, round(interval / (self.useful_s / self.steps)))
         return (
-            f"; a checkpoint costs {self.save_s:.3g} s, the time between failures is {_span(between)} ({basis}): "
+            f"; a checkpoint costs {self.save_s:.3g} s, the time between failures is {_span(between)}: "
             f"one every {_span(interval)} ({steps} steps) loses least (now every {self.checkpoint_every} steps)"
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _span(seconds: float) -> str:
@@ -178,9 +194,7 @@ def effective_time(attempts: list[AttemptRecord]) -> EffectiveTime:
     for attempt in reversed(attempts[:-1]):
         if first_step in attempt.saves:
             useful_s, first_step = useful_s + attempt.saves[first_step], attempt.first_step
-    idle_s = sum(
-        after.start_time - before.last_time for before, after in pairwise(attempts) if before.code == ExitCode.DONE
-    )
+    idle_s = sum(after.start_time - before.last_time for before, after in pairwise(attempts) if before.code in _BY_HAND)
     failed = [attempt for attempt in attempts[:-1] if attempt.code not in _EXPECTED]
     saves = sum(len(attempt.saves) for attempt in attempts)
     return EffectiveTime(
@@ -190,6 +204,5 @@ def effective_time(attempts: list[AttemptRecord]) -> EffectiveTime:
         failures=len(failed) + (last.code is not None and last.code not in _EXPECTED),
         steps=last.last_step - first_step,
         save_s=sum(attempt.stalled_s for attempt in attempts) / saves if saves else 0.0,
-        world_size=last.world_size,
         checkpoint_every=last.checkpoint_every,
     )

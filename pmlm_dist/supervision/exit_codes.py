@@ -74,6 +74,7 @@ class ExitCode(enum.IntEnum):
         "a newer attempt has taken over the run folder; this one stopped writing to it",
         RestartPolicy.NEVER,
     )
+    INTERRUPTED = 130, "interrupted by Ctrl-C (SIGINT); the last checkpoint is valid", RestartPolicy.NEVER
 
 
 _BY_CODE = {int(code): code for code in ExitCode}
@@ -144,7 +145,9 @@ def _matches(pattern: re.Pattern[str], error: BaseException) -> bool:
     return bool(pattern.search(f"{type(error).__module__}.{type(error).__name__}: {error}"))
 
 
-COLLECTIVE_ENDS = (ExitCode.DONE, ExitCode.BAD_CONFIGURATION, ExitCode.PREEMPTED, ExitCode.IN_USE)
+STOPS = (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.INTERRUPTED)
+"""Ends as asked for: complete, or stopped by a signal or a file."""
+COLLECTIVE_ENDS = (*STOPS, ExitCode.BAD_CONFIGURATION, ExitCode.IN_USE)
 """Ends that all ranks reach together: rank 0 prints the message, and no rank counts as the cause."""
 
 
@@ -175,8 +178,9 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
-    if isinstance(error, KeyboardInterrupt):
-        return SIGNALLED + signal.SIGINT, "interrupted"
+    if isinstance(error, KeyboardInterrupt):  # its argument, if any: the signal
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        return SIGNALLED + number, f"interrupted ({number.name})"
     return int(exit_code_of(error)), _message(error)
 
 
@@ -187,6 +191,10 @@ def _failed(error: BaseException, program: str, on_failure: Callable[[BaseExcept
         except OSError as full:
             error = full
     code, message = _explain(error)
+    if isinstance(error, KeyboardInterrupt):
+        if is_rank_zero(os.environ):
+            _print_message(program, message)
+        return code
     if code in COLLECTIVE_ENDS:
         if message and is_rank_zero(os.environ):
             _print_message(program, message)
@@ -208,7 +216,7 @@ def _print_message(program: str, message: str) -> None:
 def _message(error: BaseException) -> str:
     """The message that explains `error` without a traceback; empty if there is none."""
     code = exit_code_of(error)
-    if code in (ExitCode.DONE, ExitCode.PREEMPTED):  # logged where it happened
+    if code in STOPS:  # logged where it happened
         return ""
     if code is ExitCode.OUT_OF_MEMORY:
         return f"out of memory ({str(error).partition(chr(10))[0]}): use a smaller batch, more ranks or fewer beams"

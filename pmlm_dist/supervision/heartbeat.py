@@ -26,7 +26,7 @@ PHASES = (START_UP, DATA, STEP, SAVE, VALIDATION)
 DEFAULT_LIMIT_S = 600.0
 """Limit before the rank has set its own: time to read the settings and to import torch."""
 
-_BEAT = struct.Struct("<QqqddI")  # count, step, phase, limit in seconds, time, checksum of these
+_BEAT = struct.Struct("<QqqddqqI")  # count, step, phase, limit in seconds, time, part, parts, checksum of these
 _CHECKSUM = struct.Struct("<I")
 _STATUS_OFFSET = mmap.PAGESIZE
 _LENGTH = struct.Struct("<II")  # bytes, checksum
@@ -57,6 +57,9 @@ class Beat:
     """Longest time until the next beat."""
     time: float
     """Time of the beat, by `time.monotonic()`."""
+    part: int = 0
+    """Micro-batch of the step, from 1; 0: none."""
+    parts: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Heartbeat:
         self._memory = mmap.mmap(-1, _SIZE)
         self._limits: Mapping[str, float] = {}
         self._count, self._step, self._phase = 0, 0, START_UP
+        self._part, self._parts = 0, 0
         self._status = RankStatus()
         self.beat()
 
@@ -93,7 +97,14 @@ class Heartbeat:
 
     def enter(self, phase: str, *, step: int | None = None) -> None:
         """Beat at the begin of `phase`; `step` only when a new step begins."""
+        if phase != STEP:
+            self._part, self._parts = 0, 0
         self._step, self._phase = self._step if step is None else step, phase
+        self.beat()
+
+    def enter_part(self, part: int, *, of: int) -> None:
+        """Beat at the begin of micro-batch `part`, from 1, of `of` in this step."""
+        self._part, self._parts = part, of
         self.beat()
 
     def beat(self) -> None:
@@ -102,7 +113,8 @@ class Heartbeat:
         limit_s = self._limits.get(self._phase, DEFAULT_LIMIT_S)
         # The reader may run in the middle of a write; the checksum detects it without a lock that a rank could hold.
         place = (self._step, PHASES.index(self._phase))
-        beat = _BEAT.pack(self._count, *place, limit_s, time.monotonic(), 0)[: -_CHECKSUM.size]
+        now = time.monotonic()
+        beat = _BEAT.pack(self._count, *place, limit_s, now, self._part, self._parts, 0)[: -_CHECKSUM.size]
         self._memory[: _BEAT.size] = beat + _CHECKSUM.pack(zlib.crc32(beat))
 
     def register(self, *, rank: int, world_size: int, run_dir: str, attempt: str) -> None:
@@ -123,10 +135,10 @@ class Heartbeat:
 
     def read(self) -> Beat | None:
         """Return the last beat; None in the middle of a write."""
-        count, step, phase, limit_s, time_s, checksum = _BEAT.unpack_from(self._memory)
+        count, step, phase, limit_s, time_s, part, parts, checksum = _BEAT.unpack_from(self._memory)
         if checksum != zlib.crc32(self._memory[: _BEAT.size - _CHECKSUM.size]):
             return None
-        return Beat(count, step, PHASES[phase], limit_s, time_s)
+        return Beat(count, step, PHASES[phase], limit_s, time_s, part, parts)
 
     def status(self) -> RankStatus:
         """Return the status of the rank; an empty one before `register` and in the middle of a write."""

@@ -1,10 +1,12 @@
-"""Requests to stop: SIGTERM or SIGUSR1 to any rank, or a file `STOP` in the run folder.
+"""Requests to stop: SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any rank, or a file `STOP` in the run folder.
 
     signal --wake-up pipe--> watcher thread      first signal: a request; at the second one, or at the end of the
                                   |              grace period, the watcher ends the process at once
     STOP (rank 0 polls) ----> agreement of all ranks: at step boundaries, between validation batches, in start-up
                                   |
-                              Stopped -> one checkpoint -> exit code 75 (for a file: 0)
+                              Stopped -> one checkpoint -> exit code 75 (for Ctrl-C 130, for a file 0)
+
+Commands without checkpoints (`interruptible`): the first signal raises KeyboardInterrupt, the watcher is the same.
 
 The watcher receives a signal even while the main thread is inside a collective that never ends, where Python runs no
 handler. At every end of the process the last committed checkpoint is valid. The imports are fast: signals are handled
@@ -20,15 +22,14 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, TypeVar
+from types import FrameType
+from typing import TypeVar
 
-from pmlm_dist.supervision.exit_codes import ExitCode
-
-if TYPE_CHECKING:
-    pass
+from pmlm_dist.launch_environment import is_rank_zero
+from pmlm_dist.supervision.exit_codes import SIGNALLED, ExitCode
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ STOP_FILE = "STOP"
 EXIT_PREEMPTED = int(ExitCode.PREEMPTED)
 """Preempted, to be restarted."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _STDERR = 2
 
 
@@ -60,21 +61,24 @@ class StopReason(enum.IntEnum):
     NONE = 0
     FILE = 1
     SIGNAL = 2
+    INTERRUPT = 3
+    """Ctrl-C: by hand, so that no restart follows."""
+
+    @property
+    def exit_code(self) -> int:
+        """75 for a run to be restarted, 0 or 130 for one stopped by hand."""
+        return {StopReason.SIGNAL: EXIT_PREEMPTED, StopReason.INTERRUPT: int(ExitCode.INTERRUPTED)}.get(self, 0)
+
+    def __str__(self) -> str:
+        return ("nothing", f"the file {STOP_FILE} in the run folder", "a signal to stop", "Ctrl-C")[self]
 
 
 class Stopped(Exception):
     """Raised on all ranks at the same place, after their agreement to stop."""
 
     def __init__(self, reason: StopReason):
-        self.reason = reason
-        super().__init__(
-            "a signal to stop" if reason is StopReason.SIGNAL else f"the file {STOP_FILE} in the run folder"
-        )
-
-    @property
-    def exit_code(self) -> int:
-        """75 for a run to be restarted, 0 for one stopped by hand."""
-        return EXIT_PREEMPTED if self.reason is StopReason.SIGNAL else 0
+        self.reason, self.exit_code = reason, reason.exit_code
+        super().__init__(str(reason))
 
 
 class StopSignals:
@@ -85,13 +89,17 @@ class StopSignals:
 
     def __init__(self, *, grace_s: float = 120.0, times: SignalTimes = DEFAULT_TIMES):
         self.grace_s, self._times = grace_s, times
+        self.reason = StopReason.NONE
+        """The reason to stop, after a signal to this rank or another."""
+        self.on_first: Callable[[], None] = lambda: None
+        """Called by the watcher thread at the first signal."""
         self._requested_at: float | None = None
         self._signalled_at: float | None = None
 
     @property
     def requested(self) -> bool:
         """Return True after a stop signal, to this rank or another."""
-        return self._requested_at is not None
+        return self.reason is not StopReason.NONE
 
     def deadline(self) -> float:
         """Return the time (`time.monotonic`) by which a save must be complete; infinite without a request."""
@@ -99,19 +107,22 @@ class StopSignals:
             return float("inf")
         return self._requested_at + self.grace_s - min(self._times.max_margin_s, self.grace_s / 10)
 
-    def request(self) -> None:
+    def request(self, reason: StopReason = StopReason.SIGNAL) -> None:
         """Start the grace period, unless it has started: another rank has received a signal."""
+        self.reason = max(self.reason, reason)
         if self._requested_at is None:
             self._requested_at = time.monotonic()
 
-    def install(self) -> None:
-        """Handle SIGTERM and SIGUSR1 from now on; call it once, in the main thread."""
+    def install(self, handler: Callable[[int, FrameType | None], None] | None = None) -> None:
+        """Handle the stop signals from now on; call it once, in the main thread, which runs `handler` as well."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._is_loud = handler is None
         for number in STOP_SIGNALS:
-            signal.signal(number, _do_nothing)  # replaces the default action, termination
-            signal.siginterrupt(number, False)  # native libraries do not expect EINTR
+            signal.signal(number, handler or _do_nothing)  # replaces the default action, termination
+            if handler is None:
+                signal.siginterrupt(number, False)  # native libraries do not expect EINTR
         threading.Thread(target=self._watch, args=(reader,), name="stop signals", daemon=True).start()
 
     def _watch(self, reader: int) -> None:
@@ -121,18 +132,21 @@ class StopSignals:
                     self._handle(number)
             if self._requested_at is not None and time.monotonic() > self._requested_at + self.grace_s:
                 _exit_at_once(
-                    EXIT_PREEMPTED, f"it has not ended {self.grace_s:g} s after a signal to stop (--train.grace-s)"
+                    self.reason.exit_code, f"it has not ended {self.grace_s:g} s after a signal to stop (grace_s)"
                 )
 
     def _handle(self, number: int) -> None:
         if number not in STOP_SIGNALS:  # Python writes every signal that has a handler into the pipe
             return
+        self.request(StopReason.INTERRUPT if number == signal.SIGINT else StopReason.SIGNAL)
         if self._signalled_at is None:
             self._signalled_at = time.monotonic()
-            self.request()
+            self.on_first()
+            if self._is_loud and is_rank_zero(os.environ):
+                _write(f"{signal.Signals(number).name}: stopping at the next step; a second signal ends it at once\n")
         elif time.monotonic() > self._signalled_at + self._times.duplicate_s:
             # Sooner, it is the same request: a launcher forwards a signal that its process group has received as well.
-            _exit_at_once(128 + number, f"{signal.Signals(number).name} is the second signal to stop")
+            _exit_at_once(SIGNALLED + number, f"{signal.Signals(number).name} is the second signal to stop")
 
 
 def _do_nothing(_number: int, _frame: object) -> None:
@@ -140,11 +154,35 @@ def _do_nothing(_number: int, _frame: object) -> None:
 
 
 def _exit_at_once(code: int, reason: str) -> None:
-    message = f"process {os.getpid()}: {reason}; exiting at once, the last checkpoint is valid\n"
+    _write(f"process {os.getpid()}: {reason}; exiting at once, the last checkpoint is valid\n")
+    os._exit(code)
+
+
+def _write(message: str) -> None:
+    """Write to standard error, if that does not block."""
     with contextlib.suppress(OSError):  # standard error may be closed, its reader gone, its disk full
         if select.select([], [_STDERR], [], 0)[1]:  # a full pipe that is not read would block the exit
             os.write(_STDERR, message.encode())  # not print: the thread that holds its lock may hang
-    os._exit(code)
+
+
+@contextlib.contextmanager
+def interruptible(*, grace_s: float = 10.0) -> Iterator[None]:
+    """Raise KeyboardInterrupt(number) in the main thread at the first stop signal; not for supervised ranks.
+
+    A second signal, or the end of `grace_s` (the main thread may be inside a collective), ends the process at once.
+    """
+    StopSignals(grace_s=grace_s).install(_interrupt)
+    try:
+        yield
+    finally:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)  # no traceback at the interpreter's exit
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    for other in STOP_SIGNALS:
+        signal.signal(other, _do_nothing)  # a duplicate must not break off the clean-up
+    raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager

@@ -44,12 +44,12 @@ from pmlm_dist.supervision.failure_reports import (
     write_failure,
     write_report,
 )
-from pmlm_dist.supervision.heartbeat import Beat, Heartbeat
+from pmlm_dist.supervision.heartbeat import DATA, START_UP, STEP, Beat, Heartbeat
+from pmlm_dist.supervision.signals import STOP_SIGNALS
 
 SUPERVISOR_VARIABLE = "PMLM_SUPERVISOR"
 
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
-_HANDLED = (*_FORWARDED, signal.SIGCHLD)
+_HANDLED = (*STOP_SIGNALS, signal.SIGCHLD)
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class SupervisorTimes:
     """Longest wait for the stacks of the rank's threads."""
     term_s: float = 5.0
     """Longest wait after SIGTERM, and again after SIGKILL."""
+    progress_s: float = 30.0
+    """Interval of the lines about a step, or another phase, that takes longer."""
     orphans_s: float = 2.0
     """Time for the rank's descendants to end by themselves."""
 
@@ -91,7 +93,6 @@ def run_supervised(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     parent, child = os.getpid(), os.fork()
     if child:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the rank as well
         supervisor = Supervisor(child, heartbeat, stacks, oom_kills_before=oom_kills_before, times=times)
         return supervisor.watch()
     processes.die_with_parent()
@@ -135,6 +136,7 @@ class Supervisor:
         self._silence_s = 0.0
         self._last_read = time.monotonic()
         self._last_failure_poll = 0.0
+        self._place, self._place_time, self._progress_lines = (0, START_UP), time.monotonic(), 0
 
     def watch(self) -> int:
         """Return the exit code of this process."""
@@ -160,7 +162,7 @@ class Supervisor:
         """Wait for a signal and forward it; return True once the rank's process has ended."""
         if self._wait_status is None:
             received = signal.sigtimedwait(_HANDLED, within_s)
-            if received is not None and received.si_signo in _FORWARDED:
+            if received is not None and received.si_signo in STOP_SIGNALS:
                 processes.send_signal(self._child, signal.Signals(received.si_signo))
             self._reap()
         return self._wait_status is not None
@@ -186,6 +188,21 @@ class Supervisor:
             # At most two intervals: after a suspend of the machine, or of this process, the rank has not hung.
             self._silence_s += min(time.monotonic() - self._last_read, 2 * self._times.poll_s)
         self._last_read = time.monotonic()
+        self._print_progress()
+
+    def _print_progress(self) -> None:
+        """Print a line on rank 0 every `progress_s` of a step, or of another phase, that takes longer than that."""
+        beat, now = self._last_beat, time.monotonic()
+        place = (beat.step, STEP if beat.phase == DATA else beat.phase)
+        if place != self._place:
+            self._place, self._place_time, self._progress_lines = place, now, 0
+        elapsed_s = now - self._place_time
+        if elapsed_s < (self._progress_lines + 1) * self._times.progress_s or rank_in(os.environ):
+            return
+        self._progress_lines = int(elapsed_s / self._times.progress_s)
+        part = f", micro-batch {beat.part} of {beat.parts}" if beat.parts else ""
+        at = f"step {beat.step} ({beat.phase}{part})" if beat.step else beat.phase
+        print_safely(f"{at}: {elapsed_s:.0f} s so far")
 
     def _hang(self) -> Failure | None:
         if self._silence_s <= self._last_beat.limit_s:

@@ -99,6 +99,7 @@ def open_attempt(
             every=checkpoint_every or 0,
             enabled=topology.is_rank_zero and checkpoint_every is not None,
         )
+        signals.on_first = record.stopping
         yield Attempt(name, topology, heartbeat, stop, record, check_lease)
 
 

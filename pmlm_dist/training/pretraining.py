@@ -17,18 +17,19 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pmlm_dist.checkpoint.initial_weights import load_initial_weights
 from pmlm_dist.checkpoint.resume import RunState
+from pmlm_dist.config import DS_CONFIGS
 from pmlm_dist.console import print_safely
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.data.loader import validation_batches
 from pmlm_dist.engine.deepspeed_engine import has_fast_bf16, initialize_engine, module_of
 from pmlm_dist.engine.optimizer import learning_rate
 from pmlm_dist.files import write_atomically
-from pmlm_dist.metrics.flops import peak_tflops, training_flops
+from pmlm_dist.metrics.flops import peak_tflops
 from pmlm_dist.metrics.meter import Interval, StepResult
 from pmlm_dist.metrics.run_log import Progress
 from pmlm_dist.metrics.stragglers import RankTimes, Stragglers
 from pmlm_dist.model.transformer import build_model
-from pmlm_dist.objectives import OBJECTIVES, LossMeans, loss_scales
+from pmlm_dist.objectives import LossMeans, loss_scales
 from pmlm_dist.parallel import seeding
 from pmlm_dist.parallel.layers import count_parameters
 from pmlm_dist.training.batches import TrainBatches, synchronized_batches
@@ -117,7 +118,7 @@ class PretrainJob(TrainingJob[Batch]):
         if engine.precision == "bf16" and not has_fast_bf16(topology.device):
             session.log.info(
                 "warning: this CPU has no bf16 matrix products; torch computes them element by element, hundreds of "
-                "times slower than fp32: use a --ds-config without bf16, ds_configs/tiny.json for example"
+                f"times slower than fp32: use a --ds-config without bf16, {DS_CONFIGS / 'tiny.json'} for example"
             )
         start = f"resuming after step {state.step}" if state.step else "starting"
         session.log.info(f"{start}; {config.train.steps} steps in all")
@@ -184,7 +185,7 @@ class PretrainJob(TrainingJob[Batch]):
     ) -> Progress:
         run, train = self.run, self.run.config.train
         samples_per_s = run.engine.global_batch / interval.seconds_per_step
-        flops_per_s = samples_per_s * self._sample_flops() / run.topology.world_size
+        flops_per_s = samples_per_s * run.sample_flops / run.topology.world_size
         peak = peak_tflops(train.peak_tflops, run.topology.device)
         return Progress(
             step=step,
@@ -199,16 +200,6 @@ class PretrainJob(TrainingJob[Batch]):
             mfu=flops_per_s / (peak * 1e12) if peak else None,
             seconds=interval.phases,
             eta_s=(train.steps - step) * interval.seconds_per_step,
-        )
-
-    def _sample_flops(self) -> float:
-        run = self.run
-        return training_flops(
-            run.config.model,
-            context=run.manifest.sequence_length,
-            predictions=run.num_predictions,
-            vocab_rows=run.vocabulary.padded_size(),
-            objectives=OBJECTIVES[run.config.objective.kind],
         )
 
     def is_evaluation_due(self, state: RunState) -> bool:

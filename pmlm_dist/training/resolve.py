@@ -27,6 +27,7 @@ from pmlm_dist.data.order import BatchShare, choose_lanes
 from pmlm_dist.data.stream import CorpusSource
 from pmlm_dist.engine.deepspeed_config import EngineConfig, batch_problems, load_engine_config
 from pmlm_dist.masking.blockwise import max_predictions
+from pmlm_dist.metrics.flops import training_flops
 from pmlm_dist.objectives import OBJECTIVES
 from pmlm_dist.parallel.groups import Topology, raise_on_all_ranks
 from pmlm_dist.vocab import Vocabulary
@@ -89,6 +90,17 @@ class ResolvedRun:
         """T: slots of a sequence, S + 2M; S alone if no objective uses the appended ones."""
         appended = 2 * self.num_predictions if "par" in OBJECTIVES[self.config.objective.kind] else 0
         return self.manifest.sequence_length + appended
+
+    @property
+    def sample_flops(self) -> float:
+        """FLOPs of the training on one sample."""
+        return training_flops(
+            self.config.model,
+            context=self.manifest.sequence_length,
+            predictions=self.num_predictions,
+            vocab_rows=self.vocabulary.padded_size(),
+            objectives=OBJECTIVES[self.config.objective.kind],
+        )
 
     @property
     def last_step(self) -> int:
@@ -162,8 +174,9 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     """
     problems = _device_problems(config.model, topology.device)
     saved_lanes = saved["identity"]["data.lanes"] if saved else None
+    has_accelerator, overrides = topology.device.type != "cpu", config.batch.overrides(zero=config.zero)
     engine = _collect_problems(
-        problems, lambda: load_engine_config(config.ds_config, has_accelerator=topology.device.type != "cpu")
+        problems, lambda: load_engine_config(config.ds_config, has_accelerator=has_accelerator, overrides=overrides)
     )
     own: CorpusSource | None = _collect_problems(problems, lambda: CorpusSource.open(config.corpus, config.data))
     manifest = None if own is None else _collect_problems(problems, lambda: own.manifest)

@@ -9,15 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pmlm_dist.checkpoint.changes import changed_settings
 from pmlm_dist.checkpoint.engine_state import EngineState
 from pmlm_dist.checkpoint.files import read_state
 from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import RunState, load_checkpoint
 from pmlm_dist.config import RunConfig
+from pmlm_dist.console import print_safely
 from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.supervision.heartbeat import START_UP, Heartbeat, phase_limits
-from pmlm_dist.supervision.signals import Stopped, StopSignals
+from pmlm_dist.supervision.signals import Stopped, StopSignals, stop_signals_blocked
 from pmlm_dist.training.attempt import Attempt, open_attempt
+from pmlm_dist.training.forecast import forecast
 from pmlm_dist.training.job import TrainingJob, TrainingSession
 from pmlm_dist.training.loop import train
 from pmlm_dist.training.pretraining import PretrainJob, complete
@@ -52,6 +55,8 @@ def pretrain(config: RunConfig, signals: StopSignals | None = None, heartbeat: H
         if newest and saved and saved["step"] >= run.last_step:
             complete(run, step=saved["step"], checkpoint=newest)
             return
+        if (line := forecast(run, first_step=saved["step"] if saved else 0)) and attempt.topology.is_rank_zero:
+            print_safely(line)
         train_job(PretrainJob(run), attempt, folder=folder, newest=newest)
 
 
@@ -67,13 +72,16 @@ def train_job(job: TrainingJob[Any], attempt: Attempt, *, folder: CheckpointFold
     log = RunLog(job.output, enabled=attempt.topology.is_rank_zero, first_step=first_step)
     try:
         attempt.stop.check()
-        engine = job.build_engine()
+        with stop_signals_blocked():  # a terminal sends Ctrl-C to compilers as well
+            engine = job.build_engine()
         attempt.stop.check()
         engine_state = EngineState(engine, attempt.topology)
         session = TrainingSession(attempt, engine, engine_state, log, folder)
         state = load_checkpoint(engine_state, newest) if newest else RunState()
         if newest is None:
             job.load_initial_weights(session)
+        elif changes := changed_settings(read_state(newest)["configuration"], job.configuration()):
+            log.info("\n".join([f"settings that differ from those of {newest}, and their effect:", *changes]))
         log.write_configuration(job.configuration())
         job.start(session, state)
         state = train(job, session, state)

@@ -44,6 +44,7 @@ def train_step(
     counts, norm = torch.zeros(()), math.nan
     for number, batch in enumerate(micro_batches):
         _seed_dropout(job, state, number)
+        stopwatch.heartbeat.enter_part(number + 1, of=len(micro_batches))
         with stopwatch.phase("forward"):
             loss, batch_counts = job.loss(engine, batch, scale)
             counts = counts + batch_counts.double()  # fp32 would round the sums of the log

@@ -102,11 +102,11 @@ class StopAgreement:
 
     def _reason(self) -> StopReason:
         if self._signals.requested:
-            return StopReason.SIGNAL
+            return self._signals.reason
         return StopReason.FILE if self._topology.is_rank_zero and self._file.exists() else StopReason.NONE
 
     def _raise_if_stopped(self, reason: StopReason) -> None:
-        if reason is StopReason.SIGNAL:
-            self._signals.request()  # starts the grace period on ranks that received no signal themselves
+        if reason > StopReason.FILE:
+            self._signals.request(reason)  # starts the grace period on ranks that received no signal themselves
         if reason is not StopReason.NONE:
             raise Stopped(reason)

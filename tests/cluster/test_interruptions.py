@@ -135,7 +135,7 @@ def test_killed_rank_is_named_and_job_resumes(submit: Submission, uninterrupted:
     assert "rank 1 was ended by SIGKILL" in printed
     assert "exit code 137 at step" in printed
     assert resumed_steps(printed)[0] >= 50
-    assert "(1 failures)" in printed
+    assert "(1 failure)" in printed
     check_equal(run_dir, uninterrupted)
 
 

@@ -12,13 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support.small_tasks import COLORS, config, text_rows, write_jsonl
 from support.worlds import RankFailed, run_world
 
-from pmlm_dist.config import ConfigError, ParallelConfig
+from pmlm_dist.config import BatchConfig, ConfigError, ParallelConfig
 from pmlm_dist.conversion.pretrained import open_pretrained
 from pmlm_dist.downstream.job import FinetuneJob, FinetuneProgress
 from pmlm_dist.downstream.prediction import Evaluation
+from pmlm_dist.downstream.preparation import engine_config_for_batch
 from pmlm_dist.downstream.settings import (
     GENERATION,
     RECIPES,
@@ -248,6 +250,18 @@ def test_presets_and_grids_equal_the_paper():
         )
         with pytest.raises(ConfigError, match=f"the preset {name} has no grid"):
             recipes(replace(base, preset=name))
+
+
+def test_batch_overrides_replace_recipe_and_micro_batch(model: Path, data: Path, tmp_path: Path):
+    wanted = replace(config(model, data, tmp_path / "out"), batch=BatchConfig(12, 3), zero=2)
+    assert [recipe.batch for recipe in recipes(wanted)] == [12]
+    with pytest.raises(ConfigError, match=r"batch.global \(12\) contradicts"):
+        recipes(replace(wanted, grid=("batch=4,8",)))
+    topology: Any = SimpleNamespace(dp=2, device=torch.device("cpu"))
+    engine = engine_config_for_batch(wanted.ds_config, topology, batch=12, micro=3, zero=2)
+    assert (engine.global_batch, engine.micro_batch, engine.zero_stage) == (12, 3, 2)
+    with pytest.raises(ConfigError, match=r"batch.micro \(4\) must divide the 6 examples of a rank"):
+        engine_config_for_batch(wanted.ds_config, topology, batch=12, micro=4)
 
 
 def test_bf16_with_the_shipped_settings_learns(model: Path, data: Path, tmp_path: Path):

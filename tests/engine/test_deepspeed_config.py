@@ -5,15 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pmlm_dist.config import ConfigError
+from pmlm_dist.config import DS_CONFIGS, BatchConfig, ConfigError
 from pmlm_dist.engine.deepspeed_config import EngineConfig, batch_problems, load_engine_config
 
-SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 VALID = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}
 
 
@@ -253,6 +258,21 @@ def test_missing_file_raises_with_the_setting_and_an_existing_file(tmp_path: Pat
     assert (SHIPPED[0].parent.parent / shipped[0]).is_file()
 
 
+def test_wheel_and_checkout_have_the_same_files(tmp_path: Path):
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md"):
+        shutil.copy(ROOT / name, project)
+    shutil.copytree(ROOT / "pmlm_dist", project / "pmlm_dist", ignore=shutil.ignore_patterns("*.py[co]"))
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=project, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        built = {Path(name).name: archive.read(name) for name in archive.namelist() if name.endswith(".json")}
+    assert built == {path.name: path.read_bytes() for path in (ROOT / "ds_configs").glob("*.json")}
+    assert (ROOT / "ds_configs").resolve() == DS_CONFIGS
+
+
 def config_of(*, batch: int, micro: int, **extra: int) -> EngineConfig:
     """An engine configuration of these batch sizes."""
     raw = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro, **extra}
@@ -273,7 +293,7 @@ def test_global_batch_is_accepted_exactly_when_it_divides_and_every_suggestion_d
 
 def test_batch_smaller_than_the_ranks_suggests_a_larger_one():
     (problem,) = batch_problems(config_of(batch=4, micro=1), dp=3)
-    assert "use a train_batch_size divisible by 3" in problem
+    assert "use --batch.global with a multiple of 3" in problem
 
 
 def test_stated_accumulation_must_agree_with_the_batch_sizes():
@@ -281,6 +301,16 @@ def test_stated_accumulation_must_agree_with_the_batch_sizes():
     (problem,) = batch_problems(config_of(batch=24, micro=2, gradient_accumulation_steps=6), dp=3)
     assert "gradient_accumulation_steps (6) contradicts" in problem
     assert "= 4: remove it" in problem
+
+
+def test_batch_overrides_replace_the_accumulation_of_the_file(tmp_path: Path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({**VALID, "gradient_accumulation_steps": 2}))
+    overrides = BatchConfig(48, 6).overrides(zero=2)
+    engine = load_engine_config(path, has_accelerator=False, overrides=overrides)
+    assert (engine.global_batch, engine.micro_batch, engine.zero_stage) == (48, 6, 2)
+    assert batch_problems(engine, dp=2) == []
+    assert BatchConfig().overrides(zero=None) == {}
 
 
 @pytest.mark.parametrize("value", [-1, "1", True, None])

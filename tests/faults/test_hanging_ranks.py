@@ -37,7 +37,7 @@ def test_stopped_rank_is_detected_named_and_ended(
     assert "process stopped" in first.printed
     assert "in stop" in report_text(config, 1)
     assert "wait_for" in report_text(config, 0) or "all_reduce" in report_text(config, 0)
-    assert "failures)" in second.printed
+    assert "(1 failure)" in second.printed
     assert second.codes == [0, 0]
     record_property(
         "lost", f"{check_recovered(config, uninterrupted)} steps repeated, detected after {LIMIT_S:g} s (limit)"
@@ -117,3 +117,22 @@ def test_no_straggler_is_named_in_200_even_steps(small_corpus: Path, tmp_path: P
     ended = run_attempt(small_run(small_corpus, tmp_path / "run", steps=200, every=100, log_every=5), within_s=120)
     assert ended.codes == [0, 0]
     assert "is slow" not in ended.printed
+
+
+def never_ready() -> None:
+    """Let this rank wait for its data forever, as for a hung disk."""
+    from pmlm_dist.training.stopping import Prefetcher
+
+    def is_ready(self: Any, *, within_s: float) -> bool:
+        time.sleep(within_s)
+        return False
+
+    Prefetcher.is_ready = is_ready
+
+
+@pytest.mark.fault("F03")
+def test_rank_that_waits_for_its_data_is_the_one_named(small_corpus: Path, tmp_path: Path):
+    ended = run_attempt(small_run(small_corpus, tmp_path / "run"), Fault(never_ready))
+    assert ended.codes == [ExitCode.HUNG] * 2, ended.printed
+    assert f"supervisor: rank 1 made no progress for {LIMIT_S:g} s, in step 8 (data)" in ended.printed
+    assert "rank 0 made no progress" not in ended.printed

@@ -39,7 +39,7 @@ def test_killed_rank_ends_all_ranks_and_run_recovers(
     first, second = run_with_restarts(config, Fault(kill))
     assert first.codes == [137, 137], first.printed
     assert "rank 1 was ended by SIGKILL, in step 7" in first.printed
-    assert "(1 failures)" in second.printed
+    assert "(1 failure)" in second.printed
     assert second.codes == [0, 0]
     record_property("lost", f"{check_recovered(config, uninterrupted)} steps repeated")
 

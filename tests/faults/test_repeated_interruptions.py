@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,11 +17,16 @@ from typing import Any
 import pytest
 from support.fault_jobs import (
     DUPLICATE_S,
+    LIMIT_S,
     Fault,
+    Job,
     check_recovered,
+    descendants_of,
     intercept_next_file,
     kill,
+    run_attempt,
     run_with_restarts,
+    running_job,
     slow_steps,
     small_run,
     steps_repeated,
@@ -29,6 +35,7 @@ from support.fault_jobs import (
 
 from pmlm_dist.config import RunConfig
 from pmlm_dist.supervision.attempts import effective_time, read_attempts
+from pmlm_dist.supervision.exit_codes import ExitCode
 from pmlm_dist.supervision.restart import RestartLimits
 
 Record = Callable[[str, object], None]
@@ -125,3 +132,51 @@ def test_effective_training_time_equals_measured_step_times(
     process_start = 1.0 / total_s * by_hand  # not part of the reported total
     assert reported.fraction == pytest.approx(by_hand, abs=0.02 + process_start)
     record_property("lost", f"reported {reported.fraction:.1%}, by hand {by_hand:.1%}")
+
+
+def press_ctrl_c(job: Job) -> None:
+    """Send SIGINT to every process of the job, as a terminal does."""
+    for process in job.processes:
+        for pid in (process.pid, *descendants_of(process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)
+
+
+@pytest.mark.fault("F95")
+@pytest.mark.parametrize("after", ["", "starting;", "step  7/20"])
+def test_ctrl_c_saves_and_is_no_failure(small_corpus: Path, tmp_path: Path, uninterrupted: RunConfig, after: str):
+    config = small_run(small_corpus, tmp_path / "run")
+    with running_job(config, *slow_steps(0.1)) as job:
+        job.wait_for_print(after)
+        while len(job.rank_processes()) < len(job.processes):
+            time.sleep(0.02)
+        press_ctrl_c(job)
+        assert job.wait() == [ExitCode.INTERRUPTED] * 2, job.printed
+    assert "Traceback" not in job.printed
+    assert "supervisor: " not in job.printed
+    if after == "step  7/20":
+        assert "stopped by Ctrl-C; a restart resumes from" in job.printed
+        assert "in 1 attempt (0 failures)\n" in job.printed
+    ended = run_attempt(config)
+    assert ended.codes == [0, 0], ended.printed
+    check_recovered(config, uninterrupted)
+
+
+@pytest.mark.fault("F95")
+def test_second_ctrl_c_ends_hung_ranks_at_once(small_corpus: Path, tmp_path: Path):
+    config = small_run(small_corpus, tmp_path / "run")
+    with running_job(config, Fault(sleep_long, rank=0), Fault(sleep_long, rank=1)) as job:
+        job.wait_for_print("asleep\nasleep\n")
+        press_ctrl_c(job)
+        job.wait_for_print("SIGINT: stopping at the next step")
+        time.sleep(2 * DUPLICATE_S)
+        press_ctrl_c(job)
+        assert job.wait(within_s=LIMIT_S - 1) == [ExitCode.INTERRUPTED] * 2, job.printed
+    assert "SIGINT is the second signal to stop; exiting at once" in job.printed
+    assert "in 1 attempt (0 failures)\n" in job.printed
+
+
+def sleep_long() -> None:
+    """Block this rank's step."""
+    os.write(1, b"asleep\n")
+    time.sleep(60)

@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pmlm_dist.config import ConfigError
+from pmlm_dist.config import DS_CONFIGS, BatchConfig, ConfigError, ParallelConfig
 from pmlm_dist.planning import report
 from pmlm_dist.planning.estimate import Layout
 from pmlm_dist.planning.plan import Plan, make_plan
 from pmlm_dist.planning.settings import Assumptions, PlanConfig
 
-ROOT = Path(__file__).parent.parent.parent
 TEN_BILLION = {"hidden_size": 4096, "num_layers": 48, "num_heads": 32, "ffn_size": 16_384}
 
 
 def config(preset: str = "large", **changes: Any) -> PlanConfig:
     settings = PlanConfig.of_preset(preset)
     model = replace(settings.model, **changes.pop("model", {}))
-    return replace(settings, model=model, **{"ds_config": ROOT / settings.ds_config, **changes})
+    parallel = ParallelConfig(changes.pop("tp", 1))
+    return replace(settings, model=model, parallel=parallel, **changes)
 
 
 def plan_of(preset: str = "large", **changes: Any) -> Plan:
@@ -45,7 +45,7 @@ def test_large_preset_on_eight_nodes():
 
 
 def test_options_replace_settings_of_preset_and_engine():
-    plan = plan_of(nodes=8, tp=2, zero=2, micro_batch=10, global_batch=640, sequence_length=128, steps=10)
+    plan = plan_of(nodes=8, tp=2, zero=2, batch=BatchConfig(640, 10), sequence_length=128, steps=10)
     assert plan.estimate.layout == Layout(tp=2, zero=2, micro_batch=10)
     assert (plan.estimate.dp, plan.estimate.accumulation, plan.estimate.global_batch) == (32, 2, 640)
     assert plan.estimate.work.context == 128
@@ -54,7 +54,7 @@ def test_options_replace_settings_of_preset_and_engine():
 
 
 def test_indivisible_batch_is_rounded_up_with_a_warning():
-    plan = plan_of(nodes=8, tp=2, zero=1, micro_batch=64)
+    plan = plan_of(nodes=8, tp=2, zero=1, batch=BatchConfig(micro=64))
     assert plan.estimate.global_batch == 8192
     assert any("train_batch_size (7680) must be a multiple" in warning for warning in plan.warnings)
     (proposal,) = (warning for warning in plan.warnings if "valid and fitting" in warning)
@@ -62,7 +62,7 @@ def test_indivisible_batch_is_rounded_up_with_a_warning():
 
 
 def test_layout_that_does_not_fit_warns_with_one_that_does():
-    plan = plan_of(nodes=8, micro_batch=120)
+    plan = plan_of(nodes=8, batch=BatchConfig(micro=120))
     assert not plan.estimate.fits
     (warning,) = (warning for warning in plan.warnings if warning.startswith("does not fit"))
     same = next(other for other in plan.alternatives if other.layout.zero == 1)
@@ -86,12 +86,12 @@ def test_proposals_are_the_fastest_fitting_layouts(device: str, preset: str):
 
 
 def test_ten_billion_parameters_on_a_thousand_gpus():
-    plan = plan_of(nodes=128, tp=8, model=TEN_BILLION, global_batch=8192, micro_batch=8)
+    plan = plan_of(nodes=128, tp=8, model=TEN_BILLION, batch=BatchConfig(8192, 8))
     assert plan.parameters == pytest.approx(9.81e9, rel=1e-3)
     assert plan.estimate.fits
     assert (plan.estimate.dp, plan.estimate.accumulation) == (128, 8)
     assert plan.alternatives
-    alone = plan_of(nodes=128, model=TEN_BILLION, global_batch=8192, micro_batch=8)
+    alone = plan_of(nodes=128, model=TEN_BILLION, batch=BatchConfig(8192, 8))
     assert not alone.estimate.fits  # fp32 gradients of all parameters on every GPU
     assert all(other.layout.zero > 1 or other.layout.tp > 1 for other in alone.alternatives)
 
@@ -103,7 +103,7 @@ def test_cluster_too_small_for_any_layout_warns():
 
 
 def fp16() -> Path:
-    return ROOT / "ds_configs" / "large_fp16.json"
+    return DS_CONFIGS / "large_fp16.json"
 
 
 def test_device_without_the_precision_raises():
@@ -126,7 +126,7 @@ def test_all_problems_are_raised_at_once():
     text = str(caught.value)
     for part in (
         "nodes (0)",
-        "tp (3) must divide gpus_per_node (8)",
+        "parallel.tp (3) must divide gpus_per_node (8)",
         "parallel.tp (3) must divide model.num_heads (16)",
         "ZeRO stage 0 with bf16",
         "device (h300)",

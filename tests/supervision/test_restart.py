@@ -49,10 +49,25 @@ def test_effective_time_counts_only_steps_that_were_resumed_from(tmp_path: Path)
     assert effective.fraction == pytest.approx(0.44)
     assert effective.steps == 20
     assert effective.save_s == pytest.approx(2 / 3)
-    line = str(effective)
-    assert "effective training time: 44.0% of 500 s in 3 attempts (2 failures)" in line
-    interval = math.sqrt(2 * 2 / 3 * 250)
-    assert f"one every {interval:.0f} s ({round(interval / 11)} steps) loses least (now every 5 steps)" in line
+    assert str(effective) == "effective training time: 44.0% of 500 s in 3 attempts (2 failures)"
+
+
+def test_interval_is_advised_after_several_failures_and_an_hour(tmp_path: Path):
+    facts = lines(("start", 0, 0, 0), ("save", 90, 5, 80))
+    for n in (1, 2, 3):
+        facts += lines(("start", 3600 * n, 5 * n, 0), ("save", 3600 * n + 90, 5 * n + 5, 80))
+    line = str(effective_time(read_attempts(write(tmp_path, [*facts, *lines(("end", 10_900, 20, 80))]))))
+    interval = math.sqrt(2 * 1 * 10_900 / 3)
+    assert "in 4 attempts (3 failures); a checkpoint costs 1 s, the time between failures is 3633 s: " in line
+    assert f"one every {interval:.0f} s ({round(interval / 16)} steps) loses least (now every 5 steps)" in line
+
+
+@pytest.mark.parametrize("code", [0, 75, 130, 138, 143])
+def test_stops_by_signal_are_no_failures(tmp_path: Path, code: int):
+    facts = lines(*[("start", 0, 0, 0), ("save", 90, 5, 80)])
+    facts += [{**line, "code": code} for line in lines(("end", 5_000, 5, 80))]
+    effective = effective_time(read_attempts(write(tmp_path, facts)))
+    assert str(effective) == "effective training time: 1.6% of 5000 s in 1 attempt (0 failures)"
 
 
 def test_effective_time_excludes_the_pause_after_a_stop_by_hand(tmp_path: Path):
@@ -69,6 +84,8 @@ def test_cut_lines_are_skipped_and_wrong_exit_codes_corrected(tmp_path: Path):
     log.ended(7, useful_s=4.0, code=75)
     with (tmp_path / attempts.ATTEMPTS).open("a") as out:
         out.write('{"event": "sa')
+    log.stopping()
+    assert [attempt.code for attempt in read_attempts(tmp_path)] == [75]
     attempts.close_attempt(tmp_path, attempt="a", code=80)
     attempts.close_attempt(tmp_path, attempt="b", code=1)
     (attempt,) = read_attempts(tmp_path)

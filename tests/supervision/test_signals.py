@@ -62,7 +62,7 @@ def next_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.fault("F81")
 def test_first_signal_is_a_request_and_second_exits_at_once(number: signal.Signals):
     with signal_watcher() as process:
@@ -96,12 +96,58 @@ def test_signal_after_a_request_of_another_rank_is_the_first():
         assert process.poll() is None
 
 
-def test_process_exits_at_the_end_of_the_grace_period():
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, EXIT_PREEMPTED), (signal.SIGINT, 130)])
+def test_process_exits_at_the_end_of_the_grace_period(number: signal.Signals, code: int):
     with signal_watcher(grace_s=0.5) as process:
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(number)
         _, error = process.communicate(timeout=20)
-        assert process.returncode == EXIT_PREEMPTED
-        assert "it has not ended 0.5 s after a signal to stop (--train.grace-s)" in error
+        assert process.returncode == code
+        assert f"{number.name}: stopping at the next step; a second signal ends it at once" in error
+        assert "it has not ended 0.5 s after a signal to stop (grace_s)" in error
+
+
+INTERRUPTIBLE = """
+import os, sys, time
+from pmlm_dist.supervision import exit_codes
+from pmlm_dist.supervision.signals import interruptible
+
+def command():
+    try:
+        print("installed", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaning up", flush=True)
+        time.sleep(float(sys.argv[1]))
+        print("clean", flush=True)
+
+with interruptible():
+    code = exit_codes.run(command, program="pmlm")
+sys.exit(code)
+"""
+
+
+@pytest.mark.fault("F95")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_without_checkpoints_cleans_up_and_ends_with_one_line(number: signal.Signals):
+    with signal_watcher(grace_s=0.2, code=INTERRUPTIBLE) as process:
+        process.send_signal(number)
+        assert next_line(process) == "cleaning up\n"
+        process.send_signal(number)  # a duplicate
+        printed, error = process.communicate(timeout=20)
+        assert (process.returncode, printed) == (128 + number, "clean\n")
+        assert error == f"pmlm: interrupted ({number.name})\n"
+
+
+@pytest.mark.fault("F95")
+def test_second_signal_ends_a_command_that_cleans_up():
+    with signal_watcher(grace_s=60, code=INTERRUPTIBLE) as process:
+        process.send_signal(signal.SIGINT)
+        assert next_line(process) == "cleaning up\n"
+        time.sleep(1.1)  # SignalTimes.duplicate_s
+        process.send_signal(signal.SIGINT)
+        printed, error = process.communicate(timeout=20)
+        assert (process.returncode, printed) == (130, "")
+        assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(

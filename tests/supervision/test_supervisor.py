@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from pmlm_dist import cli
 from pmlm_dist.config import ConfigError, WatchdogConfig
+from pmlm_dist.corpus.shards import ShardError
 from pmlm_dist.folder_lock import FolderInUse
 from pmlm_dist.launch_environment import rank_in
+from pmlm_dist.supervision import exit_codes
 from pmlm_dist.supervision.exit_codes import (
     ExitCode,
     RestartPolicy,
@@ -48,15 +52,17 @@ LIMIT_S = 0.5
 """Limit of every phase: ten polls of the supervisor."""
 
 
-def run(body: str, run_dir: Path, *, rank: int = 0, **environ: str) -> subprocess.CompletedProcess[str]:
+def run(
+    body: str, run_dir: Path, *, rank: int = 0, template: str = RANK, **environ: str
+) -> subprocess.CompletedProcess[str]:
     """Run a supervised process whose rank executes `body`."""
-    code = RANK.format(body=body, rank=rank, limit_s=LIMIT_S)
+    code = template.format(body=body, rank=rank, limit_s=LIMIT_S)
     command = [sys.executable, "-c", code, str(run_dir)]
     environ = {**os.environ, **environ}
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("code", [0, 2, 75, 83])
+@pytest.mark.parametrize("code", [0, 2, 75, 83, 130])
 def test_collective_exit_code_passes_through_without_files(tmp_path: Path, code: int):
     done = run(f"return {code}", tmp_path)
     assert (done.returncode, done.stderr) == (code, "")
@@ -72,6 +78,15 @@ def test_missing_beats_are_a_hang_with_the_stack_reported(tmp_path: Path):
 
 def test_beats_prevent_a_hang(tmp_path: Path):
     assert run("[(time.sleep(0.1), heartbeat.beat()) for _ in range(12)]", tmp_path).returncode == 0
+
+
+def test_progress_of_a_long_step_is_printed(tmp_path: Path):
+    template = RANK.replace("poll_s=0.05", "poll_s=0.05, progress_s=0.4")
+    body = "for part in range(1, 9): heartbeat.enter_part(part, of=8); time.sleep(0.12)"
+    lines = run(body, tmp_path, template=template).stdout.splitlines()
+    assert [line.partition(",")[0] for line in lines[:2]] == ["step 3 (step"] * 2
+    assert re.fullmatch(r"step 3 \(step, micro-batch [3-6] of 8\): 0 s so far", lines[0])
+    assert run(body, tmp_path).stdout == ""
 
 
 def test_silence_while_the_supervisor_is_stopped_does_not_count(tmp_path: Path):
@@ -260,6 +275,15 @@ ERRORS: list[tuple[BaseException, ExitCode]] = [
 @pytest.mark.parametrize(("error", "code"), ERRORS, ids=lambda value: repr(value)[:30])
 def test_exit_code_follows_from_the_error(error: BaseException, code: ExitCode):
     assert exit_code_of(error) is code
+
+
+@pytest.mark.parametrize("error", [error for error, _ in ERRORS] + [ShardError("x"), KeyboardInterrupt()], ids=repr)
+def test_exit_code_is_that_of_train_and_of_every_command(monkeypatch: pytest.MonkeyPatch, error: BaseException):
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "plot", fail)
+    assert cli.main(["plot"]) == exit_codes.run(fail, program="train.py", on_failure=Heartbeat().fail)
 
 
 @pytest.mark.fault("F86")

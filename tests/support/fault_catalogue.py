@@ -93,4 +93,5 @@ FAULTS: dict[str, tuple[int, str, str]] = {
     "F89": (1, "the file STOP", "written during a run"),
     "F90": (2, "the clock jumps", "an hour ahead during a run"),
     "F91": (2, "mixed faults", "F01-F03, F20, F28, F56, F80 in random order, every 20 to 40 s"),
+    "F95": (1, "Ctrl-C", "SIGINT to all processes, once and twice; to commands without checkpoints"),
 }

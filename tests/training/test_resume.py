@@ -193,7 +193,8 @@ def test_complete_run_without_record_is_recorded_at_restart(finished: Finished, 
 
 def test_run_made_longer_is_not_complete_while_it_trains(finished: Finished, tmp_path: Path):
     longer = with_train(copy_of(finished.straight, tmp_path / "longer"), steps=3 * N, stop_at=2 * N + 1)
-    run_world(pretrained, 1, longer)
+    (printed,) = run_world(pretrained, 1, longer)
+    assert f"train.steps {2 * N} -> {3 * N}: the learning rate of the remaining steps changes" in printed
     assert list(losses(longer))[-1] == 2 * N + 1
     assert not (longer.run_dir / "COMPLETE").exists()
 

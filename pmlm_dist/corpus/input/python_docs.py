@@ -13,6 +13,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import sysconfig
 import warnings
@@ -110,7 +111,12 @@ def _read_all(files: list[PythonFile]) -> Iterator[list[Docstring] | None]:
         yield from map(read_docstrings, files)
         return
     # `spawn`, because forking a process that runs MPI is not safe.
-    with multiprocessing.get_context("spawn").Pool(workers, initializer=_use_all_cores) as pool:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # this process alone handles Ctrl-C
+    try:
+        pool = multiprocessing.get_context("spawn").Pool(workers, initializer=_use_all_cores)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with pool:
         yield from pool.imap(read_docstrings, files, chunksize=32)
 
 

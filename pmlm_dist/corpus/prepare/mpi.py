@@ -56,7 +56,8 @@ def abort_on_failure(comm: Intracomm, explain: Callable[[BaseException], tuple[i
         if comm.size == 1:
             raise
         code, message = explain(error)
-        print_safely(f"pmlm prepare-corpus (rank {comm.rank} of {comm.size}):\n{message}", to_stderr=True)
+        if comm.rank == 0 or not isinstance(error, KeyboardInterrupt):  # which every rank is sent
+            print_safely(f"pmlm prepare-corpus (rank {comm.rank} of {comm.size}):\n{message}", to_stderr=True)
         comm.Abort(code)
 
 
