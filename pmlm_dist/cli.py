@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 from pmlm_dist import __version__
 from pmlm_dist.config import BatchConfig, ConfigError, RunConfig
-from pmlm_dist.console import print_safely
+from pmlm_dist.console import flush_stdout, print_safely
 from pmlm_dist.launch_environment import choose_accelerator, is_rank_zero, launched_ranks, set_num_threads
 from pmlm_dist.ranges import Positive
 from pmlm_dist.supervision import exit_codes
@@ -239,9 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # deepspeed puts --local_rank first
     arguments = _without_option("local_rank", sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        return exit_codes.run(lambda: print(_help()) or (0 if arguments else USER_ERROR), program=PROGRAM)
+        return _run(lambda: print(_help()) or (0 if arguments else USER_ERROR))
     if "--version" in (arguments[0], *arguments[1:2]):
-        return exit_codes.run(lambda: print(f"pmlm_dist {__version__}"), program=PROGRAM)
+        return _run(lambda: print(f"pmlm_dist {__version__}"))
     command = COMMANDS.get(arguments[0])
     if command is None:
         return _usage_error(f"no command {arguments[0]!r}{_closest(arguments[0])}; `pmlm --help` lists them")
@@ -253,7 +253,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{arguments[0]} runs in one process but was started as {ranks}: start it without a launcher"
         )
     with interruptible() if is_process else nullcontext():
-        return exit_codes.run(partial(command, arguments[1:]), program=PROGRAM)
+        return _run(partial(command, arguments[1:]))
+
+
+def _run(main: Callable[[], int | None]) -> int:
+    def main_with_output() -> int | None:
+        code = main()
+        flush_stdout()  # here, where a full disk has a message; the interpreter's flush at exit has none
+        return code
+
+    return exit_codes.run(main_with_output, program=PROGRAM)
 
 
 def run_below_supervisor(command: Callable[..., None], arguments: Sequence[str]) -> NoReturn:

@@ -191,8 +191,6 @@ class InferenceConfig:
     """Inputs of a forward pass on a rank."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Data type of weights and activations. None: that of the fine-tuning."""
-    vocabulary: Path | None = None
-    """Folder of the model's vocabulary. None: the model's own folder."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     collective_timeout_s: Annotated[int, Positive] = 600
     """Timeout of a collective in seconds; it ends the command."""

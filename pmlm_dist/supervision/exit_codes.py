@@ -160,9 +160,7 @@ def run(
     its traceback. `on_failure` is called first with what is no collective end.
     """
     try:
-        code = main() or int(ExitCode.DONE)
-        flush_stdout()  # here, where a full disk has a message; the interpreter's flush at exit has none
-        return code
+        return main() or int(ExitCode.DONE)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BrokenPipeError as error:

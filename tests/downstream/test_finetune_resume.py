@@ -25,7 +25,7 @@ from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.pretrained import find_pretrained
 from pmlm_dist.downstream.settings import UNFINISHED, EvaluateConfig, FinetuneConfig, GenerationConfig, Recipe, check
 from pmlm_dist.metrics.run_log import read_metrics
-from pmlm_dist.supervision.signals import EXIT_PREEMPTED, STOP_FILE, Stopped, StopSignals
+from pmlm_dist.supervision.signals import EXIT_PREEMPTED, STOP_FILE, Stopped, StopReason, StopSignals
 
 pytestmark = pytest.mark.distributed
 
@@ -40,6 +40,7 @@ class StopAfter(StopSignals):
     @property
     def requested(self) -> bool:
         self._left -= 1
+        self.reason = StopReason.SIGNAL if self._left < 0 else StopReason.NONE
         return self._left < 0
 
 

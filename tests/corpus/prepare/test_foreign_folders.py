@@ -111,6 +111,8 @@ def test_task_of_a_step_that_mpi_does_not_connect_raises_before_any_write(source
     arguments = command(wanted, ranks=1)
     alone = arguments[arguments.index(sys.executable) :]
     environ = {**os.environ, **STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        environ.pop(name, None)  # of a test before
     done = subprocess.run(alone, capture_output=True, text=True, timeout=60, check=False, env=environ)
     assert done.returncode == 2
     assert "2 tasks were started, but MPI does not connect them" in done.stderr
