@@ -150,8 +150,22 @@ def finetune(arguments: Sequence[str], heartbeat: Heartbeat | None = None, signa
     driver.finetune(_parse(FinetuneConfig, finetune, rest, default=default, help_text=help_text), heartbeat, signals)
 
 
+def score(arguments: Sequence[str]) -> None:
+    """Write the log-likelihood of every text of a file under a pre-trained model: pmlm score FILE --model DIR."""
+    set_num_threads()
+    from pmlm_dist.downstream.likelihood import score_file
+
+    _parse(score_file, score, arguments, flat=True)
+
+
 def evaluate(arguments: Sequence[str]) -> None:
-    """Score a fine-tuned model on a split, and write its predictions."""
+    """Score a fine-tuned model on a split, and write its predictions; with --suite: a model on minimal pairs."""
+    if _option_value("suite", arguments) is not None:
+        set_num_threads()
+        from pmlm_dist.downstream.minimal_pairs import SuiteConfig, evaluate_suite
+
+        evaluate_suite(_parse(SuiteConfig, evaluate, arguments))
+        return
     from pmlm_dist.downstream.settings import EvaluateConfig
 
     set_num_threads()
@@ -221,6 +235,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "finetune": finetune,
     "evaluate": evaluate,
     "predict": predict,
+    "score": score,
     "demo-tasks": demo_tasks,
     "generate": generate,
     "fill": fill,

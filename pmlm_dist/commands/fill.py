@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pmlm_dist.commands.generate import load_model
 from pmlm_dist.config import ConfigError, raise_if_any
-from pmlm_dist.conversion.pretrained import open_pretrained
+from pmlm_dist.conversion.pretrained import load_model, open_pretrained
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.decoding.beam_search import ScoresNotFinite
 from pmlm_dist.decoding.infilling import FilledMask, fill

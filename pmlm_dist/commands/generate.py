@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 
 from pmlm_dist.checkpoint.files import MANIFEST, sha256_of
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.console import print_safely
-from pmlm_dist.conversion.pretrained import PretrainedWeights, build_pretrained, find_pretrained, open_pretrained
+from pmlm_dist.conversion.pretrained import Precision, PretrainedWeights, find_pretrained, load_model, open_pretrained
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.decoding.batch_generation import batches_by_length, build_search, generate_batches
 from pmlm_dist.decoding.beam_search import Hypothesis, ScoresNotFinite
@@ -33,8 +32,6 @@ from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.ranges import Positive, range_problems
 from pmlm_dist.vocab import Vocabulary
-
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -108,14 +105,9 @@ def generate(config: GenerateConfig) -> None:
         results = compute_batches(inputs.batches, partial(generate_rows, model), topology, file=file)
         seconds, tokens = time.perf_counter() - start, sum(topology.all_gather_object(sum(computed)))
         rows = [{"id": id, **result} for id, result in zip(inputs.ids, results, strict=True)]
-        groups.run_on_all_ranks(topology, lambda: _finish(file, rows) if file else None)
+        groups.run_on_all_ranks(topology, lambda: file.finish(rows) if file else None)
     if topology.is_rank_zero:
         _print_summary(config, rows, speed=f"{tokens:,} tokens, {tokens / seconds:.0f} tokens/s")
-
-
-def _finish(file: ResultsFile, rows: list[dict[str, Any]]) -> None:
-    file.write(rows)
-    file.remove_part()
 
 
 def _print_summary(config: GenerateConfig, rows: list[dict[str, Any]], *, speed: str) -> None:
@@ -127,13 +119,6 @@ def _print_summary(config: GenerateConfig, rows: list[dict[str, Any]], *, speed:
             "vocabulary allow no target; relax them"
         )
     print_safely(f"written: {config.output}, {len(rows):,} predictions, {speed}")
-
-
-def load_model(pretrained: PretrainedWeights, precision: Precision) -> PseudoMaskedLM:
-    """Build the model on this process' device, in evaluation mode."""
-    device = groups.init_process_groups().device
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return build_pretrained(pretrained).to(device=device, dtype=dtype)
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ from pmlm_dist.vocab import Vocabulary
 
 _VOCABULARY_TENSORS = (TOKENS, HEAD_BIAS)
 """Tensors with one row per token."""
+
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,14 @@ def build_pretrained(pretrained: PretrainedWeights) -> PseudoMaskedLM:
     model = build_model(config, padded_vocab_size=pretrained.vocabulary.padded_size()).eval()
     fill_weights(model, pretrained.weights, origin=pretrained.facts.get("folder"))
     return model
+
+
+def load_model(pretrained: PretrainedWeights, precision: Precision) -> PseudoMaskedLM:
+    """Return the module in evaluation mode, on this rank's device."""
+    device = groups.init_process_groups().device
+    return build_pretrained(pretrained).to(
+        device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+    )
 
 
 @torch.no_grad()

@@ -122,14 +122,13 @@ class _Outputs:
 
     def open(self, split: Split, path: Path | None) -> None:
         """Open the file of a split; nothing without `path`."""
-        if path is None:
-            return
         build = partial(self._results_file, split, path)
         file = self._stack.enter_context(open_results(self._topology, path, build))
         if file is not None:
             self._files[split.name] = file
 
-    def _results_file(self, split: Split, path: Path) -> ResultsFile:
+    def _results_file(self, split: Split, path: Path | None) -> ResultsFile:
+        assert path is not None
         saved, config = self._saved, self._config
         identity = {
             "model": sha256_of(saved.start.folder / MANIFEST),

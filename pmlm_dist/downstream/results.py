@@ -91,6 +91,11 @@ class ResultsFile:
         except OSError as error:
             raise self._not_written(error) from error
 
+    def finish(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Write `path` and remove the part."""
+        self.write(lines)
+        self.remove_part()
+
     def remove_part(self) -> None:
         """Remove the part, once all files of the command have been written."""
         self.part.unlink()
@@ -172,11 +177,16 @@ def _is_header(line: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def open_results(topology: Topology, path: Path, build: Callable[[], ResultsFile]) -> Iterator[ResultsFile | None]:
+def open_results(
+    topology: Topology, path: Path | None, build: Callable[[], ResultsFile]
+) -> Iterator[ResultsFile | None]:
     """Hold the lock of `path`; yield the opened file that `build` returns on rank 0, None on other ranks.
 
-    Every rank must call. Raises `FolderInUse` while another process writes the file.
+    Without `path` yield None. Every rank must call. Raises `FolderInUse` while another process writes the file.
     """
+    if path is None:
+        yield None
+        return
 
     def open_file() -> ResultsFile | None:
         if not topology.is_rank_zero:

@@ -89,7 +89,7 @@ def build_seq2seq_layout(
             shown, pseudo = _noise(
                 target, pseudo, random, replacements=replacements, replaced_share=rule.target_mask_prob
             )
-        _fill_row(layout, row, source, target, shown=shown, pseudo=pseudo)
+        fill_pair(layout, row, source, target, shown=shown, pseudo=pseudo)
     return layout
 
 
@@ -112,9 +112,21 @@ def _noise(
     return np.where(replaced, pseudo, target), pseudo
 
 
-def _fill_row(
-    layout: Layout, row: int, source: np.ndarray, target: np.ndarray, *, shown: np.ndarray, pseudo: np.ndarray
+def fill_pair(
+    layout: Layout,
+    row: int,
+    source: np.ndarray,
+    target: np.ndarray,
+    *,
+    shown: np.ndarray,
+    pseudo: np.ndarray,
+    segment: int = 1,
 ) -> None:
+    """Write one pair of ids, special tokens included, into an empty row.
+
+    `shown`, `pseudo`: what the input holds in place of the target and at its pseudo masks, [m] each. `segment`: that of
+    the target.
+    """
     num_predictions = layout.predicted_BM.shape[1]
     num_context = layout.tokens_BT.shape[1] - 2 * num_predictions
     steps = np.arange(1, target.size + 1)
@@ -124,7 +136,7 @@ def _fill_row(
         slots = slice(start, start + target.size)
         layout.tokens_BT[row, slots] = tokens
         layout.positions_BT[row, slots] = source.size + steps - 1
-        layout.segments_BT[row, slots] = 1
+        layout.segments_BT[row, slots] = segment
         layout.order_BT[row, slots] = order
         layout.valid_BT[row, slots] = True
     layout.targets_BM[row, : target.size] = target
