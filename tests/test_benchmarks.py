@@ -49,6 +49,7 @@ def run_quickly(name: str, report: Path) -> None:
     importlib.import_module("run").main()
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_benchmark_quick_run_writes_its_figures(name, tmp_path):

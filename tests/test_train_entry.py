@@ -275,6 +275,7 @@ def test_python_without_launcher_gives_the_same_losses(small_corpus: Path, folde
         assert alone[step] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_missing_corpus_ends_all_ranks_with_one_message(tmp_path: Path):
     port = free_port()
