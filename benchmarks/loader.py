@@ -48,7 +48,7 @@ from pmlm_dist.presets import tiny
 from pmlm_dist.training.pretraining import PretrainJob, build_engine
 from pmlm_dist.training.resolve import resolve
 from pmlm_dist.training.step import train_step
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 TOKENS_PER_S = 300_000
 """Text tokens a second of one large GPU, the goal for the loader."""

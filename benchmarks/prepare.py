@@ -30,7 +30,7 @@ from pmlm_dist.corpus.input.python_docs import write_python_docs
 from pmlm_dist.corpus.prepare.mpi import world
 from pmlm_dist.corpus.prepare.pipeline import prepare_corpus
 from pmlm_dist.corpus.prepare.settings import PrepareConfig
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 CORES = sorted(os.sched_getaffinity(0))
 _DOCUMENTS_PER_CALL = 1000

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pmlm_dist.corpus.shards import Manifest, Split, shard_name, write_shard
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 SHARDS = 8
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -58,7 +58,7 @@ from pmlm_dist.presets import PRESETS
 from pmlm_dist.training.pretraining import PretrainJob, build_engine
 from pmlm_dist.training.resolve import resolve
 from pmlm_dist.training.validation import forward_losses, weights_of
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 OURS = {"ours, AE+PAR": "ae+par", "ours, AE only": "ae", "ours, PAR only": "par"}
 FLEX = "ours, AE+PAR, flex"

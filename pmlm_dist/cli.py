@@ -153,7 +153,7 @@ def finetune(arguments: Sequence[str], heartbeat: Heartbeat | None = None, signa
 def score(arguments: Sequence[str]) -> None:
     """Write the log-likelihood of every text of a file under a pre-trained model: pmlm score FILE --model DIR."""
     set_num_threads()
-    from pmlm_dist.downstream.likelihood import score_file
+    from pmlm_dist.downstream.score import score_file
 
     _parse(score_file, score, arguments, flat=True)
 
@@ -162,7 +162,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     """Score a fine-tuned model on a split, and write its predictions; with --suite: a model on minimal pairs."""
     if _option_value("suite", arguments) is not None:
         set_num_threads()
-        from pmlm_dist.downstream.minimal_pairs import SuiteConfig, evaluate_suite
+        from pmlm_dist.downstream.suite import SuiteConfig, evaluate_suite
 
         evaluate_suite(_parse(SuiteConfig, evaluate, arguments))
         return

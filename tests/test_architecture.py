@@ -30,13 +30,12 @@ LAYERS = (
     ("checkpoint/",),
     ("metrics/",),
     ("supervision/", "engine/"),
-    ("objectives.py",),
+    ("objectives.py", "likelihood/"),
     ("model/", "data/", "corpus/"),
-    ("parallel/", "masking/", "vocab.py"),
-    ("vocab_training.py",),
+    ("parallel/", "masking/", "vocabulary/"),
     (
         *("config.py", "presets.py", "devices.py", "launch_environment.py", "console.py", "files.py"),
-        *("folder_lock.py", "json_input.py", "ranges.py", "vocab_files.py"),
+        *("folder_lock.py", "json_input.py", "ranges.py", "relations.py"),
     ),
 )
 """From the top; a module imports from the lines below its own, and from its own package."""
@@ -55,7 +54,7 @@ THIRD_PARTIES = {
     "datasets": ("corpus/input/", "downstream/rows.py"),
     "datasketch": ("corpus/filters/duplicates.py",),
     "mpi4py": ("corpus/prepare/mpi.py",),
-    "tokenizers": ("vocab.py", "vocab_training.py"),
+    "tokenizers": ("vocabulary/",),
     "torch.utils.tensorboard": ("metrics/run_log.py",),
     "transformers": ("conversion/",),
     "onnxruntime": ("conversion/onnx.py",),
@@ -71,11 +70,11 @@ THIRD_PARTIES = {
     "matplotlib": ("commands/inspect.py", "commands/plot.py"),
     "torch": (
         *("masking/visibility.py", "objectives.py", "data/", "model/", "parallel/", "training/", "engine/", "metrics/"),
-        *("checkpoint/", "conversion/", "commands/", "planning/measure.py", "decoding/", "downstream/"),
+        *("checkpoint/", "conversion/", "commands/", "planning/measure.py", "decoding/", "downstream/", "likelihood/"),
     ),
     "numpy": (
         *("decoding/", "downstream/", "corpus/", "data/", "masking/", "parallel/seeding.py", "commands/"),
-        *("checkpoint/files.py", "conversion/"),
+        *("checkpoint/files.py", "conversion/", "likelihood/"),
     ),
 }
 """The only places of each dependency; one that is not listed has no place yet."""
@@ -84,7 +83,12 @@ WITHOUT_TORCH = [
     *(name for name in MODULES if name.startswith(("pmlm_dist.corpus", "pmlm_dist.supervision"))),
     *(f"pmlm_dist.masking.{name}" for name in ("blockwise", "layout", "seq2seq_layout")),
     *(f"pmlm_dist.checkpoint.{name}" for name in ("fragments", "files", "folder")),
-    *("pmlm_dist.data.order", "pmlm_dist.vocab", "pmlm_dist.commands.checkpoint", "pmlm_dist.decoding.settings"),
+    *(
+        "pmlm_dist.data.order",
+        "pmlm_dist.vocabulary.vocabulary",
+        "pmlm_dist.commands.checkpoint",
+        "pmlm_dist.decoding.settings",
+    ),
     *("pmlm_dist.config", "pmlm_dist.presets", "pmlm_dist.engine.deepspeed_config", "pmlm_dist.cli", "train"),
     *("pmlm_dist.downstream.rows", "pmlm_dist.downstream.settings", "pmlm_dist.downstream.summary"),
 ]
@@ -115,7 +119,7 @@ IMPORTS = {name: own_imports(path) for name, path in MODULES.items()}
 
 
 def place(module: str) -> str:
-    """Where a module lies, as the layers name it: `training/` or `vocab.py`."""
+    """Where a module lies, as the layers name it: `training/` or `config.py`."""
     relative = MODULES[module].relative_to(ROOT).as_posix().removeprefix("pmlm_dist/")
     folder, slash, _ = relative.partition("/")
     return f"{folder}{slash}"

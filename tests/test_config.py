@@ -23,10 +23,10 @@ from pmlm_dist.config import (
     ParallelConfig,
     RunConfig,
     as_dict,
-    problems,
     raise_if_any,
 )
 from pmlm_dist.presets import PRESETS, base, large, tiny
+from pmlm_dist.relations import problems
 
 
 def changed(config: Any, name: str, value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pmlm_dist.checkpoint.files import CheckpointReader, CorruptCheckpoint, read_state
 from pmlm_dist.checkpoint.folder import newest_valid_at
 from pmlm_dist.config import ConfigError, ModelConfig
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pmlm_dist.checkpoint.engine_state import EngineState

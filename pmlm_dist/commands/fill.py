@@ -20,7 +20,7 @@ from pmlm_dist.downstream.tasks.inputs import is_unicode
 from pmlm_dist.downstream.tasks.seq2seq import raise_if_not_seq2seq
 from pmlm_dist.parallel import groups
 from pmlm_dist.ranges import Positive, range_problems
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 _MASK = re.compile(r"\[MASK(?::(\d{1,9}))?\]")
 _MASK_LIKE = re.compile(r"\[\s*MASK\s*(?::[^\]]*)?\]")

@@ -31,7 +31,7 @@ from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.ranges import Positive, range_problems
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pmlm_dist.data.batch import Batch, special_ids
 from pmlm_dist.data.loader import BatchSource
 from pmlm_dist.data.stream import SplitReader
 from pmlm_dist.masking.visibility import visibility_matrix
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -38,7 +38,7 @@ from pmlm_dist.conversion.tensors import (
     initial_head,
     to_scheme,
 )
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 BERT = NameScheme(
     prefix="bert.",

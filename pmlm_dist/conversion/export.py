@@ -38,7 +38,7 @@ from pmlm_dist.conversion.pretrained import (
     open_pretrained,
 )
 from pmlm_dist.conversion.unilm import to_unilm
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 MAX_DIFFERENCE = 1e-4
 """Between the logits of checkpoint and export, in fp32."""

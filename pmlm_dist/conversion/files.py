@@ -1,4 +1,4 @@
-"""Files of foreign models: tensors and settings; vocab_files.py reads tokenizers. Code in them is never executed.
+"""Files of foreign models: tensors and settings; vocabulary/files.py reads tokenizers. Code in them is never executed.
 
 model.safetensors | pytorch_model.bin    tensors by name, in one file or in those that an index lists
 config.json                              settings

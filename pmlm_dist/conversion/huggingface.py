@@ -20,8 +20,8 @@ from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.files import CONFIG, WEIGHTS, write_settings
 from pmlm_dist.conversion.pretrained import PretrainedWeights
 from pmlm_dist.conversion.tensors import NameScheme, Tensors, short_list
-from pmlm_dist.vocab import SPECIAL_TOKENS, Vocabulary
-from pmlm_dist.vocab_files import TOKENIZER, TOKENIZER_CONFIG
+from pmlm_dist.vocabulary.files import TOKENIZER, TOKENIZER_CONFIG
+from pmlm_dist.vocabulary.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 NEW_HEAD_NOTE = "the checkpoint has no masked-LM head: head.dense is newly initialized, its biases are zero"
 _SHARED_SETTINGS = {

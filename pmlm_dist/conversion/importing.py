@@ -20,8 +20,8 @@ from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
 from pmlm_dist.conversion.tensors import Tensors, without_wrappers
 from pmlm_dist.conversion.unilm import from_unilm, is_unilm
 from pmlm_dist.json_input import read_json_object
-from pmlm_dist.vocab import Vocabulary
-from pmlm_dist.vocab_files import TOKENIZER, WORD_LIST
+from pmlm_dist.vocabulary.files import TOKENIZER, WORD_LIST
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 Format = Literal["auto", "bert", "mpnet", "unilm"]
 _FORMATS: dict[str, Callable[..., PretrainedWeights]] = {"bert": from_bert, "mpnet": from_mpnet, "unilm": from_unilm}

@@ -43,7 +43,7 @@ from pmlm_dist.conversion.tensors import (
     initial_head,
     to_scheme,
 )
-from pmlm_dist.vocab import PAD, Vocabulary
+from pmlm_dist.vocabulary.vocabulary import PAD, Vocabulary
 
 MPNET = NameScheme(
     prefix="mpnet.",

@@ -40,7 +40,7 @@ from pmlm_dist.model.task_model import TASK_HEAD
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model, context_inputs
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.layers import is_sharded, sharded_dimension, tp_rank, tp_size
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 _VOCABULARY_TENSORS = (TOKENS, HEAD_BIAS)
 """Tensors with one row per token."""

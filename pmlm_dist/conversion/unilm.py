@@ -29,7 +29,7 @@ from pmlm_dist.conversion.huggingface import (
 )
 from pmlm_dist.conversion.pretrained import PretrainedWeights
 from pmlm_dist.conversion.tensors import RELATIVE_BIAS, TOKENS, StrictTensors, Tensors
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 _RELATIVE_BIAS, _RELATIVE_BIAS_S2S_FT = "bert.encoder.rel_pos_bias.weight", "bert.rel_pos_bias.weight"
 _SELF_ATTENTION = "bert.encoder.layer.{}.attention.self"

@@ -22,7 +22,7 @@ from pmlm_dist.config import raise_if_any
 from pmlm_dist.corpus.packing.packer import SPECIAL_TOKENS_PER_SAMPLE
 from pmlm_dist.corpus.packing.stream_digest import UNIT_SAMPLES, locate_in_streams, stream_hash, token_digest
 from pmlm_dist.corpus.shards import IN_BOTH_SPLITS, SPLITS, Manifest, Shard, ShardError, ShardReader, open_shard
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 _BATCH_SAMPLES = 256
 _MAX_PROBLEMS = 20

@@ -18,7 +18,7 @@ import torch
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.masking.blockwise import SpecialIds, mask_rule, max_predictions
 from pmlm_dist.masking.layout import SlotInputs, build_layout, empty_layout
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)

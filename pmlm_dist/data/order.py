@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pmlm_dist.config import divisors, raise_if_any
+from pmlm_dist.config import raise_if_any
 from pmlm_dist.masking.random_state import seed_state
+from pmlm_dist.relations import divisors
 
 DEFAULT_LANES = 64
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pmlm_dist.checkpoint.files import MANIFEST, CorruptCheckpoint, read_weights, sha256_of
-from pmlm_dist.config import ConfigError, problems_of_model, raise_if_any
+from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.console import print_safely
 from pmlm_dist.conversion.pretrained import PretrainedModel, fill_weights, find_pretrained
 from pmlm_dist.downstream.prediction import Evaluation, Split, batches_of, evaluate, predictions_file, score_line
@@ -34,6 +34,7 @@ from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology, run_on_all_ranks
 from pmlm_dist.ranges import range_problems
+from pmlm_dist.relations import problems_of_model
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 
 from pmlm_dist.checkpoint.folder import newest_valid_at
-from pmlm_dist.config import problems_of_model, raise_if_any
+from pmlm_dist.config import raise_if_any
 from pmlm_dist.console import print_safely
 from pmlm_dist.downstream.job import SCORES, FinetuneJob
 from pmlm_dist.downstream.preparation import FinetuneData, engine_config_for_batch, prepare, task_model_config
@@ -23,6 +23,7 @@ from pmlm_dist.downstream.settings import UNFINISHED, FinetuneConfig, Recipe, ch
 from pmlm_dist.downstream.summary import FinetuneRun, summarize
 from pmlm_dist.files import write_atomically
 from pmlm_dist.parallel.groups import run_on_all_ranks
+from pmlm_dist.relations import problems_of_model
 from pmlm_dist.supervision.heartbeat import Heartbeat
 from pmlm_dist.supervision.signals import StopSignals
 from pmlm_dist.training.attempt import Attempt, open_attempt

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmlm_dist.config import BatchConfig, ConfigError, ModelConfig, divisors, raise_if_any
+from pmlm_dist.config import BatchConfig, ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.pretrained import PretrainedModel, find_pretrained
 from pmlm_dist.downstream.prediction import Split
 from pmlm_dist.downstream.results import digest_of
@@ -22,6 +22,7 @@ from pmlm_dist.downstream.tasks.registry import TASKS
 from pmlm_dist.downstream.tasks.task import Row, Task
 from pmlm_dist.engine.deepspeed_config import EngineConfig, load_engine_config
 from pmlm_dist.parallel.groups import Topology
+from pmlm_dist.relations import divisors
 
 
 @dataclass(frozen=True)

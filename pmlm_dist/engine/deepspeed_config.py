@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pmlm_dist.config import DS_CONFIGS, ConfigError, divisors, raise_if_any
+from pmlm_dist.config import DS_CONFIGS, ConfigError, raise_if_any
 from pmlm_dist.json_input import read_json_object
+from pmlm_dist.relations import divisors
 
 _ALLOWED = {
     "train_batch_size": "sequences of one optimizer step over all ranks",

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch._C._distributed_c10d import HashStore
 
-from pmlm_dist.config import ConfigError, divisors, raise_if_any
+from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.launch_environment import rendezvous
+from pmlm_dist.relations import divisors
 
 T = TypeVar("T")
 

@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pmlm_dist.config import ModelConfig, divisors
+from pmlm_dist.config import ModelConfig
 from pmlm_dist.engine.deepspeed_config import EngineConfig
 from pmlm_dist.planning.communication import Cluster, Traffic, collectives, traffic
 from pmlm_dist.planning.memory import Memory, memory
 from pmlm_dist.planning.model_states import Zero
 from pmlm_dist.planning.step_time import StepTime, step_time
 from pmlm_dist.planning.workload import VOCABULARY_MULTIPLE, Workload
+from pmlm_dist.relations import divisors
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ from pmlm_dist.config import (
     ObjectiveConfig,
     ParallelConfig,
     RunConfig,
-    divisors,
-    relation_problems,
 )
 from pmlm_dist.devices import DEVICES, GIGA, Device
 from pmlm_dist.presets import PRESETS
 from pmlm_dist.ranges import Positive, range_problems
+from pmlm_dist.relations import divisors, relation_problems
 from pmlm_dist.supervision.attempts import LLAMA_3_HOURS
 
 MEASURE = "measure"

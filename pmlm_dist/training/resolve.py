@@ -17,8 +17,7 @@ import torch
 
 from pmlm_dist.checkpoint.initial_weights import initial_weights_problems
 from pmlm_dist.checkpoint.resume import differences
-from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, as_dict, divisors, raise_if_any
-from pmlm_dist.config import problems as config_problems
+from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, as_dict, raise_if_any
 from pmlm_dist.corpus.shards import Manifest, misplaced
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.data.loader import BatchSource
@@ -30,7 +29,9 @@ from pmlm_dist.masking.blockwise import max_predictions
 from pmlm_dist.metrics.flops import training_flops
 from pmlm_dist.objectives import OBJECTIVES
 from pmlm_dist.parallel.groups import Topology, raise_on_all_ranks
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.relations import divisors
+from pmlm_dist.relations import problems as config_problems
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 # Settings that may change on resume: they change how the model is computed, not what is learned.
 _FREE_MODEL_SETTINGS = ("attention", "activation_checkpointing")

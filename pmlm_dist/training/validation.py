@@ -13,7 +13,7 @@ from pmlm_dist.metrics.run_log import Validation
 from pmlm_dist.objectives import NUM_COUNTS, OBJECTIVES, LossMeans, LossSums, loss_sums, target_weights
 from pmlm_dist.parallel.cross_entropy import vocab_parallel_argmax
 from pmlm_dist.parallel.groups import Topology
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 
 @torch.no_grad()

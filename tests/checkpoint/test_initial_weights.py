@@ -19,7 +19,7 @@ from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
 from pmlm_dist.conversion.tensors import parameter_shapes
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 ROW_PARALLEL = ("attention.output.weight", "ffn_out.weight")
 REPLICATED = ("norm.weight", "norm.bias", "output.bias", "ffn_out.bias", "position.weight", "segment.weight")

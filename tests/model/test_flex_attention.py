@@ -18,13 +18,14 @@ from support.small_runs import Trained, run_config, train, with_model
 from support.worlds import run_world
 from torch import Tensor
 
-from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, problems
+from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.masking.visibility import visibility_matrix
 from pmlm_dist.model import flex_attention
 from pmlm_dist.model.attention import ATTENTION_BACKENDS, AttentionPlan, Slots
 from pmlm_dist.model.flex_attention import BlockGroup
 from pmlm_dist.parallel import groups
+from pmlm_dist.relations import problems
 from pmlm_dist.training.resolve import resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")

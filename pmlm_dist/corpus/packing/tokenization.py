@@ -18,7 +18,7 @@ import numpy as np
 
 from pmlm_dist.corpus.input.documents import Document
 from pmlm_dist.corpus.input.segmentation import split_text
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 T = TypeVar("T")
 

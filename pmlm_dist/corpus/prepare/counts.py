@@ -14,7 +14,7 @@ from pmlm_dist.corpus.input.records import SkippedRecords
 from pmlm_dist.corpus.packing.packer import SPECIAL_TOKENS_PER_SAMPLE
 from pmlm_dist.corpus.prepare.settings import PrepareConfig
 from pmlm_dist.corpus.shards import SPLITS, TRAIN, VALIDATION, Manifest, Shard, Split, token_dtype
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 _MAX_UNKNOWN = 0.01
 """Share of [UNK] above which the summary warns."""

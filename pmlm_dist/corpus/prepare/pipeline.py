@@ -78,7 +78,7 @@ from pmlm_dist.corpus.shards import (
     write_shard,
 )
 from pmlm_dist.folder_lock import FolderLock
-from pmlm_dist.vocab import VOCABULARY_FILES, Vocabulary
+from pmlm_dist.vocabulary.vocabulary import VOCABULARY_FILES, Vocabulary
 
 if TYPE_CHECKING:
     from pmlm_dist.corpus.prepare.mpi import Intracomm

@@ -18,7 +18,7 @@ from pmlm_dist.corpus.input.units import UNIT_BYTES
 from pmlm_dist.corpus.packing.packer import MIN_SEQUENCE_LENGTH, Joined
 from pmlm_dist.corpus.shards import MANIFEST, Manifest
 from pmlm_dist.ranges import NotNegative, Positive, Range, range_problems
-from pmlm_dist.vocab import CHARACTER_COVERAGE, Vocabulary
+from pmlm_dist.vocabulary.vocabulary import CHARACTER_COVERAGE, Vocabulary
 
 PYTHON_DOCS = "python-docs"
 SAMPLES_PER_SHARD = 8192

@@ -24,7 +24,7 @@ from pmlm_dist.corpus.prepare.journal import RUNS
 from pmlm_dist.corpus.prepare.sampling import Segment, ValidationSample
 from pmlm_dist.corpus.prepare.scan import EXACT, NEAR, Scan
 from pmlm_dist.corpus.shards import IN_BOTH_SPLITS, SPLITS, TRAIN, token_dtype
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 TOO_FEW_TOKENS = "fewer than two tokens"
 DUPLICATE = "duplicate"

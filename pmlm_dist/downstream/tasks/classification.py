@@ -36,7 +36,7 @@ from pmlm_dist.downstream.tasks.inputs import (
 )
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
 from pmlm_dist.model.task_model import TaskModel
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 MAX_TOKENS = 128
 

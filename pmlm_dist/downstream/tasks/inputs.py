@@ -16,7 +16,7 @@ from pmlm_dist.downstream.tasks.task import Row, TaskBatch
 from pmlm_dist.files import json_line
 from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.model.transformer import context_inputs
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 _MAX_LISTED = 5
 """Row problems listed in an error message; the others are counted."""

@@ -34,7 +34,7 @@ from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
 from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 SOURCES, TARGETS = ("src", "source", "text"), ("tgt", "target", "summary")
 """Possible names of the columns."""

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from pmlm_dist.config import ModelConfig
 from pmlm_dist.downstream.settings import FinetuneConfig
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 Row = Mapping[str, Any]
 Example = TypeVar("Example")

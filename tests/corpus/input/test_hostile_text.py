@@ -15,7 +15,7 @@ from pmlm_dist.corpus.input.units import list_units
 from pmlm_dist.corpus.prepare.pipeline import prepare_corpus
 from pmlm_dist.corpus.shards import Manifest
 from pmlm_dist.corpus.verify import verify
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 WORD = "understandably"
 WORDS = 200_000_000 // (len(WORD) + 1)

@@ -11,7 +11,7 @@ from pmlm_dist.corpus.input.documents import Document
 from pmlm_dist.corpus.input.segmentation import split_text
 from pmlm_dist.corpus.packing import tokenization
 from pmlm_dist.corpus.packing.tokenization import CachedEncoder
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 SPECIAL_CHARACTERS = "\x00\x0b\x0c\x1c\x1f\x85\xa0\u2003\u3000\u0301\u200bİßςΣé日。’-'.,![MASK]\ufffd"
 

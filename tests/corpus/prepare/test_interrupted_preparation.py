@@ -12,7 +12,7 @@ from pmlm_dist.corpus.prepare import pipeline
 from pmlm_dist.corpus.prepare.pipeline import prepare_corpus
 from pmlm_dist.corpus.prepare.scan import Scan
 from pmlm_dist.corpus.prepare.sorted_runs import RunPacker
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 KILLED_IN_UNIT_5 = """
 import os, signal, sys

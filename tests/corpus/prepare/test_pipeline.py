@@ -21,7 +21,7 @@ from pmlm_dist.corpus.prepare.settings import PrepareConfig, problems
 from pmlm_dist.corpus.prepare.source_files import unsplittable_warnings
 from pmlm_dist.corpus.shards import Manifest
 from pmlm_dist.corpus.verify import verify
-from pmlm_dist.vocab import SPECIAL_TOKENS, Vocabulary
+from pmlm_dist.vocabulary.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 
 @pytest.fixture(scope="module")

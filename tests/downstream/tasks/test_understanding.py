@@ -18,7 +18,7 @@ from pmlm_dist.downstream.tasks.classification import Classification
 from pmlm_dist.downstream.tasks.inputs import truncate
 from pmlm_dist.downstream.tasks.registry import GLUE, TASKS
 from pmlm_dist.downstream.tasks.spans import Spans, best_span
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.from_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
 MODEL = ModelConfig(vocab_size=VOCABULARY.size, max_positions=64)

@@ -23,8 +23,8 @@ import torch
 
 from pmlm_dist.masking.layout import Layout, SlotInputs, empty_layout
 from pmlm_dist.masking.seq2seq_layout import fill_pair
-from pmlm_dist.vocab import Vocabulary
-from pmlm_dist.vocab_files import CONTINUATION
+from pmlm_dist.vocabulary.files import CONTINUATION
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 Method = Literal["par", "pll", "pll-word"]
 METHODS: tuple[Method, ...] = ("par", "pll", "pll-word")

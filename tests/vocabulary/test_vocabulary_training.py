@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 WORDS = {
     "Hindi": "हिन्दी भारत की भाषा है और यह देवनागरी लिपि में लिखी जाती है पानी किताब स्कूल",

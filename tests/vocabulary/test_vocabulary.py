@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.vocab import SPECIAL_TOKENS, Vocabulary
+from pmlm_dist.vocabulary.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 WORDS = ["the", "model", "reads", "masked", "spans", "transformers", "tokenization", "Straße", "café", "naïve", "don't"]
 

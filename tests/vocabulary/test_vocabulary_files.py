@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SPECIAL, "haus", "the", "schon", "un", "##s", "covid", "a", "b", "-", ".", "1", "##1", "<", ">"]

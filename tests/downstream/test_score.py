@@ -1,4 +1,4 @@
-"""`pmlm score` and `pmlm evaluate --suite`: files, ranks, ties, errors. `decoding/test_scoring.py` has the numbers."""
+"""`pmlm score` and `pmlm evaluate --suite`: files, ranks, ties, errors; `likelihood/test_scoring.py` has numbers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from support.worlds import run_world
 from pmlm_dist.cli import main
 from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.pretrained import build_pretrained, open_pretrained, save_pretrained
-from pmlm_dist.decoding.scoring import METHODS, score_texts
-from pmlm_dist.downstream.minimal_pairs import BAD, GOOD, MinimalPair, accuracies, read_pairs
+from pmlm_dist.likelihood.minimal_pairs import BAD, GOOD, MinimalPair, accuracies, read_pairs
+from pmlm_dist.likelihood.scoring import METHODS, score_texts
 
 TEXTS = [row["text"] for row in text_rows(7)]
 PAIRS = [

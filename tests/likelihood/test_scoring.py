@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from support.batches import SPECIAL, VOCABULARY, model_of
 
 from pmlm_dist.decoding.incremental import Appended, Context, DecodingSession
-from pmlm_dist.decoding.scoring import METHODS, Method, batches_of_texts, num_slots, score_texts
+from pmlm_dist.likelihood.scoring import METHODS, Method, batches_of_texts, num_slots, score_texts
 from pmlm_dist.model.transformer import PseudoMaskedLM, context_inputs
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 WORDS = [f"word{number}" if number % 3 else f"##piece{number}" for number in range(5, VOCABULARY)]
 VOCAB = Vocabulary.from_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])

@@ -1,8 +1,8 @@
 """The vocabulary: WordPiece tokens, how text is read with them, special tokens and the padded size.
 
-    vocab.txt | tokenizer.json  --vocab_files.py--.
+    vocab.txt | tokenizer.json  --files.py----.
                                                   |-->  Vocabulary  -->  token ids
-                         texts  --vocab_training.py--'
+                         texts  --training.py-'
 
 The whole state is the text of a `tokenizer.json`, so processes can send a vocabulary as a string. Raw text never gives
 a special token: a literal "[SEP]" in a document is tokenized as bracket, word, bracket. Other added tokens are words.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.files import write_atomically
-from pmlm_dist.vocab_files import (
+from pmlm_dist.vocabulary.files import (
     BERT_WORDS,
     CLS,
     CONTINUATION,
@@ -105,7 +105,7 @@ class Vocabulary:
         characters, which are `coverage` of the text; a word with any other character becomes [UNK]. Accents are kept
         also where stripping them would change more than 1 % of the characters: `notes`.
         """
-        from pmlm_dist.vocab_training import TrainingText, train_tokens
+        from pmlm_dist.vocabulary.training import TrainingText, train_tokens
 
         prepared = TrainingText.of(texts, cased=cased, keep_accents=keep_accents)
         tokens = train_tokens(prepared, size=size, coverage=coverage)

@@ -1,4 +1,4 @@
-"""`pmlm score`: the log-likelihood of every text of a file (decoding/scoring.py).
+"""`pmlm score`: the log-likelihood of every text of a file (likelihood/scoring.py).
 
 file of texts --all ranks--> token ids --sorted by length, in batches, ranks in turn--> log-probabilities of the tokens
                              --rank 0 keeps them in OUTPUT.part (results.py)--> OUTPUT: a JSON object a text
@@ -21,14 +21,14 @@ from pmlm_dist.checkpoint.files import MANIFEST, sha256_of
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.console import print_safely
 from pmlm_dist.conversion.pretrained import Precision, PretrainedWeights, load_model, open_pretrained
-from pmlm_dist.decoding.scoring import Method, batches_of_texts, score_texts
 from pmlm_dist.downstream.results import ResultsFile, compute_batches, digest_of, open_results
 from pmlm_dist.downstream.texts import encode_texts, read_texts
 from pmlm_dist.files import json_line
+from pmlm_dist.likelihood.scoring import Method, batches_of_texts, score_texts
 from pmlm_dist.parallel import groups
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.ranges import Positive, range_problems
-from pmlm_dist.vocab import Vocabulary
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.vocab_files import (
+from pmlm_dist.vocabulary.files import (
     CONTINUATION,
     MAX_WORD_CHARACTERS,
     SPECIAL_TOKENS,

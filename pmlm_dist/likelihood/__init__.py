@@ -1,0 +1,1 @@
+"""Log-likelihoods of texts under a model, and minimal pairs of them."""

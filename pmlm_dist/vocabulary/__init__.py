@@ -1,0 +1,1 @@
+"""WordPiece vocabularies: files, training, tokenization."""
