@@ -214,6 +214,10 @@ class TrainConfig:
     """Steps between validations; the last step is always validated."""
     validation_samples: Annotated[int, Positive] = 4_096
     """Held-out samples of one validation, at most all of the corpus."""
+    probe: Path | None = None
+    """Minimal pairs that are scored at every validation: a folder, .zip or .jsonl as for `pmlm evaluate --suite`."""
+    probe_pairs: Annotated[int, Positive] = 1_000
+    """Pairs of `probe` that are scored, equally many of each paradigm."""
     fill_ins: Annotated[int, NotNegative] = 4
     """Validation samples whose masked text is filled in and written to TensorBoard."""
     checkpoint_every: Annotated[int, Positive] = 5_000
@@ -290,5 +294,10 @@ class RunConfig:
 
 def as_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON values, nested like the dataclasses."""
-    plain = dataclasses.asdict(config)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(part) for name, part in value.items()}
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))

@@ -11,7 +11,7 @@ import json
 import resource
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -125,6 +125,15 @@ class RunLog:
             f"unigram entropy {unigram_entropy:6.3f}",
         ]
         self.info(f"validation at step {step}:  {'  '.join(parts)}")
+
+    def probe(self, result: Mapping[str, Any], *, method: str, step: int) -> None:
+        """Write the accuracies on minimal pairs (likelihood/minimal_pairs.py)."""
+        if not self.enabled:
+            return
+        terms = {f"probe/{method}/{term}": accuracy for term, accuracy in result["terms"].items()}
+        self._scalars({f"probe/{method}": result["accuracy"], **terms}, step=step)
+        self.info(f"probe at step {step}:  {method} {result['accuracy']:.2%} of {result['pairs']:,} pairs")
+        self._writer.flush()
 
     def ranks(self, per_rank: Sequence[RankTimes], *, step: int) -> None:
         """Write data, compute and step time of each rank; in a large world only median and maximum."""

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from pmlm_dist.data.loader import validation_batches
 from pmlm_dist.engine.deepspeed_engine import has_fast_bf16, initialize_engine, module_of
 from pmlm_dist.engine.optimizer import learning_rate
 from pmlm_dist.files import write_atomically
+from pmlm_dist.likelihood.probe import Probe
 from pmlm_dist.metrics.flops import peak_tflops
 from pmlm_dist.metrics.meter import Interval, StepResult
 from pmlm_dist.metrics.run_log import Progress
 from pmlm_dist.metrics.stragglers import RankTimes, Stragglers
 from pmlm_dist.model.transformer import build_model
-from pmlm_dist.objectives import LossMeans, loss_scales
+from pmlm_dist.objectives import OBJECTIVES, LossMeans, loss_scales
 from pmlm_dist.parallel import seeding
 from pmlm_dist.parallel.layers import count_parameters
 from pmlm_dist.training.batches import TrainBatches, synchronized_batches
@@ -225,6 +227,18 @@ class PretrainJob(TrainingJob[Batch]):
             fill_ins=train.fill_ins,
         )
         session.log.validation(validation, step=state.step, unigram_entropy=run.manifest.unigram_entropy)
+        if run.probe is not None:
+            self._log_probe(session, run.probe, step=state.step, can_stop=not is_last)
+
+    def _log_probe(self, session: TrainingSession, probe: Probe, *, step: int, can_stop: bool) -> None:
+        """Log the accuracy on minimal pairs by what the objectives train: PAR from left to right, AE mask by mask."""
+        check = partial(session.attempt.stop.checked_before_each, enabled=can_stop)
+        session.engine.eval()
+        for objective in OBJECTIVES[self.run.config.objective.kind]:
+            method = "par" if objective == "par" else "pll"
+            result = probe.accuracies(session.engine, method, self.run.vocabulary, self.topology, check=check)
+            session.log.probe(result, method=method, step=step)
+        session.engine.train()
 
     def is_save_due(self, state: RunState) -> bool:
         """See `TrainingJob`: every `train.checkpoint_every` steps and at the last."""

@@ -25,6 +25,7 @@ from pmlm_dist.data.mixture import shares_of_period
 from pmlm_dist.data.order import BatchShare, choose_lanes
 from pmlm_dist.data.stream import CorpusSource
 from pmlm_dist.engine.deepspeed_config import EngineConfig, batch_problems, load_engine_config
+from pmlm_dist.likelihood.probe import Probe
 from pmlm_dist.masking.blockwise import max_predictions
 from pmlm_dist.metrics.flops import training_flops
 from pmlm_dist.objectives import OBJECTIVES
@@ -52,6 +53,8 @@ class ResolvedRun:
     """The corpus that gives vocabulary and validation samples."""
     training: tuple[CorpusSource, ...]
     """The corpora of the training samples: `own_corpus`, or the sources of a mixture."""
+    probe: Probe | None = None
+    """The minimal pairs of `train.probe`."""
 
     @property
     def share(self) -> BatchShare:
@@ -207,6 +210,9 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
             ),
         )
         problems += _cache_problems(config, training, lanes=lanes) if lanes else []
+    probe = None
+    if config.train.probe is not None and vocabulary is not None:
+        probe = _collect_problems(problems, partial(_load_probe, config.train.probe, config, vocabulary))
     if saved and manifest is None:
         problems.append(_missing_corpus(saved))
     raise_on_all_ranks(problems, topology)
@@ -219,7 +225,7 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
         model=dataclasses.replace(config.model, vocab_size=vocabulary.size),
         data=dataclasses.replace(config.data, lanes=lanes),
     )
-    run = ResolvedRun(completed, engine, manifest, vocabulary, topology, own, training)
+    run = ResolvedRun(completed, engine, manifest, vocabulary, topology, own, training, probe)
     if saved:
         problems += _identity_problems(saved, run, lanes_are_set=config.data.lanes is not None)
         raise_on_all_ranks(problems, topology)
@@ -228,6 +234,10 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
             problems += initial_weights_problems(config.init, completed.model, vocabulary)
         raise_on_all_ranks(problems, topology)
     return run
+
+
+def _load_probe(source: Path, config: RunConfig, vocabulary: Vocabulary) -> Probe:
+    return Probe.load(source, vocabulary, most=config.train.probe_pairs, max_tokens=config.model.max_positions - 2)
 
 
 def _missing_corpus(saved: dict[str, Any]) -> str:
