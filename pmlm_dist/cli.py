@@ -158,18 +158,32 @@ def score(arguments: Sequence[str]) -> None:
     _parse(score_file, score, arguments, flat=True)
 
 
+def embed(arguments: Sequence[str]) -> None:
+    """Write a vector for every text of a file: pmlm embed FILE --model DIR --output VECTORS.npy."""
+    set_num_threads()
+    from pmlm_dist.downstream.embed import embed_file
+
+    _parse(embed_file, embed, arguments, flat=True)
+
+
+def linear_probe(arguments: Sequence[str]) -> None:
+    """Measure what a linear classifier reads from a model's frozen vectors, beside untrained ones and TF-IDF."""
+    set_num_threads()
+    from pmlm_dist.downstream import embed as command
+
+    command.linear_probe(_parse(command.LinearProbeConfig, linear_probe, arguments))
+
+
 def evaluate(arguments: Sequence[str]) -> None:
     """Score a fine-tuned model on a split, and write its predictions; with --suite: a model on minimal pairs."""
+    set_num_threads()
     if _option_value("suite", arguments) is not None:
-        set_num_threads()
         from pmlm_dist.downstream.suite import SuiteConfig, evaluate_suite
 
         evaluate_suite(_parse(SuiteConfig, evaluate, arguments))
         return
-    from pmlm_dist.downstream.settings import EvaluateConfig
-
-    set_num_threads()
     from pmlm_dist.downstream.evaluate import evaluate_saved
+    from pmlm_dist.downstream.settings import EvaluateConfig
 
     evaluate_saved(_parse(EvaluateConfig, evaluate, arguments))
 
@@ -236,6 +250,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "predict": predict,
     "score": score,
+    "embed": embed,
+    "linear-probe": linear_probe,
     "demo-tasks": demo_tasks,
     "generate": generate,
     "fill": fill,

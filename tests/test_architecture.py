@@ -63,7 +63,7 @@ THIRD_PARTIES = {
     "pyarrow": ("corpus/input/",),
     "rouge_score": ("downstream/tasks/overlap.py",),
     "sacrebleu": ("downstream/tasks/overlap.py",),
-    "sklearn": ("downstream/tasks/scores.py",),
+    "sklearn": ("downstream/tasks/scores.py", "downstream/embed.py"),
     "scipy": ("downstream/tasks/scores.py",),
     "zstandard": ("corpus/input/",),
     "rich": ("corpus/prepare/mpi.py", "commands/inspect.py", "planning/report.py"),

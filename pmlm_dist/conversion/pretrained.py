@@ -38,7 +38,7 @@ from pmlm_dist.files import name_in_errors
 from pmlm_dist.folder_lock import FolderLock
 from pmlm_dist.model.task_model import TASK_HEAD
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model, context_inputs
-from pmlm_dist.parallel import groups
+from pmlm_dist.parallel import groups, seeding
 from pmlm_dist.parallel.layers import is_sharded, sharded_dimension, tp_rank, tp_size
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
@@ -175,11 +175,17 @@ def _shape_problems(pretrained: PretrainedWeights, folder: Path) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- inference
 
 
+def build_untrained(pretrained: PretrainedWeights, *, seed: int) -> PseudoMaskedLM:
+    """Return a module of the same shape with initial weights, in evaluation mode, on this rank's device."""
+    device = groups.init_process_groups().device
+    config = replace(pretrained.model, attention="fused", activation_checkpointing=False)
+    seeding.seed_initialization(seed)
+    return build_model(config, padded_vocab_size=pretrained.vocabulary.padded_size()).eval().to(device)
+
+
 def build_pretrained(pretrained: PretrainedWeights) -> PseudoMaskedLM:
     """Return the module in evaluation mode, on the CPU."""
-    groups.init_process_groups()
-    config = replace(pretrained.model, attention="fused", activation_checkpointing=False)
-    model = build_model(config, padded_vocab_size=pretrained.vocabulary.padded_size()).eval()
+    model = build_untrained(pretrained, seed=0).cpu()
     fill_weights(model, pretrained.weights, origin=pretrained.facts.get("folder"))
     return model
 
