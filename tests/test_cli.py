@@ -66,6 +66,7 @@ def test_single_process_commands_exit_2_on_several_ranks(
     assert f"{command} runs in one process but was started as 2" in capsys.readouterr().err
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("program", ["train.py", "-m pmlm_dist.cli plan", "-m pmlm_dist.cli finetune"])
 def test_closed_pipe_of_help_gives_no_traceback(program: str):
     command = [sys.executable, *program.split(), "--help"]

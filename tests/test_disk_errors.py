@@ -44,6 +44,7 @@ def pmlm(*arguments: str, limit: int | None = None, stdout: Path | None = None) 
 
 
 @pytest.mark.fault("F45")
+@pytest.mark.distributed
 @pytest.mark.parametrize("limit", [700, 3000, 6000])
 def test_full_disk_ends_prepare_corpus_with_one_message(tmp_path: Path, limit: int):
     """In the journal, in the vocabulary, in a shard; with room the same command resumes."""

@@ -15,7 +15,12 @@ from pmlm_dist import cli
 
 ROOT = Path(__file__).parent.parent
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z][\w-]*)*")
-SUBCOMMANDS = {"corpus": ("verify",), "checkpoint": ("ls", "verify", "reshape"), "demo-tasks": ("data", "table")}
+SUBCOMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "corpus": (("verify",),),
+    "checkpoint": (("ls",), ("verify",), ("reshape",)),
+    "demo-tasks": (("data",), ("table",)),
+    "evaluate": ((), ("--suite", "blimp")),
+}
 EXTERNAL = {
     *("--num_gpus", "--nproc_per_node", "--no-python", "--launcher", "--no_ssh_check", "--master_addr", "--hostfile"),
     *("--local_rank", "--local-rank", "--log_level", "--allow-run-as-root", "--oversubscribe", "--mpi", "--pty"),
@@ -29,10 +34,10 @@ RESTART = {"--key", "--code", "--max-failures", "--max-preemptions-without-progr
 
 def helps() -> Iterator[str]:
     for command in cli.COMMANDS:
-        for sub in SUBCOMMANDS.get(command, (None,)):
+        for sub in SUBCOMMANDS.get(command, ((),)):
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-                cli.COMMANDS[command]([*([sub] if sub else []), "--help"])
+                cli.COMMANDS[command]([*sub, "--help"])
             yield printed.getvalue()
 
 

@@ -16,6 +16,7 @@ needs_onnx = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.joi
 
 
 @needs_onnx
+@pytest.mark.full
 @pytest.mark.parametrize(("format", "relative_bias"), [("bert", False), ("mpnet", True)])
 def test_onnx_states_equal_the_models(tmp_path, format, relative_bias: bool):
     import onnxruntime

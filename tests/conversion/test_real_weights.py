@@ -109,6 +109,7 @@ def losses_from(config: RunConfig) -> list[float]:
     return losses
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_pre_training_starts_from_imported_weights(imported, tmp_path):
     corpus = english_corpus(tmp_path / "corpus", Vocabulary.load(imported))

@@ -33,6 +33,7 @@ def compile_until_killed(started: Connection, folder: Path) -> None:
         time.sleep(60)
 
 
+@pytest.mark.full
 @pytest.mark.fault("F09")
 def test_build_lock_removes_the_unfinished_build_of_a_killed_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

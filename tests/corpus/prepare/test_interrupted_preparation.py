@@ -46,6 +46,7 @@ def corpus(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_killed_preparation_resumes_with_another_number_of_ranks(source: Path, corpus: Path, tmp_path: Path):
     """SIGKILL of rank 1 of 2 in unit 5; three ranks resume, and write the bytes of one rank."""
@@ -64,6 +65,7 @@ def test_killed_preparation_resumes_with_another_number_of_ranks(source: Path, c
     assert content(wanted.output) == content(corpus)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("where", ["scan", "pack", "write"])
 def test_resume_does_not_repeat_finished_work(
     source: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str

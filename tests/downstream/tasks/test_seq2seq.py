@@ -303,6 +303,7 @@ def test_rouge_and_bleu_equal_known_values():
 # ------------------------------------------------------------------------------------------------------------ start-up
 
 
+@pytest.mark.full
 def test_commands_that_do_not_train_do_not_import_deepspeed():
     """DeepSpeed takes seconds to import, and prints to stdout, which programs parse."""
     code = "import sys, pmlm_dist.commands.fill, pmlm_dist.downstream.evaluate; sys.exit('deepspeed' in sys.modules)"
