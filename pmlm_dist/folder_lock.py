@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pmlm_dist.config import ConfigError
 from pmlm_dist.files import write_atomically
 
 LOCK = ".lock"
@@ -112,12 +113,15 @@ class FolderLock:
     ) -> FolderLock:
         """Lock the folder `output`; with `beside` a file or folder that appears at the end, by a lock beside it.
 
-        Raises `FolderInUse` when the owner is alive, OSError when the lock cannot be written. Takes up to
-        `times.stale_s` seconds when the owner was on another host and is dead.
+        Raises `FolderInUse` when the owner is alive, ConfigError if the path is no folder, OSError if the lock cannot
+        be written. Takes up to `times.stale_s` seconds when the owner was on another host and is dead.
         """
         path = output.with_name(f"{output.name}{LOCK}") if beside else output / LOCK
         new_folder = not path.parent.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ConfigError([f"{path.parent} is no folder, or not within one: give another, or move it"]) from error
         own = LockOwner.current(os.environ if environ is None else environ)
         while not _write_lock(path, own, replace=False):
             if _take_over(path, own, output=output, times=times):
@@ -200,14 +204,14 @@ def read_owner(path: Path) -> LockOwner | None:
     """Return the owner of the lock at `path`; None without a lock, or for an unreadable one."""
     try:
         return LockOwner(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError, RecursionError):
         return None
 
 
 def _is_foreign(path: Path) -> bool:
     """Return True for a file that no process is just writing as a lock: such a file is empty."""
     try:
-        return path.stat().st_size > 0 and read_owner(path) is None
+        return (path.is_dir() or path.stat().st_size > 0) and read_owner(path) is None
     except FileNotFoundError:
         return False
 

@@ -85,6 +85,8 @@ def disk_error(number: int) -> OSError:
         (errno.EFBIG, "raise the limit of the size of a file (`ulimit -f`)"),
         (errno.EROFS, "choose a folder that can be written to"),
         (errno.EACCES, "change its permissions, or choose another"),
+        (errno.ENOTDIR, "choose another path"),
+        (errno.ENAMETOOLONG, "choose a shorter path"),
     ],
 )
 def test_every_error_of_a_disk_has_its_way_out(number: int, way_out: str, capsys: pytest.CaptureFixture[str]):
@@ -115,8 +117,14 @@ def write_with_torch(folder: Path) -> None:
         torch.save({"a": torch.ones(300_000)}, file)
 
 
+def write_little_with_torch(folder: Path) -> None:
+    """Its first write fails; while it closes the file, it raises a RuntimeError without a number."""
+    with FULL.open("wb", buffering=0) as file:
+        torch.save({"a": torch.ones(3)}, file)
+
+
 @pytest.mark.fault("F45")
-@pytest.mark.parametrize("write", [write_with_python, write_with_torch])
+@pytest.mark.parametrize("write", [write_with_python, write_with_torch, write_little_with_torch])
 def test_full_disk_during_an_export_names_the_output_and_leaves_nothing(tmp_path: Path, write):
     with pytest.raises(Exception) as caught, new_folder(tmp_path / "model") as temporary:
         write(temporary)
@@ -150,4 +158,8 @@ def test_new_folder_keeps_what_others_have_written(tmp_path: Path):
         (temporary / "file").write_text("own")
         with pytest.raises(ConfigError), FolderLock.acquire(tmp_path / "other", beside=True), new_folder(foreign):
             pass
+    (tmp_path / "link").symlink_to("nothing")
+    with pytest.raises(ConfigError, match="already exists and is not overwritten"), new_folder(tmp_path / "link"):
+        pass
+    (tmp_path / "link").unlink()
     assert content(tmp_path) == {f"{foreign.name}/file": b"foreign", "model/file": b"own"}

@@ -17,6 +17,7 @@ import pytest
 
 from pmlm_dist import folder_lock
 from pmlm_dist.checkpoint.folder import CheckpointFolder
+from pmlm_dist.config import ConfigError
 from pmlm_dist.folder_lock import LOCK, FolderInUse, FolderLock, LockOwner, LockTimes, Superseded, read_owner
 
 
@@ -179,8 +180,24 @@ def test_lock_beside_an_output_leaves_the_output_alone(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_foreign_file_with_the_name_of_a_lock_is_kept(tmp_path: Path):
-    (tmp_path / LOCK).write_text("notes of a user")
+@pytest.mark.parametrize("text", ["notes of a user", "[1]", "[" * 100_000])
+def test_foreign_file_with_the_name_of_a_lock_is_kept(tmp_path: Path, text: str):
+    (tmp_path / LOCK).write_text(text)
     with pytest.raises(FolderInUse, match="is no lock of this program: move it"):
         FolderLock.acquire(tmp_path)
-    assert (tmp_path / LOCK).read_text() == "notes of a user"
+    assert (tmp_path / LOCK).read_text() == text
+
+
+def test_foreign_folder_with_the_name_of_a_lock_is_kept(tmp_path: Path):
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(FolderInUse, match="is no lock of this program: move it"):
+        FolderLock.acquire(tmp_path)
+    assert (tmp_path / LOCK).is_dir()
+
+
+def test_output_that_is_no_folder_is_one_message(tmp_path: Path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nothing")
+    for output, beside in (("file", False), ("link", False), ("file/model", False), ("file/model", True)):
+        with pytest.raises(ConfigError, match="is no folder, or not within one: give another"):
+            FolderLock.acquire(tmp_path / output, beside=beside)

@@ -52,7 +52,7 @@ def read_tensors(path: Path | str) -> Tensors:
         reason = (str(error).splitlines() or [""])[0]  # torch appends paragraphs of advice
         raise ConfigError([f"{path} cannot be read: {reason or repr(error)}"]) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ConfigError([f"{path} is not a mapping from names to tensors"])
+        raise ConfigError([f"{path} is not a mapping from names to tensors: save the state_dict of the model alone"])
     return dict(tensors)
 
 

@@ -282,7 +282,7 @@ def new_folder(output: Path | str) -> Iterator[Path]:
     """
     output = Path(output)
     with name_in_errors(output), FolderLock.acquire(output, beside=True) as lock:
-        if output.exists():
+        if os.path.lexists(output):  # also a link to nothing
             raise ConfigError([f"--output ({output}) already exists and is not overwritten: choose another"])
         temporary = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")
         temporary.mkdir()

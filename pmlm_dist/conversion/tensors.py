@@ -10,6 +10,7 @@ Tensors are read by name and shape. All missing, unknown and mismatched ones are
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ RELATIVE_BIAS, HEAD_BIAS = "relative_bias.weight", "head.bias"
 _INNER_WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 """Parts of names that torch.compile, FSDP and activation checkpointing add, around any module of a model."""
 _WRAPPERS = re.compile(rf"^(?:(?:module|model|{_INNER_WRAPPERS})\.)+|(?<=\.)(?:{_INNER_WRAPPERS})\.")
-"""Also `module.` and `model.`, which DistributedDataParallel and training frameworks put before all names."""
+"""Also `module.` and `model.`, which DistributedDataParallel and training frameworks put before names."""
+
+_MODELS = ("bert", "mpnet")
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,21 @@ def without_wrappers(tensors: Tensors, *, origin: str) -> tuple[Tensors, list[st
 
     Raises `ConfigError` if two tensors have the same name without them.
     """
-    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    parts = sorted({part for name in tensors for part in _WRAPPERS.findall(name)})
+    first = _common_beginning(tensors)
+    names = {name: _WRAPPERS.sub("", name.removeprefix(first)) for name in tensors}
+    plain = {names[name]: tensor for name, tensor in tensors.items()}
+    parts = sorted({part for name in tensors for part in _WRAPPERS.findall(name.removeprefix(first))} | {first} - {""})
     if len(plain) < len(tensors):
         raise ConfigError([f"{origin}: tensors have the same name without {short_list(parts)}: save one model alone"])
     note = f"names of tensors are read without {short_list(parts)}, which wrappers of the model added"
     return plain, [note] if parts else []
+
+
+def _common_beginning(names: Iterable[str]) -> str:
+    """Return what all names have before the model's own, such as `net.`: the name of a field that held the model."""
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    common = itertools.takewhile(lambda parts: len(set(parts)) == 1 and parts[0] not in _MODELS, levels)
+    return "".join(f"{parts[0]}." for parts in common)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -135,6 +147,7 @@ class StrictTensors:
         self._remaining, self._origin = dict(tensors), origin
         self._missing: list[str] = []
         self._problems: list[str] = []
+        self._different: list[str] = []
         self._padded: dict[str, int] = {}
 
     def has(self, prefix: str) -> bool:
@@ -147,11 +160,9 @@ class StrictTensors:
         if tensor is None:
             self._missing.append(f"{name} {list(shape)}")
         elif not tensor.is_floating_point():
-            self._problems.append(f"{self._origin}: {name} has type {tensor.dtype}, which is not floating point")
+            self._different.append(f"{name} has type {tensor.dtype}, which is not floating point")
         elif tuple(tensor.shape) != shape:
-            self._problems.append(
-                f"{self._origin}: {name} has shape {list(tensor.shape)}, its configuration requires {list(shape)}"
-            )
+            self._different.append(f"{name} has shape {list(tensor.shape)}, its configuration requires {list(shape)}")
         else:
             return tensor.float().contiguous()
         return torch.zeros(shape)
@@ -196,6 +207,8 @@ class StrictTensors:
     def finish(self) -> None:
         """Raise one `ConfigError` for all recorded problems, missing and unknown tensors."""
         problems = list(self._problems)
+        if self._different:
+            problems.append(f"{self._origin}: {short_list(self._different, shown=2)}")
         if self._missing:
             problems.append(f"{self._origin}: missing tensors: {short_list(self._missing)}")
         if self._remaining:

@@ -211,7 +211,7 @@ def read_metrics(run_dir: Path) -> dict[int, dict[str, float]]:
         for line in lines:
             try:
                 scalars = json.loads(line)
-            except ValueError:  # partial line of a killed run
+            except (ValueError, RecursionError):  # partial line of a killed run, or no line of this program
                 continue
             by_step.setdefault(int(scalars.pop("step")), {}).update(scalars)
     return dict(sorted(by_step.items()))

@@ -103,7 +103,7 @@ def read_attempts(run_dir: Path) -> list[AttemptRecord]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             facts = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if facts["event"] == "start":
             names = ("attempt", "start_time", "step", "world_size", "checkpoint_every")

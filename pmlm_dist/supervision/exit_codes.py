@@ -125,6 +125,10 @@ _DISK_ERRORS = {
     errno.EROFS: "cannot be written: {}; choose a folder that can be written to",
     errno.EACCES: "cannot be opened: {}; change its permissions, or choose another",
     errno.EPERM: "cannot be opened: {}; change its permissions, or choose another",
+    errno.ENOTDIR: "cannot be opened: {}; choose another path",
+    errno.EISDIR: "cannot be opened: {}; choose another path",
+    errno.ENAMETOOLONG: "cannot be opened: {}; choose a shorter path",
+    errno.ELOOP: "cannot be opened: {}; correct the links",
 }
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """In the errors of libraries written in Rust: safetensors, tokenizers."""
@@ -132,8 +136,11 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 def _disk_problem(error: BaseException) -> str:
     """Return what could not be written, why, and the way out; empty for other errors."""
-    match = _OS_ERROR.search(str(error))
+    match, first = _OS_ERROR.search(str(error)), error.__context__
     number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+    # torch.save raises an error of its own while it closes a file on a full disk.
+    if isinstance(error, RuntimeError) and isinstance(first, OSError):
+        number = first.errno
     if number not in _DISK_ERRORS:
         return ""
     name = getattr(error, "filename", None) or "a file"

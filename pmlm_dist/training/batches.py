@@ -27,6 +27,7 @@ from pmlm_dist.data.loader import training_batches
 from pmlm_dist.data.mixture import Mixture
 from pmlm_dist.data.worker_pool import WorkerError
 from pmlm_dist.files import write_atomically
+from pmlm_dist.json_input import parse_json
 from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.supervision.signals import stop_signals_blocked
@@ -198,7 +199,7 @@ def load_quarantine(run_dir: Path) -> tuple[CorruptShard, ...]:
     """Return the quarantined shards of a run. Raises `ConfigError` for a file of another format."""
     path = run_dir / QUARANTINE
     try:
-        return tuple(CorruptShard(**shard) for shard in json.loads(path.read_text(encoding="utf-8"))["shards"])
+        return tuple(CorruptShard(**shard) for shard in parse_json(path.read_bytes())["shards"])
     except FileNotFoundError:
         return ()
     except (ValueError, KeyError, TypeError) as error:

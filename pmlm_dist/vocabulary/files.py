@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +125,13 @@ def read_specification(path: Path, flags: Mapping[str, bool]) -> tuple[dict[str,
             specification["normalizer"] = _normalizer_of_words(tokens, config, flags, origin=origin)
         added = _added_tokens(specification, config, _beside(file, ADDED), origin=origin)
         "".join([*specification["model"]["vocab"], *added]).encode()  # a JSON escape can be half of a surrogate pair
+        notes += _notes_on_tokens(specification, added, origin=origin)
         return _with_special_tokens(specification, config, added), notes
     except (UnicodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError([f"{origin} cannot be read: {error!r}; give another file"]) from error
+        reason = str(error) if isinstance(error, UnicodeError) else repr(error)  # whose repr has the whole file
+        raise ConfigError([f"{origin} cannot be read: {reason}; give another file"]) from error
 
 
 def raise_unless_wordpiece(specification: Any, *, origin: str) -> None:
@@ -164,8 +166,9 @@ def _beside(file: Path, name: str) -> dict[str, Any]:
 
 def _read_words(file: Path) -> tuple[list[str], list[str]]:
     r"""Return the tokens of a word list, and notes. `\r` and U+2028 are tokens in published lists, no line ends."""
-    lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    tokens = [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+    tokens = [line.removesuffix("\r") for line in file.read_bytes().decode("utf-8-sig").split("\n")]
+    while tokens and not tokens[-1]:  # no text gives an empty token; blank lines at the end come from editors
+        tokens.pop()
     free_names, known, renamed = unused_names(tokens), set[str](), []
     for number, token in enumerate(tokens):
         if token in known:
@@ -239,15 +242,35 @@ def _normalizer_of_words(
     given = _settings_in(config, flags, origin=origin)
     normalizer = bert_normalizer(**{_SETTINGS[name]: value for name, value in given.items()})
     if "do_lower_case" not in given:
-        _raise_if_cased(tokens, strips_accents=normalizer["strip_accents"], origin=origin)
+        _raise_if_cased(tokens, normalizer, origin=origin)
     return normalizer
 
 
-def _raise_if_cased(tokens: Sequence[str], *, strips_accents: bool, origin: str) -> None:
+def _never_read(tokens: Iterable[str], normalizer: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the tokens with capitals, and those with accents, that never occur in text normalized like this."""
     words = [token.removeprefix(CONTINUATION) for token in tokens if not re.fullmatch(r"\[.*\]|<.*>", token)]
     words = [word for word in words if any(character.isalpha() for character in word)]
-    cased = [word for word in words if word != word.lower()]
-    accented = [word for word in words if strips_accents and word != without_accents(word)]
+    cased = [word for word in words if normalizer["lowercase"] and word != word.lower()]
+    strips_accents = normalizer["strip_accents"]
+    return cased, [word for word in words if strips_accents and not word.isascii() and word != without_accents(word)]
+
+
+def _notes_on_tokens(specification: Mapping[str, Any], added: Mapping[str, Any], *, origin: str) -> list[str]:
+    """Return a note if settings, which are followed, keep text from ever giving some of the tokens."""
+    normalizer = specification.get("normalizer") or {}
+    if normalizer.get("type") != "BertNormalizer":
+        return []
+    cased, accented = _never_read(specification["model"]["vocab"].keys() - added.keys(), normalizer)
+    never = sorted({*cased, *accented})
+    case, accents = normalizer["lowercase"], normalizer["strip_accents"]
+    return [
+        f"{origin}: {len(never):,} tokens, {never[0]!r} for example, never occur in text that is read as its settings "
+        f"say (do_lower_case {case}, strip_accents {accents}): correct them if it is meant otherwise"
+    ] if never else []  # fmt: skip
+
+
+def _raise_if_cased(tokens: Sequence[str], normalizer: Mapping[str, Any], *, origin: str) -> None:
+    cased, accented = _never_read(tokens, normalizer)
     if cased:
         raise ConfigError(
             [f"{origin} is cased ({len(cased)} of its tokens, {cased[0]!r} for example, never occur in lower-case "

@@ -116,7 +116,7 @@ class Vocabulary:
         """Write `tokenizer.json`; and `vocab.txt` with `tokenizer_config.json`, if these two are read alike."""
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / TOKENIZER, self._json)
-        fits_lines = not any("\n" in token or token.endswith("\r") for token in self._base)
+        fits_lines = bool(self._base[-1]) and not any("\n" in token or token.endswith("\r") for token in self._base)
         if fits_lines and self._is_bert and self._tokens[: len(self._base)] == self._base:
             write_atomically(folder / WORD_LIST, "".join(f"{token}\n" for token in self._base))
             write_atomically(folder / TOKENIZER_CONFIG, json.dumps(self.settings, indent=2) + "\n")

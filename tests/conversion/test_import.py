@@ -140,7 +140,18 @@ def test_rows_beyond_the_tokens_are_left_out_with_one_note(tmp_path, kind: str):
     assert "embeddings" in note
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod.", "_orig_mod.module.model."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "_orig_mod.",
+        "module.",
+        "model.",
+        "module._orig_mod.",
+        "_orig_mod.module.model.",
+        "net.",
+        "_forward_module.encoder.",
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_of_wrapped_models_are_read_with_one_note(tmp_path, kind: str, prefix: str):
     tensors, format = published(tmp_path, kind), "auto" if kind != "unilm" else "unilm"
@@ -253,15 +264,24 @@ def test_fewer_rows_than_tokens_raises(tmp_path, capsys):
 def test_other_names_give_a_short_message(tmp_path, capsys):
     bert_folder(tmp_path / "bert")
     tensors = load_file(tmp_path / "bert" / "model.safetensors")
-    save_file({f"net.{name}": t for name, t in tensors.items()}, tmp_path / "bert" / "model.safetensors")
+    other = {f"net.{name}": t for name, t in tensors.items()} | {"loss.weight": torch.ones(2)}
+    save_file(other, tmp_path / "bert" / "model.safetensors")
     message = error_of_import(tmp_path / "bert", capsys)
-    assert f"and {len(tensors) - 4} more" in message
+    assert f"and {len(tensors) - 3} more" in message
     assert len(message) < 1000
     both = {name: t.clone() for name, t in tensors.items()} | {f"module.{name}": t for name, t in tensors.items()}
     save_file(both, tmp_path / "bert" / "model.safetensors")
     assert "tensors have the same name without module.: save one model alone" in error_of_import(
         tmp_path / "bert", capsys
     )
+
+
+def test_weights_of_another_type_are_one_line(tmp_path, capsys):
+    bert_folder(tmp_path / "bert")
+    change_tensors(tmp_path / "bert", lambda tensors: tensors.update({n: t.to(torch.int8) for n, t in tensors.items()}))
+    message = error_of_import(tmp_path / "bert", capsys)
+    assert message.count("has type torch.int8") == 2
+    assert len(message.splitlines()) == 2
 
 
 def test_published_folder_as_a_checkpoint_names_the_import(tmp_path, capsys):

@@ -62,6 +62,13 @@ def test_interval_is_advised_after_several_failures_and_an_hour(tmp_path: Path):
     assert f"one every {interval:.0f} s ({round(interval / 16)} steps) loses least (now every 5 steps)" in line
 
 
+def test_lines_of_attempts_that_cannot_be_read_are_skipped(tmp_path: Path):
+    run_dir = write(tmp_path, lines(("start", 0, 0, 0), ("save", 90, 5, 80)))
+    with (run_dir / attempts.ATTEMPTS).open("a") as file:
+        file.write("[" * 100_000 + '\n{"event": "en')
+    assert effective_time(read_attempts(run_dir)).useful_s == 80
+
+
 @pytest.mark.parametrize("code", [0, 75, 130, 138, 143])
 def test_stops_by_signal_are_no_failures(tmp_path: Path, code: int):
     facts = lines(*[("start", 0, 0, 0), ("save", 90, 5, 80)])

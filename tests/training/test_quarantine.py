@@ -107,6 +107,9 @@ def test_quarantined_shard_is_never_opened(corpus, tmp_path, bad):
     config = configured(corpus, tmp_path / "run")
     config.run_dir.mkdir(exist_ok=True)
     record = CorruptShard(str(corpus), shard.name, shard.sha256, shard.samples, None, "said so")
+    (config.run_dir / "quarantine.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"quarantine.json cannot be read .*: restore it, or remove it"):
+        load_quarantine(config.run_dir)
     save_quarantine(config.run_dir, (record,))
     run_world(pretrained, 1, config)
     assert load_quarantine(config.run_dir) == (record,)

@@ -53,6 +53,31 @@ def test_a_token_of_a_word_list_ends_at_a_line_feed_alone(tmp_path: Path, token:
     assert Vocabulary.load(tmp_path / "written" / "vocab.txt").fingerprint == vocabulary.fingerprint
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_at_the_end_of_a_word_list_are_no_tokens(tmp_path: Path, end: str):
+    (tmp_path / "vocab.txt").write_bytes(end.join([*WORDS, "", "", ""]).encode())
+    assert list(Vocabulary.load(tmp_path).tokens) == WORDS
+
+
+def test_word_list_that_is_not_utf8_gives_a_short_message(tmp_path: Path):
+    (tmp_path / "vocab.txt").write_bytes("\n".join([*WORDS, *map(str, range(9999)), "é"]).encode("latin-1"))
+    with pytest.raises(ConfigError, match="can't decode byte 0xe9") as caught:
+        Vocabulary.load(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_tokens_that_settings_never_read_are_noted(tmp_path: Path, as_json: bool):
+    write(tmp_path, CASED, do_lower_case=True)
+    if as_json:
+        Vocabulary.from_tokens(CASED).save(tmp_path)
+    (note,) = Vocabulary.load(tmp_path).notes
+    assert "'Haus' for example, never occur in text that is read as its settings say (do_lower_case True" in note
+    write(tmp_path, CASED, do_lower_case=False)
+    (tmp_path / "tokenizer.json").unlink(missing_ok=True)
+    assert not Vocabulary.load(tmp_path).notes
+
+
 def test_repeated_unused_tokens_keep_their_ids(tmp_path: Path):
     tokens = [*WORDS, "[unused1]", "[unused2]", "[unused1]", "end"]
     vocabulary = Vocabulary.load(write(tmp_path, tokens))

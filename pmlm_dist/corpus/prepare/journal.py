@@ -23,6 +23,7 @@ from typing import Any
 from pmlm_dist.config import raise_if_any
 from pmlm_dist.files import write_atomically
 from pmlm_dist.folder_lock import LOCK
+from pmlm_dist.json_input import read_json
 
 FOLDER = ".journal"
 SCAN, RUNS, SHARDS, DUPLICATES, PARTITIONS = "scan", "runs", "shards", "duplicates", "partitions"
@@ -110,10 +111,7 @@ class Journal:
         self._write(self.folder / kind / f"{name}.json", record)
 
     def _read(self, path: Path) -> Any:
-        try:
-            return json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return None
+        return read_json(path) if path.is_file() else None
 
     def _write(self, path: Path, record: Any) -> None:
         write_atomically(path, json.dumps(record))

@@ -13,11 +13,12 @@ from typing import Annotated, Any
 from pmlm_dist.config import raise_if_any
 from pmlm_dist.corpus.filters.cleaning import Unicode, language_filter
 from pmlm_dist.corpus.filters.contamination import read_held_out
-from pmlm_dist.corpus.input.sources import find_files
+from pmlm_dist.corpus.input.sources import SourceFile, find_files, is_url
 from pmlm_dist.corpus.input.units import UNIT_BYTES
 from pmlm_dist.corpus.packing.packer import MIN_SEQUENCE_LENGTH, Joined
 from pmlm_dist.corpus.shards import MANIFEST, Manifest
 from pmlm_dist.ranges import NotNegative, Positive, Range, range_problems
+from pmlm_dist.vocabulary.files import WORD_LIST
 from pmlm_dist.vocabulary.vocabulary import CHARACTER_COVERAGE, Vocabulary
 
 PYTHON_DOCS = "python-docs"
@@ -147,7 +148,7 @@ def recorded_settings(config: PrepareConfig) -> dict[str, Any]:
     """Return all inputs of the result as JSON values: settings, names and sizes of files, fingerprints."""
     plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     del plain["output"]
-    files = find_files(file_patterns(config))
+    files = input_files(config)
     listing = "".join(f"{file.name}\t{file.size}\n" for file in files)
     plain["input_files"] = hashlib.sha256(listing.encode()).hexdigest()
     if config.vocabulary is not None:
@@ -177,6 +178,8 @@ def train_vocabulary(texts: Sequence[str], config: PrepareConfig) -> Vocabulary:
     )
 
 
-def file_patterns(config: PrepareConfig) -> list[str]:
-    """Return the sources without `python-docs`."""
-    return [source for source in config.source if source != PYTHON_DOCS]
+def input_files(config: PrepareConfig) -> list[SourceFile]:
+    """Return the files of the sources but `python-docs`, without the vocab.txt that the preparation writes."""
+    own = (config.output / WORD_LIST).resolve()
+    files = find_files([source for source in config.source if source != PYTHON_DOCS])
+    return [file for file in files if is_url(file.name) or Path(file.name).resolve() != own]

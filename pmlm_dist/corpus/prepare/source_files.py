@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from pmlm_dist.config import raise_if_any
-from pmlm_dist.corpus.input.sources import SourceFile, find_files, local_file
+from pmlm_dist.corpus.input.sources import SourceFile, local_file
 from pmlm_dist.corpus.prepare.journal import Journal
-from pmlm_dist.corpus.prepare.settings import PYTHON_DOCS, PrepareConfig, file_patterns
+from pmlm_dist.corpus.prepare.settings import PYTHON_DOCS, PrepareConfig, input_files
 
 
 def source_files(config: PrepareConfig, journal: Journal) -> list[SourceFile]:
     """Return the input files. Docstrings are collected first if requested, unless an interrupted run did so."""
-    files = find_files(file_patterns(config))
+    files = input_files(config)
     if PYTHON_DOCS not in config.source:
         return files
     from pmlm_dist.corpus.input.python_docs import write_python_docs

@@ -28,6 +28,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_source(tmp_path_factory.mktemp("source"))
 
 
+def test_unreadable_journal_is_one_message(source: Path, tmp_path: Path):
+    journal = tmp_path / "out" / ".journal"
+    journal.mkdir(parents=True)
+    (journal / "outputs.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"outputs.json is not JSON \(its lists and objects are nested"):
+        prepare_corpus(config(source, tmp_path / "out"))
+
+
 @pytest.mark.fault("F43")
 @pytest.mark.parametrize(
     "name",

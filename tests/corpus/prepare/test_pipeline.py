@@ -174,6 +174,15 @@ def test_existing_corpus_is_not_changed(source: Path, corpus: Path, tmp_path: Pa
     assert content(copy) == before
 
 
+def test_corpus_within_its_source_does_not_read_its_own_vocabulary(tmp_path: Path, capsys):
+    write_source(tmp_path)
+    within = dataclasses.replace(config(tmp_path, tmp_path / "out"), source=(f"{tmp_path}/**/*.txt",))
+    documents = prepare_corpus(within).counts["records"]
+    assert (tmp_path / "out/vocab.txt").is_file()
+    assert prepare_corpus(within).counts["records"] == documents
+    assert "exists already with these settings" in capsys.readouterr().out
+
+
 def test_existing_corpus_of_changed_input_raises(source: Path, corpus: Path, tmp_path: Path):
     input, copy = tmp_path / "source", tmp_path / "corpus"
     shutil.copytree(source, input)
@@ -353,9 +362,13 @@ def test_long_documents_are_cut_for_the_split_on_any_number_of_ranks(tmp_path: P
 @pytest.mark.parametrize(
     ("source", "lengths", "warning"),
     [
-        ("book.txt", [300] * 900, "half of the documents have at most 304 characters; in a .txt file a blank"),
-        ("lines.txt.xz", [16 << 20] * 2, "the longest document has about 18,295,684 characters; in a .txt file"),
-        ("titles.jsonl", [20] * 9, "at most 21 characters; check that --text-field is the field with one whole text"),
+        ("book.txt", [300] * 900, "half of the documents have at most about 300 characters; in a .txt file a blank"),
+        ("lines.txt.xz", [16 << 20] * 2, "the longest document has about 17,000,000 characters; in a .txt file"),
+        (
+            "titles.jsonl",
+            [20] * 9,
+            "at most about 20 characters; check that --text-field is the field with one whole text",
+        ),
         ("books.jsonl", [900_000] * 9, ""),
         ("tweets.jsonl", [150] * 9, ""),
         ("articles.txt", [2000] * 99 + [10, 2_000_000], ""),
