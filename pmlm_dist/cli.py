@@ -10,15 +10,15 @@ import argparse
 import dataclasses
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from contextlib import ExitStack
 from typing import Annotated, Any, NoReturn
 
 from pmlm_dist import __version__
 from pmlm_dist.config import BatchConfig, ConfigError, RunConfig
-from pmlm_dist.console import flush_stdout, print_safely
+from pmlm_dist.console import flush_stdout, prepare_streams, print_safely
 from pmlm_dist.launch_environment import choose_accelerator, is_rank_zero, launched_ranks, set_num_threads
 from pmlm_dist.ranges import Positive
 from pmlm_dist.supervision import exit_codes
@@ -250,6 +250,9 @@ SINGLE_PROCESS = (export, import_weights, extend_positions)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (supervision/exit_codes.py)."""
     is_process = arguments is None
+    if is_process:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command handles it: no traceback of the imports
+        prepare_streams()
     choose_accelerator()
     # deepspeed puts --local_rank first
     arguments = _without_option("local_rank", sys.argv[1:] if arguments is None else arguments)
@@ -267,8 +270,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _usage_error(
             f"{arguments[0]} runs in one process but was started as {ranks}: start it without a launcher"
         )
-    with interruptible() if is_process else nullcontext():
-        return _run(partial(command, arguments[1:]))
+    with ExitStack() as stack:
+
+        def run_command() -> None:
+            if is_process:
+                stack.enter_context(interruptible())  # here, where a signal has a message; until after that message
+            command(arguments[1:])
+
+        return _run(run_command)
 
 
 def _run(main: Callable[[], int | None]) -> int:

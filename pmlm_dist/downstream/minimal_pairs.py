@@ -7,11 +7,15 @@ The files are those of BLiMP (Warstadt et al., 2020), or others with the fields 
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +26,7 @@ from pmlm_dist.conversion.pretrained import Precision, PretrainedWeights, load_m
 from pmlm_dist.decoding.scoring import Method, batches_of_texts
 from pmlm_dist.downstream.likelihood import score_on_all_ranks
 from pmlm_dist.downstream.results import ResultsFile, digest_of, open_results
+from pmlm_dist.downstream.tasks.inputs import is_unicode
 from pmlm_dist.downstream.texts import encode_texts
 from pmlm_dist.files import write_atomically
 from pmlm_dist.json_input import InvalidJson, parse_json
@@ -29,6 +34,7 @@ from pmlm_dist.parallel import groups
 from pmlm_dist.ranges import Positive, range_problems
 
 GOOD, BAD = "sentence_good", "sentence_bad"
+SCORES = "scores.json"
 TIE = 1e-4
 """Nats below which two scores are equal: fp32 resolves no more in a sum over a sentence."""
 
@@ -71,7 +77,7 @@ def read_pairs(source: Path, *, most: int | None = None) -> list[MinimalPair]:
     counts: dict[str, int] = defaultdict(int)
     pairs = []
     for name, text in _files(source):
-        for number, line in enumerate(text.split(b"\n"), start=1):
+        for number, line in enumerate(text.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
             if not line.strip():
                 continue
             pair = _pair(line, name=name, location=f"{source}, {name}, line {number}")
@@ -96,7 +102,8 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
                     yield name, archive.read(name)
         else:
             yield source.name, source.read_bytes()
-    except (OSError, zipfile.BadZipFile) as error:
+    # RuntimeError: encrypted, or compressed by a method that Python lacks.
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ConfigError([f"--data ({source}) cannot be read: {error}"]) from error
 
 
@@ -106,7 +113,7 @@ def _pair(line: bytes, *, name: str, location: str) -> MinimalPair:
     except InvalidJson as error:
         raise ConfigError([f"{location}: not JSON ({error}): correct or remove it"]) from error
     good, bad = (row.get(GOOD), row.get(BAD)) if isinstance(row, dict) else (None, None)
-    if not (isinstance(good, str) and good.strip() and isinstance(bad, str) and bad.strip()):
+    if not all(isinstance(text, str) and text.strip() and is_unicode(text) for text in (good, bad)):
         raise ConfigError([f"{location}: it needs the fields {GOOD} and {BAD} with a text each"])
     return MinimalPair(str(row.get("UID") or Path(name).stem), str(row.get("linguistics_term") or "other"), good, bad)
 
@@ -143,11 +150,16 @@ def evaluate_suite(config: SuiteConfig) -> dict[str, dict[str, Any]]:
         return pretrained, pairs, number_of, encode_texts(list(number_of), pretrained, origin=str(config.data))
 
     pretrained, pairs, number_of, texts = groups.run_on_all_ranks(topology, prepare)
-    folder, results, model = config.predictions, {}, None
-    for method in dict.fromkeys(config.methods):
-        path = folder / f"pairs-{method}.jsonl" if folder else None
-        with open_results(topology, path, lambda m=method, p=path: _file(p, m, config, pretrained, texts)) as file:
-            model = model or load_model(pretrained, config.precision)
+    folder, results, rows = config.predictions, {}, {}
+    with contextlib.ExitStack() as stack:
+        files: dict[Method, ResultsFile | None] = {}
+        for method in dict.fromkeys(config.methods):  # all, before anything is computed
+            path = folder / f"pairs-{method}.jsonl" if folder else None
+            build = partial(_file, path, method, config, pretrained, texts)
+            files[method] = stack.enter_context(open_results(topology, path, build))
+        groups.run_on_all_ranks(topology, lambda: _raise_if_scored(folder, files))
+        model = load_model(pretrained, config.precision)
+        for method, file in files.items():
             scores = score_on_all_ranks(
                 model,
                 texts,
@@ -158,14 +170,33 @@ def evaluate_suite(config: SuiteConfig) -> dict[str, dict[str, Any]]:
                 file=file,
             )
             both = [(scores[number_of[pair.good]], scores[number_of[pair.bad]]) for pair in pairs]
-            rows = [{**asdict(p), "score_good": g, "score_bad": b} for p, (g, b) in zip(pairs, both, strict=True)]
-            groups.run_on_all_ranks(topology, lambda f=file, r=rows: f.finish(r) if f else None)
-        results[method] = accuracies(pairs, [good - bad for good, bad in both])
-        if topology.is_rank_zero:
-            print_safely(_table(method, results[method]))
-    if topology.is_rank_zero and folder:
-        write_atomically(folder / "scores.json", json.dumps(results, indent=2) + "\n")
+            rows[method] = [
+                {**asdict(p), "score_good": g, "score_bad": b} for p, (g, b) in zip(pairs, both, strict=True)
+            ]
+            results[method] = accuracies(pairs, [good - bad for good, bad in both])
+            if topology.is_rank_zero:
+                print_safely(_table(method, results[method]))
+        groups.run_on_all_ranks(topology, lambda: _write(folder, files, rows, results))
     return results
+
+
+def _raise_if_scored(folder: Path | None, files: dict[Method, ResultsFile | None]) -> None:
+    """Raise ConfigError on rank 0 if `folder` has a scores.json, unless this command was ended while it wrote."""
+    mine = [file.is_written for file in files.values() if file]
+    if folder and mine and not all(mine) and (folder / SCORES).exists():
+        raise ConfigError(
+            [f"--predictions: {folder / SCORES} exists already, and nothing is overwritten: name another"]
+        )
+
+
+def _write(folder: Path | None, files: dict[Method, ResultsFile | None], rows: Any, results: Any) -> None:
+    own = {method: file for method, file in files.items() if file}
+    for method, file in own.items():
+        file.write(rows[method])
+    if folder and own:
+        write_atomically(folder / SCORES, json.dumps(results, indent=2) + "\n")
+    for file in own.values():
+        file.remove_part()
 
 
 def _file(
