@@ -6,20 +6,20 @@ and a mistyped command answer quickly.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Annotated, Any, NoReturn
 
 from pmlm_dist import __version__
-from pmlm_dist.config import BatchConfig, ConfigError, RunConfig
-from pmlm_dist.console import flush_stdout, print_safely
+from pmlm_dist.config import BatchConfig, RunConfig
+from pmlm_dist.console import flush_stdout, prepare_streams, print_safely
 from pmlm_dist.launch_environment import choose_accelerator, is_rank_zero, launched_ranks, set_num_threads
+from pmlm_dist.options import option_value, preset_of, without_option
 from pmlm_dist.ranges import Positive
 from pmlm_dist.supervision import exit_codes
 from pmlm_dist.supervision.heartbeat import Heartbeat
@@ -45,14 +45,14 @@ def run_config(arguments: Sequence[str]) -> RunConfig:
     """
     from pmlm_dist.presets import PRESETS
 
-    preset = _preset(arguments, PRESETS, default="base")
+    preset = preset_of(arguments, PRESETS, default="base")
     help_text = (
         f"{train.__doc__}\n\ndeepspeed --num_gpus 8 train.py                  the paper's base model on data/corpus\n\n"
         "deepspeed --num_gpus 2 train.py --preset tiny    the demo\n\n"
         "torchrun, srun and mpirun start it as well. Any setting is overridden by name: `--train.steps 1000`.\n\n"
         f"--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
     )
-    rest = _without_option("preset", _without_option("local_rank", arguments))
+    rest = without_option("preset", without_option("local_rank", arguments))
     return _parse(RunConfig, train, rest, default=PRESETS[preset](), help_text=help_text)
 
 
@@ -99,10 +99,10 @@ def plan(arguments: Sequence[str]) -> None:
     from pmlm_dist.planning.settings import PlanConfig
     from pmlm_dist.presets import PRESETS
 
-    preset = _preset(arguments, PRESETS, default="base")
+    preset = preset_of(arguments, PRESETS, default="base")
     help_text = f"{plan.__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
     default = PlanConfig.of_preset(preset)
-    config = _parse(PlanConfig, plan, _without_option("preset", arguments), default=default, help_text=help_text)
+    config = _parse(PlanConfig, plan, without_option("preset", arguments), default=default, help_text=help_text)
     from pmlm_dist.commands import plan as command
 
     command.run(config)
@@ -132,11 +132,11 @@ def finetune(arguments: Sequence[str], heartbeat: Heartbeat | None = None, signa
     from pmlm_dist.downstream import finetune as driver
     from pmlm_dist.downstream.tasks.registry import TASKS
 
-    task = _option_value("task", arguments)
+    task = option_value("task", arguments)
     if task == "list":
         print("\n".join(f"{name:16}{kind.about}" for name, kind in TASKS.items()))
         return
-    preset = _preset(arguments, RECIPES, default=TASKS[task].preset if task in TASKS else "glue")
+    preset = preset_of(arguments, RECIPES, default=TASKS[task].preset if task in TASKS else "glue")
     default = FinetuneConfig(
         task=tyro.MISSING,
         model=tyro.MISSING,
@@ -146,7 +146,7 @@ def finetune(arguments: Sequence[str], heartbeat: Heartbeat | None = None, signa
         generation=GENERATION.get(preset, GenerationConfig()),
     )
     help_text = f"{finetune.__doc__}\n--preset {'|'.join(RECIPES)}: where the recipe comes from (now: {preset})."
-    rest = _without_option("preset", arguments)
+    rest = without_option("preset", arguments)
     driver.finetune(_parse(FinetuneConfig, finetune, rest, default=default, help_text=help_text), heartbeat, signals)
 
 
@@ -177,7 +177,7 @@ def linear_probe(arguments: Sequence[str]) -> None:
 def evaluate(arguments: Sequence[str]) -> None:
     """Score a fine-tuned model on a split, and write its predictions; with --suite: a model on minimal pairs."""
     set_num_threads()
-    if _option_value("suite", arguments) is not None:
+    if option_value("suite", arguments) is not None:
         from pmlm_dist.downstream.suite import SuiteConfig, evaluate_suite
 
         evaluate_suite(_parse(SuiteConfig, evaluate, arguments))
@@ -206,7 +206,7 @@ def generate(arguments: Sequence[str]) -> None:
     from pmlm_dist.commands import generate as command
 
     default = command.GenerateConfig(model=tyro.MISSING, input=tyro.MISSING, output=tyro.MISSING)
-    model = _option_value("model", arguments)
+    model = option_value("model", arguments)
     if model is not None:
         default = dataclasses.replace(default, decoding=command.saved_decoding(model))
     help_text = f"{generate.__doc__}\nWith --model the settings of its fine-tuning are the defaults."
@@ -266,9 +266,12 @@ SINGLE_PROCESS = (export, import_weights, extend_positions)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (supervision/exit_codes.py)."""
     is_process = arguments is None
+    if is_process:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command handles it: no traceback of the imports
+        prepare_streams()
     choose_accelerator()
     # deepspeed puts --local_rank first
-    arguments = _without_option("local_rank", sys.argv[1:] if arguments is None else arguments)
+    arguments = without_option("local_rank", sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         return _run(lambda: print(_help()) or (0 if arguments else USER_ERROR))
     if "--version" in (arguments[0], *arguments[1:2]):
@@ -283,8 +286,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _usage_error(
             f"{arguments[0]} runs in one process but was started as {ranks}: start it without a launcher"
         )
-    with interruptible() if is_process else nullcontext():
-        return _run(partial(command, arguments[1:]))
+    with ExitStack() as stack:
+
+        def run_command() -> None:
+            if is_process:
+                stack.enter_context(interruptible())  # here, where a signal has a message; until after that message
+            command(arguments[1:])
+
+        return _run(run_command)
 
 
 def _run(main: Callable[[], int | None]) -> int:
@@ -352,30 +361,6 @@ def _run_subcommand(
 
 def _name(command: Callable[..., None]) -> str:
     return next(name for name, known in COMMANDS.items() if known is command)
-
-
-def _preset(arguments: Sequence[str], presets: Mapping[str, Any], *, default: str) -> str:
-    """Return the value of `--preset`. Raises `ConfigError` if there is no such preset."""
-    preset = _option_value("preset", arguments) or default
-    if preset not in presets:
-        raise ConfigError([f"--preset ({preset}) must be one of {', '.join(sorted(presets))}"])
-    return preset
-
-
-def _option_value(name: str, arguments: Sequence[str]) -> str | None:
-    """Return the value of the option `name` in `arguments`, None without it."""
-    return getattr(_option_parser(name).parse_known_args(arguments)[0], name)
-
-
-def _without_option(name: str, arguments: Sequence[str]) -> list[str]:
-    """Return `arguments` without the option `name` and its value."""
-    return _option_parser(name).parse_known_args(arguments)[1]
-
-
-def _option_parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
-    return parser
 
 
 def _help() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import select
 import sys
@@ -26,6 +27,22 @@ def flush_stdout(text: str = "") -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             error.filename = "standard output"
         raise
+
+
+def prepare_streams() -> None:
+    """Make the standard streams usable, at the start of a process.
+
+    Each that was closed (`>&-`) becomes /dev/null. Else Python has None there, and the next file that is opened gets
+    the stream's number: what libraries print would be written into it. Characters that the locale's encoding lacks are
+    printed as escapes.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest free number: the stream's
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error
 
 
 def discard_broken_stdout() -> bool:

@@ -74,6 +74,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_unicode(text: str) -> bool:
+    """Return False for unpaired surrogates: JSON escapes can produce them, and no tokenizer accepts them."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):

@@ -35,7 +35,7 @@ LAYERS = (
     ("parallel/", "masking/", "vocabulary/"),
     (
         *("config.py", "presets.py", "devices.py", "launch_environment.py", "console.py", "files.py"),
-        *("folder_lock.py", "json_input.py", "ranges.py", "relations.py"),
+        *("folder_lock.py", "json_input.py", "options.py", "ranges.py", "relations.py"),
     ),
 )
 """From the top; a module imports from the lines below its own, and from its own package."""

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,24 @@ def test_all_setting_problems_are_listed_together(capsys: pytest.CaptureFixture[
     assert "sequence_length (4)" in message
     assert "--source" in message
     assert "--vocabulary-size" in message
+
+
+def test_closed_standard_streams_change_no_exit_code(tmp_path: Path):
+    """`>&- 2>&-`: a file that the command writes must not become its standard output either."""
+    command = f"{sys.executable} -m pmlm_dist.cli"
+    inspect = f"{command} inspect --example --png {tmp_path}/layout.png"
+    for line in (f"{command} finetune --task list >&- 2>&-", f"{inspect} <&- >&- 2>&-"):
+        assert subprocess.run(["bash", "-c", line], cwd=ROOT, timeout=120, check=False).returncode == 0, line
+    assert (tmp_path / "layout.png").read_bytes().startswith(b"\x89PNG")
+    # Messages for standard error do not end up in standard output.
+    printed = subprocess.run(
+        ["bash", "-c", f"{command} no-command 2>&-"], cwd=ROOT, timeout=60, capture_output=True, check=False
+    )
+    assert (printed.returncode, printed.stdout) == (2, b"")
+
+
+def test_output_that_the_locale_cannot_encode_is_printed_as_escapes():
+    environ = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
+    code = "import sys; from pmlm_dist.console import prepare_streams; prepare_streams(); print('\u4eca')"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, check=True)
+    assert printed.stdout == b"\\u4eca\n"

@@ -16,8 +16,8 @@ from pmlm_dist.conversion.pretrained import load_model, open_pretrained
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.decoding.beam_search import ScoresNotFinite
 from pmlm_dist.decoding.infilling import FilledMask, fill
-from pmlm_dist.downstream.tasks.inputs import is_unicode
 from pmlm_dist.downstream.tasks.seq2seq import raise_if_not_seq2seq
+from pmlm_dist.json_input import is_unicode
 from pmlm_dist.parallel import groups
 from pmlm_dist.ranges import Positive, range_problems
 from pmlm_dist.vocabulary.vocabulary import Vocabulary

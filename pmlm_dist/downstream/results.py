@@ -45,7 +45,7 @@ class ResultsFile:
         self._header, self._batches, self._name = {"results of": identity}, batches, f"{option}: {path}"
         self._synced_at, self.is_finished = time.monotonic(), False
         self._file: Any = None
-        self._is_written = False
+        self.is_written = False
 
     def open(self) -> None:
         """Read the results that an interrupted command left, and prove that the file can be written.
@@ -55,8 +55,8 @@ class ResultsFile:
         try:
             length = self._read_part() if self.part.exists() else 0
             # With all batches the file is this command's: it was ended before it removed the part.
-            self._is_written = self.path.exists()
-            if self._is_written and len(self.done) < len(self._batches):
+            self.is_written = self.path.exists()
+            if self.is_written and len(self.done) < len(self._batches):
                 raise ConfigError([f"{self._name} exists already, and nothing is overwritten: name another"])
             missing = _BYTES_PER_ROW * sum(map(len, self._batches)) - shutil.disk_usage(self.path.parent).free
             raise_if_any([f"{self._name} cannot be written: {missing:,} bytes more are needed"] if missing > 0 else [])
@@ -86,7 +86,7 @@ class ResultsFile:
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
         """Write `path` from all results; `remove_part` follows. Raises `ConfigError`."""
         try:
-            with open_atomically(self.path, replace=self._is_written) as out:
+            with open_atomically(self.path, replace=self.is_written) as out:
                 out.writelines(map(json_line, lines))
         except OSError as error:
             raise self._not_written(error) from error

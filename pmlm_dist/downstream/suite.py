@@ -5,13 +5,15 @@ pairs (likelihood/minimal_pairs.py) --distinct sentences, all ranks--> scores --
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pmlm_dist.checkpoint.files import MANIFEST, sha256_of
-from pmlm_dist.config import raise_if_any
+from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.console import print_safely
 from pmlm_dist.conversion.pretrained import Precision, PretrainedWeights, load_model, open_pretrained
 from pmlm_dist.downstream.results import ResultsFile, digest_of, open_results
@@ -22,6 +24,8 @@ from pmlm_dist.likelihood.minimal_pairs import MinimalPair, accuracies, read_pai
 from pmlm_dist.likelihood.scoring import Method, batches_of_texts
 from pmlm_dist.parallel import groups
 from pmlm_dist.ranges import Positive, range_problems
+
+SCORES = "scores.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +66,16 @@ def evaluate_suite(config: SuiteConfig) -> dict[str, dict[str, Any]]:
         return pretrained, pairs, number_of, encode_texts(list(number_of), pretrained, origin=str(config.data))
 
     pretrained, pairs, number_of, texts = groups.run_on_all_ranks(topology, prepare)
-    folder, results, model = config.predictions, {}, None
-    for method in dict.fromkeys(config.methods):
-        path = folder / f"pairs-{method}.jsonl" if folder else None
-        with open_results(topology, path, lambda m=method, p=path: _file(p, m, config, pretrained, texts)) as file:
-            model = model or load_model(pretrained, config.precision)
+    folder, results, rows = config.predictions, {}, {}
+    with contextlib.ExitStack() as stack:
+        files: dict[Method, ResultsFile | None] = {}
+        for method in dict.fromkeys(config.methods):  # all, before anything is computed
+            path = folder / f"pairs-{method}.jsonl" if folder else None
+            build = partial(_file, path, method, config, pretrained, texts)
+            files[method] = stack.enter_context(open_results(topology, path, build))
+        groups.run_on_all_ranks(topology, lambda: _raise_if_scored(folder, files))
+        model = load_model(pretrained, config.precision)
+        for method, file in files.items():
             scores = score_on_all_ranks(
                 model,
                 texts,
@@ -77,14 +86,33 @@ def evaluate_suite(config: SuiteConfig) -> dict[str, dict[str, Any]]:
                 file=file,
             )
             both = [(scores[number_of[pair.good]], scores[number_of[pair.bad]]) for pair in pairs]
-            rows = [{**asdict(p), "score_good": g, "score_bad": b} for p, (g, b) in zip(pairs, both, strict=True)]
-            groups.run_on_all_ranks(topology, lambda f=file, r=rows: f.finish(r) if f else None)
-        results[method] = accuracies(pairs, [good - bad for good, bad in both])
-        if topology.is_rank_zero:
-            print_safely(_table(method, results[method]))
-    if topology.is_rank_zero and folder:
-        write_atomically(folder / "scores.json", json.dumps(results, indent=2) + "\n")
+            rows[method] = [
+                {**asdict(p), "score_good": g, "score_bad": b} for p, (g, b) in zip(pairs, both, strict=True)
+            ]
+            results[method] = accuracies(pairs, [good - bad for good, bad in both])
+            if topology.is_rank_zero:
+                print_safely(_table(method, results[method]))
+        groups.run_on_all_ranks(topology, lambda: _write(folder, files, rows, results))
     return results
+
+
+def _raise_if_scored(folder: Path | None, files: dict[Method, ResultsFile | None]) -> None:
+    """Raise ConfigError on rank 0 if `folder` has a scores.json, unless this command was ended while it wrote."""
+    mine = [file.is_written for file in files.values() if file]
+    if folder and mine and not all(mine) and (folder / SCORES).exists():
+        raise ConfigError(
+            [f"--predictions: {folder / SCORES} exists already, and nothing is overwritten: name another"]
+        )
+
+
+def _write(folder: Path | None, files: dict[Method, ResultsFile | None], rows: Any, results: Any) -> None:
+    own = {method: file for method, file in files.items() if file}
+    for method, file in own.items():
+        file.write(rows[method])
+    if folder and own:
+        write_atomically(folder / SCORES, json.dumps(results, indent=2) + "\n")
+    for file in own.values():
+        file.remove_part()
 
 
 def _file(

@@ -39,9 +39,9 @@ def encode_texts(texts: Sequence[str], pretrained: PretrainedWeights, *, origin:
     room, encoded = pretrained.model.max_positions - 2, pretrained.vocabulary.encode_batch(texts)
     raise_row_problems(
         [
-            f"{origin}, text {number}: it has {len(ids):,} tokens, and the model takes 1 to {room}: "
+            f"{origin}, text {number} ({text[:40]!r}): it has {len(ids):,} tokens, and the model takes 1 to {room}: "
             f"{'split' if ids else 'remove'} it"
-            for number, ids in enumerate(encoded, start=1)
+            for number, (text, ids) in enumerate(zip(texts, encoded, strict=True), start=1)
             if not 1 <= len(ids) <= room
         ]
     )

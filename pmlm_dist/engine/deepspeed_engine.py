@@ -13,7 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.git_version_info import installed_ops
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from pydantic import ValidationError
 from torch import nn
@@ -39,6 +39,7 @@ def initialize_engine(
     # Training does not use this op. Compiling it takes a lock file that a killed rank would leave behind for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names used by DeepSpeed
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # prints 18 lines at every start; there is no setting
     if topology.device.type == "cpu":
         keep_freed_memory(keep=keep_memory)
     try:
@@ -53,7 +54,7 @@ def initialize_engine(
         raise ConfigError(_setting_problems(error, config.raw)) from error
     _check_groups(engine, topology)
     optimizer: Any = engine.optimizer
-    if isinstance(optimizer, BF16_Optimizer):
+    if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
         optimizer.__class__ = SummingBF16Optimizer  # DeepSpeed has no setting for the class
     if config.zero_stage == 0 or isinstance(optimizer, SummingBF16Optimizer):
         engine.enable_backward_allreduce = topology.dp > 1  # a single rank would only copy its gradients

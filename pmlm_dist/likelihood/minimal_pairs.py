@@ -7,15 +7,17 @@ The files are those of BLiMP (Warstadt et al., 2020), or others with the fields 
 
 from __future__ import annotations
 
+import codecs
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pmlm_dist.config import ConfigError, raise_if_any
-from pmlm_dist.json_input import InvalidJson, parse_json
+from pmlm_dist.json_input import InvalidJson, is_unicode, parse_json
 
 GOOD, BAD = "sentence_good", "sentence_bad"
 TIE = 1e-4
@@ -37,7 +39,7 @@ def read_pairs(source: Path, *, most: int | None = None) -> list[MinimalPair]:
     counts: dict[str, int] = defaultdict(int)
     pairs = []
     for name, text in _files(source):
-        for number, line in enumerate(text.split(b"\n"), start=1):
+        for number, line in enumerate(text.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
             if not line.strip():
                 continue
             pair = _pair(line, name=name, location=f"{source}, {name}, line {number}")
@@ -62,7 +64,8 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
                     yield name, archive.read(name)
         else:
             yield source.name, source.read_bytes()
-    except (OSError, zipfile.BadZipFile) as error:
+    # RuntimeError: encrypted, or compressed by a method that Python lacks.
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ConfigError([f"--data ({source}) cannot be read: {error}"]) from error
 
 
@@ -72,9 +75,13 @@ def _pair(line: bytes, *, name: str, location: str) -> MinimalPair:
     except InvalidJson as error:
         raise ConfigError([f"{location}: not JSON ({error}): correct or remove it"]) from error
     good, bad = (row.get(GOOD), row.get(BAD)) if isinstance(row, dict) else (None, None)
-    if not (isinstance(good, str) and good.strip() and isinstance(bad, str) and bad.strip()):
+    if not (_is_text(good) and _is_text(bad)):
         raise ConfigError([f"{location}: it needs the fields {GOOD} and {BAD} with a text each"])
     return MinimalPair(str(row.get("UID") or Path(name).stem), str(row.get("linguistics_term") or "other"), good, bad)
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
 
 
 def accuracies(pairs: Sequence[MinimalPair], differences: Sequence[float]) -> dict[str, Any]:

@@ -13,10 +13,12 @@ _MAX_OVERHEAD = 0.2
 """Fraction of a step from which communication or launch overhead causes a warning."""
 _MAX_LOST = 0.01
 """Fraction of the time lost by the checkpoint interval from which a warning is given."""
+_SHORT_S = 3600.0
+"""A run shorter than this needs no advice on its checkpoints: it loses minutes at most."""
 
 
 def advice(
-    estimate: Estimate, saving: Checkpoints, alternatives: Sequence[Estimate], *, checkpoint_every: int
+    estimate: Estimate, saving: Checkpoints, alternatives: Sequence[Estimate], *, checkpoint_every: int, steps: int
 ) -> list[str]:
     """One sentence for each problem of `estimate`, with the setting that fixes it."""
     return [
@@ -24,7 +26,7 @@ def advice(
         *_memory(estimate, alternatives),
         *_engine(estimate),
         *_time(estimate),
-        *_intervals(estimate, saving, checkpoint_every=checkpoint_every),
+        *_intervals(estimate, saving, checkpoint_every=checkpoint_every, steps=steps),
     ]
 
 
@@ -87,13 +89,13 @@ def _time(estimate: Estimate) -> list[str]:
     return warnings
 
 
-def _intervals(estimate: Estimate, saving: Checkpoints, *, checkpoint_every: int) -> list[str]:
-    now = checkpoint_every * estimate.time.total
-    lost, least = saving.lost(now), saving.lost(saving.interval)
-    if lost - least < _MAX_LOST:
+def _intervals(estimate: Estimate, saving: Checkpoints, *, checkpoint_every: int, steps: int) -> list[str]:
+    step_s = estimate.time.total
+    best = min(steps, max(1, round(saving.interval / step_s)))
+    lost, least = saving.lost(checkpoint_every * step_s), saving.lost(best * step_s)
+    if lost - least < _MAX_LOST or steps * step_s < _SHORT_S:
         return []
-    best = max(1, round(saving.interval / estimate.time.total))
     return [
-        f"checkpoints every {checkpoint_every} steps ({now / 60:.0f} minutes) lose {lost:.1%} of the time to failures "
-        f"and saving, every {best} steps only {least:.1%}: use --train.checkpoint-every {best}"
+        f"checkpoints every {checkpoint_every} steps ({checkpoint_every * step_s / 60:.1f} minutes) lose {lost:.1%} of "
+        f"the time to failures and saving, every {best} steps only {least:.1%}: use --train.checkpoint-every {best}"
     ]

@@ -130,7 +130,9 @@ def make_plan(config: PlanConfig, *, measured: Device | None = None) -> Plan:
         parameters=model_parameters(estimate.work).total,
         checkpoints=saving,
         alternatives=tuple(alternatives),
-        warnings=tuple(advice(estimate, saving, alternatives, checkpoint_every=config.checkpoint_every)),
+        warnings=tuple(
+            advice(estimate, saving, alternatives, checkpoint_every=config.checkpoint_every, steps=config.steps)
+        ),
     )
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pmlm_dist.checkpoint.folder import CheckpointFolder, step_of
-from pmlm_dist.console import print_safely
+from pmlm_dist.console import prepare_streams, print_safely
 from pmlm_dist.files import write_atomically
 from pmlm_dist.supervision import attempts
 from pmlm_dist.supervision.exit_codes import SIGNALLED, ExitCode, RestartPolicy, describe, restart_policy
@@ -156,6 +156,7 @@ def run(run_dir: Path, command: Sequence[str], *, limits: RestartLimits) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line of the module's docstring and run it."""
+    prepare_streams()
     default = RestartLimits()
     parser = argparse.ArgumentParser(prog="python -m pmlm_dist.supervision.restart", description=__doc__)
     parser.add_argument("action", choices=["run", "decide"])

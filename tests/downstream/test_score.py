@@ -15,6 +15,7 @@ from support.worlds import run_world
 from pmlm_dist.cli import main
 from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.pretrained import build_pretrained, open_pretrained, save_pretrained
+from pmlm_dist.downstream import score
 from pmlm_dist.likelihood.minimal_pairs import BAD, GOOD, MinimalPair, accuracies, read_pairs
 from pmlm_dist.likelihood.scoring import METHODS, score_texts
 
@@ -65,7 +66,10 @@ def test_text_file_without_output_is_scored_to_standard_output(model: Path, tmp_
         ("", "holds no text"),
         ('{"other": "a"}\n', "no column text or sentence for the text, there are other: name it by --column"),
         ('{"text": ""}\n', "text 1: column text holds no text"),
-        (json.dumps({"text": "fish " * 600}) + "\n", "text 1: it has 600 tokens, and the model takes 1 to"),
+        (
+            json.dumps({"text": "fish " * 600}) + "\n",
+            "text 1 ('fish fish fish fish fish fish fish fish '): it has 600 tokens, and the model takes 1 to",
+        ),
     ],
 )
 def test_files_that_cannot_be_scored_are_errors(content: str, message: str, model: Path, tmp_path: Path, capsys):
@@ -132,6 +136,7 @@ def test_first_pairs_of_each_paradigm_are_read(tmp_path: Path):
         ("{", r"pairs.jsonl, line 2: not JSON"),
         (json.dumps({GOOD: "a"}), r"pairs.jsonl, line 2: it needs the fields sentence_good and sentence_bad"),
         (json.dumps([1]), r"pairs.jsonl, line 2: it needs the fields"),
+        (json.dumps({GOOD: "a", BAD: "half a pair: \udc80"}), r"pairs.jsonl, line 2: it needs the fields"),
     ],
 )
 def test_line_without_a_pair_is_an_error(line: str, message: str, tmp_path: Path):
@@ -146,3 +151,33 @@ def test_source_without_pairs_is_an_error(tmp_path: Path):
     (tmp_path / "broken.zip").write_bytes(b"no archive")
     with pytest.raises(ConfigError, match=r"cannot be read"):
         read_pairs(tmp_path / "broken.zip")
+    with zipfile.ZipFile(tmp_path / "locked.zip", "w") as archive:
+        archive.writestr("pairs.jsonl", json.dumps(PAIRS[0]))
+    content = bytearray((tmp_path / "locked.zip").read_bytes())
+    for offset in (6, content.index(b"PK\x01\x02") + 8):
+        content[offset] |= 1  # encrypted
+    (tmp_path / "locked.zip").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cannot be read: .*encrypted"):
+        read_pairs(tmp_path / "locked.zip")
+
+
+def test_suite_ended_in_its_second_method_is_resumed(model: Path, tmp_path: Path, monkeypatch, capsys):
+    source = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+    out = tmp_path / "out"
+    command = ["evaluate", "--suite", "blimp", "--model", str(model), "--data", str(source), "--batch-slots", "64"]
+
+    def interrupt(model: Any, texts: Any, *, method: str, **settings: Any) -> list[list[float]]:
+        if method == "pll":
+            raise KeyboardInterrupt
+        return score_texts(model, texts, method="par", **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "score_texts", interrupt)
+        assert main([*command, "--predictions", str(out)]) == 130
+    assert main([*command, "--predictions", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"pairs-par.jsonl", "pairs-pll.jsonl", "scores.json"}
+    for path in out.glob("pairs-*"):
+        path.unlink()
+    assert main([*command, "--predictions", str(out)]) == 2
+    assert "scores.json exists already, and nothing is overwritten" in capsys.readouterr().err

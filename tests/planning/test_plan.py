@@ -162,6 +162,15 @@ def test_bad_checkpoint_interval_warns():
     assert not any(w.startswith("checkpoints every") for w in plan_of(nodes=8).warnings)
 
 
+def test_checkpoint_advice_stays_within_the_run():
+    def advised(**changes: Any) -> list[str]:
+        return [w for w in plan_of("tiny", batch=BatchConfig(micro=4), **changes).warnings if "checkpoint-every" in w]
+
+    assert not advised()  # 1,000 steps take seconds
+    (warning,) = advised(steps=1_000_000, assume=Assumptions(failure_hours=1e12))
+    assert warning.endswith("--train.checkpoint-every 1000000")
+
+
 def test_assumptions_replace_rates_of_the_device():
     assume = Assumptions(matrix_share=0.9, bandwidth_share=0.5, link_gb_per_s=100.0, network_gbit_per_s=80.0)
     device = plan_of(nodes=8, assume=assume).cluster.device

@@ -14,6 +14,7 @@ import torch
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.downstream.tasks.task import Row, TaskBatch
 from pmlm_dist.files import json_line
+from pmlm_dist.json_input import is_unicode
 from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.model.transformer import context_inputs
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
@@ -132,8 +133,3 @@ def row_text(row: Row, column: str, *, location: str, problems: list[str]) -> st
         return value
     problems.append(f"{location}: column {column} holds no text ({value!r})")
     return ""
-
-
-def is_unicode(text: str) -> bool:
-    """Return False for unpaired surrogates: JSON escapes can produce them, and no tokenizer accepts them."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
