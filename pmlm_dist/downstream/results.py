@@ -145,7 +145,7 @@ class ResultsFile:
             results[entry[0]], length = entry[1], length + len(line) + 1
         if not _is_header(first):
             raise ConfigError([f"{self.part} was not written by this program: move it, or name another output"])
-        if first != own and results:
+        if first != own and others[:-1]:  # also results that fit none of this command's batches
             raise ConfigError(self._differences(_parse(first)))
         self.done = results
         return length if first == own else 0

@@ -95,6 +95,8 @@ def _split_file(folder: Path, split: str) -> Path:
 
 def read_file(path: Path) -> list[dict[str, Any]]:
     """Return all rows of one file; its suffix names the format. Raises `ConfigError` for an invalid file."""
+    if path.suffix not in _SUFFIXES:
+        raise ConfigError([f"{path}: its name must end in {', '.join(_SUFFIXES)}, the formats that are read"])
     try:
         if path.suffix == ".jsonl":
             return list(_json_lines(path))

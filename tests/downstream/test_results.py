@@ -57,6 +57,9 @@ def test_results_of_another_command_raise_and_stay(tmp_path: Path):
     before = part.read_bytes()
     with pytest.raises(ConfigError, match=r"out\.part has results of another command, which differs in model: start"):
         results_file(tmp_path / "out", model="other").open()
+    batches = [[0], [1], [2]]  # those of the other command fit none of the results
+    with pytest.raises(ConfigError, match=r"differs in model: start"):
+        ResultsFile(tmp_path / "out", {"model": "other"}, batches=batches, option="--output").open()
     assert part.read_bytes() == before
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.downstream.rows import read_rows
+from pmlm_dist.downstream.rows import read_file, read_rows
 
 SQUAD = {
     "version": "v2.0",
@@ -116,6 +116,14 @@ def test_lone_carriage_returns_and_unicode_separators_end_no_line(tmp_path: Path
     (tmp_path / "test.tsv").write_bytes(f"text\tlabel\n{text}\tx\n".encode())
     assert read_rows(str(tmp_path), "train") == [{"text": "a\u2028b", "label": "x"}]
     assert read_rows(str(tmp_path), "test") == [{"text": text, "label": "x"}]
+
+
+def test_file_of_an_unknown_format_raises(tmp_path: Path):
+    """It was read as CSV: the first line became the names of the columns."""
+    for name in ("input.txt", "input", "input.jsonl.gz"):
+        (tmp_path / name).write_text("a text\nanother\n")
+        with pytest.raises(ConfigError, match=r"its name must end in .jsonl, .csv"):
+            read_file(tmp_path / name)
 
 
 @pytest.mark.parametrize(
