@@ -252,7 +252,7 @@ def test_generate_overwrites_nothing_and_reports_invalid_input(tuned, tmp_path, 
     (tmp_path / "out.jsonl").unlink()
     below_a_file = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "in.jsonl" / "out")]
     assert main(["generate", "--model", str(tuned[0]), *below_a_file]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "is no folder, or not within one" in capsys.readouterr().err
     long = [{"src": "red fish " * 9}]
     for rows, flags, message in (
         (long, (), "row 1: its source has 20 tokens, at most 10 fit"),
