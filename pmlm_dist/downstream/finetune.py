@@ -88,8 +88,9 @@ def _complete_run(job: FinetuneJob) -> FinetuneRun | None:
         if not job.topology.is_rank_zero or not (job.output / SCORES).is_file():
             return None
         job.check_identity(newest_valid_at(job.output))
-        scores = json.loads((job.output / SCORES).read_text(encoding="utf-8"))["scores"]
-        return FinetuneRun(dataclasses.asdict(job.recipe), job.seed, scores, str(job.output))
+        summary = json.loads((job.output / SCORES).read_text(encoding="utf-8"))
+        recipe = dataclasses.asdict(job.recipe)
+        return FinetuneRun(recipe, job.seed, summary["scores"], summary["losses"], str(job.output))
 
     return job.topology.broadcast_object(run_on_all_ranks(job.topology, read))
 

@@ -340,19 +340,19 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
                 session.engine_state.load_weights(reader)
         progress.evaluations |= {split.name: self._evaluate(session, split) for split in missing}
         scores = {name: evaluation.scores for name, evaluation in progress.evaluations.items()}
+        losses = {name: evaluation.loss for name, evaluation in progress.evaluations.items() if evaluation.scores}
         if self.topology.is_rank_zero:
             for name, evaluation in progress.evaluations.items():
                 write_atomically(predictions_file(self.output, name), b"".join(map(json_line, evaluation.predictions)))
             session.folder.keep_only(progress.best_step)
             signatures = {name: e.signatures for name, e in progress.evaluations.items() if e.signatures}
-            losses = {name: e.loss for name, e in progress.evaluations.items() if e.scores}
             summary = {"step": progress.best_step, "scores": scores, "losses": losses}
             summary |= {"signatures": signatures} if signatures else {}
             write_atomically(self.output / SCORES, json.dumps(summary, indent=2) + "\n")  # now it is complete
         for name, evaluation in progress.evaluations.items():
             log.info(f"best, step {progress.best_step}: {score_line(name, evaluation)}")
         log.info(f"written: {best}")
-        return FinetuneRun(dataclasses.asdict(self.recipe), self.seed, scores, str(self.output))
+        return FinetuneRun(dataclasses.asdict(self.recipe), self.seed, scores, losses, str(self.output))
 
 
 @functools.lru_cache(maxsize=1)

@@ -17,6 +17,8 @@ class FinetuneRun:
     recipe: dict[str, Any]
     seed: int
     scores: dict[str, dict[str, float]]
+    losses: dict[str, float]
+    """Mean loss of each split."""
     folder: str
 
 
@@ -35,12 +37,14 @@ class RecipeSummary:
 
     recipe: dict[str, Any]
     spreads: dict[str, dict[str, Spread]]
+    losses: dict[str, float]
+    """Mean loss of each split over seeds."""
     folders: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All recipes, ordered by the mean of `metric` on `split`, best first."""
+    """All recipes, ordered by the mean of `metric` on `split`, best first; equal ones by the loss."""
 
     split: str
     metric: str
@@ -51,9 +55,9 @@ class Summary:
 
     def table(self) -> str:
         """Return a table for the console."""
-        lines = [f"by {self.metric} on {self.split}, best first (mean ± deviation over seeds):"]
+        lines = [f"by {self.metric} on {self.split}, equal ones by the loss, best first (mean ± deviation over seeds):"]
         for entry in self.recipes:
-            lines.append(f"recipe {json.dumps(entry.recipe)}")
+            lines.append(f"recipe {json.dumps(entry.recipe)}, loss {entry.losses[self.split]:.4f}")
             lines += [
                 f"  {split}: " + ", ".join(f"{metric} {_format_spread(spread)}" for metric, spread in metrics.items())
                 for split, metrics in entry.spreads.items()
@@ -67,15 +71,14 @@ def _format_spread(spread: Spread) -> str:
 
 
 def summarize(runs: Sequence[FinetuneRun], *, split: str, metric: str) -> Summary:
-    """Group `runs` by recipe; all have equal splits and metrics. A metric that is NaN comes last."""
+    """Group `runs` by recipe; all have equal splits and metrics. What is NaN comes last."""
     by_recipe: dict[str, list[FinetuneRun]] = {}
     for run in runs:
         by_recipe.setdefault(json.dumps(run.recipe), []).append(run)
     summaries = [_summarize_recipe(group) for group in by_recipe.values()]
 
-    def rank(entry: RecipeSummary) -> float:
-        value = entry.spreads[split][metric].mean
-        return math.inf if math.isnan(value) else -value
+    def rank(entry: RecipeSummary) -> list[float]:
+        return [math.inf if math.isnan(x) else x for x in (-entry.spreads[split][metric].mean, entry.losses[split])]
 
     return Summary(split, metric, tuple(sorted(summaries, key=rank)))
 
@@ -85,7 +88,8 @@ def _summarize_recipe(runs: Sequence[FinetuneRun]) -> RecipeSummary:
         split: {metric: _spread([run.scores[split][metric] for run in runs]) for metric in metrics}
         for split, metrics in runs[0].scores.items()
     }
-    return RecipeSummary(runs[0].recipe, spreads, tuple(run.folder for run in runs))
+    losses = {split: statistics.fmean(run.losses[split] for run in runs) for split in runs[0].losses}
+    return RecipeSummary(runs[0].recipe, spreads, losses, tuple(run.folder for run in runs))
 
 
 def _spread(values: Sequence[float]) -> Spread:

@@ -277,12 +277,20 @@ def test_bf16_with_the_shipped_settings_learns(model: Path, data: Path, tmp_path
 
 def test_summary_sorts_by_mean():
     trials = [
-        FinetuneRun({"lr": lr}, seed, {"v": {"m": value}}, "")
+        FinetuneRun({"lr": lr}, seed, {"v": {"m": value}}, {"v": 1.0}, "")
         for lr, seed, value in [(1, 0, 0.5), (1, 1, 0.7), (2, 0, 0.9), (2, 1, 0.1)]
     ]
     summary = summarize(trials, split="v", metric="m")
     assert [entry.recipe["lr"] for entry in summary.recipes] == [1, 2]
     assert "0.6000 ± 0.1414 (n=2)" in summary.table()
+
+
+def test_equal_recipes_are_ordered_by_their_loss():
+    values = [(1, 0.5, 3.0), (2, 0.5, 2.0), (3, 0.5, math.nan), (4, math.nan, 1.0), (5, 0.6, 9.0)]
+    trials = [FinetuneRun({"lr": lr}, 0, {"v": {"m": value}}, {"v": loss}, "") for lr, value, loss in values]
+    summary = summarize(trials, split="v", metric="m")
+    assert [entry.recipe["lr"] for entry in summary.recipes] == [5, 2, 1, 3, 4]
+    assert "equal ones by the loss" in summary.table()
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
