@@ -32,11 +32,21 @@ from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """Settings of `pmlm score`."""
+class LikelihoodConfig:
+    """What `pmlm score` and `pmlm evaluate --suite` have in common."""
 
     model: Path
     """A pre-trained model: a run folder, one of its checkpoints, or the output of `pmlm import`."""
+    batch_slots: Annotated[int, Positive] = 16_384
+    """Slots of a forward pass on a rank; a single text may have more."""
+    precision: Precision = "fp32"
+    """Data type of weights and activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(LikelihoodConfig):
+    """Settings of `pmlm score`."""
+
     method: Method = "par"
     """`par`: exact, left to right; for models trained with PAR or AR. `pll`: each token masked alone; `pll-word`: with
     the later pieces of its word; for models trained with AE."""
@@ -44,10 +54,6 @@ class ScoreConfig:
     """JSONL file to write, which must not exist yet. None: standard output."""
     column: str | None = None
     """Column of the text. None: text or sentence."""
-    batch_slots: Annotated[int, Positive] = 16_384
-    """Slots of a forward pass on a rank; a single text may have more."""
-    precision: Precision = "fp32"
-    """Data type of weights and activations."""
 
 
 def score_file(file: Path, /, config: ScoreConfig) -> None:
@@ -66,17 +72,8 @@ def score_file(file: Path, /, config: ScoreConfig) -> None:
         return pretrained, ids, encode_texts(texts, pretrained, origin=str(file))
 
     pretrained, ids, texts = groups.run_on_all_ranks(topology, prepare)
-    batches = batches_of_texts([len(text) for text in texts], config.method, slots=config.batch_slots)
-    identity = {
-        "model": sha256_of(pretrained.facts["folder"] / MANIFEST),
-        "texts": digest_of([ids, *texts]),
-        "method": config.method,
-        "batch_slots": config.batch_slots,
-        "precision": config.precision,
-        "device": topology.device.type,
-    }
     output = config.output
-    build = partial(ResultsFile, output or Path(), identity, batches=batches, option="--output")
+    build = partial(likelihood_file, output, config, config.method, pretrained, texts, ids=ids, option="--output")
     with open_results(topology, output, build) as results:
         start, model = time.perf_counter(), load_model(pretrained, config.precision)
         scores = score_on_all_ranks(
@@ -94,6 +91,30 @@ def score_file(file: Path, /, config: ScoreConfig) -> None:
         groups.run_on_all_ranks(topology, lambda: results.finish(rows) if results else None)
     if topology.is_rank_zero:
         _report(rows, config, seconds=time.perf_counter() - start)
+
+
+def likelihood_file(
+    path: Path | None,
+    config: LikelihoodConfig,
+    method: Method,
+    pretrained: PretrainedWeights,
+    texts: Sequence[Sequence[int]],
+    *,
+    option: str,
+    ids: Sequence[Any] = (),
+) -> ResultsFile:
+    """Return the file of the log-likelihoods of `texts`, whose batches are those of `score_on_all_ranks`."""
+    assert path is not None
+    identity = {
+        "model": sha256_of(pretrained.facts["folder"] / MANIFEST),
+        "texts": digest_of([*ids, *texts]),
+        "method": method,
+        "batch_slots": config.batch_slots,
+        "precision": config.precision,
+        "device": groups.init_process_groups().device.type,
+    }
+    batches = batches_of_texts([len(text) for text in texts], method, slots=config.batch_slots)
+    return ResultsFile(path, identity, batches=batches, option=option)
 
 
 def score_on_all_ranks(

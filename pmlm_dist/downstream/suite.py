@@ -12,16 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pmlm_dist.checkpoint.files import MANIFEST, sha256_of
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.console import print_safely
-from pmlm_dist.conversion.pretrained import Precision, PretrainedWeights, load_model, open_pretrained
-from pmlm_dist.downstream.results import ResultsFile, digest_of, open_results
-from pmlm_dist.downstream.score import score_on_all_ranks
+from pmlm_dist.conversion.pretrained import PretrainedWeights, load_model, open_pretrained
+from pmlm_dist.downstream.results import ResultsFile, open_results
+from pmlm_dist.downstream.score import LikelihoodConfig, likelihood_file, score_on_all_ranks
 from pmlm_dist.downstream.texts import encode_texts
 from pmlm_dist.files import write_atomically
 from pmlm_dist.likelihood.minimal_pairs import MinimalPair, accuracies, read_pairs
-from pmlm_dist.likelihood.scoring import Method, batches_of_texts
+from pmlm_dist.likelihood.scoring import Method
 from pmlm_dist.parallel import groups
 from pmlm_dist.ranges import Positive, range_problems
 
@@ -29,13 +28,11 @@ SCORES = "scores.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteConfig:
+class SuiteConfig(LikelihoodConfig):
     """Settings of `pmlm evaluate --suite`."""
 
     suite: Literal["blimp"]
     """Fields of the files: those of BLiMP."""
-    model: Path
-    """A pre-trained model: a run folder, one of its checkpoints, or the output of `pmlm import`."""
     data: Path
     """Folder or .zip of .jsonl files, or one of these, with `sentence_good` and `sentence_bad`; `UID` (the paradigm;
     else the name of the file) and `linguistics_term` group the accuracies."""
@@ -45,10 +42,6 @@ class SuiteConfig:
     """First pairs of each paradigm. None: all."""
     predictions: Path | None = None
     """Folder for scores.json and pairs-METHOD.jsonl with the scores of all pairs; these must not exist in it yet."""
-    batch_slots: Annotated[int, Positive] = 16_384
-    """Slots of a forward pass on a rank."""
-    precision: Precision = "fp32"
-    """Data type of weights and activations."""
 
 
 def evaluate_suite(config: SuiteConfig) -> dict[str, dict[str, Any]]:
@@ -71,7 +64,7 @@ def evaluate_suite(config: SuiteConfig) -> dict[str, dict[str, Any]]:
         files: dict[Method, ResultsFile | None] = {}
         for method in dict.fromkeys(config.methods):  # all, before anything is computed
             path = folder / f"pairs-{method}.jsonl" if folder else None
-            build = partial(_file, path, method, config, pretrained, texts)
+            build = partial(likelihood_file, path, config, method, pretrained, texts, option="--predictions")
             files[method] = stack.enter_context(open_results(topology, path, build))
         groups.run_on_all_ranks(topology, lambda: _raise_if_scored(folder, files))
         model = load_model(pretrained, config.precision)
@@ -113,22 +106,6 @@ def _write(folder: Path | None, files: dict[Method, ResultsFile | None], rows: A
         write_atomically(folder / SCORES, json.dumps(results, indent=2) + "\n")
     for file in own.values():
         file.remove_part()
-
-
-def _file(
-    path: Path | None, method: Method, config: SuiteConfig, pretrained: PretrainedWeights, texts: list[list[int]]
-) -> ResultsFile:
-    assert path is not None
-    identity = {
-        "model": sha256_of(pretrained.facts["folder"] / MANIFEST),
-        "texts": digest_of(texts),
-        "method": method,
-        "batch_slots": config.batch_slots,
-        "precision": config.precision,
-        "device": groups.init_process_groups().device.type,
-    }
-    batches = batches_of_texts([len(text) for text in texts], method, slots=config.batch_slots)
-    return ResultsFile(path, identity, batches=batches, option="--predictions")
 
 
 def _table(method: Method, result: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,18 +36,25 @@ class MinimalPair:
 
 def read_pairs(source: Path, *, most: int | None = None) -> list[MinimalPair]:
     """Return the pairs at `source`, the first `most` of each paradigm. Raises `ConfigError`."""
-    counts: dict[str, int] = defaultdict(int)
     pairs = []
     for name, text in _files(source):
         for number, line in enumerate(text.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
             if not line.strip():
                 continue
-            pair = _pair(line, name=name, location=f"{source}, {name}, line {number}")
-            counts[pair.paradigm] += 1
-            if most is None or counts[pair.paradigm] <= most:
-                pairs.append(pair)
+            pairs.append(_pair(line, name=name, location=f"{source}, {name}, line {number}"))
     raise_if_any([] if pairs else [f"{source} holds no .jsonl file with {GOOD} and {BAD}"])
-    return pairs
+    return pairs if most is None else first_of_each(pairs, most)
+
+
+def first_of_each(pairs: Sequence[MinimalPair], most: int) -> list[MinimalPair]:
+    """Return the first `most` pairs of each paradigm, in their order."""
+    counts: Counter[str] = Counter()
+    first = []
+    for pair in pairs:
+        counts[pair.paradigm] += 1
+        if counts[pair.paradigm] <= most:
+            first.append(pair)
+    return first
 
 
 def _files(source: Path) -> Iterator[tuple[str, bytes]]:

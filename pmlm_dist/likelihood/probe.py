@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.likelihood.minimal_pairs import MinimalPair, accuracies, read_pairs
+from pmlm_dist.likelihood.minimal_pairs import MinimalPair, accuracies, first_of_each, read_pairs
 from pmlm_dist.likelihood.scoring import Method, batches_of_texts, score_texts
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
@@ -39,13 +38,7 @@ class Probe:
     def load(cls, source: Path, vocabulary: Vocabulary, *, most: int, max_tokens: int) -> Probe:
         """Read about `most` pairs, equally many of each paradigm. Raises `ConfigError`, also for a text too long."""
         pairs = read_pairs(source)
-        share = max(1, most // len({pair.paradigm for pair in pairs}))
-        seen: Counter[str] = Counter()
-        sample = []
-        for pair in pairs:
-            seen[pair.paradigm] += 1
-            if seen[pair.paradigm] <= share:
-                sample.append(pair)
+        sample = first_of_each(pairs, max(1, most // len({pair.paradigm for pair in pairs})))
         texts = vocabulary.encode_batch([pair.good for pair in sample] + [pair.bad for pair in sample])
         longest = max(map(len, texts))
         if longest > max_tokens:
