@@ -39,7 +39,7 @@ def random_corpus(folder: Path, *, vocabulary_size: int, samples: int, sequence_
         vocabulary={"size": vocabulary.size, "fingerprint": vocabulary.fingerprint},
         seed=0,
         splits=splits,
-        unigram_entropy=float(np.log(vocabulary_size)),
+        token_counts=" ".join(["1"] * vocabulary_size),
         counts={},
     ).save(folder)
     return folder

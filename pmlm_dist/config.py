@@ -73,6 +73,9 @@ class ModelConfig:
     """Epsilon of LayerNorm."""
     initializer_range: Annotated[float, Positive] = 0.02
     """Standard deviation of the normal distribution that initial weights are drawn from."""
+    initial_head_bias: Literal["unigram", "zeros"] = "unigram"
+    """Initial bias of the output. `unigram`: the log of each token's frequency in the training corpus, so that the
+    first steps need not learn it. `zeros`: as BERT."""
     attention: Literal["fused", "reference", "flex"] = "fused"
     """Attention backend. `fused`: fast, on any device. `reference`: one boolean mask over all slots, the specification.
     `flex`: FlexAttention; trains on a GPU only, without attention_dropout."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -32,7 +31,7 @@ from pmlm_dist.config import ConfigError
 from pmlm_dist.files import open_atomically, write_atomically
 from pmlm_dist.json_input import InvalidJson, parse_json
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
 IN_BOTH_SPLITS = "long document with parts in both splits"
@@ -104,8 +103,8 @@ class Manifest:
     seed: int
     splits: Mapping[str, Split]
     """`train` and `validation`."""
-    unigram_entropy: float
-    """Entropy of the content tokens of the training split, in nats: the least loss of a model without context."""
+    token_counts: str
+    """Number of times that each token id is a content token of the training split, `0 0 0 0 0 81233 ...`."""
     counts: Mapping[str, Any]
     """Documents, characters, content tokens, [UNK] among them, and skipped records by reason."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -125,12 +124,15 @@ class Manifest:
         except (InvalidJson, AttributeError) as error:
             raise ConfigError([f"{path} is not a manifest ({error}): remove {folder} and {remedy}"]) from error
         if version != VERSION:
-            raise ConfigError(
-                [f"{path} has version {version}, this program reads {VERSION}: remove {folder} and {remedy}"]
-            )
+            found = f"version {version}, this program reads {VERSION}"
+            raise ConfigError([f"{path} has {found}: remove {folder} and {remedy}"])
         try:
             splits = {name: _split(split) for name, split in plain.pop("splits").items()}
-            return cls(splits=splits, **plain)
+            manifest = cls(splits=splits, **plain)
+            tokens, counted = int(manifest.vocabulary["size"]), len(manifest.unigram_counts)
+            if counted != tokens:
+                raise ValueError(f"it has {tokens} tokens, and token_counts of {counted}")
+            return manifest
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ConfigError([f"{path} is not a complete manifest ({error}): remove {folder} and {remedy}"]) from error
 
@@ -140,10 +142,16 @@ class Manifest:
         write_atomically(Path(folder) / MANIFEST, f"{text}\n")
 
     @property
-    def unknown_share(self) -> float:
-        """Share of [UNK] among the content tokens of all splits; NaN if the corpus was written without their number."""
-        unknown = self.counts.get("unknown_tokens")
-        return sum(unknown.values()) / sum(self.counts["content_tokens"].values()) if unknown else math.nan
+    def unigram_counts(self) -> np.ndarray:
+        """`token_counts` as numbers, int64 [vocabulary size]."""
+        return np.array(self.token_counts.split(), dtype=np.int64)
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Entropy of the content tokens of the training split, in nats: the least loss of a model without context."""
+        counts = self.unigram_counts
+        shares = counts[counts > 0] / max(1, counts.sum())
+        return float(-(shares * np.log(shares)).sum())
 
     @property
     def fingerprint(self) -> str:

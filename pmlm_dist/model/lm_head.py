@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pmlm_dist.config import ModelConfig
 from pmlm_dist.parallel.cross_entropy import smoothing_nll, tied_cross_entropy, tied_logits
-from pmlm_dist.parallel.layers import sharded
+from pmlm_dist.parallel.layers import sharded, tp_rank, tp_size
 
 
 class TiedHead(nn.Module):
@@ -34,6 +34,12 @@ class TiedHead(nn.Module):
         padding[config.vocab_size :] = float("-inf")
         self.padding: Tensor
         self.register_buffer("padding", sharded(padding).data, persistent=False)
+
+    @torch.no_grad()
+    def set_bias(self, bias_V: Tensor) -> None:
+        """Set the bias of all `vocab_size` tokens; every rank passes the same tensor."""
+        rows = torch.arange(len(self.bias)) + tp_rank() * len(self.bias)
+        self.bias.copy_(F.pad(bias_V, (0, tp_size() * len(self.bias) - len(bias_V)))[rows])
 
     def forward(
         self, x_RBE: Tensor, embedding_VE: Tensor, targets_RB: Tensor | None = None, *, label_smoothing: float = 0.0

@@ -49,6 +49,8 @@ def build_engine(run: ResolvedRun) -> DeepSpeedEngine:
     """Build model, optimizer and DeepSpeed engine of `run`, with weights drawn from its seed; every rank calls."""
     seeding.seed_initialization(run.config.train.seed)
     model = build_model(run.config.model, padded_vocab_size=run.vocabulary.padded_size())
+    if run.config.model.initial_head_bias == "unigram":
+        model.head.set_bias(run.unigram_log_probabilities())
     return initialize_engine(
         model,
         optim=run.config.optim,

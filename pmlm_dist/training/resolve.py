@@ -106,6 +106,15 @@ class ResolvedRun:
             objectives=OBJECTIVES[self.config.objective.kind],
         )
 
+    def unigram_log_probabilities(self) -> torch.Tensor:
+        """Log frequencies [vocab_size] of the tokens in the training corpora, by weight, with one added to counts."""
+        total = sum(source.weight for source in self.training)
+        shares = torch.zeros(self.vocabulary.size, dtype=torch.float64)
+        for source in self.training:
+            counts = torch.from_numpy(source.manifest.unigram_counts) + 1.0
+            shares += source.weight / total * counts / counts.sum()
+        return shares.log().float()
+
     @property
     def last_step(self) -> int:
         """The step after which this attempt ends."""

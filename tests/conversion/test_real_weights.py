@@ -90,7 +90,7 @@ def english_corpus(folder: Path, vocabulary: Vocabulary) -> Path:
         vocabulary={"size": vocabulary.size, "fingerprint": vocabulary.fingerprint},
         seed=0,
         splits=splits,
-        unigram_entropy=6.0,
+        token_counts=" ".join(["1"] * vocabulary.size),
         counts={"documents": 1},
     ).save(folder)
     return folder

@@ -159,13 +159,13 @@ def test_token_dtype_is_the_narrowest():
 MANIFEST = Manifest(
     sequence_length=128,
     token_dtype="uint16",
-    vocabulary={"size": 100, "fingerprint": "f"},
+    vocabulary={"size": 3, "fingerprint": "f"},
     seed=0,
     splits={
         "train": Split((Shard("train/shard-000000.tar", 3, 10240, "a" * 64),), 3, 99),
         "validation": Split((Shard("validation/shard-000000.tar", 1, 10240, "b" * 64),), 1, 33),
     },
-    unigram_entropy=1 / 3,
+    token_counts="0 2 2",
     counts={"documents": {"train": 2}, "skipped": {"empty": 1}},
     settings={"source": ["here"]},
 )
@@ -175,6 +175,11 @@ def test_saved_manifest_loads_equal(tmp_path: Path):
     MANIFEST.save(tmp_path)
     assert Manifest.load(tmp_path) == MANIFEST
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_unigram_entropy_of_equal_counts_is_the_logarithm():
+    assert MANIFEST.unigram_entropy == pytest.approx(np.log(2))
+    assert dataclasses.replace(MANIFEST, token_counts="0 0 0").unigram_entropy == 0.0
 
 
 def test_fingerprint_depends_on_content_not_on_settings():
@@ -189,9 +194,21 @@ def test_fingerprint_depends_on_content_not_on_settings():
         (None, "no corpus in"),
         ("{", "is not a manifest"),
         ("[]", "is not a manifest"),
-        (json.dumps({"version": 99}), "has version 99, this program reads 1"),
-        (json.dumps({"version": 1, "splits": {}}), "is not a complete manifest"),
-        (json.dumps({"version": 1}), "is not a complete manifest"),
+        (json.dumps({"version": 99}), "has version 99, this program reads 2"),
+        (json.dumps({"version": 2, "splits": {}}), "is not a complete manifest"),
+        (json.dumps({"version": 2}), "is not a complete manifest"),
+        (
+            json.dumps(
+                {
+                    "version": 2,
+                    "splits": {},
+                    **dict.fromkeys(("sequence_length", "token_dtype", "seed", "counts")),
+                    "vocabulary": {"size": 3},
+                    "token_counts": "1 2",
+                }
+            ),
+            "it has 3 tokens, and token_counts of 2",
+        ),
     ],
 )
 def test_invalid_manifest_raises_with_the_command(tmp_path: Path, content: str | None, message: str):
@@ -206,6 +223,6 @@ def test_invalid_manifest_raises_with_the_command(tmp_path: Path, content: str |
 def test_manifest_with_a_shard_outside_the_corpus_raises(tmp_path: Path, name: str):
     shard = {"name": name, "samples": 1, "bytes": 1, "sha256": "0" * 64}
     split = {"shards": [shard], "samples": 1, "tokens": 1}
-    (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "splits": {"train": split}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"version": 2, "splits": {"train": split}}))
     with pytest.raises(ConfigError, match="is not a path below the corpus"):
         Manifest.load(tmp_path)

@@ -47,7 +47,7 @@ def write_corpus(
         vocabulary={"size": vocabulary.size, "fingerprint": vocabulary.fingerprint},
         seed=seed,
         splits=splits,
-        unigram_entropy=float(np.log(words)),
+        token_counts=" ".join(["0"] * len(vocabulary.special_ids) + ["1"] * words),
         counts={"documents": 1},
     ).save(folder)
     return folder

@@ -38,7 +38,7 @@ def write_corpus(folder: Path, sizes: dict[str, Sequence[int]]) -> Path:
         vocabulary={"size": 1000, "fingerprint": "none"},
         seed=0,
         splits=splits,
-        unigram_entropy=1.0,
+        token_counts=" ".join(["1"] * 1000),
         counts={},
     )
     manifest.save(folder)

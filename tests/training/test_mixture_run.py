@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from support.corpora import write_corpus
 from support.faulty_server import serving
 from support.small_runs import run_config, start_run, with_train
 from support.worlds import RankFailed, run_world
 
-from pmlm_dist.config import ConfigError, DataConfig, RunConfig
+from pmlm_dist.config import ConfigError, DataConfig, ParallelConfig, RunConfig
+from pmlm_dist.corpus.shards import Manifest
 from pmlm_dist.data.mixture import Mixture
 from pmlm_dist.metrics.run_log import read_metrics
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.distributed
 
@@ -62,6 +67,36 @@ def test_mixture_of_disk_and_server_resumes_on_another_number_of_ranks(small_cor
             1,
             replace(with_train(straight, steps=9), data=replace(straight.data, sources=dict.fromkeys(here, 0.5))),
         )
+
+
+def initial_head_bias(config: RunConfig) -> list[float]:
+    from pmlm_dist.parallel import groups
+    from pmlm_dist.training.pretraining import build_engine
+    from pmlm_dist.training.resolve import resolve
+
+    run = resolve(config, groups.init_process_groups(tp=config.parallel.tp))
+    engine: Any = build_engine(run)
+    return engine.module.head.bias.tolist()
+
+
+def test_initial_head_bias_is_the_log_frequency_by_weight(small_corpus, tmp_path):
+    """Words 0 and 1 are 1 and 3 of 4 tokens in one corpus, 3 and 1 in the other, of three times the weight."""
+    size = Vocabulary.load(small_corpus).size
+    corpora = {}
+    for name, words in (("first", (99, 299)), ("second", (299, 99))):
+        corpora[name] = shutil.copytree(small_corpus, tmp_path / name)
+        counts = [10_000, *words, *[0] * (size - 3)]
+        replace(Manifest.load(corpora[name]), token_counts=" ".join(map(str, counts))).save(corpora[name])
+    sources = {str(corpora["first"]): 1.0, str(corpora["second"]): 3.0}
+    config = configured(corpora["first"], tmp_path / "run", sources)
+    halves = run_world(initial_head_bias, 2, replace(config, parallel=ParallelConfig(tp=2)))
+    total = 10_000 + 398 + size
+    expected = np.log(np.array([10_001, 0.25 * 100 + 0.75 * 300, 0.25 * 300 + 0.75 * 100, *[1] * (size - 3)]) / total)
+    bias = [*halves[0], *halves[1]]
+    assert bias[:size] == pytest.approx(expected)
+    assert set(bias[size:]) == {0.0}
+    zeros = replace(config, model=replace(config.model, initial_head_bias="zeros"))
+    assert set(run_world(initial_head_bias, 1, zeros)[0]) == {0.0}
 
 
 def refusals(configs: list[RunConfig]) -> list[str]:

@@ -103,20 +103,13 @@ def raise_if_too_small(config: PrepareConfig, totals: UnitCounts) -> None:
         raise_if_any([f"shards ({config.shards}) exceeds the {totals.samples[TRAIN]} training samples: use fewer"])
 
 
-def entropy(counts: np.ndarray) -> float:
-    """Return the entropy, in nats, of the empirical distribution with these counts."""
-    seen = counts[counts > 0].astype(np.float64)  # 0 log 0 = 0, but NaN in floating point
-    shares = seen / seen.sum()
-    return float(-(shares * np.log(shares)).sum())
-
-
 def build_manifest(
     settings: Mapping[str, Any],
     vocabulary: Vocabulary,
     *,
     totals: UnitCounts,
     shards: Mapping[str, list[Shard]],
-    unigram_entropy: float,
+    token_counts: np.ndarray,
 ) -> Manifest:
     """Return the manifest of a finished corpus; `settings`: those of `recorded_settings`."""
     tokens = {
@@ -128,7 +121,7 @@ def build_manifest(
         vocabulary={"size": vocabulary.size, "fingerprint": vocabulary.fingerprint},
         seed=settings["seed"],
         splits={split: Split(tuple(shards[split]), totals.samples[split], tokens[split]) for split in SPLITS},
-        unigram_entropy=unigram_entropy,
+        token_counts=" ".join(map(str, token_counts.tolist())),
         counts={
             "records": totals.skipped.records_read,
             "documents": {split: totals.documents[split] for split in SPLITS},
@@ -205,7 +198,7 @@ def summary(
         f"  held out {share:.2%} of the tokens ({config.validation_fraction:.2%} asked for); median document "
         f"about {lengths.quantile(0.5):,} characters"
     )
-    unknown = manifest.unknown_share
+    unknown = totals.unknown_tokens.total() / tokens.total()
     lines.append(f"  unigram entropy {manifest.unigram_entropy:.4f} nats; {unknown:.2%} of the tokens are [UNK]")
     if unknown > _MAX_UNKNOWN:
         lines.append(

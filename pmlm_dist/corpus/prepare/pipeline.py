@@ -37,7 +37,6 @@ from pmlm_dist.corpus.packing.stream_digest import UNIT_SAMPLES
 from pmlm_dist.corpus.prepare.counts import (
     UnitCounts,
     build_manifest,
-    entropy,
     raise_if_empty,
     raise_if_too_small,
     sum_counts,
@@ -140,7 +139,7 @@ class _Preparation:
             shards = self._write(runs, totals, vocabulary)
         totals.merge(scanned)
         counts = self._token_counts(runs, vocabulary_size=vocabulary.size)
-        manifest = build_manifest(settings, vocabulary, totals=totals, shards=shards, unigram_entropy=entropy(counts))
+        manifest = build_manifest(settings, vocabulary, totals=totals, shards=shards, token_counts=counts)
         if self.comm.rank == 0:
             vocabulary.save(self.config.output)
             save_array(self.config.output / UNIT_SAMPLES, _unit_samples(runs, units=len(units)))
