@@ -33,7 +33,7 @@ $(DEMO)/manifest.json: | $(VENV)/.train
 
 # $(1) source, $(2) corpus
 prepare = $(BIN)/mpirun --oversubscribe --bind-to none -n $(RANKS) $(BIN)/pmlm prepare-corpus --source $(1) --output $(2) \
-	    --vocabulary-size 8192 --sequence-length 128 --shards 64
+	    --vocabulary-size 8192 --sequence-length 64 --shards 64
 
 # $(1) corpus
 pretrain = $(BIN)/deepspeed --quiet --num_gpus $(RANKS) --master_port $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \

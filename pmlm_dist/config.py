@@ -11,6 +11,7 @@ library only.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,9 @@ class ModelConfig:
     """Epsilon of LayerNorm."""
     initializer_range: Annotated[float, Positive] = 0.02
     """Standard deviation of the normal distribution that initial weights are drawn from."""
+    initializer: Literal["scaled", "normal"] = "scaled"
+    """`normal`: all matrices have that deviation, as in the paper. `scaled`: the output projections of attention and
+    feed-forward network have it divided by sqrt(2 * num_layers), so that every layer begins close to the identity."""
     initial_head_bias: Literal["unigram", "zeros"] = "unigram"
     """Initial bias of the output. `unigram`: the log of each token's frequency in the training corpus, so that the
     first steps need not learn it. `zeros`: as BERT."""
@@ -81,6 +85,11 @@ class ModelConfig:
     `flex`: FlexAttention; trains on a GPU only, without attention_dropout."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    @property
+    def residual_range(self) -> float:
+        """Standard deviation of the initial output projections of attention and feed-forward network."""
+        return self.initializer_range / (math.sqrt(2 * self.num_layers) if self.initializer == "scaled" else 1.0)
 
     @property
     def head_dim(self) -> int:

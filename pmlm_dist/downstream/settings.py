@@ -149,6 +149,8 @@ class FinetuneConfig:
     `datasets` saved, or the name of a data set, NAME or NAME:CONFIG. None: the task's own on the Hugging Face hub."""
     untrained: bool = False
     """Draw the weights from the seed instead of loading the model's: a baseline of the same shape and vocabulary."""
+    pooling: Literal["mean", "cls"] = "mean"
+    """Vector of a text for classification and regression: the mean of its tokens' states, or the state of [CLS]."""
     ds_config: Path = DS_CONFIGS / "finetune.json"
     """DeepSpeed's JSON: micro-batch, precision, ZeRO, clipping, offload."""
     batch: BatchConfig = field(default_factory=BatchConfig)

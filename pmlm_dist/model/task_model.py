@@ -1,6 +1,7 @@
 """The language model with a task head on its hidden states, for classification and span tasks.
 
-    SlotInputs [B, T] --PseudoMaskedLM.encode: all context--> [T, B, E] --head--> [B, C] | [B, T, C]
+    SlotInputs [B, T] --PseudoMaskedLM.encode: all context--> [T, B, E] --pool--> [B, E] --head--> [B, C]
+                                                                       --head--> [B, T, C]
 
 It contains the whole language model, so checkpoints of both differ in `task_head.*` only.
 
@@ -22,11 +23,11 @@ from pmlm_dist.parallel.layers import tp_size
 TASK_HEAD = "task_head."
 """Prefix of the names of a task head's parameters."""
 
-Pooling = Literal["cls", "none"]
+Pooling = Literal["mean", "cls", "none"]
 
 
 class TaskHead(nn.Module):
-    """Outputs for a text from [CLS] through a dense layer with tanh (`cls`), or for every token (`none`).
+    """Outputs for a text through a dense layer with tanh, from the mean of its states or [CLS]; or for every token.
 
     Tensor-parallel ranks hold equal copies.
     """
@@ -34,14 +35,22 @@ class TaskHead(nn.Module):
     def __init__(self, config: ModelConfig, *, outputs: int, pooling: Pooling):
         super().__init__()
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.dense = _linear(config, config.hidden_size) if pooling == "cls" else None
+        self.pooling: Pooling = pooling
+        self.dense = _linear(config, config.hidden_size) if pooling != "none" else None
         self.output = _linear(config, outputs)
 
-    def forward(self, x_TBE: Tensor) -> Tensor:
-        """[T, B, E] -> [B, C] or [B, T, C]."""
+    def forward(self, x_TBE: Tensor, valid_BT: Tensor) -> Tensor:
+        """States [T, B, E], of which those of `valid_BT` are tokens -> [B, C] or [B, T, C]."""
         if self.dense is None:
             return self.output(self.dropout(x_TBE)).transpose(0, 1)
-        return self.output(self.dropout(torch.tanh(self.dense(self.dropout(x_TBE[0])))))
+        x_BE = mean_of_valid(x_TBE, valid_BT) if self.pooling == "mean" else x_TBE[0]
+        return self.output(self.dropout(torch.tanh(self.dense(self.dropout(x_BE)))))
+
+
+def mean_of_valid(x_TBE: Tensor, valid_BT: Tensor) -> Tensor:
+    """Mean [B, E] of the states [T, B, E] of each text's tokens, special tokens included."""
+    valid_TB1 = valid_BT.t().unsqueeze(-1).to(x_TBE.dtype)
+    return (x_TBE * valid_TB1).sum(0) / valid_TB1.sum(0)
 
 
 def _linear(config: ModelConfig, size_out: int) -> nn.Linear:
@@ -65,4 +74,4 @@ class TaskModel(PseudoMaskedLM):
             return super().forward(inputs=inputs, **options)
         # A pre-trained model may have one segment type only (MPNet has none): its texts all use it.
         segments_BT = inputs.segments_BT.clamp(max=self.config.segment_types - 1)
-        return self.task_head(self.encode(inputs._replace(segments_BT=segments_BT)))
+        return self.task_head(self.encode(inputs._replace(segments_BT=segments_BT)), inputs.valid_BT)

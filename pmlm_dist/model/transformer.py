@@ -61,7 +61,7 @@ class SelfAttention(nn.Module):
         self.query = ColumnLinear(size, size, std=std)
         # Rows ordered [heads, key | value, head size]: a slice over tensor-parallel ranks then holds whole heads.
         self.key_value = ColumnLinear(size, 2 * size, std=std)
-        self.output = RowLinear(size, size, std=std)
+        self.output = RowLinear(size, size, std=config.residual_range)
 
     def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
         """Keys and values from `x` [T, B, E], queries from [Q, B, E] -> [Q, B, E]."""
@@ -83,7 +83,7 @@ class Layer(nn.Module):
         self.attention = SelfAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.ffn_in = ColumnLinear(config.hidden_size, config.ffn_size, std=std)
-        self.ffn_out = RowLinear(config.ffn_size, config.hidden_size, std=std)
+        self.ffn_out = RowLinear(config.ffn_size, config.hidden_size, std=config.residual_range)
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 

@@ -1,4 +1,4 @@
-"""Classification and regression of a text or a pair, from the task head's output at [CLS].
+"""Classification and regression of a text or a pair, from the task head's output.
 
     row {text, pair?, label} -> TextExample -> TextFeature -> model -> class probabilities [B, C] | scores [B, 1]
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,6 +91,7 @@ class ClassificationSettings:
     averaged: tuple[str, ...]
     max_tokens: int
     too_long: str
+    pooling: Literal["mean", "cls"]
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -159,6 +160,7 @@ class Classification(Task[TextExample, TextFeature]):
             averaged=dataset.averaged,
             max_tokens=max_input_tokens(inputs.max_tokens, default=MAX_TOKENS, model=model),
             too_long=inputs.too_long,
+            pooling=config.pooling,
         )
         return cls(settings, vocabulary, hidden_labels=dataset.hidden_labels)
 
@@ -260,7 +262,7 @@ class Classification(Task[TextExample, TextFeature]):
     def build_model(self, config: ModelConfig, *, padded_vocab_size: int) -> TaskModel:
         """Build the model with one output per class, or one for the score."""
         outputs = len(self.settings.labels) or 1
-        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=outputs, pooling="cls")
+        return TaskModel(config, padded_vocab_size=padded_vocab_size, outputs=outputs, pooling=self.settings.pooling)
 
     def length(self, feature: TextFeature) -> int:
         return len(feature.encoded.ids)

@@ -1,0 +1,360 @@
+"""`make ablation`: what each objective is worth at equal text tokens, and where the losses stand at equal FLOPs.
+
+    recipes/ablation/scale-SCALE.json   corpus, model, training, evaluation
+    recipes/ablation/ROW.json           what differs in one row of the table
+        --> OUTPUT/ROW-SEED/...         a run of `train.py` (or of benchmarks/hf_bert.py), and its evaluation
+        --> RESULTS/ROW-SEED.json       its figures; RESULTS/table.md: means, deviations, differences from the first row
+
+A run whose results are there is not repeated, an interrupted one resumes: training from its checkpoint, evaluation
+after its last finished part. `--table` only writes the table from the results that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import lzma
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pmlm_dist.files import write_atomically
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes" / "ablation"
+PYTHON = sys.executable
+FIRST_ROW = "ae-par"
+ROWS = (FIRST_ROW, "ae", "par", "ar", "no-relative-bias", "prefix", "hf-bert")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed."""
+
+    row: str
+    seed: int
+    recipe: dict[str, Any]
+    scale: dict[str, Any]
+    data: Path
+    work: Path
+    """Folder of the ablation: corpus, task data, runs."""
+    results: Path
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """ROW-SEED."""
+        return f"{self.row}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this run."""
+        return self.work / self.name
+
+    @property
+    def run_dir(self) -> Path:
+        """Run folder of the training."""
+        return self.folder / "training"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, for the commands that evaluate."""
+        return self.run_dir / "model" if self.is_comparator else self.run_dir
+
+    @property
+    def is_comparator(self) -> bool:
+        """Is it the Hugging Face BERT?"""
+        return self.recipe.get("trainer") == "hugging-face"
+
+    @property
+    def arguments(self) -> list[str]:
+        """Arguments of the training."""
+        return [
+            *("--corpus", str(self.work / "corpus"), "--run-dir", str(self.run_dir), "--train.seed", str(self.seed)),
+            *shlex.split(self.scale["train"]),
+            *shlex.split(self.recipe["train"]),
+        ]
+
+    def call(self, *command: str) -> None:
+        """Run a command; its output goes to log.txt. Raises RuntimeError with the last lines if it fails."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(ROOT)}
+        log = self.folder / "log.txt"
+        with log.open("a") as file:
+            print("$", *command, file=file, flush=True)
+            done = subprocess.run(
+                command, check=False, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+            )
+        if done.returncode:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise RuntimeError(f"{self.name}: {' '.join(command)} ended with {done.returncode}, see {log}:\n{tail}")
+
+    def pmlm(self, *arguments: str) -> None:
+        """Run a command of `pmlm`."""
+        self.call(PYTHON, "-m", "pmlm_dist.cli", *arguments)
+
+
+# -------------------------------------------------------------------------------------------------------------- pieces
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train; return the validation curves of the run, and its FLOPs a step."""
+    if run.is_comparator:
+        run.call(PYTHON, str(ROOT / "benchmarks" / "hf_bert.py"), *run.arguments)
+    else:
+        run.call(PYTHON, str(ROOT / "train.py"), *run.arguments)
+    return measured(run, "curves")
+
+
+def measured(run: Run, what: str) -> dict[str, Any]:
+    """Return the result of benchmarks/ablation_losses.py, which reads corpus and model in a process of its own."""
+    output = run.folder / f"{what}.json"
+    run.call(PYTHON, str(ROOT / "benchmarks" / "ablation_losses.py"), what, str(run.model), str(output), *run.arguments)
+    return json.loads(output.read_text())
+
+
+def losses(run: Run) -> dict[str, Any]:
+    """Held-out losses of all rows on the same samples and masks: AE, PAR, AR, left to right."""
+    return measured(run, "losses")
+
+
+def blimp(run: Run) -> dict[str, Any]:
+    """Accuracies on minimal pairs by both methods, in all and by linguistic term."""
+    folder = run.folder / "blimp"
+    if not (folder / "scores.json").exists():
+        pairs = ["--pairs", str(run.scale["blimp_pairs"])] if run.scale.get("blimp_pairs") else []
+        data = ["--data", str(run.data / "blimp" / "BLiMP.zip"), "--predictions", str(folder)]
+        run.pmlm("evaluate", "--suite", "blimp", "--model", str(run.model), *data, *pairs)
+    scores = json.loads((folder / "scores.json").read_text())
+    return {method: {"accuracy": of["accuracy"], "terms": of["terms"]} for method, of in scores.items()}
+
+
+def finetune(run: Run, task: str) -> dict[str, Any]:
+    """Fine-tune on one task with several seeds; return the scores of the reported split by seed."""
+    settings, folder = run.scale["tasks"][task], run.folder / f"finetune-{task}"
+    summary = folder / "summary.json"
+    if not summary.exists():
+        data = ["--data", str(run.work / "tasks" / task), "--output", str(folder)]
+        seeds = ["--seeds", str(run.scale["finetune_seeds"])]
+        run.pmlm(
+            "finetune",
+            "--model",
+            str(run.model),
+            *data,
+            *seeds,
+            *shlex.split(run.scale["finetune"]),
+            *shlex.split(settings["finetune"]),
+        )
+    spreads = json.loads(summary.read_text())["recipes"][0]["spreads"][settings["split"]]
+    result = {"metric": settings["metric"], "values": spreads[settings["metric"]]["values"]}
+    for path in folder.glob("*/checkpoints"):
+        shutil.rmtree(path)
+    return result
+
+
+def pieces(run: Run) -> dict[str, Any]:
+    """Return the pieces of a run by name, in their order."""
+    tasks = {f"finetune/{task}": lambda task=task: finetune(run, task) for task in run.scale["tasks"]}
+    return {"curves": lambda: train(run), "losses": lambda: losses(run), "blimp": lambda: blimp(run), **tasks}
+
+
+def run_all(run: Run) -> None:
+    """Do what is missing of a run, piece by piece."""
+    path = run.results / f"{run.name}.json"
+    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"row": run.row, "seed": run.seed}
+    for name, piece in pieces(run).items():
+        if name not in done:
+            done[name] = piece()
+            write_atomically(path, json.dumps(done, indent=1) + "\n")
+            print(f"{run.name}: {name} done", flush=True)
+    shutil.rmtree(run.folder, ignore_errors=True)  # the results are all that is needed of it
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def prepare(scale: dict[str, Any], data: Path, work: Path) -> None:
+    """Prepare the corpus and the data of the tasks, unless they are there."""
+    if not (work / "corpus" / "manifest.json").exists():
+        source = str(data / "text" / "train.jsonl.xz")
+        command = [PYTHON, "-m", "pmlm_dist.cli", "prepare-corpus", "--source", source]
+        command += ["--output", str(work / "corpus"), *shlex.split(scale["prepare"])]
+        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for task, settings in scale["tasks"].items():
+        folder = work / "tasks" / task
+        if folder.exists():
+            continue
+        temporary = folder.with_name(f".{task}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        if task == "continuation":
+            continuation(data / "text" / "held-out.jsonl.xz", temporary, examples=scale["finetune_examples"])
+        else:
+            for split in ("train", settings["split"]):
+                lines = (data / "tasks" / task / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+                most = scale["finetune_examples"] if split == "train" else len(lines)
+                (temporary / f"{split}.jsonl").write_text("".join(lines[:most]), encoding="utf-8")
+        temporary.rename(folder)
+
+
+def continuation(source: Path, folder: Path, *, examples: int) -> None:
+    """Write pairs from texts that no model has read: 40 words, and the 12 that follow. Every fifth text is held out."""
+    rows: dict[str, list[str]] = {"train": [], "validation": []}
+    with lzma.open(source, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            words, split = json.loads(line)["text"].split(), "train" if number % 5 else "validation"
+            for start in range(0, len(words) - 52, 52):
+                pair = {
+                    "source": " ".join(words[start : start + 40]),
+                    "target": " ".join(words[start + 40 : start + 52]),
+                }
+                rows[split].append(json.dumps(pair))
+    for split, most in (("train", examples), ("validation", 500)):
+        step = max(1, len(rows[split]) // most)
+        chosen = rows[split][::step][:most]
+        (folder / f"{split}.jsonl").write_text("".join(f"{row}\n" for row in chosen), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def figures(result: dict[str, Any], *, budget: float) -> dict[str, float]:
+    """Return the figures of a run's results by the title of their column."""
+    found: dict[str, float] = {}
+    found |= {f"loss {name}": value for name, value in result.get("losses", {}).items()}
+    found |= {f"BLiMP {method}": 100 * of["accuracy"] for method, of in result.get("blimp", {}).items()}
+    for name, of in result.items():
+        if name.startswith("finetune/"):
+            is_loss = of["metric"] == "nll"
+            mean = statistics.mean(of["values"])
+            found[f"{name.removeprefix('finetune/')} {of['metric']}"] = mean if is_loss else 100 * mean
+    if "curves" in result:
+        found |= {f"{name} at equal FLOPs": value for name, value in at_budget(result["curves"], budget).items()}
+    return found
+
+
+def at_budget(curves: dict[str, Any], budget: float) -> dict[str, float]:
+    """Return each validation loss after `budget` FLOPs, interpolated between the validations around it."""
+    found = {}
+    for name, points in curves["validation"].items():
+        flops = [step * curves["flops_per_step"] for step, _ in points]
+        after = next((i for i, spent in enumerate(flops) if spent >= budget * (1 - 1e-9)), None)
+        if after is None:
+            continue
+        if after == 0:
+            found[name] = points[0][1]
+            continue
+        share = (budget - flops[after - 1]) / (flops[after] - flops[after - 1])
+        found[name] = points[after - 1][1] + share * (points[after][1] - points[after - 1][1])
+    return found
+
+
+def table(results: Sequence[dict[str, Any]], titles: dict[str, str]) -> str:
+    """Return Markdown: a table of means and deviations, and one of paired differences from the first row."""
+    totals = [r["curves"]["flops_per_step"] * r["curves"]["steps"] for r in results if "curves" in r]
+    budget = min(totals, default=0.0)
+    by_row: dict[str, dict[int, dict[str, float]]] = {}
+    for result in results:
+        by_row.setdefault(result["row"], {})[result["seed"]] = figures(result, budget=budget)
+    columns = list(dict.fromkeys(name for seeds in by_row.values() for of in seeds.values() for name in of))
+    rows = [row for row in ROWS if row in by_row]
+    lines = ["## Means ± sample standard deviation over pre-training seeds", ""]
+    lines += ["| | " + " | ".join(titles[row] for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    lines.append("| seeds | " + " | ".join(str(len(by_row[row])) for row in rows) + " |")
+    for column in columns:
+        cells = [_mean([of[column] for of in by_row[row].values() if column in of]) for row in rows]
+        lines.append(f"| {column} | " + " | ".join(cells) + " |")
+    lines += ["", f"## Differences from {titles[FIRST_ROW]}, paired by seed: mean ± standard error", ""]
+    others = [row for row in rows if row != FIRST_ROW]
+    lines += ["| | " + " | ".join(titles[row] for row in others) + " |", "|---" * (len(others) + 1) + "|"]
+    base = by_row.get(FIRST_ROW, {})
+    for column in columns:
+        cells = []
+        for row in others:
+            both = [seed for seed, of in by_row[row].items() if column in of and column in base.get(seed, {})]
+            cells.append(_difference([by_row[row][seed][column] - base[seed][column] for seed in both]))
+        lines.append(f"| {column} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def _difference(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.3f}{spread}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main() -> int:
+    """Do all runs, `--jobs` at a time; a failed run does not stop the others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="size of the models and runs")
+    parser.add_argument("--data", type=Path, required=True, help="folder with text/, blimp/ and tasks/")
+    parser.add_argument("--output", type=Path, help="folder of corpus and runs (runs/ablation-SCALE)")
+    parser.add_argument("--results", type=Path, help="folder of the results (docs/reports/ablation-SCALE)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to run")
+    parser.add_argument("--seeds", nargs="+", type=int, help="pre-training seeds (those of the scale)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (those of the scale)")
+    parser.add_argument("--table", action="store_true", help="write the table from the results that are there")
+    options = parser.parse_args()
+    scale = json.loads((RECIPES / f"scale-{options.scale}.json").read_text())
+    recipes = {row: json.loads((RECIPES / f"{row}.json").read_text()) for row in ROWS}
+    work = (options.output or ROOT / "runs" / f"ablation-{options.scale}").absolute()
+    results = (options.results or ROOT / "docs" / "reports" / f"ablation-{options.scale}").absolute()
+    results.mkdir(parents=True, exist_ok=True)
+    failed = [] if options.table else train_all(options, scale, recipes, work=work, results=results)
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    write_atomically(results / "table.md", table(found, {row: recipe["title"] for row, recipe in recipes.items()}))
+    print(f"table: {results / 'table.md'}")
+    for error in failed:
+        print(error, file=sys.stderr)
+    return 1 if failed else 0
+
+
+def train_all(
+    options: argparse.Namespace, scale: dict[str, Any], recipes: dict[str, Any], *, work: Path, results: Path
+) -> list[Exception]:
+    """Run all rows and seeds, seed by seed, so that an interrupted ablation compares whole seeds; return the errors."""
+    data, jobs = options.data.absolute(), options.jobs or scale["jobs"]
+    prepare(scale, data, work)
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    runs = [
+        Run(row, seed, recipes[row], scale, data, work, results, threads)
+        for seed in options.seeds or scale["seeds"]
+        for row in options.rows
+    ]
+    failed: list[Exception] = []
+    lock = threading.Lock()
+
+    def attempt(run: Run) -> None:
+        try:
+            run_all(run)
+        except (RuntimeError, OSError, ValueError) as error:
+            with lock:
+                failed.append(error)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(attempt, runs))
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
