@@ -2,9 +2,9 @@
 
     python benchmarks/hf_bert.py --preset tiny --corpus data/demo --run-dir runs/hf-bert
 
-The arguments are those of `train.py`. Samples, their order, batch, schedule and AdamW's settings are those of the same
-run of `train.py`; the masks are those of `DataCollatorForLanguageModeling`. One process; no dropout differs from the
-settings. RUN/model is the trained model, as `pmlm import` writes it; RUN/metrics.jsonl has the held-out losses.
+The arguments are those of `train.py`. Samples, their order, batch, schedule, dropout and AdamW's settings are those of
+the same run of `train.py`; initial weights and masks (`DataCollatorForLanguageModeling`) are those of transformers. One
+process. RUN/model is the trained model, as `pmlm import` writes it; RUN/metrics.jsonl has the held-out losses.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from pmlm_dist.training.resolve import ResolvedRun, resolve
 STATE = "state.pt"
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Train to the last step, from the newest saved state if there is one."""
     config = run_config(arguments)
     run = resolve(config, groups.init_process_groups())
@@ -59,16 +60,16 @@ def main(arguments: list[str]) -> None:
         samples_consumed=step * run.engine.global_batch,
         loading=config.data,
     )
-    torch.manual_seed(config.train.seed * 1_000_003 + step)  # the collator draws from torch's generator
     while step < config.train.steps:
         step += 1
+        seeding.seed_dropout(config.train.seed, micro_step=step, dp_rank=0)  # the collator draws from this generator
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps=config.train.steps, optim=config.optim)
         micro_batches = [next(batches) for _ in range(run.engine.accumulation(run.topology.dp))]
         masked = [mask(batch, collator) for batch in micro_batches]
-        targets = sum(int((labels_BT != -100).sum()) for _, labels_BT, _ in masked)
-        for tokens_BT, labels_BT, valid_BT in masked:
-            loss = loss_sum(model, tokens_BT.to(device), labels_BT.to(device), valid_BT.to(device))
+        targets = sum(int((labels_BT != -100).sum()) for _, labels_BT in masked)
+        for batch, (tokens_BT, labels_BT) in zip(micro_batches, masked, strict=True):
+            loss = loss_sum(model, batch.to(device), tokens_BT.to(device), labels_BT.to(device))
             (loss / max(1, targets)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.engine.gradient_clipping or float("inf"))
         optimizer.step()
@@ -133,19 +134,24 @@ def tokenizer(run: ResolvedRun) -> Any:
     return PreTrainedTokenizerFast(tokenizer_file=str(run.own_corpus.folder / "tokenizer.json"), **named)
 
 
-def mask(batch: Batch, collator: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Undo the masks of `batch`, and mask it as transformers does: tokens, labels (-100: not predicted), valid."""
+def mask(batch: Batch, collator: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo the masks of `batch`, and mask it as transformers does: tokens, and labels (-100: not predicted)."""
     context = slice(0, batch.num_context)
     tokens_BT = batch.tokens_BT[:, context].clone()
     rows, used = torch.arange(len(tokens_BT))[:, None], batch.weights_BM > 0
     tokens_BT[rows.expand_as(used)[used], batch.predicted_BM[used]] = batch.targets_BM[used]
     tokens_BT, labels_BT = collator.torch_mask_tokens(tokens_BT)
-    return tokens_BT, labels_BT, batch.valid_BT[:, context]
+    return tokens_BT, labels_BT
 
 
-def loss_sum(model: Any, tokens_BT: torch.Tensor, labels_BT: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
-    """Return the summed loss; the head runs on the predicted slots only, as ours."""
-    x_BTE = model.bert(input_ids=tokens_BT, attention_mask=valid_BT.long()).last_hidden_state
+def loss_sum(model: Any, batch: Batch, tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Return the summed loss of masked `tokens_BT` in place of the batch's; the head runs on predicted slots only."""
+    context = slice(0, batch.num_context)
+    x_BTE = model.bert(
+        input_ids=tokens_BT,
+        attention_mask=batch.valid_BT[:, context].long(),
+        token_type_ids=batch.segments_BT[:, context],
+    ).last_hidden_state
     predicted_BT = labels_BT != -100
     logits_NV = model.cls(x_BTE[predicted_BT])
     return torch.nn.functional.cross_entropy(logits_NV, labels_BT[predicted_BT], reduction="sum")
@@ -157,14 +163,12 @@ def validation_loss(model: Any, run: ResolvedRun) -> float:
     model.eval()
     total, count = 0.0, 0
     batches = validation_batches(run.source, samples=run.config.train.validation_samples, share=run.share)
-    for batch in batches:
-        on_device, used = batch.to(run.topology.device), batch.weights_BM > 0
-        context = slice(0, batch.num_context)
-        labels_BT = torch.full_like(batch.tokens_BT[:, context], -100)
-        rows = torch.arange(len(used))[:, None].expand_as(used)
+    for batch in (batch.to(run.topology.device) for batch in batches):
+        used = batch.weights_BM > 0
+        tokens_BT = batch.tokens_BT[:, : batch.num_context]
+        labels_BT, rows = torch.full_like(tokens_BT, -100), torch.arange(len(used))[:, None].expand_as(used)
         labels_BT[rows[used], batch.predicted_BM[used]] = batch.targets_BM[used]
-        tokens_BT, valid_BT = on_device.tokens_BT[:, context], on_device.valid_BT[:, context]
-        total += float(loss_sum(model, tokens_BT, labels_BT.to(tokens_BT.device), valid_BT))
+        total += float(loss_sum(model, batch, tokens_BT, labels_BT))
         count += int(used.sum())
     model.train()
     return total / count
