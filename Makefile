@@ -8,6 +8,10 @@
 # make checks  format, lint (Python, shell, Dockerfile), types
 # make demo-tasks   the job of `make train`, longer; fine-tune its model on two tasks, and the same network untrained; scores
 #              beside baselines
+# make ablation DATA=FOLDER   train and evaluate every objective at equal text tokens, hours on two cores; resumes; the table is in
+#              docs/reports/ablation-cpu/table.md
+# make gpu-ablation-pack DATA=FOLDER, make gpu-ablation   the same with 30 M parameters: pack the data, then, on a machine with a GPU
+#              and that file, call the second until it says that it is complete; each call takes at most ten minutes
 # make bench   every benchmark; reports in benchmarks/results
 # make test-gpu, make bench-gpu   what needs a GPU: its tests, and both training benchmarks at the size of the base model
 
@@ -21,7 +25,7 @@ DEMO   := data/demo
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train corpus demo-tasks test test-quick test-cluster test-faults test-faults-all test-soak test-docker checks bench format clean gpu test-gpu bench-gpu
+.PHONY: train corpus demo-tasks ablation gpu-ablation-pack gpu-ablation test test-quick test-cluster test-faults test-faults-all test-soak test-docker checks bench format clean gpu test-gpu bench-gpu
 
 train: $(DEMO)/manifest.json
 	$(call pretrain,$(DEMO)) $(ARGS)
@@ -59,6 +63,18 @@ demo-tasks: $(DEMO)/manifest.json
 finetune = test -f runs/demo-$(1)$(3)/scores.json || $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) -m pmlm_dist.cli finetune --task $(2) \
 	    --model runs/demo-tasks --data $(TASKS)/$(1) --ds-config ds_configs/tiny.json --report test \
 	    --output runs/demo-$(1)$(3) $(if $(3),--untrained)
+
+PACKED := build/ablation-data.tar.xz
+ABLATION = $(BIN)/python benchmarks/ablation.py
+
+ablation: $(VENV)/.dev
+	$(ABLATION) --data $(DATA) $(ARGS)
+
+gpu-ablation-pack: $(VENV)/.dev
+	$(ABLATION) --scale gpu --data $(DATA) --pack $(PACKED)
+
+gpu-ablation: gpu
+	DS_ACCELERATOR=cuda $(ABLATION) --scale gpu --packed $(PACKED) --minutes 9 $(ARGS)
 
 # Processes that run tests side by side; each has a fork server of 0.6 GB.
 WORKERS ?= 2

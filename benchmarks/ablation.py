@@ -6,7 +6,8 @@
         --> RESULTS/ROW-SEED.json       its figures; RESULTS/table.md: means, deviations, differences from the first row
 
 A run whose results are there is not repeated, an interrupted one resumes: training from its checkpoint, evaluation
-after its last finished part. `--table` only writes the table from the results that are there.
+after its last finished part. `--minutes` stops in time for a machine that is lent for as long; call it again. `--pack`
+writes what a machine without the data needs as one file, `--packed` reads it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import argparse
 import concurrent.futures
 import json
 import lzma
+import math
 import os
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +37,13 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "ablation"
 PYTHON = sys.executable
 FIRST_ROW = "ae-par"
+UNFINISHED = 75
+"""Exit code for a stop by `--minutes`: the same call continues."""
 ROWS = (FIRST_ROW, "ae", "par", "ar", "no-relative-bias", "prefix", "hf-bert")
+
+
+class OutOfTime(Exception):
+    """`--minutes` are over."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +54,12 @@ class Run:
     seed: int
     recipe: dict[str, Any]
     scale: dict[str, Any]
-    data: Path
     work: Path
     """Folder of the ablation: corpus, task data, runs."""
     results: Path
     threads: int
+    deadline: float = math.inf
+    """Time, as of `time.monotonic`, at which the run stops."""
 
     @property
     def name(self) -> str:
@@ -91,12 +102,16 @@ class Run:
         log = self.folder / "log.txt"
         with log.open("a") as file:
             print("$", *command, file=file, flush=True)
-            done = subprocess.run(
-                command, check=False, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
-            )
-        if done.returncode:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+            try:
+                code = process.wait(None if self.deadline == math.inf else max(0.0, self.deadline - time.monotonic()))
+            except subprocess.TimeoutExpired as error:
+                process.terminate()  # training and fine-tuning save a checkpoint
+                process.wait()
+                raise OutOfTime(self.name) from error
+        if code:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise RuntimeError(f"{self.name}: {' '.join(command)} ended with {done.returncode}, see {log}:\n{tail}")
+            raise RuntimeError(f"{self.name}: {' '.join(command)} ended with {code}, see {log}:\n{tail}")
 
     def pmlm(self, *arguments: str) -> None:
         """Run a command of `pmlm`."""
@@ -132,7 +147,7 @@ def blimp(run: Run) -> dict[str, Any]:
     folder = run.folder / "blimp"
     if not (folder / "scores.json").exists():
         pairs = ["--pairs", str(run.scale["blimp_pairs"])] if run.scale.get("blimp_pairs") else []
-        data = ["--data", str(run.data / "blimp" / "BLiMP.zip"), "--predictions", str(folder)]
+        data = ["--data", str(run.work / "BLiMP.zip"), "--predictions", str(folder)]
         run.pmlm("evaluate", "--suite", "blimp", "--model", str(run.model), *data, *pairs)
     scores = json.loads((folder / "scores.json").read_text())
     return {method: {"accuracy": of["accuracy"], "terms": of["terms"]} for method, of in scores.items()}
@@ -183,7 +198,10 @@ def run_all(run: Run) -> None:
 
 
 def prepare(scale: dict[str, Any], data: Path, work: Path) -> None:
-    """Prepare the corpus and the data of the tasks, unless they are there."""
+    """Prepare corpus, minimal pairs and the data of the tasks, unless they are there."""
+    if not (work / "BLiMP.zip").exists():
+        work.mkdir(parents=True, exist_ok=True)
+        shutil.copy(data / "blimp" / "BLiMP.zip", work / "BLiMP.zip")
     if not (work / "corpus" / "manifest.json").exists():
         source = str(data / "text" / "train.jsonl.xz")
         command = [PYTHON, "-m", "pmlm_dist.cli", "prepare-corpus", "--source", source]
@@ -204,6 +222,22 @@ def prepare(scale: dict[str, Any], data: Path, work: Path) -> None:
                 most = scale["finetune_examples"] if split == "train" else len(lines)
                 (temporary / f"{split}.jsonl").write_text("".join(lines[:most]), encoding="utf-8")
         temporary.rename(folder)
+
+
+def pack(work: Path, file: Path) -> None:
+    """Write what `prepare` made as one .tar.xz, without the texts."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w:xz") as archive:
+        for name in ("corpus", "tasks", "BLiMP.zip"):
+            archive.add(work / name, arcname=name)
+    print(f"written: {file}, {file.stat().st_size / 2**20:.1f} MiB")
+
+
+def unpack(file: Path, work: Path) -> None:
+    """Inverse of `pack`, unless it was done before."""
+    if not (work / "corpus" / "manifest.json").exists():
+        with tarfile.open(file) as archive:
+            archive.extractall(work, filter="data")
 
 
 def continuation(source: Path, folder: Path, *, examples: int) -> None:
@@ -307,7 +341,11 @@ def main() -> int:
     """Do all runs, `--jobs` at a time; a failed run does not stop the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="size of the models and runs")
-    parser.add_argument("--data", type=Path, required=True, help="folder with text/, blimp/ and tasks/")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", type=Path, help="folder with text/, blimp/ and tasks/")
+    source.add_argument("--packed", type=Path, help="file that --pack wrote")
+    parser.add_argument("--pack", type=Path, help="write corpus and task data as .tar.xz, and end")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many minutes, to be continued")
     parser.add_argument("--output", type=Path, help="folder of corpus and runs (runs/ablation-SCALE)")
     parser.add_argument("--results", type=Path, help="folder of the results (docs/reports/ablation-SCALE)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to run")
@@ -320,12 +358,24 @@ def main() -> int:
     work = (options.output or ROOT / "runs" / f"ablation-{options.scale}").absolute()
     results = (options.results or ROOT / "docs" / "reports" / f"ablation-{options.scale}").absolute()
     results.mkdir(parents=True, exist_ok=True)
+    if options.packed:
+        unpack(options.packed, work)
+    elif options.data:
+        prepare(scale, options.data.absolute(), work)
+    elif not options.table:
+        parser.error("--data or --packed is needed, or --table")
+    if options.pack:
+        pack(work, options.pack)
+        return 0
     failed = [] if options.table else train_all(options, scale, recipes, work=work, results=results)
     found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     write_atomically(results / "table.md", table(found, {row: recipe["title"] for row, recipe in recipes.items()}))
     print(f"table: {results / 'table.md'}")
     for error in failed:
         print(error, file=sys.stderr)
+    if any(isinstance(error, OutOfTime) for error in failed):
+        print("stopped in time: call it again to continue")
+        return UNFINISHED
     return 1 if failed else 0
 
 
@@ -333,11 +383,10 @@ def train_all(
     options: argparse.Namespace, scale: dict[str, Any], recipes: dict[str, Any], *, work: Path, results: Path
 ) -> list[Exception]:
     """Run all rows and seeds, seed by seed, so that an interrupted ablation compares whole seeds; return the errors."""
-    data, jobs = options.data.absolute(), options.jobs or scale["jobs"]
-    prepare(scale, data, work)
+    jobs, deadline = options.jobs or scale["jobs"], time.monotonic() + 60 * options.minutes
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     runs = [
-        Run(row, seed, recipes[row], scale, data, work, results, threads)
+        Run(row, seed, recipes[row], scale, work, results, threads, deadline)
         for seed in options.seeds or scale["seeds"]
         for row in options.rows
     ]
@@ -346,8 +395,10 @@ def train_all(
 
     def attempt(run: Run) -> None:
         try:
+            if time.monotonic() >= deadline:
+                raise OutOfTime(run.name)
             run_all(run)
-        except (RuntimeError, OSError, ValueError) as error:
+        except (OutOfTime, RuntimeError, OSError, ValueError) as error:
             with lock:
                 failed.append(error)
 

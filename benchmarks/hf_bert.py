@@ -91,6 +91,7 @@ def main(arguments: Sequence[str]) -> None:
 def build(run: ResolvedRun) -> Any:
     """Return a BERT of the run's shape, with the initial weights that transformers draws."""
     shape = run.config.model
+    settings: dict[str, Any] = {"attn_implementation": "sdpa"}
     return BertForMaskedLM(
         BertConfig(
             vocab_size=run.vocabulary.size,
@@ -103,7 +104,7 @@ def build(run: ResolvedRun) -> Any:
             max_position_embeddings=shape.max_positions,
             initializer_range=shape.initializer_range,
             pad_token_id=run.vocabulary.pad_id,
-            attn_implementation="sdpa",
+            **settings,
         )
     ).train()
 

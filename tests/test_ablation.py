@@ -6,6 +6,8 @@ import importlib
 import json
 import shlex
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ class Interrupted(Exception):
 def trained_bert(arguments: list[str], interrupted_at: int | None) -> dict[str, Any]:
     """Train the comparator, perhaps in two attempts; return its curve, and the losses of the imported model."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
+    hf_bert: Any
+    losses: Any
     hf_bert, losses = importlib.import_module("hf_bert"), importlib.import_module("ablation_losses")
     if interrupted_at is not None:
         original, calls = hf_bert.learning_rate, []
@@ -102,7 +106,7 @@ def test_finished_pieces_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Mo
             raise RuntimeError("second failed")
         return {"of": name}
 
-    run = ablation.Run("ae", 3, {"train": ""}, {}, tmp_path, tmp_path / "work", tmp_path, threads=1)
+    run = ablation.Run("ae", 3, {"train": ""}, {}, tmp_path / "work", tmp_path, threads=1)
     run.folder.mkdir(parents=True)
     monkeypatch.setattr(
         ablation, "pieces", lambda _: {name: lambda name=name: piece(name) for name in ("first", "second")}
@@ -115,6 +119,25 @@ def test_finished_pieces_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Mo
     assert calls == ["first", "second", "second"]
     assert json.loads((tmp_path / "ae-3.json").read_text())["second"] == {"of": "second"}
     assert not run.folder.exists()
+
+
+def test_run_stops_at_its_deadline_and_a_failed_command_shows_its_last_lines(tmp_path: Path):
+    run = ablation.Run("ae", 3, {"train": ""}, {}, tmp_path / "work", tmp_path, 1, deadline=time.monotonic() + 0.3)
+    with pytest.raises(ablation.OutOfTime):
+        run.call("sleep", "60")
+    run = replace(run, deadline=time.monotonic() + 60)
+    with pytest.raises(RuntimeError, match=r"(?s)ae-3: .* ended with 3, see .*log.txt:.*no such row"):
+        run.call("sh", "-c", "echo no such row; exit 3")
+
+
+def test_packed_data_are_those_of_the_folder(tmp_path: Path):
+    for name in ("corpus/manifest.json", "tasks/trec/train.jsonl", "BLiMP.zip"):
+        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "here" / name).write_text(name)
+    ablation.pack(tmp_path / "here", tmp_path / "packed" / "all.tar.xz")
+    ablation.unpack(tmp_path / "packed" / "all.tar.xz", tmp_path / "there")
+    names = [path.relative_to(tmp_path / "there").as_posix() for path in (tmp_path / "there").rglob("*.*")]
+    assert sorted(names) == ["BLiMP.zip", "corpus/manifest.json", "tasks/trec/train.jsonl"]
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
