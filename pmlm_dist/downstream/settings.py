@@ -127,7 +127,7 @@ GENERATION: dict[str, GenerationConfig] = {
     "xsum": GenerationConfig(720, 48, decoding=DecodingConfig(beam=5, length_penalty=0.6, max_length=48)),
     "qg": GenerationConfig(464, 48, decoding=DecodingConfig(beam=8, length_penalty=1.3, max_length=48)),
     "demo_summary": GenerationConfig(
-        96, 20, decoding=DecodingConfig(beam=4, length_penalty=0.7, max_length=20, min_length=3)
+        44, 20, decoding=DecodingConfig(beam=4, length_penalty=0.7, max_length=20, min_length=3)
     ),
 }
 """Lengths and decoding of a preset: the paper's data sets, and the demo."""
