@@ -126,7 +126,7 @@ def slots_of(batch: Batch, vocabulary: Vocabulary, *, row: int = 0) -> list[Slot
     valid = batch.valid_BT[row]
     slots = []
     for token, position, segment, order in zip(*(column[row, valid].tolist() for column in columns), strict=True):
-        text = "[P]" if order < 0 else "[M]" if token == vocabulary.mask_id else vocabulary.token(token)
+        text = "[P]" if order < 0 else "[M]" if token == vocabulary.mask_id else vocabulary.tokens[token]
         slots.append(Slot(text, position, segment, order, step=steps.get(position, 0)))
     return slots
 

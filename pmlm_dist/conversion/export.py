@@ -169,8 +169,7 @@ def _exported_outputs(
     pretrained: PretrainedWeights, exported: ExportedModel, folder: Path, probe: ProbeInputs
 ) -> ModelOutputs:
     """Return the outputs of the export, its logits in the token order of the checkpoint."""
-    ids = {token: id for id, token in enumerate(exported.vocabulary.tokens)}
-    exported_id_V = torch.tensor([ids[token] for token in pretrained.vocabulary.tokens])
+    exported_id_V = torch.tensor([exported.vocabulary.ids[token] for token in pretrained.vocabulary.tokens])
     outputs = transformers_outputs(
         folder, ids_BT=exported_id_V[probe.ids_BT], segments_BT=probe.segments_BT, valid_BT=probe.valid_BT
     )
@@ -198,7 +197,7 @@ def _tokenization_problems(original: Vocabulary, exported: Vocabulary, folder: P
     problems = []
     exported_ids = transformers_token_ids(folder, texts)
     for text, original_ids, ids in zip(texts, original.encode_batch(texts), exported_ids, strict=True):
-        expected = [original.token(id) for id in (original.cls_id, *original_ids, original.sep_id)]
-        if [exported.token(id) for id in ids] != expected:
+        expected = [original.tokens[id] for id in (original.cls_id, *original_ids, original.sep_id)]
+        if [exported.tokens[id] for id in ids] != expected:
             problems.append(f"the export tokenizes {text!r} differently than the checkpoint: nothing was written")
     return problems

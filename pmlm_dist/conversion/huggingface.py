@@ -19,11 +19,10 @@ from torch import Tensor
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.files import CONFIG, WEIGHTS, write_settings
 from pmlm_dist.conversion.pretrained import PretrainedWeights
-from pmlm_dist.conversion.tensors import NameScheme, Tensors, short_list
+from pmlm_dist.conversion.tensors import NameScheme, Tensors
 from pmlm_dist.vocabulary.files import TOKENIZER, TOKENIZER_CONFIG
 from pmlm_dist.vocabulary.vocabulary import SPECIAL_TOKENS, Vocabulary
 
-NEW_HEAD_NOTE = "the checkpoint has no masked-LM head: head.dense is newly initialized, its biases are zero"
 _SHARED_SETTINGS = {
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -116,11 +115,6 @@ def add_prefix(tensors: Tensors, scheme: NameScheme) -> Tensors:
         else name: tensor
         for name, tensor in prefixed.items()
     }
-
-
-def dropped_note(names: list[str]) -> list[str]:
-    """Return a note on the tensors `names` that were dropped, if there are any."""
-    return [f"dropped, no counterpart in this model: {short_list(names)}"] if names else []
 
 
 # -------------------------------------------------------------------------------------------------------------- export

@@ -28,7 +28,8 @@ from pmlm_dist.conversion.huggingface import (
     shared_settings,
 )
 from pmlm_dist.conversion.pretrained import PretrainedWeights
-from pmlm_dist.conversion.tensors import RELATIVE_BIAS, TOKENS, StrictTensors, Tensors
+from pmlm_dist.conversion.tensors import StrictTensors, Tensors
+from pmlm_dist.planning.parameters import RELATIVE_BIAS, TOKENS
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 _RELATIVE_BIAS, _RELATIVE_BIAS_S2S_FT = "bert.encoder.rel_pos_bias.weight", "bert.rel_pos_bias.weight"

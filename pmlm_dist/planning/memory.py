@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pmlm_dist.devices import Device
 from pmlm_dist.planning.activations import Activations, activations
 from pmlm_dist.planning.model_states import ModelStates, Zero, model_states
-from pmlm_dist.planning.parameters import embedding_parameters, head_parameters, layer_parameters, model_parameters
+from pmlm_dist.planning.parameters import rank_parameters
 from pmlm_dist.planning.workload import Workload
 
 
@@ -140,16 +140,16 @@ class _Gradients:
 
     def __init__(self, work: Workload, states: ModelStates, *, accumulates: bool):
         size, inner = work.model.hidden_size, work.model.ffn_size
-        total = model_parameters(work).on_rank(work.tp)
+        total = rank_parameters(work)
         self.retained = states.retained_gradients if accumulates else 0.0
         self._bytes_per_number = states.backward_gradients / total
-        self._layer = layer_parameters(work.model).on_rank(work.tp)
+        self._layer = rank_parameters(work, "layers.0.")
         # The head computes the first gradient of the tied matrix, before any layer.
         tied = work.vocabulary * size
-        self._head = head_parameters(work).on_rank(work.tp) + tied
+        self._head = rank_parameters(work, "head.") + tied
         self._parts = {"network": size * inner // work.tp, "attention": (2 * size * inner + size * size) // work.tp}
         self.head = self._bytes(self._head)
-        self.all = self._bytes(total - embedding_parameters(work).on_rank(work.tp) + tied)
+        self.all = self._bytes(total - rank_parameters(work, "embeddings.", "relative_bias.") + tied)
 
     def inside(self, done: int, *, part: str) -> float:
         """In the backward pass of `part` of an inner layer, after the last layer and `done` - 1 inner layers."""

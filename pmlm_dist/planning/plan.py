@@ -17,7 +17,7 @@ from pmlm_dist.objectives import OBJECTIVES
 from pmlm_dist.planning.advice import advice
 from pmlm_dist.planning.communication import Cluster
 from pmlm_dist.planning.estimate import Estimate, Job, Layout
-from pmlm_dist.planning.parameters import model_parameters
+from pmlm_dist.planning.parameters import total_parameters
 from pmlm_dist.planning.reliability import Checkpoints, checkpoints
 from pmlm_dist.planning.settings import PlanConfig
 
@@ -127,7 +127,7 @@ def make_plan(config: PlanConfig, *, measured: Device | None = None) -> Plan:
         config=config,
         cluster=job.cluster,
         estimate=estimate,
-        parameters=model_parameters(estimate.work).total,
+        parameters=total_parameters(estimate.work),
         checkpoints=saving,
         alternatives=tuple(alternatives),
         warnings=tuple(
@@ -161,7 +161,7 @@ def _job(config: PlanConfig, engine: EngineConfig, device: Device) -> Job:
 def _checkpoints(config: PlanConfig, estimate: Estimate) -> Checkpoints:
     assume = config.assume
     return checkpoints(
-        model_parameters(estimate.work).total,
+        total_parameters(estimate.work),
         gpus=config.gpus,
         gpu_hours=assume.failure_hours,
         bytes_per_s=1e9 * assume.storage_gb_per_s,
