@@ -38,7 +38,6 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
-        """Devices of all nodes."""
         return self.nodes * self.gpus_per_node
 
 

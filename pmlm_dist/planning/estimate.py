@@ -65,11 +65,8 @@ class Job:
         """Memory and time of `layout`; a global batch that it does not divide is rounded up to the next multiple."""
         dp = self.cluster.gpus // layout.tp
         accumulation = math.ceil(self.engine.global_batch / (dp * layout.micro_batch))
-        work, zero, device = (
-            self.workload(layout),
-            Zero.from_engine(self.engine, stage=layout.zero),
-            self.cluster.device,
-        )
+        work, device = self.workload(layout), self.cluster.device
+        zero = Zero.from_engine(self.engine, stage=layout.zero)
         sent = tuple(
             traffic(collective, self.cluster, tp=layout.tp)
             for collective in collectives(work, zero, dp=dp, accumulation=accumulation)

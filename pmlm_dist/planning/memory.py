@@ -32,7 +32,6 @@ class Moment:
 
     @property
     def total(self) -> float:
-        """Sum of all parts."""
         return self.gradients + self.activations + self.head + self.buffers
 
 

@@ -21,7 +21,7 @@ Legend: P parameters of this tensor-parallel rank, D data-parallel ranks, w byte
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pmlm_dist.engine.deepspeed_config import EngineConfig
@@ -194,20 +194,10 @@ def _converted(unaveraged: int, averaged: int) -> int:
 
 
 def _offloaded(states: ModelStates, work: Workload, share: float) -> ModelStates:
-    """`states` with fp32 copy, moments and fp32 gradients in the host's memory, and a buffer of the largest parameter
-    on each side.
-    """
+    """Move fp32 copy, moments and fp32 gradients to the host's memory; each side has a buffer of the largest tensor."""
     largest = work.element * largest_tensor(work)
-    return ModelStates(
-        weights=states.weights,
-        optimizer=0.0,
-        buffers=largest,
-        backward_gradients=states.backward_gradients,
-        retained_gradients=states.retained_gradients,
-        buckets=states.buckets,
-        averaging=states.averaging,
-        host=(4 * FULL + work.element) * share + largest,
-    )
+    host = (4 * FULL + work.element) * share + largest
+    return replace(states, optimizer=0.0, updating=0.0, buffers=largest, host=host)
 
 
 def _stage_3(work: Workload, zero: Zero, dp: int) -> ModelStates:

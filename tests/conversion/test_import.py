@@ -27,7 +27,7 @@ from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.files import read_tensors
 from pmlm_dist.conversion.importing import read_pretrained
 from pmlm_dist.conversion.pretrained import open_pretrained, save_pretrained
-from pmlm_dist.conversion.tensors import RELATIVE_BIAS
+from pmlm_dist.planning.parameters import RELATIVE_BIAS
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 
