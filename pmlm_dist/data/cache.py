@@ -140,7 +140,7 @@ class ShardCache:
         """
         with _exclusive_lock(self.folder / "lock", wait=True):
             out.truncate(0)
-            while self._size() + shard.bytes > self.limit:
+            while sum(size for _, size, _ in self._files()) + shard.bytes > self.limit:
                 if not self._evict():
                     raise CacheError(
                         f"cache {self.folder}: no space for {shard.name} ({shard.bytes:,} bytes), since open shards "
@@ -152,9 +152,6 @@ class ShardCache:
                         f"cache {self.folder}: the disk is full and no file of the cache can be evicted for "
                         f"{shard.name} ({shard.bytes:,} bytes): free some space, or choose another data.cache"
                     )
-
-    def _size(self) -> int:
-        return sum(size for _, size, _ in self._files())
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """Return (time of last read, bytes, path) of all files of the cache, least recently read first."""

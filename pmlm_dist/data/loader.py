@@ -45,9 +45,7 @@ class BatchSource:
     corpus: Path
     """Folder with manifest and vocabulary, and with the shards unless `address` is set."""
     special: SpecialIds
-    """Special ids of the vocabulary."""
     masking: MaskingConfig
-    """Masking settings."""
     seed: int
     """Seed of sample order and masks."""
     address: str | None = None
@@ -57,12 +55,10 @@ class BatchSource:
 
     @cached_property
     def validation_source(self) -> CorpusSource:
-        """The corpus whose validation split is read."""
         return CorpusSource(self.corpus, self.address)
 
     @property
     def training_sources(self) -> tuple[CorpusSource, ...]:
-        """The corpora whose training splits are read."""
         return self.mixture or (self.validation_source,)
 
     @property
@@ -182,7 +178,6 @@ class _TrainingBuilder:
         )
 
     def build(self, number: int, *, set_progress: Callable[[int], None]) -> Arrays:
-        """Return micro-batch `number`."""
         samples = []
         for t in micro_batch_samples(self.samples_consumed, number, share=self.share):
             set_progress(t)
@@ -190,7 +185,6 @@ class _TrainingBuilder:
         return self.source.batch(samples, seed=self.source.seed).arrays()
 
     def describe(self, position: int) -> str:
-        """Return sample and shard of global sample `position`."""
         return self._stream.describe(position)
 
 
@@ -210,7 +204,6 @@ class _ValidationBuilder:
         return SplitReader(self.source.validation_source, split=VALIDATION, access=self.access)
 
     def build(self, number: int, *, set_progress: Callable[[int], None]) -> Arrays:
-        """Return micro-batch `number`."""
         samples = []
         numbers = micro_batch_samples(0, number, share=self.share)
         for sample in numbers:
@@ -221,7 +214,6 @@ class _ValidationBuilder:
         return dataclasses.replace(batch, weights_BM=batch.weights_BM * is_sample_B[:, None]).arrays()
 
     def describe(self, position: int) -> str:
-        """Return validation sample and corpus of `position`."""
         return f"validation sample {min(position, self.samples - 1)} of {self.source.validation_source.name}"
 
 

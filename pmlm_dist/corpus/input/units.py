@@ -35,11 +35,6 @@ class Unit:
     stop: int | None
     """Byte (row) after the last; None: the end of the file."""
 
-    @property
-    def stem(self) -> str:
-        """File name of the unit in the journal, without suffix."""
-        return unit_stem(self.number)
-
 
 def unit_stem(unit: int) -> str:
     """Return the file name of a unit in the journal, without suffix."""

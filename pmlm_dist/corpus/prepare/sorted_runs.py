@@ -88,7 +88,7 @@ class RunPacker:
 
     def _documents(self, unit: Unit) -> Iterator[Document]:
         """Yield the kept documents of a unit; count the duplicates."""
-        scanned = set(self.scan.rows(unit)["number"].tolist())
+        scanned = set(self.scan.rows(unit.number)["number"].tolist())
         exact, near = self.scan.duplicates(unit, EXACT), self.scan.duplicates(unit, NEAR)
         for document in read_unit(unit, text_field=self.config.text_field, skipped=SkippedRecords()):
             if document.number in exact:
@@ -131,7 +131,7 @@ class RunPacker:
     def _flush_if_full(self, unit: Unit) -> None:
         """Write runs in the middle of a unit. They become part of the corpus only when the unit is committed."""
         if self._buffered_bytes() >= self._buffer_bytes:
-            self._flush(f"{unit.stem}-{sum(map(len, self._runs.values())):06d}")
+            self._flush(f"{unit_stem(unit.number)}-{sum(map(len, self._runs.values())):06d}")
 
     def _flush(self, name: str) -> None:
         for split, writer in self._writers.items():
