@@ -57,9 +57,7 @@ def to_bert(pretrained: PretrainedWeights) -> ExportedModel:
         "model_type": "bert",
         "architectures": ["BertForMaskedLM"],
         **shared_settings(pretrained),
-        "max_position_embeddings": model.max_positions,
         "type_vocab_size": model.segment_types,
-        "pad_token_id": pretrained.vocabulary.pad_id,
     }
     return ExportedModel(settings, bert_tensors(pretrained.weights, model), pretrained.vocabulary)
 

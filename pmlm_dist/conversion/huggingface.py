@@ -122,8 +122,15 @@ def add_prefix(tensors: Tensors, scheme: NameScheme) -> Tensors:
 
 def shared_settings(pretrained: PretrainedWeights) -> dict[str, Any]:
     """Return the settings that BERT and MPNet share, under their names."""
-    named = {theirs: getattr(pretrained.model, ours) for ours, theirs in _SHARED_SETTINGS.items()}
-    return {**named, "vocab_size": pretrained.model.vocab_size, "hidden_act": "gelu", "tie_word_embeddings": True}
+    model = pretrained.model
+    return {
+        **{theirs: getattr(model, ours) for ours, theirs in _SHARED_SETTINGS.items()},
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_positions,
+        "pad_token_id": pretrained.vocabulary.pad_id,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": True,
+    }
 
 
 def write_folder(exported: ExportedModel, folder: Path | str, *, max_positions: int) -> None:

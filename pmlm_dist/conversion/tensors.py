@@ -138,7 +138,6 @@ class StrictTensors:
         self._padded: dict[str, int] = {}
 
     def has(self, prefix: str) -> bool:
-        """Return True if a remaining name starts with `prefix`."""
         return any(name.startswith(prefix) for name in self._remaining)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:

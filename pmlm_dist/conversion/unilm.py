@@ -52,9 +52,7 @@ def to_unilm(pretrained: PretrainedWeights) -> ExportedModel:
     settings = {
         "model_type": "unilm",
         **shared_settings(pretrained),
-        "max_position_embeddings": model.max_positions,
         "type_vocab_size": model.segment_types,
-        "pad_token_id": pretrained.vocabulary.pad_id,
         "rel_pos_bins": model.relative_buckets if model.relative_bias else 0,
         "max_rel_pos": model.relative_max_distance,
     }

@@ -49,9 +49,7 @@ class BatchShare:
     micro_batch: int
     """Samples of one forward pass on one rank."""
     dp_rank: int = 0
-    """Index of this data-parallel rank."""
     dp_size: int = 1
-    """Number of data-parallel ranks."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dp_rank < self.dp_size:

@@ -137,7 +137,6 @@ class SplitReader:
         return self._reader(shard, lane=lane)[index]
 
     def is_open(self, shard: int, *, lane: int) -> bool:
-        """Return True if `shard` is the open shard of `lane`."""
         return self._open.get(lane, (None, None))[0] == shard
 
     def sample(self, number: int) -> Sample:

@@ -45,10 +45,10 @@ class Activations:
     """Saved by the head, without its logits."""
     logits: float
     """Saved logits."""
-    layer_input: float
-    """Saved by an inner layer under activation checkpointing."""
-    last_input: float
-    """Saved by the last layer under activation checkpointing."""
+    inner_kept: float
+    """Part of `inner` that exists until the backward pass of the layer: its input under activation checkpointing."""
+    last_kept: float
+    """The same part of `last`."""
     loss_work: float
     """Temporary, in the computation of the loss."""
     head_work: float
@@ -65,7 +65,7 @@ class Activations:
 
 def activations(work: Workload) -> Activations:
     """Saved and temporary bytes of a micro-batch of `work`."""
-    model, a = work.model, work.element
+    model, a, recomputes = work.model, work.element, work.model.activation_checkpointing
     inner = _Layer(work, work.tokens, work.inner_pairs)
     last = _Layer(work, work.predicted_tokens, work.last_pairs)
     keys_values = a * 2 * work.tokens * inner.own
@@ -77,13 +77,13 @@ def activations(work: Workload) -> Activations:
     return Activations(
         embedding=inner.norm + a * inner.wide + inner.dropped,
         bias=bias,
-        bias_saved=bias if model.activation_checkpointing else indices,
+        bias_saved=bias if recomputes else indices,
         inner=inner.saved + keys_values,
         last=last.saved + keys_values + a * last.wide,
         head=last.norm + 2 * a * last.wide,
         logits=a * logits,
-        layer_input=a * inner.wide,
-        last_input=a * last.wide,
+        inner_kept=a * inner.wide if recomputes else inner.saved + keys_values,
+        last_kept=a * last.wide if recomputes else last.saved + keys_values + a * last.wide,
         loss_work=0.0 if a == _FULL else _FULL * min(logits, at_a_time),
         head_work=token_gradient + (a + 2 * _FULL) * last.wide,
         network_work=a * (inner.hidden - inner.wide) + a * sum(bias_numbers(work)),

@@ -21,14 +21,12 @@ from pmlm_dist.relations import divisors
 
 @dataclass(frozen=True)
 class Layout:
-    """How a job is distributed over the ranks."""
+    """How a job is distributed over the ranks: `zero` is the ZeRO stage, `recompute` activation checkpointing."""
 
     tp: int
     zero: int
-    """ZeRO stage."""
     micro_batch: int
     recompute: bool = False
-    """Activation checkpointing."""
 
     @property
     def options(self) -> str:
@@ -137,7 +135,6 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """True if the device has enough memory."""
         return self.memory.device <= self.job.cluster.device.memory
 
     @property

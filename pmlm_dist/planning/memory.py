@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pmlm_dist.devices import Device
-from pmlm_dist.planning.activations import Activations, activations
+from pmlm_dist.planning.activations import activations
 from pmlm_dist.planning.model_states import ModelStates, Zero, model_states
 from pmlm_dist.planning.parameters import rank_parameters
 from pmlm_dist.planning.workload import Workload
@@ -89,9 +89,10 @@ def memory(work: Workload, zero: Zero, *, dp: int, accumulation: int, device: De
 def moments(work: Workload, states: ModelStates, *, accumulation: int) -> Iterator[Moment]:
     """Bytes beyond weights and optimizer states at each moment of a step's last micro-batch."""
     act, gradients = activations(work), _Gradients(work, states, accumulates=accumulation > 1)
-    layers, saved = work.model.num_layers - 1, _saved_layers(work, act)
-    below = act.embedding + layers * saved.inner
-    encoded = below + saved.last
+    layers = work.model.num_layers - 1
+    recomputed = act.inner_kept if work.model.activation_checkpointing else 0.0  # the output of an inner layer
+    below = act.embedding + layers * act.inner_kept
+    encoded = below + act.last_kept
 
     def moment(name: str, *, gradients: float, activations: float, head: float = 0.0, buffers: float = 0.0) -> Moment:
         buffers += states.buffers + states.gathered
@@ -105,33 +106,18 @@ def moments(work: Workload, states: ModelStates, *, accumulation: int) -> Iterat
     rest = below + act.bias_saved
     yield moment("last layer", gradients=gradients.head, activations=rest + act.last + act.last_work, buffers=buckets)
     for name, done in (("top", 1), ("bottom", layers)) if layers else ():
-        rest = act.embedding + act.bias_saved + (layers - done) * saved.inner + act.inner
+        rest = act.embedding + act.bias_saved + (layers - done) * act.inner_kept + act.inner
         for part, needed in (("network", act.network_work), ("attention", act.attention_work)):
             yield moment(
                 f"{part} of the {name} inner layer",
                 gradients=gradients.inside(done, part=part),
-                activations=rest + needed + saved.recomputed,
+                activations=rest + needed + recomputed,
                 buffers=buckets,
             )
     embedding = act.embedding + act.embedding_work
     yield moment("embeddings", gradients=gradients.all, activations=embedding, buffers=buckets)
     yield moment("averaging", gradients=gradients.all, activations=0.0, buffers=states.buckets + states.averaging)
     yield Moment("update", states.gradients + states.updating, buffers=states.buffers)
-
-
-@dataclass(frozen=True)
-class _SavedLayers:
-    """Bytes saved until a layer's backward pass, and of the recomputed output of an inner layer."""
-
-    inner: float
-    last: float
-    recomputed: float
-
-
-def _saved_layers(work: Workload, act: Activations) -> _SavedLayers:
-    if work.model.activation_checkpointing:
-        return _SavedLayers(act.layer_input, act.last_input, act.layer_input)
-    return _SavedLayers(act.inner, act.last, 0.0)
 
 
 class _Gradients:

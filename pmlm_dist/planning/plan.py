@@ -54,7 +54,6 @@ class Plan:
         return self.estimate.work.slots * self.estimate.global_batch
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON values; bytes, seconds and FLOPs."""
         estimate = self.estimate
         return {
             "nodes": self.cluster.nodes,

@@ -100,7 +100,6 @@ class PlanConfig:
 
     @property
     def context(self) -> int:
-        """S: tokens of a sample."""
         return self.sequence_length or self.model.max_positions
 
     def assumed(self, device: Device) -> Device:

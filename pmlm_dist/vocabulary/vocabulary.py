@@ -129,7 +129,6 @@ class Vocabulary:
 
     @property
     def description(self) -> str:
-        """How text is read, in a few words."""
         normalizer = json.loads(self._json).get("normalizer") or {}
         if normalizer.get("type") != "BertNormalizer":
             return "its own normalization"

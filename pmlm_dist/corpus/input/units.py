@@ -27,7 +27,6 @@ class Unit:
     number: int
     """Position in the list of all units."""
     source: str
-    """Path or URL of the file or data set."""
     format: Format
     compression: Compression
     start: int

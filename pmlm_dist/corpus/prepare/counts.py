@@ -22,18 +22,15 @@ _MAX_UNKNOWN = 0.01
 
 @dataclass
 class UnitCounts:
-    """Counts of one or more units."""
+    """Counts of one or more units; a counter is by split where nothing else is said."""
 
     documents: Counter[str] = field(default_factory=Counter)
-    """By split."""
     content_tokens: Counter[str] = field(default_factory=Counter)
-    """By split."""
     unknown_tokens: Counter[str] = field(default_factory=Counter)
-    """[UNK] among the content tokens, by split."""
+    """[UNK] among the content tokens."""
     samples: Counter[str] = field(default_factory=Counter)
-    """By split."""
     digests: Counter[str] = field(default_factory=Counter)
-    """By split: see stream_digest.py; modulo 2**64."""
+    """See stream_digest.py; modulo 2**64."""
     changed: Counter[str] = field(default_factory=Counter)
     """Documents, by kind of change."""
     characters: int = 0
@@ -51,7 +48,6 @@ class UnitCounts:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> UnitCounts:
-        """Inverse of `as_json`."""
         skipped = plain["skipped"]
         first = {reason: (unit, location) for reason, (unit, location) in skipped["first"].items()}
         return cls(
@@ -147,7 +143,6 @@ class DocumentLengths:
     counts: np.ndarray
     """Of `length_histogram`."""
     characters: int
-    """Sum."""
 
     def quantile(self, fraction: float) -> int:
         """Return about the length that `fraction` of the documents do not exceed, in two significant digits."""

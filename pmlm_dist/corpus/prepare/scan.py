@@ -51,7 +51,6 @@ class Scan:
         self.near = None if config.near_duplicates is None else NearDuplicateDetector(config.near_duplicates)
 
     def assigned(self, units: Sequence[Unit]) -> Sequence[Unit]:
-        """Return the units of this rank."""
         return units[self.comm.rank :: self.comm.size]
 
     def run(self, units: Sequence[Unit]) -> UnitCounts:

@@ -58,7 +58,6 @@ class RunPacker:
         self._token_counts = np.zeros(self.vocabulary.size, np.int64)
 
     def add(self, unit: Unit) -> None:
-        """Pack all documents of a unit."""
         streams = {split: self._stream(split, unit) for split in SPLITS}
         segments = itertools.chain.from_iterable(map(self._held_out.segments, self._documents(unit)))
         for tokenized in tokenize(segments, self._encoder):
@@ -153,7 +152,6 @@ class _Stream:
         self._write(self.packer.add(document.ids, sentence_starts=document.sentence_starts))
 
     def finish(self) -> None:
-        """Write the remaining samples."""
         self.digest.finish()
         self._write(self.packer.finish())
 
