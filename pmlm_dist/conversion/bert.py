@@ -16,8 +16,8 @@ from typing import Any
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.conversion.huggingface import (
     ExportedModel,
+    ImportedModel,
     add_prefix,
-    check_settings,
     positive_setting,
     read_shared_settings,
     shared_settings,
@@ -68,19 +68,17 @@ def bert_tensors(weights: Tensors, model: ModelConfig) -> Tensors:
     return tables | to_scheme(weights, BERT, model)
 
 
-def from_bert(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> PretrainedWeights:
+def from_bert(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> ImportedModel:
     """Convert a BERT with or without masked-LM head. Raises one `ConfigError` for everything that does not match."""
-    check_settings(settings, origin)
     model = replace(
         read_shared_settings(settings, vocabulary, origin=origin),
-        max_positions=positive_setting(settings, "max_position_embeddings", origin),
         segment_types=positive_setting(settings, "type_vocab_size", origin),
         relative_bias=False,
     )
     source = StrictTensors(add_prefix(tensors, BERT), origin=origin)
     weights, notes = bert_weights(source, model)
     source.finish()
-    return PretrainedWeights(model, weights, vocabulary, {"format": "bert", "from": origin, "notes": notes})
+    return model, weights, notes
 
 
 def bert_weights(source: StrictTensors, model: ModelConfig) -> tuple[Tensors, list[str]]:

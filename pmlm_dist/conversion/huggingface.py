@@ -1,6 +1,6 @@
 """Hugging Face `transformers`: what BERT and MPNet have in common, model folders, and the outputs of a loaded folder.
 
-    config.json  --check_settings, read_shared_settings-->  ModelConfig                                (import)
+    config.json  --read_shared_settings-->  ModelConfig                                                (import)
     ExportedModel  --write_folder-->  folder  --AutoModel, AutoTokenizer-->  ModelOutputs, token ids   (export)
 
 `bert.py` and `mpnet.py` hold the two formats. Only this module imports `transformers`, and only to load a folder.
@@ -28,6 +28,7 @@ _SHARED_SETTINGS = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "ffn_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
     "hidden_dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
     "layer_norm_eps": "layer_norm_eps",
@@ -46,6 +47,10 @@ _REQUIRED_SETTINGS = {
 """Values that this model implements; a setting that is absent has this value by default."""
 
 
+ImportedModel = tuple[ModelConfig, Tensors, list[str]]
+"""Settings, all parameters, and notes on dropped and new ones."""
+
+
 @dataclass(frozen=True)
 class ExportedModel:
     """A model in another format, with the vocabulary that its token ids refer to."""
@@ -60,8 +65,12 @@ class ExportedModel:
 # -------------------------------------------------------------------------------------------------------------- import
 
 
-def check_settings(settings: dict[str, Any], origin: str) -> None:
-    """Raise `ConfigError` for every setting with a value that this model does not implement."""
+def read_shared_settings(settings: dict[str, Any], vocabulary: Vocabulary, *, origin: str) -> ModelConfig:
+    """Return the settings that BERT and MPNet share. Sizes are required; the others have the same defaults as ours.
+
+    The size of the vocabulary is the number of tokens: `vocab_size` counts the rows of an embedding that may be padded.
+    Raises `ConfigError` for every setting with a value that this model does not implement.
+    """
     raise_if_any(
         [
             f"{origin}: {name} ({settings[name]}) must be {value}: this model implements nothing else"
@@ -69,13 +78,6 @@ def check_settings(settings: dict[str, Any], origin: str) -> None:
             if settings.get(name, value) != value
         ]
     )
-
-
-def read_shared_settings(settings: dict[str, Any], vocabulary: Vocabulary, *, origin: str) -> ModelConfig:
-    """Return the settings that BERT and MPNet share. Sizes are required; the others have the same defaults as ours.
-
-    The size of the vocabulary is the number of tokens: `vocab_size` counts the rows of an embedding that may be padded.
-    """
     shared: dict[str, Any] = {
         ours: positive_setting(settings, theirs, origin) for ours, theirs in _SHARED_SETTINGS.items() if _is_size(ours)
     }
@@ -126,7 +128,6 @@ def shared_settings(pretrained: PretrainedWeights) -> dict[str, Any]:
     return {
         **{theirs: getattr(model, ours) for ours, theirs in _SHARED_SETTINGS.items()},
         "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_positions,
         "pad_token_id": pretrained.vocabulary.pad_id,
         "hidden_act": "gelu",
         "tie_word_embeddings": True,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS, flag_of
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.conversion.bert import from_bert
 from pmlm_dist.conversion.files import CONFIG, INDEX, OLD_WEIGHTS, WEIGHTS, read_tensors
+from pmlm_dist.conversion.huggingface import ImportedModel
 from pmlm_dist.conversion.mpnet import from_mpnet
 from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
 from pmlm_dist.conversion.tensors import Tensors, without_wrappers
@@ -24,7 +24,7 @@ from pmlm_dist.vocabulary.files import TOKENIZER, WORD_LIST
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 Format = Literal["auto", "bert", "mpnet", "unilm"]
-_FORMATS: dict[str, Callable[..., PretrainedWeights]] = {"bert": from_bert, "mpnet": from_mpnet, "unilm": from_unilm}
+_FORMATS: dict[str, Callable[..., ImportedModel]] = {"bert": from_bert, "mpnet": from_mpnet, "unilm": from_unilm}
 
 
 def import_weights(path: Path, /, *, output: Path, vocabulary: Path | None = None, format: Format = "auto") -> None:
@@ -63,13 +63,14 @@ def needed_flags(model: ModelConfig) -> list[str]:
 def read_pretrained(path: Path | str, *, format: Format = "auto") -> PretrainedWeights:
     """Load the model at `path`. Raises `ConfigError` with every problem; dropped tensors are in `facts["notes"]`."""
     path = Path(path)
-    settings_file, tensors_file, vocabulary = _find_files(path)
+    settings_file, tensors_file, vocabulary_file = _find_files(path)
     settings = read_json_object(settings_file)
-    tensors, notes = without_wrappers(read_tensors(tensors_file), origin=str(path))
+    tensors, wrapper_notes = without_wrappers(read_tensors(tensors_file), origin=str(path))
     name = _detect_format(settings, tensors, path) if format == "auto" else format
-    pretrained = _FORMATS[name](settings, tensors, Vocabulary.load(vocabulary), origin=str(path))
-    facts = {**pretrained.facts, "from": str(path.absolute()), "notes": [*notes, *pretrained.facts["notes"]]}
-    return replace(pretrained, facts=facts)
+    vocabulary = Vocabulary.load(vocabulary_file)
+    model, weights, notes = _FORMATS[name](settings, tensors, vocabulary, origin=str(path))
+    facts = {"format": name, "from": str(path.absolute()), "notes": [*wrapper_notes, *notes]}
+    return PretrainedWeights(model, weights, vocabulary, facts)
 
 
 def _detect_format(settings: dict[str, Any], tensors: Tensors, path: Path) -> str:

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
-from pmlm_dist.config import ConfigError, ModelConfig
+from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.huggingface import (
     ExportedModel,
+    ImportedModel,
     add_prefix,
-    check_settings,
-    positive_setting,
     read_shared_settings,
     shared_settings,
 )
@@ -106,29 +105,19 @@ def _limitations(vocabulary: Vocabulary) -> list[str]:
     return limitations
 
 
-def from_mpnet(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> PretrainedWeights:
+def from_mpnet(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> ImportedModel:
     """Convert an MPNet with or without masked-LM head. Raises one `ConfigError` for everything that does not match."""
-    check_settings(settings, origin)
     buckets = settings.get("relative_attention_num_buckets", _BUCKETS["relative_buckets"])
     if buckets != _BUCKETS["relative_buckets"]:
         raise ConfigError(
             [f"{origin}: relative_attention_num_buckets ({buckets}) must be 32, a constant of MPNet's code"]
         )
-    model = replace(
-        read_shared_settings(settings, vocabulary, origin=origin),
-        max_positions=positive_setting(settings, "max_position_embeddings", origin) - _FIRST_POSITION,
-        segment_types=2,
-        relative_bias=True,
-        **_BUCKETS,
-    )
+    model = read_shared_settings(settings, vocabulary, origin=origin)
+    positions = model.max_positions - _FIRST_POSITION
+    model = replace(model, max_positions=positions, segment_types=2, relative_bias=True, **_BUCKETS)
     source = StrictTensors(add_prefix(tensors, MPNET), origin=origin)
-    weights, notes = _mpnet_weights(source, model)
-    source.finish()
-    return PretrainedWeights(model, weights, vocabulary, {"format": "mpnet", "from": origin, "notes": notes})
-
-
-def _mpnet_weights(source: StrictTensors, model: ModelConfig) -> tuple[Tensors, list[str]]:
     weights, notes = from_scheme(source, MPNET, model, first_position=_FIRST_POSITION)
     weights[SEGMENTS] = torch.zeros(model.segment_types, model.hidden_size)
     weights[RELATIVE_BIAS] = source.take(_RELATIVE_BIAS, (model.relative_buckets, model.num_heads)).t().contiguous()
-    return weights, ["MPNet has no segment embeddings: both rows are initialized to zero", *notes]
+    source.finish()
+    return model, weights, ["MPNet has no segment embeddings: both rows are initialized to zero", *notes]

@@ -42,7 +42,7 @@ TokenDtype = Literal["uint16", "uint32"]
 EXTENSIONS: dict[TokenDtype, str] = {"uint16": "u16", "uint32": "u32"}
 
 _BLOCK = 512
-_READ_BYTES = 1 << 20
+
 _REGULAR = (ord("0"), 0)
 _REMEDY = "copy the shard again, or remove the folder and run `pmlm prepare-corpus` again"
 
@@ -287,20 +287,18 @@ def _verified(file: FileIO, shard: Shard, *, extension: str, most: int | None) -
     if size != shard.bytes:
         offset = min(size, shard.bytes)
         raise _shard_error(path, shard, f": expected {shard.bytes} bytes, found {size}", offset=offset)
-    digest = hashlib.sha256()
     try:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
+        sha256 = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(file, shard, file.tell(), error) from error
-    if digest.hexdigest() != shard.sha256:
+    if sha256 != shard.sha256:
         offset = None  # of the first invalid member
         try:
             _index(file, shard, extension=extension, most=most)
         except ShardError as error:
             offset = error.offset
         where = "inside its samples" if offset is None else f"at byte {offset} first"
-        problem = f": expected sha256 {shard.sha256}, found {digest.hexdigest()}, corrupt {where}"
+        problem = f": expected sha256 {shard.sha256}, found {sha256}, corrupt {where}"
         raise _shard_error(path, shard, problem, offset=offset)
     return _index(file, shard, extension=extension, most=most)
 

@@ -223,20 +223,12 @@ def _try_lock(path: Path, *, create: bool) -> FileIO | None:
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The lock belongs to the inode: it is worthless if the file was renamed or removed after it was opened.
-        if _is_at(file, path):
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):
         pass
     file.close()
     return None
-
-
-def _is_at(file: FileIO, path: Path) -> bool:
-    """Return True if `path` is still a name of `file`."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _allocate(out: FileIO, size: int) -> bool:

@@ -90,7 +90,9 @@ class BatchLoader(Iterator[Batch]):
         data: DataConfig,
         pin_memory: bool,
     ):
-        _compile_masking(builder.source)
+        # Compiled before the workers start: they then load the machine code from numba's cache on disk.
+        special = builder.source.special
+        builder.source.batch([Sample(np.array([special.cls, special.sep], dtype=np.int64), 0, 0)], seed=0)
         self._pin_memory = pin_memory
         self._arrays = WorkerPool(
             builder, numbers, workers=data.workers, prefetch=data.prefetch, timeout_s=data.timeout_s, preload=__name__
@@ -215,9 +217,3 @@ class _ValidationBuilder:
 
     def describe(self, position: int) -> str:
         return f"validation sample {min(position, self.samples - 1)} of {self.source.validation_source.name}"
-
-
-def _compile_masking(source: BatchSource) -> None:
-    """Compile masking before the workers start: they then load the machine code from numba's cache on disk."""
-    tokens = np.array([source.special.cls, source.special.sep], dtype=np.int64)
-    source.batch([Sample(tokens, 0, 0)], seed=0)

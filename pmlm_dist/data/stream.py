@@ -229,18 +229,14 @@ class TrainingStream:
             # The lane starts a shard: there is time to fetch its next one while this one is read.
             reader.prefetch(self._orders[source].next_shard(number, excluded=self._excluded[source]))
         tokens = reader.tokens(address.shard, address.index, lane=lane)
-        return Sample(tokens, self._sample_id(source, address), address.epoch)
+        return Sample(tokens, self._first_ids[source] + self._orders[source].sample_id(address), address.epoch)
 
     def describe(self, t: int) -> str:
         """Return the index, split index and shard of global sample `t`, for an error message."""
         source, _, address = self._locate(t)
-        shard = self._readers[source].shards[address.shard].name
-        sample = self._sample_id(source, address) - self._first_ids[source]
+        shard, sample = self._readers[source].shards[address.shard].name, self._orders[source].sample_id(address)
         return f"global sample {t} (sample {sample} of {self._sources[source].name}, shard {shard})"
 
     def _locate(self, t: int) -> tuple[int, int, SampleAddress]:
         source, number = self._mixture.locate(t)
         return source, number, self._orders[source].locate(number, excluded=self._excluded[source])
-
-    def _sample_id(self, source: int, address: SampleAddress) -> int:
-        return self._first_ids[source] + self._orders[source].sample_id(address)

@@ -115,11 +115,7 @@ class PlanConfig:
 
     def problems(self) -> list[str]:
         """One sentence for each invalid setting: setting, value, constraint, way out."""
-        run = RunConfig(model=self.model, masking=self.masking, objective=self.objective, parallel=self.parallel)
-        return [*range_problems(self), *self._cluster_problems(), *relation_problems(run)]
-
-    def _cluster_problems(self) -> list[str]:
-        problems, tp = [], self.parallel.tp
+        problems, tp = range_problems(self), self.parallel.tp
         if self.device not in (MEASURE, *DEVICES):
             problems.append(f"device ({self.device}) must be {MEASURE} or one of {', '.join(sorted(DEVICES))}")
         if tp > 0 and self.in_node > 0 and self.in_node % tp:
@@ -132,4 +128,5 @@ class PlanConfig:
                 f"sequence_length ({self.context}) exceeds model.max_positions ({self.model.max_positions}): "
                 "raise --model.max-positions"
             )
-        return problems
+        run = RunConfig(model=self.model, masking=self.masking, objective=self.objective, parallel=self.parallel)
+        return [*problems, *relation_problems(run)]

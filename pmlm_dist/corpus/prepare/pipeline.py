@@ -61,7 +61,6 @@ from pmlm_dist.corpus.prepare.settings import (
     given_vocabulary,
     raise_if_different,
     recorded_settings,
-    train_vocabulary,
 )
 from pmlm_dist.corpus.prepare.sorted_runs import RunPacker
 from pmlm_dist.corpus.prepare.source_files import raise_if_changed, source_files, unsplittable_warnings
@@ -232,7 +231,13 @@ class _Preparation:
         def load_or_train() -> Vocabulary:
             if needs_training:
                 with self._journal_removed_on_error():
-                    vocabulary = train_vocabulary(texts, self.config)
+                    vocabulary = Vocabulary.train(
+                        texts,
+                        self.config.vocabulary_size or 0,
+                        cased=self.config.cased,
+                        keep_accents=self.config.keep_accents,
+                        coverage=self.config.character_coverage,
+                    )
                 vocabulary.save(temporary := folder.with_name(f".{_VOCABULARY}"))
                 temporary.replace(folder)  # a folder of two files appears at once
             else:

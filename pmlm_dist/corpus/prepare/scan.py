@@ -16,7 +16,7 @@ from pmlm_dist.corpus.arrays import save_array
 from pmlm_dist.corpus.filters import duplicates
 from pmlm_dist.corpus.filters.cleaning import Cleaner, language_filter
 from pmlm_dist.corpus.filters.contamination import HeldOutNgrams, read_held_out
-from pmlm_dist.corpus.filters.duplicates import DigestPartitions, NearDuplicateDetector
+from pmlm_dist.corpus.filters.duplicates import DigestPartitions, NearDuplicateDetector, digest_rows
 from pmlm_dist.corpus.input.documents import read_unit
 from pmlm_dist.corpus.input.units import Unit, unit_stem
 from pmlm_dist.corpus.prepare.counts import DocumentLengths, UnitCounts, length_histogram, sum_counts
@@ -87,16 +87,21 @@ class Scan:
 
     def find_duplicates(self, units: Sequence[Unit]) -> None:
         """Find the duplicates, exact and near ones according to the settings, and record them in the journal."""
-        documents = self.comm.allreduce(sum(len(self.rows(unit.number)) for unit in self.assigned(units)))
+        own = [unit.number for unit in self.assigned(units)]
+        documents = self.comm.allreduce(sum(len(self.rows(unit)) for unit in own))
         if self.config.deduplicate:
-            tables = (self._exact_rows(unit) for unit in self.assigned(units))
-            self._find_duplicates(EXACT, tables, rows=documents)
+            digests = ((unit, self.rows(unit)["digest"][:, None]) for unit in own)
+            self._find_duplicates(EXACT, digests, rows=documents)
         if self.near is not None:
-            tables = (self._near_rows(unit, near=self.near) for unit in self.assigned(units))
-            self._find_duplicates(NEAR, tables, rows=documents * self.near.bands.count)
+            bands = self.near.bands
+            digests = ((unit, bands.digests(self._load_signatures(unit))) for unit in own)
+            self._find_duplicates(NEAR, digests, rows=documents * bands.count)
 
-    def _find_duplicates(self, kind: str, tables: Iterator[np.ndarray], *, rows: int) -> None:
-        """Partition the rows and find duplicates in each partition; after an interruption, from the first row on."""
+    def _find_duplicates(self, kind: str, digests: Iterator[tuple[int, np.ndarray]], *, rows: int) -> None:
+        """Partition the rows and find duplicates in each partition; after an interruption, from the first row on.
+
+        `digests`: number and digests [documents, digests of a document] of each unit.
+        """
         count = math.ceil(rows / duplicates.PARTITION_ROWS)
         if compute_on_rank_zero(self.comm, lambda: kind in self.journal.committed(DUPLICATES)):
             return
@@ -107,6 +112,7 @@ class Scan:
                 leftover.unlink()
         barrier(self.comm)
         partitions = DigestPartitions(folder, self.journal.path(DUPLICATES, ""), kind, count)
+        tables = (digest_rows(each, unit=unit, numbers=self.rows(unit)["number"]) for unit, each in digests)
         partitions.scatter(tables, rank=self.comm.rank)
         barrier(self.comm)
         for partition in range(self.comm.rank, count, self.comm.size):
@@ -114,15 +120,6 @@ class Scan:
         barrier(self.comm)
         if self.comm.rank == 0:
             self.journal.commit(DUPLICATES, kind, {"partitions": count})
-
-    def _exact_rows(self, unit: Unit) -> np.ndarray:
-        rows = self.rows(unit.number)
-        table = np.empty(len(rows), duplicates.ROW)
-        table["digest"], table["unit"], table["number"] = rows["digest"], unit.number, rows["number"]
-        return table
-
-    def _near_rows(self, unit: Unit, *, near: NearDuplicateDetector) -> np.ndarray:
-        return near.rows(self._load_signatures(unit.number), unit=unit.number, numbers=self.rows(unit.number)["number"])
 
     def _are_near(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
         assert self.near is not None
