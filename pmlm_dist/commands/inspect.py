@@ -24,7 +24,7 @@ from pmlm_dist.config import MaskingConfig, raise_if_any
 from pmlm_dist.corpus.shards import TRAIN
 from pmlm_dist.data.batch import Batch, special_ids
 from pmlm_dist.data.loader import BatchSource
-from pmlm_dist.data.stream import SplitReader
+from pmlm_dist.data.stream import CorpusSource, SplitReader
 from pmlm_dist.masking.visibility import visibility_matrix
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
@@ -139,12 +139,13 @@ def example_slots() -> list[Slot]:
 
 
 def _batch_of_one(config: InspectConfig, vocabulary: Vocabulary) -> Batch:
-    reader = SplitReader(config.corpus, split=TRAIN)
+    corpus = CorpusSource(config.corpus)
+    reader = SplitReader(corpus, split=TRAIN)
     if not 0 <= config.sample < len(reader):
         raise_if_any([f"sample ({config.sample}) must lie between 0 and {len(reader) - 1}, the last training sample"])
     sample = reader.sample(config.sample)._replace(epoch=config.epoch)
     reader.close()
-    source = BatchSource(config.corpus, special=special_ids(vocabulary), masking=config.masking, seed=config.seed)
+    source = BatchSource(corpus, special=special_ids(vocabulary), masking=config.masking, seed=config.seed)
     return source.batch([sample], seed=config.seed)
 
 

@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,29 +41,23 @@ Tensors would be sent through shared memory with one file descriptor each, which
 class BatchSource:
     """Corpora and masking: how samples become batches."""
 
-    corpus: Path
-    """Folder with manifest and vocabulary, and with the shards unless `address` is set."""
+    corpus: CorpusSource
+    """Source of the validation samples, and of the training samples without a `mixture`."""
     special: SpecialIds
     masking: MaskingConfig
     seed: int
     """Seed of sample order and masks."""
-    address: str | None = None
-    """Remote address of the shards of `corpus`."""
     mixture: tuple[CorpusSource, ...] = ()
-    """Weighted training sources; empty: `corpus` alone. Validation always reads `corpus`."""
-
-    @cached_property
-    def validation_source(self) -> CorpusSource:
-        return CorpusSource(self.corpus, self.address)
+    """Weighted training sources."""
 
     @property
     def training_sources(self) -> tuple[CorpusSource, ...]:
-        return self.mixture or (self.validation_source,)
+        return self.mixture or (self.corpus,)
 
     @property
     def sequence_length(self) -> int:
         """S: tokens of a sequence, from the manifest."""
-        return self.validation_source.manifest.sequence_length
+        return self.corpus.manifest.sequence_length
 
     def batch(self, samples: list[Sample], *, seed: int) -> Batch:
         """Mask and lay out `samples`."""
@@ -145,9 +138,11 @@ def validation_batches(
     Every rank yields the same number of batches of the same shape: rows past the last sample repeat it with weight 0.
     The global batch of `share` is ignored. Raises ConfigError if the corpus has no validation samples.
     """
-    available = source.validation_source.manifest.splits[VALIDATION].samples
+    available = source.corpus.manifest.splits[VALIDATION].samples
     if not available:
-        raise ConfigError([f"corpus {source.corpus} has no validation samples: prepare it with a validation split"])
+        raise ConfigError(
+            [f"corpus {source.corpus.folder} has no validation samples: prepare it with a validation split"]
+        )
     samples, data = min(samples, available), loading or DataConfig()
     share = dataclasses.replace(share, global_batch=share.micro_batch * share.dp_size)
     builder = _ValidationBuilder(source, samples, share, ShardAccess.from_config(data))
@@ -203,7 +198,7 @@ class _ValidationBuilder:
 
     @cached_property
     def _reader(self) -> SplitReader:
-        return SplitReader(self.source.validation_source, split=VALIDATION, access=self.access)
+        return SplitReader(self.source.corpus, split=VALIDATION, access=self.access)
 
     def build(self, number: int, *, set_progress: Callable[[int], None]) -> Arrays:
         samples = []
@@ -216,4 +211,4 @@ class _ValidationBuilder:
         return dataclasses.replace(batch, weights_BM=batch.weights_BM * is_sample_B[:, None]).arrays()
 
     def describe(self, position: int) -> str:
-        return f"validation sample {min(position, self.samples - 1)} of {self.source.validation_source.name}"
+        return f"validation sample {min(position, self.samples - 1)} of {self.source.corpus.name}"
