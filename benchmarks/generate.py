@@ -25,7 +25,7 @@ import torch
 from harness import Report, device, interleaved, ratio
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.decoding.batch_generation import build_search, generate_batches
+from pmlm_dist.decoding.batch_generation import build_search, generate_batch
 from pmlm_dist.decoding.settings import DecodingConfig
 from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.masking.blockwise import SpecialIds
@@ -129,7 +129,7 @@ def _ours(options: GenerateOptions, *, method: Literal["beam", "greedy"]) -> Row
     sources = list(_sources(options).numpy())
 
     def step() -> None:
-        (answers, *_) = generate_batches(model, sources, search=search, special=special, batch=options.batch)
+        (answers, *_) = generate_batch(model, sources, search=search, special=special)
         assert len(answers[0].tokens) == options.target
 
     return step, _parameters(model)

@@ -178,7 +178,7 @@ def _worker_rate(options: LoaderOptions, corpus: Path) -> float:
 def _batches(options: LoaderOptions, source: CorpusSource, loading: DataConfig, *, lanes: int = SHARDS) -> BatchLoader:
     vocabulary = Vocabulary.load(source.folder)
     special = special_ids(vocabulary)
-    batches = BatchSource(source.folder, special, masking=MaskingConfig(), seed=0, address=source.address)
+    batches = BatchSource(source, special, masking=MaskingConfig(), seed=0)
     share = BatchShare(global_batch=options.batch, micro_batch=options.batch)
     return training_batches(batches, lanes=lanes, share=share, loading=loading)
 

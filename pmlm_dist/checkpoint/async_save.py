@@ -146,7 +146,7 @@ class AsyncCheckpointer:
 
     def _report_failure(self, step: int, problem: str) -> None:
         self.failures += 1
-        self._log.failed_checkpoints(self.failures, step=step)
+        self._log.scalars({"checkpoint/failed": self.failures}, step=step)
         self._log.info(
             f"warning: the checkpoint of step {step} was not written ({problem}); training continues, the previous "
             f"checkpoint is kept; {self.failures} failed since this attempt started"

@@ -9,8 +9,7 @@ import torch
 
 from pmlm_dist.config import raise_if_any
 from pmlm_dist.conversion.pretrained import open_pretrained, save_pretrained
-
-_POSITION_EMBEDDINGS = "embeddings.position.weight"
+from pmlm_dist.planning.parameters import POSITIONS
 
 
 def extend_positions(model: Path, /, *, positions: int, output: Path) -> None:
@@ -25,7 +24,7 @@ def extend_positions(model: Path, /, *, positions: int, output: Path) -> None:
     before = pretrained.model.max_positions
     raise_if_any([] if positions > before else [f"--positions ({positions}) must exceed the model's {before}"])
     rows = torch.arange(positions) % before
-    weights = pretrained.weights | {_POSITION_EMBEDDINGS: pretrained.weights[_POSITION_EMBEDDINGS][rows]}
+    weights = pretrained.weights | {POSITIONS: pretrained.weights[POSITIONS][rows]}
     facts = pretrained.facts | {"format": "extended", "notes": [f"{before} positions before"]}
     config = replace(pretrained.model, max_positions=positions)
     save_pretrained(replace(pretrained, model=config, weights=weights, facts=facts), output)

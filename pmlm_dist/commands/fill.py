@@ -128,7 +128,7 @@ def _print(masked: MaskedText, filled: list[FilledMask], vocabulary: Vocabulary,
         {
             "mask": mask_numbers[token.position],
             "step": token.step,
-            "choices": [{"token": vocabulary.token(id), "probability": round(p, 6)} for id, p in token.choices],
+            "choices": [{"token": vocabulary.tokens[id], "probability": round(p, 6)} for id, p in token.choices],
         }
         for token in filled
     ]

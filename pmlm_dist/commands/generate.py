@@ -1,6 +1,6 @@
 """`pmlm generate`: generate a target for each source of a file.
 
-file of sources --all ranks--> rows, token ids --sorted by length, in batches, ranks in turn--> generate_batches
+file of sources --all ranks--> rows, token ids --sorted by length, in batches, ranks in turn--> generate_batch
 hypotheses --rank 0 keeps them in OUTPUT.part (downstream/results.py)--> OUTPUT: a JSON object a row, in their order
 """
 
@@ -20,7 +20,7 @@ from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.console import print_safely
 from pmlm_dist.conversion.pretrained import Precision, PretrainedWeights, find_pretrained, load_model, open_pretrained
 from pmlm_dist.data.batch import special_ids
-from pmlm_dist.decoding.batch_generation import batches_by_length, build_search, generate_batches
+from pmlm_dist.decoding.batch_generation import batches_by_length, build_search, generate_batch
 from pmlm_dist.decoding.beam_search import Hypothesis, ScoresNotFinite
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.downstream.results import ResultsFile, compute_batches, digest_of, open_results
@@ -89,9 +89,7 @@ def generate(config: GenerateConfig) -> None:
     def generate_rows(model: PseudoMaskedLM, rows: Sequence[int]) -> list[dict[str, Any]]:
         sources = [inputs.sources[row] for row in rows]
         try:
-            hypotheses = generate_batches(
-                model, sources, search=search, special=special, batch=config.batch, sample_ids=rows
-            )
+            hypotheses = generate_batch(model, sources, search=search, special=special, sample_ids=rows)
         except ScoresNotFinite as error:
             raise ConfigError([f"{inputs.pretrained.facts['folder']}: {error}"]) from error
         computed.extend(len(best[0].tokens) + best[0].ended for best in hypotheses if best)

@@ -24,13 +24,12 @@ from pmlm_dist.config import MaskingConfig, raise_if_any
 from pmlm_dist.corpus.shards import TRAIN
 from pmlm_dist.data.batch import Batch, special_ids
 from pmlm_dist.data.loader import BatchSource
-from pmlm_dist.data.stream import SplitReader
+from pmlm_dist.data.stream import CorpusSource, SplitReader
 from pmlm_dist.masking.visibility import visibility_matrix
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.patches import Patch
 
 Kind = Literal["context", "original", "pseudo"]
 
@@ -82,7 +81,6 @@ class Slot:
 
     @property
     def kind(self) -> Kind:
-        """The group of the slot."""
         return "context" if self.order == 0 else "original" if self.order > 0 else "pseudo"
 
 
@@ -117,16 +115,15 @@ def _write_picture(slots: Sequence[Slot], png: Path | None, console: Console) ->
         console.print(f"picture: {png}")
 
 
-def slots_of(batch: Batch, vocabulary: Vocabulary, *, row: int = 0) -> list[Slot]:
-    """Return the valid slots of one row of a batch, in layout order."""
-    used = batch.weights_BM[row] > 0
-    orders = batch.order_BT[row, batch.num_context : batch.num_context + batch.num_predictions][used].tolist()
-    steps = dict(zip(batch.predicted_BM[row, used].tolist(), orders, strict=True))
+def slots_of(batch: Batch, vocabulary: Vocabulary) -> list[Slot]:
+    """Return the valid slots of the first sample of a batch, in layout order."""
+    used, valid = batch.weights_BM[0] > 0, batch.valid_BT[0]
+    orders = batch.order_BT[0, batch.num_context : batch.num_context + batch.num_predictions][used].tolist()
+    steps = dict(zip(batch.predicted_BM[0, used].tolist(), orders, strict=True))
     columns = (batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.order_BT)
-    valid = batch.valid_BT[row]
     slots = []
-    for token, position, segment, order in zip(*(column[row, valid].tolist() for column in columns), strict=True):
-        text = "[P]" if order < 0 else "[M]" if token == vocabulary.mask_id else vocabulary.token(token)
+    for token, position, segment, order in zip(*(column[0, valid].tolist() for column in columns), strict=True):
+        text = "[P]" if order < 0 else "[M]" if token == vocabulary.mask_id else vocabulary.tokens[token]
         slots.append(Slot(text, position, segment, order, step=steps.get(position, 0)))
     return slots
 
@@ -142,12 +139,13 @@ def example_slots() -> list[Slot]:
 
 
 def _batch_of_one(config: InspectConfig, vocabulary: Vocabulary) -> Batch:
-    reader = SplitReader(config.corpus, split=TRAIN)
+    corpus = CorpusSource(config.corpus)
+    reader = SplitReader(corpus, split=TRAIN)
     if not 0 <= config.sample < len(reader):
         raise_if_any([f"sample ({config.sample}) must lie between 0 and {len(reader) - 1}, the last training sample"])
     sample = reader.sample(config.sample)._replace(epoch=config.epoch)
     reader.close()
-    source = BatchSource(config.corpus, special=special_ids(vocabulary), masking=config.masking, seed=config.seed)
+    source = BatchSource(corpus, special=special_ids(vocabulary), masking=config.masking, seed=config.seed)
     return source.batch([sample], seed=config.seed)
 
 
@@ -175,13 +173,10 @@ def _color(step: int) -> str:
     return STEP_COLORS[(step - 1) % len(STEP_COLORS)]
 
 
-def _originals(slots: Sequence[Slot]) -> dict[int, str]:
-    return {slot.position: slot.token for slot in slots if slot.kind == "original"}
-
-
 def _text_with_spans(slots: Sequence[Slot]) -> Text:
     """Return the original text; each span has the color of its step and starts with the step's number."""
-    text, originals, last_step = Text(), _originals(slots), 0
+    originals = {slot.position: slot.token for slot in slots if slot.kind == "original"}
+    text, last_step = Text(), 0
     for slot in slots:
         if slot.kind != "context":
             break
@@ -265,10 +260,13 @@ def draw_layout(slots: Sequence[Slot], *, path: Path) -> None:
 
 def _draw_slots(axes: Axes, slots: Sequence[Slot]) -> None:
     """Draw three rows of boxes; the slots of a position share a column, spans are shaded."""
+    from matplotlib.patches import Rectangle
+
     positions = sorted({slot.position for slot in slots})
     for slot in slots:
         if slot.kind == "original":
-            axes.add_patch(_band(slot))
+            corner, color = (slot.position - 0.5, -0.42), _color(slot.step)
+            axes.add_patch(Rectangle(corner, 1, 3.17, color=color, alpha=0.13, linewidth=0))
         _draw_slot(axes, slot)
     for step in sorted({slot.step for slot in slots} - {0}):
         middle = float(np.mean([slot.position for slot in slots if slot.order == step]))
@@ -283,12 +281,6 @@ def _draw_slots(axes: Axes, slots: Sequence[Slot]) -> None:
         label.set(color=COLORS[kind], fontweight="bold")
     axes.set_title("slots over their positions (small: order)", fontsize=10, color=_INK, loc="left", pad=10)
     axes.spines[:].set_visible(False)
-
-
-def _band(slot: Slot) -> Patch:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((slot.position - 0.5, -0.42), 1, 3.17, color=_color(slot.step), alpha=0.13, linewidth=0)
 
 
 def _draw_slot(axes: Axes, slot: Slot) -> None:
@@ -320,12 +312,11 @@ def _draw_matrix(axes: Axes, slots: Sequence[Slot]) -> None:
     key_colors = np.array([to_rgb(_CELLS[slot.kind]) for slot in slots])
     pixels = np.where(visible[:, :, None], key_colors[None, :, :], 1.0)
     axes.imshow(pixels, interpolation="nearest")
-    edges = np.arange(len(slots) + 1) - 0.5
-    axes.hlines(edges, -0.5, len(slots) - 0.5, colors=_FAINT, linewidth=0.6)
-    axes.vlines(edges, -0.5, len(slots) - 0.5, colors=_FAINT, linewidth=0.6)
+    edges = [at - 0.5 for at in range(len(slots) + 1)]
     changes = [at - 0.5 for at in range(1, len(slots)) if slots[at].kind != slots[at - 1].kind]
-    axes.hlines(changes, -0.5, len(slots) - 0.5, colors=_INK, linewidth=1.2)
-    axes.vlines(changes, -0.5, len(slots) - 0.5, colors=_INK, linewidth=1.2)
+    for draw in (axes.hlines, axes.vlines):
+        draw(edges, edges[0], edges[-1], colors=_FAINT, linewidth=0.6)
+        draw(changes, edges[0], edges[-1], colors=_INK, linewidth=1.2)
     labels = [f"{slot.token} {_signed(slot.order)}" for slot in slots]
     axes.set_xticks(range(len(slots)), labels, rotation=90)
     axes.set_yticks(range(len(slots)), labels)

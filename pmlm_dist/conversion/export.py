@@ -43,11 +43,8 @@ from pmlm_dist.vocabulary.vocabulary import Vocabulary
 MAX_DIFFERENCE = 1e-4
 """Between the logits of checkpoint and export, in fp32."""
 Format = Literal["mpnet", "bert", "unilm"]
-_FORMATS: dict[str, Callable[[PretrainedWeights], ExportedModel]] = {
-    "mpnet": to_mpnet,
-    "bert": to_bert,
-    "unilm": to_unilm,
-}
+_FORMATS: dict[str, Callable[[PretrainedWeights], ExportedModel]]
+_FORMATS = {"mpnet": to_mpnet, "bert": to_bert, "unilm": to_unilm}
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,6 @@ class ProbeInputs:
     ids_BT: Tensor
     segments_BT: Tensor
     valid_BT: Tensor
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Largest absolute differences, in fp32."""
-
-    logits: float
-    states: float
 
 
 def export(folder: Path, /, *, format: Format, output: Path | None = None, onnx: bool = False) -> None:
@@ -86,14 +75,14 @@ def export(folder: Path, /, *, format: Format, output: Path | None = None, onnx:
     target = Path(output) if output else _default_output(pretrained, format)
     exported = _FORMATS[format](pretrained)
     with new_folder(target) as temporary:
-        difference = _write_and_compare(pretrained, exported, temporary, onnx=onnx)
-        card = model_card(pretrained, exported, difference=difference.logits)
+        of_logits, of_states = _write_and_compare(pretrained, exported, temporary, onnx=onnx)
+        card = model_card(pretrained, exported, difference=of_logits)
         (temporary / "README.md").write_text(card, encoding="utf-8")
     for limitation in exported.limitations:
         print(f"note: {limitation}")
     print(
         f"written: {target} ({format}, step {pretrained.facts.get('step', 0)}); largest differences after reloading: "
-        f"logits {difference.logits:.1e}, last hidden states {difference.states:.1e}"
+        f"logits {of_logits:.1e}, last hidden states {of_states:.1e}"
     )
 
 
@@ -104,32 +93,34 @@ def _default_output(pretrained: PretrainedWeights, format: str) -> Path:
 
 def _write_and_compare(
     pretrained: PretrainedWeights, exported: ExportedModel, folder: Path, *, onnx: bool
-) -> Difference:
+) -> tuple[float, float]:
+    """Return the largest absolute differences of logits and last hidden states after reloading, in fp32."""
     probe = probe_inputs(pretrained)
     expected = compute_outputs(pretrained, probe, one_segment=exported.settings["model_type"] == "mpnet")
     if exported.settings["model_type"] == "unilm":
         _write_unilm(exported, folder)
         reloaded = read_pretrained(folder, format="unilm")
-        raise_if_any(_vocabulary_problems(exported.vocabulary, reloaded.vocabulary))
+        if exported.vocabulary.fingerprint != reloaded.vocabulary.fingerprint:
+            raise ConfigError(
+                [f"the vocabulary of the export is read back as {reloaded.vocabulary.description}, not "
+                 f"{exported.vocabulary.description}: nothing was written; this is a bug of pmlm export"]
+            )  # fmt: skip
         actual = compute_outputs(reloaded, probe)
     else:
         write_folder(exported, folder, max_positions=pretrained.model.max_positions)
         raise_if_any(_tokenization_problems(pretrained.vocabulary, exported.vocabulary, folder))
         actual = _exported_outputs(pretrained, exported, folder, probe)
-    difference = Difference(
-        logits=_max_difference(expected.logits_NV, actual.logits_NV),
-        states=_max_difference(expected.states_NE, actual.states_NE),
-    )
-    if not difference.logits <= MAX_DIFFERENCE:  # this way round, NaN fails too
+    of_logits = float((expected.logits_NV - actual.logits_NV).abs().max())
+    if not of_logits <= MAX_DIFFERENCE:  # this way round, NaN fails too
         raise ConfigError(
-            [f"the logits of the export differ from the checkpoint's by {difference.logits:.1e}, more than rounding "
+            [f"the logits of the export differ from the checkpoint's by {of_logits:.1e}, more than rounding "
              f"errors ({MAX_DIFFERENCE:.0e}): nothing was written; this is a bug of pmlm export"]
         )  # fmt: skip
     if onnx:
         from pmlm_dist.conversion.onnx import write_onnx
 
         write_onnx(folder)
-    return difference
+    return of_logits, float((expected.states_NE - actual.states_NE).abs().max())
 
 
 def _write_unilm(exported: ExportedModel, folder: Path) -> None:
@@ -169,25 +160,11 @@ def _exported_outputs(
     pretrained: PretrainedWeights, exported: ExportedModel, folder: Path, probe: ProbeInputs
 ) -> ModelOutputs:
     """Return the outputs of the export, its logits in the token order of the checkpoint."""
-    ids = {token: id for id, token in enumerate(exported.vocabulary.tokens)}
-    exported_id_V = torch.tensor([ids[token] for token in pretrained.vocabulary.tokens])
+    exported_id_V = torch.tensor([exported.vocabulary.ids[token] for token in pretrained.vocabulary.tokens])
     outputs = transformers_outputs(
         folder, ids_BT=exported_id_V[probe.ids_BT], segments_BT=probe.segments_BT, valid_BT=probe.valid_BT
     )
     return ModelOutputs(outputs.states_NE, outputs.logits_NV[:, exported_id_V])
-
-
-def _max_difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
-
-
-def _vocabulary_problems(exported: Vocabulary, reloaded: Vocabulary) -> list[str]:
-    if exported.fingerprint == reloaded.fingerprint:
-        return []
-    return [
-        f"the vocabulary of the export is read back as {reloaded.description}, not {exported.description}: nothing was "
-        "written; this is a bug of pmlm export"
-    ]
 
 
 def _tokenization_problems(original: Vocabulary, exported: Vocabulary, folder: Path) -> list[str]:
@@ -198,7 +175,7 @@ def _tokenization_problems(original: Vocabulary, exported: Vocabulary, folder: P
     problems = []
     exported_ids = transformers_token_ids(folder, texts)
     for text, original_ids, ids in zip(texts, original.encode_batch(texts), exported_ids, strict=True):
-        expected = [original.token(id) for id in (original.cls_id, *original_ids, original.sep_id)]
-        if [exported.token(id) for id in ids] != expected:
+        expected = [original.tokens[id] for id in (original.cls_id, *original_ids, original.sep_id)]
+        if [exported.tokens[id] for id in ids] != expected:
             problems.append(f"the export tokenizes {text!r} differently than the checkpoint: nothing was written")
     return problems

@@ -1,6 +1,6 @@
 """Hugging Face `transformers`: what BERT and MPNet have in common, model folders, and the outputs of a loaded folder.
 
-    config.json  --check_settings, read_shared_settings-->  ModelConfig                                (import)
+    config.json  --read_shared_settings-->  ModelConfig                                                (import)
     ExportedModel  --write_folder-->  folder  --AutoModel, AutoTokenizer-->  ModelOutputs, token ids   (export)
 
 `bert.py` and `mpnet.py` hold the two formats. Only this module imports `transformers`, and only to load a folder.
@@ -19,16 +19,16 @@ from torch import Tensor
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.files import CONFIG, WEIGHTS, write_settings
 from pmlm_dist.conversion.pretrained import PretrainedWeights
-from pmlm_dist.conversion.tensors import NameScheme, Tensors, short_list
+from pmlm_dist.conversion.tensors import NameScheme, Tensors
 from pmlm_dist.vocabulary.files import TOKENIZER, TOKENIZER_CONFIG
 from pmlm_dist.vocabulary.vocabulary import SPECIAL_TOKENS, Vocabulary
 
-NEW_HEAD_NOTE = "the checkpoint has no masked-LM head: head.dense is newly initialized, its biases are zero"
 _SHARED_SETTINGS = {
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "ffn_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
     "hidden_dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
     "layer_norm_eps": "layer_norm_eps",
@@ -47,6 +47,10 @@ _REQUIRED_SETTINGS = {
 """Values that this model implements; a setting that is absent has this value by default."""
 
 
+ImportedModel = tuple[ModelConfig, Tensors, list[str]]
+"""Settings, all parameters, and notes on dropped and new ones."""
+
+
 @dataclass(frozen=True)
 class ExportedModel:
     """A model in another format, with the vocabulary that its token ids refer to."""
@@ -61,8 +65,12 @@ class ExportedModel:
 # -------------------------------------------------------------------------------------------------------------- import
 
 
-def check_settings(settings: dict[str, Any], origin: str) -> None:
-    """Raise `ConfigError` for every setting with a value that this model does not implement."""
+def read_shared_settings(settings: dict[str, Any], vocabulary: Vocabulary, *, origin: str) -> ModelConfig:
+    """Return the settings that BERT and MPNet share. Sizes are required; the others have the same defaults as ours.
+
+    The size of the vocabulary is the number of tokens: `vocab_size` counts the rows of an embedding that may be padded.
+    Raises `ConfigError` for every setting with a value that this model does not implement.
+    """
     raise_if_any(
         [
             f"{origin}: {name} ({settings[name]}) must be {value}: this model implements nothing else"
@@ -70,13 +78,6 @@ def check_settings(settings: dict[str, Any], origin: str) -> None:
             if settings.get(name, value) != value
         ]
     )
-
-
-def read_shared_settings(settings: dict[str, Any], vocabulary: Vocabulary, *, origin: str) -> ModelConfig:
-    """Return the settings that BERT and MPNet share. Sizes are required; the others have the same defaults as ours.
-
-    The size of the vocabulary is the number of tokens: `vocab_size` counts the rows of an embedding that may be padded.
-    """
     shared: dict[str, Any] = {
         ours: positive_setting(settings, theirs, origin) for ours, theirs in _SHARED_SETTINGS.items() if _is_size(ours)
     }
@@ -118,18 +119,19 @@ def add_prefix(tensors: Tensors, scheme: NameScheme) -> Tensors:
     }
 
 
-def dropped_note(names: list[str]) -> list[str]:
-    """Return a note on the tensors `names` that were dropped, if there are any."""
-    return [f"dropped, no counterpart in this model: {short_list(names)}"] if names else []
-
-
 # -------------------------------------------------------------------------------------------------------------- export
 
 
 def shared_settings(pretrained: PretrainedWeights) -> dict[str, Any]:
     """Return the settings that BERT and MPNet share, under their names."""
-    named = {theirs: getattr(pretrained.model, ours) for ours, theirs in _SHARED_SETTINGS.items()}
-    return {**named, "vocab_size": pretrained.model.vocab_size, "hidden_act": "gelu", "tie_word_embeddings": True}
+    model = pretrained.model
+    return {
+        **{theirs: getattr(model, ours) for ours, theirs in _SHARED_SETTINGS.items()},
+        "vocab_size": model.vocab_size,
+        "pad_token_id": pretrained.vocabulary.pad_id,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": True,
+    }
 
 
 def write_folder(exported: ExportedModel, folder: Path | str, *, max_positions: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS, flag_of
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.conversion.bert import from_bert
 from pmlm_dist.conversion.files import CONFIG, INDEX, OLD_WEIGHTS, WEIGHTS, read_tensors
+from pmlm_dist.conversion.huggingface import ImportedModel
 from pmlm_dist.conversion.mpnet import from_mpnet
 from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
 from pmlm_dist.conversion.tensors import Tensors, without_wrappers
@@ -24,7 +24,7 @@ from pmlm_dist.vocabulary.files import TOKENIZER, WORD_LIST
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 Format = Literal["auto", "bert", "mpnet", "unilm"]
-_FORMATS: dict[str, Callable[..., PretrainedWeights]] = {"bert": from_bert, "mpnet": from_mpnet, "unilm": from_unilm}
+_FORMATS: dict[str, Callable[..., ImportedModel]] = {"bert": from_bert, "mpnet": from_mpnet, "unilm": from_unilm}
 
 
 def import_weights(path: Path, /, *, output: Path, vocabulary: Path | None = None, format: Format = "auto") -> None:
@@ -63,13 +63,14 @@ def needed_flags(model: ModelConfig) -> list[str]:
 def read_pretrained(path: Path | str, *, format: Format = "auto") -> PretrainedWeights:
     """Load the model at `path`. Raises `ConfigError` with every problem; dropped tensors are in `facts["notes"]`."""
     path = Path(path)
-    files = _find_files(path)
-    settings = read_json_object(files.settings)
-    tensors, notes = without_wrappers(read_tensors(files.tensors), origin=str(path))
+    settings_file, tensors_file, vocabulary_file = _find_files(path)
+    settings = read_json_object(settings_file)
+    tensors, wrapper_notes = without_wrappers(read_tensors(tensors_file), origin=str(path))
     name = _detect_format(settings, tensors, path) if format == "auto" else format
-    pretrained = _FORMATS[name](settings, tensors, Vocabulary.load(files.vocabulary), origin=str(path))
-    facts = {**pretrained.facts, "from": str(path.absolute()), "notes": [*notes, *pretrained.facts["notes"]]}
-    return replace(pretrained, facts=facts)
+    vocabulary = Vocabulary.load(vocabulary_file)
+    model, weights, notes = _FORMATS[name](settings, tensors, vocabulary, origin=str(path))
+    facts = {"format": name, "from": str(path.absolute()), "notes": [*wrapper_notes, *notes]}
+    return PretrainedWeights(model, weights, vocabulary, facts)
 
 
 def _detect_format(settings: dict[str, Any], tensors: Tensors, path: Path) -> str:
@@ -83,30 +84,19 @@ def _detect_format(settings: dict[str, Any], tensors: Tensors, path: Path) -> st
     raise ConfigError([f"{path}: model_type ({kind}) cannot be imported: must be bert, mpnet or unilm"])
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-@dataclass(frozen=True)
-class _Files:
-    settings: Path
-    tensors: Path
-    vocabulary: Path
-
-
-def _find_files(path: Path) -> _Files:
+def _find_files(path: Path) -> tuple[Path, Path, Path]:
+    """Return the files of settings and tensors, and the vocabulary: NAME-vocab.txt or the folder of one."""
     if path.is_dir():
         names = (f"{name}{end}" for name in (WEIGHTS, OLD_WEIGHTS) for end in ("", INDEX))
-        tensors = _first([path / name for name in names], "weights")
-        folder, stem = path, None
+        folder, tensors = path, _first([path / name for name in names], "weights")
     elif path.is_file():
-        tensors, folder, stem = path, path.parent, path.stem
+        folder, tensors = path.parent, path
     else:
         raise ConfigError([f"{path} does not exist"])
-    stem_settings = [folder / f"{stem}-{CONFIG}"] if stem else []
-    stem_words = [folder / f"{stem}-{WORD_LIST}"] if stem else []
-    settings = _first([*stem_settings, folder / CONFIG], "settings")
-    vocabulary = _first([*stem_words, folder / TOKENIZER, folder / WORD_LIST], "vocabulary")
-    return _Files(settings, tensors, vocabulary if vocabulary in stem_words else folder)
+    named = [] if path.is_dir() else [folder / f"{path.stem}-{name}" for name in (CONFIG, WORD_LIST)]
+    settings = _first([*named[:1], folder / CONFIG], "settings")
+    vocabulary = _first([*named[1:], folder / TOKENIZER, folder / WORD_LIST], "vocabulary")
+    return settings, tensors, vocabulary if vocabulary in named else folder
 
 
 def _first(candidates: list[Path], content: str) -> Path:

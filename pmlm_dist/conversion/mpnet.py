@@ -17,33 +17,19 @@ from typing import Any
 
 import torch
 
-from pmlm_dist.config import ConfigError, ModelConfig
+from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.huggingface import (
-    NEW_HEAD_NOTE,
     ExportedModel,
+    ImportedModel,
     add_prefix,
-    check_settings,
-    dropped_note,
-    positive_setting,
     read_shared_settings,
     shared_settings,
 )
 from pmlm_dist.conversion.pretrained import PretrainedWeights
-from pmlm_dist.conversion.tensors import (
-    HEAD_BIAS,
-    POSITIONS,
-    RELATIVE_BIAS,
-    SEGMENTS,
-    TOKENS,
-    NameScheme,
-    StrictTensors,
-    Tensors,
-    attention_from_scheme,
-    from_scheme,
-    initial_head,
-    to_scheme,
-)
-from pmlm_dist.vocabulary.vocabulary import PAD, Vocabulary
+from pmlm_dist.conversion.tensors import NameScheme, StrictTensors, Tensors, from_scheme, to_scheme
+from pmlm_dist.planning.parameters import POSITIONS, RELATIVE_BIAS, SEGMENTS
+from pmlm_dist.vocabulary.files import PAD
+from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 MPNET = NameScheme(
     prefix="mpnet.",
@@ -55,11 +41,13 @@ MPNET = NameScheme(
         "layers.{}.ffn_out": "mpnet.encoder.layer.{}.output.dense",
         "layers.{}.ffn_norm": "mpnet.encoder.layer.{}.output.LayerNorm",
     },
-    head={"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm"},
     attention={part: f"mpnet.encoder.layer.{{}}.attention.attn.{part[0]}" for part in ("query", "key", "value")},
+    head={"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm"},
+    head_bias="lm_head.bias",
+    decoder="lm_head.decoder",
+    dropped=("mpnet.pooler.dense",),
 )
-_TOKENS, _POSITIONS = (f"mpnet.embeddings.{table}_embeddings.weight" for table in ("word", "position"))
-_RELATIVE_BIAS, _HEAD_BIAS = "mpnet.encoder.relative_attention_bias.weight", "lm_head.bias"
+_RELATIVE_BIAS = "mpnet.encoder.relative_attention_bias.weight"
 _PAD_ID = 1
 """The id without a position in MPNet's code, whatever pad_token_id is."""
 _FIRST_POSITION = _PAD_ID + 1
@@ -98,15 +86,13 @@ def to_mpnet(pretrained: PretrainedWeights) -> ExportedModel:
 
 def _mpnet_tensors(pretrained: PretrainedWeights) -> Tensors:
     model, weights = pretrained.model, pretrained.weights
-    positions = weights[POSITIONS] + weights[SEGMENTS][0]
     padding = torch.zeros(_FIRST_POSITION, model.hidden_size)
     no_bias = torch.zeros(model.num_heads, _BUCKETS["relative_buckets"])
     return {
-        _TOKENS: weights[TOKENS],
-        _POSITIONS: torch.cat([padding, positions]),
+        MPNET.positions: torch.cat([padding, weights[POSITIONS] + weights[SEGMENTS][0]]),
         _RELATIVE_BIAS: weights.get(RELATIVE_BIAS, no_bias).t().contiguous(),
-        _HEAD_BIAS: weights[HEAD_BIAS],
-    } | to_scheme(weights, MPNET, model)
+        **to_scheme(weights, MPNET, model),
+    }
 
 
 def _limitations(vocabulary: Vocabulary) -> list[str]:
@@ -114,52 +100,24 @@ def _limitations(vocabulary: Vocabulary) -> list[str]:
     if vocabulary.pad_id != _PAD_ID:
         limitations.append(
             f"MPNet's code requires id {_PAD_ID} for padding: the ids of {PAD} ({vocabulary.pad_id} in the corpus) and "
-            f"{vocabulary.token(_PAD_ID)} are exchanged, in the tokenizer and in the weights."
+            f"{vocabulary.tokens[_PAD_ID]} are exchanged, in the tokenizer and in the weights."
         )
     return limitations
 
 
-def from_mpnet(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> PretrainedWeights:
+def from_mpnet(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> ImportedModel:
     """Convert an MPNet with or without masked-LM head. Raises one `ConfigError` for everything that does not match."""
-    check_settings(settings, origin)
     buckets = settings.get("relative_attention_num_buckets", _BUCKETS["relative_buckets"])
     if buckets != _BUCKETS["relative_buckets"]:
         raise ConfigError(
             [f"{origin}: relative_attention_num_buckets ({buckets}) must be 32, a constant of MPNet's code"]
         )
-    model = replace(
-        read_shared_settings(settings, vocabulary, origin=origin),
-        max_positions=positive_setting(settings, "max_position_embeddings", origin) - _FIRST_POSITION,
-        segment_types=2,
-        relative_bias=True,
-        **_BUCKETS,
-    )
+    model = read_shared_settings(settings, vocabulary, origin=origin)
+    positions = model.max_positions - _FIRST_POSITION
+    model = replace(model, max_positions=positions, segment_types=2, relative_bias=True, **_BUCKETS)
     source = StrictTensors(add_prefix(tensors, MPNET), origin=origin)
-    weights, notes = _mpnet_weights(source, model)
+    weights, notes = from_scheme(source, MPNET, model, first_position=_FIRST_POSITION)
+    weights[SEGMENTS] = torch.zeros(model.segment_types, model.hidden_size)
+    weights[RELATIVE_BIAS] = source.take(_RELATIVE_BIAS, (model.relative_buckets, model.num_heads)).t().contiguous()
     source.finish()
-    return PretrainedWeights(model, weights, vocabulary, {"format": "mpnet", "from": origin, "notes": notes})
-
-
-def _mpnet_weights(source: StrictTensors, model: ModelConfig) -> tuple[Tensors, list[str]]:
-    size, rows, buckets = model.hidden_size, model.vocab_size, model.relative_buckets
-    assert rows is not None
-    weights = {
-        TOKENS: source.take_token_rows(_TOKENS, rows, size),
-        POSITIONS: source.take(_POSITIONS, (model.max_positions + _FIRST_POSITION, size))[
-            _FIRST_POSITION:
-        ].contiguous(),
-        SEGMENTS: torch.zeros(model.segment_types, size),
-        RELATIVE_BIAS: source.take(_RELATIVE_BIAS, (buckets, model.num_heads)).t().contiguous(),
-        **from_scheme(source, MPNET.encoder, model),
-        **attention_from_scheme(source, MPNET, model),
-    }
-    source.drop("mpnet.embeddings.position_ids")
-    dropped = source.drop(*(f"mpnet.pooler.dense.{kind}" for kind in ("weight", "bias")))
-    notes = ["MPNet has no segment embeddings: both rows are initialized to zero", *dropped_note(dropped)]
-    if not source.has("lm_head."):
-        return weights | initial_head(model), [*notes, *source.padding_notes(), NEW_HEAD_NOTE]
-    weights |= from_scheme(source, MPNET.head, model)
-    weights[HEAD_BIAS] = source.take_token_rows(_HEAD_BIAS, rows)
-    source.drop_tied("lm_head.decoder.weight", weights[TOKENS])
-    source.drop_tied("lm_head.decoder.bias", weights[HEAD_BIAS])
-    return weights, [*notes, *source.padding_notes()]
+    return model, weights, ["MPNet has no segment embeddings: both rows are initialized to zero", *notes]

@@ -33,13 +33,14 @@ from pmlm_dist.checkpoint.folder import IMPORTED, TOKENIZER, CheckpointFolder, n
 from pmlm_dist.checkpoint.fragments import Fragment
 from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
-from pmlm_dist.conversion.tensors import HEAD_BIAS, TOKENS, Tensors, parameter_shapes, short_list
+from pmlm_dist.conversion.tensors import Tensors, short_list
 from pmlm_dist.files import name_in_errors
 from pmlm_dist.folder_lock import FolderLock
 from pmlm_dist.model.task_model import TASK_HEAD
 from pmlm_dist.model.transformer import PseudoMaskedLM, build_model, context_inputs
 from pmlm_dist.parallel import groups, seeding
 from pmlm_dist.parallel.layers import is_sharded, sharded_dimension, tp_rank, tp_size
+from pmlm_dist.planning.parameters import HEAD_BIAS, TOKENS, parameter_shapes
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 _VOCABULARY_TENSORS = (TOKENS, HEAD_BIAS)
@@ -65,8 +66,7 @@ class PretrainedWeights:
 
         Raises `ConfigError` if the sets of tokens differ, or normalization and added words.
         """
-        ids = {token: id for id, token in enumerate(self.vocabulary.tokens)}
-        tokens = vocabulary.tokens
+        ids, tokens = self.vocabulary.ids, vocabulary.tokens
         missing = [token for token in tokens if token not in ids]
         extra = ids.keys() - set(tokens)
         if missing or extra:

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
+from pmlm_dist.planning.parameters import HEAD_BIAS, POSITIONS, TOKENS, parameter_shapes
 
 Tensors = dict[str, Tensor]
 
-TOKENS, POSITIONS, SEGMENTS = (f"embeddings.{table}.weight" for table in ("token", "position", "segment"))
-RELATIVE_BIAS, HEAD_BIAS = "relative_bias.weight", "head.bias"
 _INNER_WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 """Parts of names that torch.compile, FSDP and activation checkpointing add, around any module of a model."""
 _WRAPPERS = re.compile(rf"^(?:(?:module|model|{_INNER_WRAPPERS})\.)+|(?<=\.)(?:{_INNER_WRAPPERS})\.")
@@ -32,17 +31,32 @@ _WRAPPERS = re.compile(rf"^(?:(?:module|model|{_INNER_WRAPPERS})\.)+|(?<=\.)(?:{
 _MODELS = ("bert", "mpnet")
 
 
+NEW_HEAD_NOTE = "the checkpoint has no masked-LM head: head.dense is newly initialized, its biases are zero"
+
+
 @dataclass(frozen=True)
 class NameScheme:
-    """Module names of another implementation; `{}` stands for the layer index.
+    """Names of another implementation; `{}` stands for the layer index.
 
     `encoder` and `head`: our module -> theirs, each with a weight and a bias. `attention`: query, key and value.
+    `decoder`: the head's copy of the tied tensors. `dropped`: modules without a counterpart in this model.
     """
 
     prefix: str
     encoder: dict[str, str]
-    head: dict[str, str]
     attention: dict[str, str]
+    head: dict[str, str]
+    head_bias: str
+    decoder: str
+    dropped: tuple[str, ...]
+
+    @property
+    def tokens(self) -> str:
+        return f"{self.prefix}embeddings.word_embeddings.weight"
+
+    @property
+    def positions(self) -> str:
+        return f"{self.prefix}embeddings.position_embeddings.weight"
 
 
 def short_list(names: Sequence[str], *, shown: int = 4) -> str:
@@ -73,34 +87,6 @@ def _common_beginning(names: Iterable[str]) -> str:
     return "".join(f"{parts[0]}." for parts in common)
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the full shape of every parameter by name, without the rows that pad the vocabulary."""
-    size, inner = config.hidden_size, config.ffn_size
-    assert config.vocab_size is not None
-    shapes = {
-        TOKENS: (config.vocab_size, size),
-        POSITIONS: (config.max_positions, size),
-        SEGMENTS: (config.segment_types, size),
-        **_module("embeddings.norm", size),
-        **_module("head.dense", size, size),
-        **_module("head.norm", size),
-        HEAD_BIAS: (config.vocab_size,),
-    }
-    if config.relative_bias:
-        shapes[RELATIVE_BIAS] = (config.num_heads, config.relative_buckets)
-    for layer in (f"layers.{index}" for index in range(config.num_layers)):
-        shapes |= _module(f"{layer}.attention.query", size, size)
-        shapes |= _module(f"{layer}.attention.key_value", 2 * size, size)
-        shapes |= _module(f"{layer}.attention.output", size, size)
-        shapes |= _module(f"{layer}.ffn_in", inner, size) | _module(f"{layer}.ffn_out", size, inner)
-        shapes |= _module(f"{layer}.attention_norm", size) | _module(f"{layer}.ffn_norm", size)
-    return shapes
-
-
-def _module(name: str, *weight: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
-
-
 def split_key_value(key_value: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Split [2E, ...] into keys and values [E, ...]; rows of the input alternate between the two by head."""
     by_head = key_value.unflatten(0, (config.num_heads, 2, config.head_dim))
@@ -126,8 +112,9 @@ def _renamed(modules: dict[str, str], config: ModelConfig) -> Iterable[tuple[str
 
 
 def to_scheme(weights: Tensors, scheme: NameScheme, config: ModelConfig) -> Tensors:
-    """Return the parameters under the names of `scheme`: all but the embedding tables and the bias of the head."""
-    tensors = {theirs: weights[ours] for ours, theirs in _renamed(scheme.encoder | scheme.head, config)}
+    """Return the parameters under the names of `scheme`: all but positions, segments and relative position bias."""
+    tensors = {scheme.tokens: weights[TOKENS], scheme.head_bias: weights[HEAD_BIAS]}
+    tensors |= {theirs: weights[ours] for ours, theirs in _renamed(scheme.encoder | scheme.head, config)}
     for index in range(config.num_layers):
         for kind in ("weight", "bias"):
             attention = f"layers.{index}.attention"
@@ -151,7 +138,6 @@ class StrictTensors:
         self._padded: dict[str, int] = {}
 
     def has(self, prefix: str) -> bool:
-        """Return True if a remaining name starts with `prefix`."""
         return any(name.startswith(prefix) for name in self._remaining)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -218,14 +204,40 @@ class StrictTensors:
         raise_if_any(problems)
 
 
-def from_scheme(source: StrictTensors, modules: dict[str, str], config: ModelConfig) -> Tensors:
-    """Take the parameters of `modules` (our name -> theirs)."""
+def from_scheme(
+    source: StrictTensors, scheme: NameScheme, config: ModelConfig, *, first_position: int = 0
+) -> tuple[Tensors, list[str]]:
+    """Take all parameters but segments and relative position bias; return them with notes on dropped and new ones.
+
+    `first_position`: row of the first position. A missing head is newly initialized.
+    """
+    rows, size = config.vocab_size, config.hidden_size
+    assert rows is not None
+    positions = source.take(scheme.positions, (config.max_positions + first_position, size))
+    weights = {
+        TOKENS: source.take_token_rows(scheme.tokens, rows, size),
+        POSITIONS: positions[first_position:].contiguous(),
+        **_modules_from(source, scheme.encoder, config),
+        **_attention_from(source, scheme, config),
+    }
+    source.drop(f"{scheme.prefix}embeddings.position_ids")  # an index buffer in old files
+    dropped = source.drop(*(f"{module}.{kind}" for module in scheme.dropped for kind in ("weight", "bias")))
+    notes = [f"dropped, no counterpart in this model: {short_list(dropped)}"] if dropped else []
+    if not source.has(scheme.head_bias.partition(".")[0] + "."):
+        return weights | _initial_head(config), [*notes, *source.padding_notes(), NEW_HEAD_NOTE]
+    weights |= _modules_from(source, scheme.head, config)
+    weights[HEAD_BIAS] = source.take_token_rows(scheme.head_bias, rows)
+    source.drop_tied(f"{scheme.decoder}.weight", weights[TOKENS])
+    source.drop_tied(f"{scheme.decoder}.bias", weights[HEAD_BIAS])
+    return weights, [*notes, *source.padding_notes()]
+
+
+def _modules_from(source: StrictTensors, modules: dict[str, str], config: ModelConfig) -> Tensors:
     shapes = parameter_shapes(config)
     return {ours: source.take(theirs, shapes[ours]) for ours, theirs in _renamed(modules, config)}
 
 
-def attention_from_scheme(source: StrictTensors, scheme: NameScheme, config: ModelConfig) -> Tensors:
-    """Take queries, keys and values of all layers."""
+def _attention_from(source: StrictTensors, scheme: NameScheme, config: ModelConfig) -> Tensors:
     tensors, size = {}, config.hidden_size
     for index in range(config.num_layers):
         for kind, shape in (("weight", (size, size)), ("bias", (size,))):
@@ -238,8 +250,8 @@ def attention_from_scheme(source: StrictTensors, scheme: NameScheme, config: Mod
     return tensors
 
 
-def initial_head(config: ModelConfig) -> Tensors:
-    """Return a newly initialized head for a checkpoint without one, from the model's distribution and a fixed seed."""
+def _initial_head(config: ModelConfig) -> Tensors:
+    """Return a newly initialized head, from the model's distribution and a fixed seed."""
     size, generator = config.hidden_size, torch.Generator().manual_seed(0)
     assert config.vocab_size is not None
     return {

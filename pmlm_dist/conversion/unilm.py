@@ -21,14 +21,15 @@ from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.conversion.bert import BERT, BERT_SEGMENTS, bert_tensors, bert_weights
 from pmlm_dist.conversion.huggingface import (
     ExportedModel,
+    ImportedModel,
     add_prefix,
-    check_settings,
     positive_setting,
     read_shared_settings,
     shared_settings,
 )
 from pmlm_dist.conversion.pretrained import PretrainedWeights
-from pmlm_dist.conversion.tensors import RELATIVE_BIAS, TOKENS, StrictTensors, Tensors
+from pmlm_dist.conversion.tensors import StrictTensors, Tensors
+from pmlm_dist.planning.parameters import RELATIVE_BIAS, TOKENS
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 _RELATIVE_BIAS, _RELATIVE_BIAS_S2S_FT = "bert.encoder.rel_pos_bias.weight", "bert.rel_pos_bias.weight"
@@ -51,9 +52,7 @@ def to_unilm(pretrained: PretrainedWeights) -> ExportedModel:
     settings = {
         "model_type": "unilm",
         **shared_settings(pretrained),
-        "max_position_embeddings": model.max_positions,
         "type_vocab_size": model.segment_types,
-        "pad_token_id": pretrained.vocabulary.pad_id,
         "rel_pos_bins": model.relative_buckets if model.relative_bias else 0,
         "max_rel_pos": model.relative_max_distance,
     }
@@ -77,9 +76,8 @@ def fuse_qkv(tensors: Tensors, *, layers: int) -> Tensors:
 # -------------------------------------------------------------------------------------------------------------- import
 
 
-def from_unilm(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> PretrainedWeights:
+def from_unilm(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabulary, *, origin: str) -> ImportedModel:
     """Convert a released or fine-tuned UniLM. Raises one `ConfigError` for everything that does not match."""
-    check_settings(settings, origin)
     tensors = split_qkv(add_prefix(tensors, BERT))
     relative_bias = tensors.pop(_RELATIVE_BIAS_S2S_FT, None)
     if relative_bias is not None:
@@ -96,9 +94,7 @@ def from_unilm(settings: dict[str, Any], tensors: Tensors, vocabulary: Vocabular
     source.drop_tied("cls.predictions.decoder_weight", weights[TOKENS])
     source.drop("crit_mask_lm_smoothed.one_hot")  # a constant of the fine-tuning loss
     source.finish()
-    return PretrainedWeights(
-        model, weights, vocabulary, {"format": "unilm", "from": origin, "notes": [*bert_notes, *notes]}
-    )
+    return model, weights, [*bert_notes, *notes]
 
 
 def split_qkv(tensors: Tensors) -> Tensors:
@@ -130,7 +126,6 @@ def _model_settings(
         raise ConfigError([f"{origin}: rel_pos_bins is {buckets}, but the checkpoint {has} {_RELATIVE_BIAS}"])
     model = replace(
         read_shared_settings(settings, vocabulary, origin=origin),
-        max_positions=positive_setting(settings, "max_position_embeddings", origin),
         segment_types=settings.get("type_vocab_size") or 2,
         relative_bias=has_relative_bias,
     )

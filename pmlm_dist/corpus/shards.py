@@ -41,7 +41,7 @@ TokenDtype = Literal["uint16", "uint32"]
 EXTENSIONS: dict[TokenDtype, str] = {"uint16": "u16", "uint32": "u32"}
 
 _BLOCK = 512
-_READ_BYTES = 1 << 20
+
 _REGULAR = (ord("0"), 0)
 _REMEDY = "copy the shard again, or remove the folder and run `pmlm prepare-corpus` again"
 
@@ -74,11 +74,9 @@ class Shard:
     name: str
     """Path relative to the corpus folder."""
     samples: int
-    """Number of samples."""
     bytes: int
-    """Size of the file."""
     sha256: str
-    """Checksum of the file, hexadecimal."""
+    """Of the file, hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,6 @@ class Manifest:
     counts: Mapping[str, Any]
     """Documents, characters, content tokens, [UNK] among them, and skipped records by reason."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the preparation."""
     version: int = VERSION
 
     @classmethod
@@ -279,60 +276,53 @@ def open_shard(path: Path, shard: Shard) -> FileIO:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would block
     except OSError as error:
-        raise ShardError(f"shard {path} cannot be opened: {error.strerror}; {_REMEDY}", shard=shard) from error
+        raise _shard_error(path, shard, f" cannot be opened: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ShardError(f"shard {path} is not a file; {_REMEDY}", shard=shard)
+        raise _shard_error(path, shard, " is not a file")
     file = FileIO(descriptor, "rb")
     file.name = str(path)  # pyright: ignore[reportAttributeAccessIssue]
     return file
+
+
+def _shard_error(path: object, shard: Shard, problem: str, *, offset: int | None = None) -> ShardError:
+    return ShardError(f"shard {path}{problem}; {_REMEDY}", shard=shard, offset=offset)
 
 
 def _verified(file: FileIO, shard: Shard, *, extension: str, most: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Check size, sha256 and members; return offset and size in bytes of every member, each [samples]."""
     path, size = file.name, os.fstat(file.fileno()).st_size
     if size != shard.bytes:
-        raise ShardError(
-            f"shard {path}: expected {shard.bytes} bytes, found {size}; {_REMEDY}",
-            shard=shard,
-            offset=min(size, shard.bytes),
-        )
-    digest = hashlib.sha256()
+        offset = min(size, shard.bytes)
+        raise _shard_error(path, shard, f": expected {shard.bytes} bytes, found {size}", offset=offset)
     try:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
+        sha256 = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     except OSError as error:
-        message = f"shard {path} cannot be read at byte {file.tell()}: {error.strerror}; {_REMEDY}"
-        raise ShardError(message, shard=shard, offset=file.tell()) from error
-    if digest.hexdigest() != shard.sha256:
-        offset = _first_invalid_member(file, shard, extension=extension, most=most)
+        raise _unreadable(file, shard, file.tell(), error) from error
+    if sha256 != shard.sha256:
+        offset = None  # of the first invalid member
+        try:
+            _index(file, shard, extension=extension, most=most)
+        except ShardError as error:
+            offset = error.offset
         where = "inside its samples" if offset is None else f"at byte {offset} first"
-        raise ShardError(
-            f"shard {path}: expected sha256 {shard.sha256}, found {digest.hexdigest()}, corrupt {where}; {_REMEDY}",
-            shard=shard,
-            offset=offset,
-        )
+        problem = f": expected sha256 {shard.sha256}, found {sha256}, corrupt {where}"
+        raise _shard_error(path, shard, problem, offset=offset)
     return _index(file, shard, extension=extension, most=most)
 
 
-def _first_invalid_member(file: FileIO, shard: Shard, *, extension: str, most: int | None) -> int | None:
-    """Return the offset of the first invalid member of a corrupt shard; None if all members are valid."""
-    try:
-        _index(file, shard, extension=extension, most=most)
-    except ShardError as error:
-        return error.offset
-    return None
+def _unreadable(file: FileIO, shard: Shard, offset: int, error: OSError) -> ShardError:
+    return _shard_error(file.name, shard, f" cannot be read at byte {offset}: {error.strerror}", offset=offset)
 
 
 def _read_at(file: FileIO, offset: int, length: int, *, shard: Shard) -> bytes:
     try:
         data = os.pread(file.fileno(), length, offset)
     except OSError as error:
-        message = f"shard {file.name} cannot be read at byte {offset}: {error.strerror}; {_REMEDY}"
-        raise ShardError(message, shard=shard, offset=offset) from error
+        raise _unreadable(file, shard, offset, error) from error
+    end = offset + len(data)
     if len(data) != length:
-        message = f"shard {file.name} was truncated while it was read, at byte {offset + len(data)}; {_REMEDY}"
-        raise ShardError(message, shard=shard, offset=offset + len(data))
+        raise _shard_error(file.name, shard, f" was truncated while it was read, at byte {end}", offset=end)
     return data
 
 
@@ -373,13 +363,13 @@ def _index(file: FileIO, shard: Shard, *, extension: str, most: int | None) -> t
         elif most is not None and size > most:
             problem = f"sample {name!r} has {size} bytes, the sequence length of the corpus allows {most}"
         if problem or size is None:
-            raise ShardError(f"shard {file.name}: {problem}, at byte {offset}; {_REMEDY}", shard=shard, offset=offset)
+            raise _shard_error(file.name, shard, f": {problem}, at byte {offset}", offset=offset)
         offsets.append(offset + _BLOCK)
         sizes.append(size)
         offset += _BLOCK + -(-size // _BLOCK) * _BLOCK
     if len(offsets) != shard.samples:
-        message = f"shard {file.name}: expected {shard.samples} samples, found {len(offsets)}; {_REMEDY}"
-        raise ShardError(message, shard=shard, offset=offset)
+        problem = f": expected {shard.samples} samples, found {len(offsets)}"
+        raise _shard_error(file.name, shard, problem, offset=offset)
     return np.array(offsets, np.int64), np.array(sizes, np.int64)
 
 
@@ -391,9 +381,9 @@ def _octal(digits: bytes) -> int | None:
 def _check_sizes(path: Path, shard: Shard, offsets: np.ndarray, lengths: np.ndarray, *, item: int) -> None:
     invalid = np.flatnonzero((lengths % item != 0) | (lengths == 0))
     if len(invalid):
-        raise ShardError(
-            f"shard {path}: expected a multiple of {item} bytes in every sample, found {lengths[invalid[0]]} bytes in "
-            f"the sample at position {invalid[0]}; {_REMEDY}",
-            shard=shard,
-            offset=int(offsets[invalid[0]]),
+        first = invalid[0]
+        problem = (
+            f": expected a multiple of {item} bytes in every sample, found {lengths[first]} bytes in the sample at "
+            f"position {first}"
         )
+        raise _shard_error(path, shard, problem, offset=int(offsets[first]))

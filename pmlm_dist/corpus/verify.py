@@ -11,6 +11,7 @@ bytes for each sample of a split.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ class _Corpus:
         units, begins = locate_in_streams(unit_samples, lengths, **stream)
         hashes = np.array([stream_hash(**stream, unit=unit) for unit in range(len(unit_samples))], np.uint64)
         total, number = 0, 0
-        for ids, sizes in self._all_samples(name):
+        for ids, sizes in itertools.chain.from_iterable(map(self._samples, self.manifest.splits[name].shards)):
             batch = slice(number, number := number + len(sizes))
             content = lengths[batch]
             is_content = (ids != self.vocabulary.cls_id) & (ids != self.vocabulary.sep_id)
@@ -168,7 +169,3 @@ class _Corpus:
         if actual == expected:
             return []
         return [f"the samples of {name} have the digest {actual}, its documents have {expected}"]
-
-    def _all_samples(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for shard in self.manifest.splits[name].shards:
-            yield from self._samples(shard)

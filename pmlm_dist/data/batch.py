@@ -69,7 +69,6 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Copy the batch to page-locked memory."""
         return self._map(torch.Tensor.pin_memory)
 
     def arrays(self) -> dict[str, np.ndarray]:

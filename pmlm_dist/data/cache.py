@@ -140,7 +140,7 @@ class ShardCache:
         """
         with _exclusive_lock(self.folder / "lock", wait=True):
             out.truncate(0)
-            while self._size() + shard.bytes > self.limit:
+            while sum(size for _, size, _ in self._files()) + shard.bytes > self.limit:
                 if not self._evict():
                     raise CacheError(
                         f"cache {self.folder}: no space for {shard.name} ({shard.bytes:,} bytes), since open shards "
@@ -152,9 +152,6 @@ class ShardCache:
                         f"cache {self.folder}: the disk is full and no file of the cache can be evicted for "
                         f"{shard.name} ({shard.bytes:,} bytes): free some space, or choose another data.cache"
                     )
-
-    def _size(self) -> int:
-        return sum(size for _, size, _ in self._files())
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """Return (time of last read, bytes, path) of all files of the cache, least recently read first."""
@@ -226,20 +223,12 @@ def _try_lock(path: Path, *, create: bool) -> FileIO | None:
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The lock belongs to the inode: it is worthless if the file was renamed or removed after it was opened.
-        if _is_at(file, path):
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):
         pass
     file.close()
     return None
-
-
-def _is_at(file: FileIO, path: Path) -> bool:
-    """Return True if `path` is still a name of `file`."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _allocate(out: FileIO, size: int) -> bool:

@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,33 +41,23 @@ Tensors would be sent through shared memory with one file descriptor each, which
 class BatchSource:
     """Corpora and masking: how samples become batches."""
 
-    corpus: Path
-    """Folder with manifest and vocabulary, and with the shards unless `address` is set."""
+    corpus: CorpusSource
+    """Source of the validation samples, and of the training samples without a `mixture`."""
     special: SpecialIds
-    """Special ids of the vocabulary."""
     masking: MaskingConfig
-    """Masking settings."""
     seed: int
     """Seed of sample order and masks."""
-    address: str | None = None
-    """Remote address of the shards of `corpus`."""
     mixture: tuple[CorpusSource, ...] = ()
-    """Weighted training sources; empty: `corpus` alone. Validation always reads `corpus`."""
-
-    @cached_property
-    def validation_source(self) -> CorpusSource:
-        """The corpus whose validation split is read."""
-        return CorpusSource(self.corpus, self.address)
+    """Weighted training sources."""
 
     @property
     def training_sources(self) -> tuple[CorpusSource, ...]:
-        """The corpora whose training splits are read."""
-        return self.mixture or (self.validation_source,)
+        return self.mixture or (self.corpus,)
 
     @property
     def sequence_length(self) -> int:
         """S: tokens of a sequence, from the manifest."""
-        return self.validation_source.manifest.sequence_length
+        return self.corpus.manifest.sequence_length
 
     def batch(self, samples: list[Sample], *, seed: int) -> Batch:
         """Mask and lay out `samples`."""
@@ -94,7 +83,9 @@ class BatchLoader(Iterator[Batch]):
         data: DataConfig,
         pin_memory: bool,
     ):
-        _compile_masking(builder.source)
+        # Compiled before the workers start: they then load the machine code from numba's cache on disk.
+        special = builder.source.special
+        builder.source.batch([Sample(np.array([special.cls, special.sep], dtype=np.int64), 0, 0)], seed=0)
         self._pin_memory = pin_memory
         self._arrays = WorkerPool(
             builder, numbers, workers=data.workers, prefetch=data.prefetch, timeout_s=data.timeout_s, preload=__name__
@@ -147,9 +138,11 @@ def validation_batches(
     Every rank yields the same number of batches of the same shape: rows past the last sample repeat it with weight 0.
     The global batch of `share` is ignored. Raises ConfigError if the corpus has no validation samples.
     """
-    available = source.validation_source.manifest.splits[VALIDATION].samples
+    available = source.corpus.manifest.splits[VALIDATION].samples
     if not available:
-        raise ConfigError([f"corpus {source.corpus} has no validation samples: prepare it with a validation split"])
+        raise ConfigError(
+            [f"corpus {source.corpus.folder} has no validation samples: prepare it with a validation split"]
+        )
     samples, data = min(samples, available), loading or DataConfig()
     share = dataclasses.replace(share, global_batch=share.micro_batch * share.dp_size)
     builder = _ValidationBuilder(source, samples, share, ShardAccess.from_config(data))
@@ -182,7 +175,6 @@ class _TrainingBuilder:
         )
 
     def build(self, number: int, *, set_progress: Callable[[int], None]) -> Arrays:
-        """Return micro-batch `number`."""
         samples = []
         for t in micro_batch_samples(self.samples_consumed, number, share=self.share):
             set_progress(t)
@@ -190,7 +182,6 @@ class _TrainingBuilder:
         return self.source.batch(samples, seed=self.source.seed).arrays()
 
     def describe(self, position: int) -> str:
-        """Return sample and shard of global sample `position`."""
         return self._stream.describe(position)
 
 
@@ -207,10 +198,9 @@ class _ValidationBuilder:
 
     @cached_property
     def _reader(self) -> SplitReader:
-        return SplitReader(self.source.validation_source, split=VALIDATION, access=self.access)
+        return SplitReader(self.source.corpus, split=VALIDATION, access=self.access)
 
     def build(self, number: int, *, set_progress: Callable[[int], None]) -> Arrays:
-        """Return micro-batch `number`."""
         samples = []
         numbers = micro_batch_samples(0, number, share=self.share)
         for sample in numbers:
@@ -221,11 +211,4 @@ class _ValidationBuilder:
         return dataclasses.replace(batch, weights_BM=batch.weights_BM * is_sample_B[:, None]).arrays()
 
     def describe(self, position: int) -> str:
-        """Return validation sample and corpus of `position`."""
-        return f"validation sample {min(position, self.samples - 1)} of {self.source.validation_source.name}"
-
-
-def _compile_masking(source: BatchSource) -> None:
-    """Compile masking before the workers start: they then load the machine code from numba's cache on disk."""
-    tokens = np.array([source.special.cls, source.special.sep], dtype=np.int64)
-    source.batch([Sample(tokens, 0, 0)], seed=0)
+        return f"validation sample {min(position, self.samples - 1)} of {self.source.corpus.name}"

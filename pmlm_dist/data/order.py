@@ -49,9 +49,7 @@ class BatchShare:
     micro_batch: int
     """Samples of one forward pass on one rank."""
     dp_rank: int = 0
-    """Index of this data-parallel rank."""
     dp_size: int = 1
-    """Number of data-parallel ranks."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dp_rank < self.dp_size:
@@ -76,11 +74,6 @@ class _Epoch:
     """For each lane: its shards in reading order."""
     ends: tuple[np.ndarray, ...]
     """For each lane: cumulative number of samples at the end of each of its shards."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Samples of each lane [lanes]."""
-        return np.array([ends[-1] for ends in self.ends], dtype=np.int64)
 
 
 class SampleOrder:
@@ -156,7 +149,7 @@ class SampleOrder:
         shards = tuple(order[lane :: self.lanes] for lane in range(self.lanes))
         epoch = _Epoch(shards, tuple(np.cumsum(self._sizes[lane_shards]) for lane_shards in shards))
         self._epochs.append(epoch)
-        self._starts.append(self._starts[-1] + epoch.lengths)
+        self._starts.append(self._starts[-1] + np.array([ends[-1] for ends in epoch.ends], dtype=np.int64))
 
 
 def permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -190,14 +183,12 @@ def choose_lanes(requested: int | None, *, global_batch: int, shards: int, dp: i
         raise_if_any([] if usable else [_no_lanes(global_batch=global_batch, shards=shards, dp=dp)])
         return max((lanes for lanes in usable if lanes <= DEFAULT_LANES), default=usable[0])
     way_out = f"use one of {usable}" if usable else _no_lanes(global_batch=global_batch, shards=shards, dp=dp)
-    problems = []
-    if requested < 1 or global_batch % requested:
-        problems.append(f"data.lanes ({requested}) must divide the global batch ({global_batch}): {way_out}")
-    if requested % dp:
-        problems.append(f"data.lanes ({requested}) must be a multiple of the data-parallel size ({dp}): {way_out}")
-    if requested > shards:
-        problems.append(f"data.lanes ({requested}) must not exceed the number of training shards ({shards}): {way_out}")
-    raise_if_any(problems)
+    violated = {
+        f"divide the global batch ({global_batch})": requested < 1 or global_batch % requested,
+        f"be a multiple of the data-parallel size ({dp})": requested % dp,
+        f"not exceed the number of training shards ({shards})": requested > shards,
+    }
+    raise_if_any([f"data.lanes ({requested}) must {rule}: {way_out}" for rule, is_so in violated.items() if is_so])
     return requested
 
 

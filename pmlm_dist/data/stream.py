@@ -67,7 +67,6 @@ class CorpusSource:
 
     @property
     def name(self) -> str:
-        """Address or folder, for logs."""
         return self.address or str(self.folder)
 
     @cached_property
@@ -87,7 +86,6 @@ class ShardAccess:
 
     @classmethod
     def from_config(cls, data: DataConfig) -> ShardAccess:
-        """Return the access that the settings describe."""
         folder = Path(data.cache).expanduser() if data.cache else None
         limit = int(data.cache_gib * 2**30)
         cache = ShardCache(folder, limit=limit, timeout_s=data.transfer_timeout_s) if folder else None
@@ -99,10 +97,8 @@ class ShardAccess:
         jitter = random.Random()  # ranks that fail together must not retry together
         for attempt in range(self.retries + 1):
             try:
-                file = self._open_file(source, shard)
-                return ShardReader(
-                    source.folder, shard, manifest.token_dtype, file=file, longest=manifest.sequence_length
-                )
+                file, longest = self._open_file(source, shard), manifest.sequence_length
+                return ShardReader(source.folder, shard, manifest.token_dtype, file=file, longest=longest)
             except ShardError:
                 # A cached file that fails verification would fail again: fetch it again.
                 if self.cache is not None and source.address is not None:
@@ -134,7 +130,6 @@ class SplitReader:
         self._open: dict[int, tuple[int, ShardReader]] = {}
 
     def __len__(self) -> int:
-        """Return the number of samples."""
         return int(self._ends[-1]) if self.sizes else 0
 
     def tokens(self, shard: int, index: int, *, lane: int = 0) -> np.ndarray:
@@ -142,7 +137,6 @@ class SplitReader:
         return self._reader(shard, lane=lane)[index]
 
     def is_open(self, shard: int, *, lane: int) -> bool:
-        """Return True if `shard` is the open shard of `lane`."""
         return self._open.get(lane, (None, None))[0] == shard
 
     def sample(self, number: int) -> Sample:
@@ -153,13 +147,7 @@ class SplitReader:
         index = number - int(self._ends[shard]) + self.sizes[shard]
         return Sample(self.tokens(shard, index), number, 0)
 
-    @property
-    def open_shards(self) -> int:
-        """Number of open shards."""
-        return len(self._open)
-
     def close(self) -> None:
-        """Close every shard."""
         for lane in list(self._open):
             self._close(lane)
 
@@ -235,25 +223,20 @@ class TrainingStream:
         self._lanes = lanes
 
     def __getitem__(self, t: int) -> Sample:
-        """Return global sample `t`."""
         source, number, address = self._locate(t)
         reader, lane = self._readers[source], t % self._lanes
         if not reader.is_open(address.shard, lane=lane):
             # The lane starts a shard: there is time to fetch its next one while this one is read.
             reader.prefetch(self._orders[source].next_shard(number, excluded=self._excluded[source]))
         tokens = reader.tokens(address.shard, address.index, lane=lane)
-        return Sample(tokens, self._sample_id(source, address), address.epoch)
+        return Sample(tokens, self._first_ids[source] + self._orders[source].sample_id(address), address.epoch)
 
     def describe(self, t: int) -> str:
         """Return the index, split index and shard of global sample `t`, for an error message."""
         source, _, address = self._locate(t)
-        shard = self._readers[source].shards[address.shard].name
-        sample = self._sample_id(source, address) - self._first_ids[source]
+        shard, sample = self._readers[source].shards[address.shard].name, self._orders[source].sample_id(address)
         return f"global sample {t} (sample {sample} of {self._sources[source].name}, shard {shard})"
 
     def _locate(self, t: int) -> tuple[int, int, SampleAddress]:
         source, number = self._mixture.locate(t)
         return source, number, self._orders[source].locate(number, excluded=self._excluded[source])
-
-    def _sample_id(self, source: int, address: SampleAddress) -> int:
-        return self._first_ids[source] + self._orders[source].sample_id(address)

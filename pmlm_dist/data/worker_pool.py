@@ -10,7 +10,7 @@ run that is stopped by a signal can finish its step.
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
@@ -79,7 +79,7 @@ class WorkerPool(Iterator[Any]):
 
     def __next__(self) -> Any:
         if not self._workers:
-            return self._builder.build(next(self._numbers), set_progress=_ignore_progress)
+            return self._builder.build(next(self._numbers), set_progress=lambda position: None)
         if not self._pending:
             raise StopIteration
         worker = self._workers[self._pending.pop(0)]
@@ -93,7 +93,6 @@ class WorkerPool(Iterator[Any]):
         return item
 
     def close(self) -> None:
-        """Stop the workers."""
         for worker in self._workers:
             worker.process.kill()  # safe: the shard cache, all that a worker writes, is built to survive a kill
             worker.connection.close()
@@ -105,21 +104,17 @@ class WorkerPool(Iterator[Any]):
     def _start(self, workers: int, *, prefetch: int, preload: str) -> None:
         context = _context(preload)
         progress = context.RawArray("q", [_NOT_STARTED] * workers)
-        self._workers = [
-            _Worker(context, self._builder, progress, number, self._timeout_s) for number in range(workers)
-        ]
-        for number in itertools.islice(itertools.cycle(range(workers)), workers * prefetch):
-            self._request(self._workers[number])
+        self._workers = [_Worker(context, self._builder, progress, slot, self._timeout_s) for slot in range(workers)]
+        for worker in self._workers * prefetch:
+            self._request(worker)
 
     def _request(self, worker: _Worker) -> None:
         """Request the next item, if there is one, from `worker`."""
         number = next(self._numbers, None)
         if number is not None:
             self._pending.append(worker.number)
-            try:
+            with contextlib.suppress(OSError):  # the worker is dead: reported when its item is received, in order
                 worker.connection.send(number)
-            except OSError:  # the worker is dead: reported when its item is received, in order
-                return
 
     def _receive(self, worker: _Worker) -> tuple[str, Any]:
         # The sentinel too: a killed worker must be reported at once, even if its end of the pipe is open elsewhere.
@@ -186,10 +181,6 @@ def _set_receive_timeout(connection: Connection, timeout_s: float) -> None:
         )
 
 
-def _ignore_progress(_position: int) -> None:
-    """Progress marker without workers."""
-
-
 def _context(preload: str) -> multiprocessing.context.BaseContext:
     """Return the start method: fork from a server process that has only imported `preload`.
 
@@ -213,29 +204,25 @@ def _run(builder: BatchBuilder, connection: Connection, progress: Any, slot: int
     outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     # A pipe buffers less than one item, so sending blocks: a thread sends while the next item is built.
     threading.Thread(target=_send, args=(connection, outgoing), name="send", daemon=True).start()
-
-    def set_progress(position: int) -> None:
-        progress[slot] = position
-
     while True:
         try:
             number = connection.recv()
         except (EOFError, OSError):
             os._exit(0)
-        result = _build(builder, number, set_progress=set_progress)
-        if result[0] == "traceback":
-            # The marker is copied now: it has advanced to a later item by the time the message is read.
-            result = ("traceback", (progress[slot], result[1]))
-        outgoing.put(pickle.dumps(result, protocol=pickle.HIGHEST_PROTOCOL))
+        outgoing.put(pickle.dumps(_build(builder, number, progress, slot), protocol=pickle.HIGHEST_PROTOCOL))
 
 
-def _build(builder: BatchBuilder, number: int, *, set_progress: Callable[[int], None]) -> tuple[str, Any]:
+def _build(builder: BatchBuilder, number: int, progress: Any, slot: int) -> tuple[str, Any]:
+    def set_progress(position: int) -> None:
+        progress[slot] = position
+
     try:
         return "item", builder.build(number, set_progress=set_progress)
     except builder.expected_errors as error:
         return "error", error
     except Exception:  # any other is reported too: the exception itself may not be picklable
-        return "traceback", traceback.format_exc()
+        # The marker is copied now: it has advanced to a later item by the time the message is read.
+        return "traceback", (progress[slot], traceback.format_exc())
 
 
 def _send(connection: Connection, outgoing: queue.SimpleQueue[bytes]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pmlm_dist.decoding.beam_search import BeamSearch, Hypothesis, Rules
-from pmlm_dist.decoding.incremental import Appended, Context, DecodingSession
+from pmlm_dist.decoding.incremental import Appended, Context, DecodingSession, select_samples
 from pmlm_dist.decoding.sampling import Sampling
 from pmlm_dist.decoding.settings import DecodingConfig
 from pmlm_dist.masking.blockwise import SpecialIds
@@ -29,53 +29,8 @@ Search = BeamSearch | Sampling
 
 def build_search(config: DecodingConfig, special: SpecialIds) -> Search:
     """Build the search of `config`. [SEP] is the end token; the other special tokens are never generated."""
-    rules = Rules(
-        end_id=special.sep,
-        max_length=config.max_length,
-        min_length=config.min_length,
-        no_repeat_ngram=config.no_repeat_ngram,
-        forbidden=tuple(id for id in special.special if id != special.sep),
-    )
-    if config.method == "beam":
-        return BeamSearch(
-            rules,
-            config.beam,
-            config.length_penalty,
-            stop=config.stop,
-            num_return_sequences=config.num_return_sequences,
-        )
-    temperature = 0.0 if config.method == "greedy" else config.temperature
-    return Sampling(rules, temperature, config.top_k, config.top_p, config.seed)
-
-
-def generate_batches(
-    model: PseudoMaskedLM,
-    sources: Sequence[np.ndarray],
-    *,
-    search: Search,
-    special: SpecialIds,
-    batch: int = 16,
-    sample_ids: Sequence[int] | None = None,
-) -> list[list[Hypothesis]]:
-    """Hypotheses for `sources` (ids with [CLS] and [SEP]), best first; an empty list where the rules allow none.
-
-    A source and its longest hypothesis must fit the model's positions. Tensor-parallel peers must pass equal sources
-    and get equal results. `sample_ids` seed the draws; None: the indices of the sources. Raises `ScoresNotFinite` for
-    NaN logits.
-    """
-    results: list[list[Hypothesis]] = [[] for _ in sources]
-    sample_ids = range(len(sources)) if sample_ids is None else sample_ids
-    for rows in batches_by_length([len(source) for source in sources], batch=batch):
-        hypotheses = generate_batch(
-            model,
-            [sources[row] for row in rows],
-            search=search,
-            special=special,
-            sample_ids=[sample_ids[row] for row in rows],
-        )
-        for row, result in zip(rows, hypotheses, strict=True):
-            results[row] = result
-    return results
+    rules = Rules(config, end_id=special.sep, forbidden=tuple(id for id in special.special if id != special.sep))
+    return BeamSearch(rules) if config.method == "beam" else Sampling(rules)
 
 
 def batches_by_length(lengths: Sequence[int], *, batch: int) -> Iterator[list[int]]:
@@ -94,16 +49,21 @@ def generate_batch(
     special: SpecialIds,
     sample_ids: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Hypotheses for `sources` in one batch; `sample_ids` seed the draws."""
+    """Hypotheses for `sources` (ids with [CLS] and [SEP]), best first; an empty list where the rules allow none.
+
+    A source and its longest hypothesis must fit the model's positions. Tensor-parallel peers must pass equal sources
+    and get equal results. `sample_ids` seed the draws; None: the indices of the sources. Raises `ScoresNotFinite` for
+    NaN logits.
+    """
     device = next(model.parameters()).device
     context, starts_B1 = pad_sources(sources, special=special, device=device)
     # Columns for all tokens as originals and for the pseudo mask of a step.
-    capacity = search.rules.max_length + 1
+    capacity = search.rules.config.max_length + 1
     session = DecodingSession(model, context, mask_id=special.mask, beams=search.beams, capacity=capacity)
     sampling = {"sample_ids": sample_ids} if isinstance(search, Sampling) else {}
     state: Any = search.start(len(sources), device=device, **sampling)
     rows, results = torch.arange(len(sources), device=device), [[] for _ in sources]
-    for step in range(search.rules.max_length):
+    for step in range(search.rules.config.max_length):
         logits_BKV = session.step(_next_input(state, starts_B1, step))[:, 0]
         state = search.advance(state, logits_BKV)
         # At half of the batch, not for each sample: `select` copies the cache.
@@ -114,7 +74,7 @@ def generate_batch(
             if len(remaining) == 0:
                 break
             session.select(remaining)
-            state, rows, starts_B1 = state.select(remaining), rows[remaining], starts_B1[remaining]
+            state, rows, starts_B1 = select_samples(state, remaining), rows[remaining], starts_B1[remaining]
     return results
 
 

@@ -21,11 +21,12 @@ Legend: B samples, K beams, L tokens so far, M maximum length, V vocabulary, N c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from pmlm_dist.decoding.settings import DecodingConfig
 
 _BLOCK_SIZE = 128
 _MINUS_INFINITY = float("-inf")
@@ -37,15 +38,10 @@ class ScoresNotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Rules:
-    """Constraints on hypotheses."""
+    """Settings of a search, and the tokens that they concern."""
 
+    config: DecodingConfig
     end_id: int
-    max_length: int
-    """Maximum number of tokens, including the end token."""
-    min_length: int = 0
-    """Minimum number of tokens, excluding the end token."""
-    no_repeat_ngram: int = 0
-    """Size of n-grams that may occur only once; 0: no limit."""
     forbidden: tuple[int, ...] = ()
     """Tokens that are never generated."""
 
@@ -75,22 +71,17 @@ class Beams:
     pool_lengths_BK: Tensor
     done_B: Tensor
 
-    def select(self, samples: Tensor) -> Beams:
-        """The state of the samples with these indices."""
-        return Beams(*(getattr(self, field.name)[samples] for field in fields(self)))
-
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """Settings of a search, with its functions `start`, `advance` and `hypotheses`."""
+    """The functions `start`, `advance` and `hypotheses` of a search."""
 
     rules: Rules
-    beams: int
-    length_penalty: float = 0.0
-    """alpha: 0 compares log-probabilities, which favors short hypotheses; larger values favor longer ones."""
-    stop: Literal["exact", "first"] = "exact"
-    num_return_sequences: int = 1
-    """Number of hypotheses to return for each sample, at most `beams`."""
+
+    @property
+    def beams(self) -> int:
+        """K: number of live hypotheses of a sample."""
+        return self.rules.config.beam
 
     def start(self, batch: int, *, device: torch.device | str = "cpu") -> Beams:
         """Initial state: one empty hypothesis for each sample."""
@@ -99,7 +90,7 @@ class BeamSearch:
             tokens_BKL=torch.zeros(batch, 1, 0, **integers),
             scores_BK=torch.zeros(batch, 1, device=device),
             parents_BK=torch.zeros(batch, 1, **integers),
-            pool_BKM=torch.zeros(batch, self.beams, self.rules.max_length, **integers),
+            pool_BKM=torch.zeros(batch, self.beams, self.rules.config.max_length, **integers),
             pool_scores_BK=torch.full((batch, self.beams), _MINUS_INFINITY, device=device),
             pool_lengths_BK=torch.zeros(batch, self.beams, **integers),
             done_B=torch.zeros(batch, dtype=torch.bool, device=device),
@@ -120,7 +111,7 @@ class BeamSearch:
         live_BK = (rank_N + is_end_BN * len(rank_N)).argsort(dim=1)[:, : self.beams]  # ends last, else best first
         # An end below rank K is dropped: K better continuations exist, so it would not be in a beam of size K.
         finishes_BN = is_end_BN & (rank_N < self.beams)
-        if length == rules.max_length:
+        if length == rules.config.max_length:
             finishes_BN |= torch.zeros_like(is_end_BN).scatter_(1, live_BK, value=True)
         finished_BN = best_BN.masked_fill(~finishes_BN | beams.done_B[:, None], _MINUS_INFINITY) / self.penalty(length)
         advanced = replace(
@@ -133,12 +124,12 @@ class BeamSearch:
 
     def penalty(self, length: int) -> float:
         """Length penalty lp(n) of GNMT."""
-        return ((5 + length) / 6) ** self.length_penalty
+        return ((5 + length) / 6) ** self.rules.config.length_penalty
 
     def _pooled(self, beams: Beams, finished_BN: Tensor, tokens_BNL: Tensor) -> Beams:
         """Merge the newly finished hypotheses into the pool and keep the K best."""
         length = tokens_BNL.shape[2]
-        padded_BNM = torch.nn.functional.pad(tokens_BNL, (0, self.rules.max_length - length))
+        padded_BNM = torch.nn.functional.pad(tokens_BNL, (0, self.rules.config.max_length - length))
         scores = torch.cat([beams.pool_scores_BK.to(finished_BN.dtype), finished_BN], dim=1)
         lengths = torch.cat([beams.pool_lengths_BK, torch.full_like(finished_BN, length, dtype=torch.long)], dim=1)
         kept_BK, index_BK = scores.topk(self.beams, dim=1)
@@ -150,14 +141,15 @@ class BeamSearch:
         )
 
     def _is_done(self, beams: Beams, length: int) -> Tensor:
-        if length == self.rules.max_length:
+        config = self.rules.config
+        if length == config.max_length:
             return torch.ones_like(beams.done_B)
-        if self.stop == "first":
+        if config.stop == "first":
             return (beams.pool_scores_BK > _MINUS_INFINITY).all(dim=1) | (beams.scores_BK == _MINUS_INFINITY).all(dim=1)
         # Log-probabilities are negative and only decrease, so the largest penalty bounds every later score. The penalty
         # is monotonic in the length: its maximum is at the next or at the last length.
-        largest = max(self.penalty(length + 1), self.penalty(self.rules.max_length))
-        return beams.pool_scores_BK[:, self.num_return_sequences - 1] >= beams.scores_BK.amax(dim=1) / largest
+        largest = max(self.penalty(length + 1), self.penalty(config.max_length))
+        return beams.pool_scores_BK[:, config.num_return_sequences - 1] >= beams.scores_BK.amax(dim=1) / largest
 
     def hypotheses(self, beams: Beams) -> list[list[Hypothesis]]:
         """The `num_return_sequences` best of each sample, best first; fewer if the rules allow no more."""
@@ -165,7 +157,7 @@ class BeamSearch:
         return [
             [
                 hypothesis_of(tokens[:length], score, end_id=self.rules.end_id)
-                for tokens, score, length in list(zip(*sample, strict=True))[: self.num_return_sequences]
+                for tokens, score, length in list(zip(*sample, strict=True))[: self.rules.config.num_return_sequences]
                 if score > _MINUS_INFINITY
             ]
             for sample in zip(*(column.tolist() for column in columns), strict=True)
@@ -190,9 +182,9 @@ def mask_forbidden(scores_BKV: Tensor, tokens_BKL: Tensor, rules: Rules) -> None
     length = tokens_BKL.shape[2]
     if rules.forbidden:
         scores_BKV[..., torch.tensor(rules.forbidden, device=scores_BKV.device)] = _MINUS_INFINITY
-    if length < rules.min_length:
+    if length < rules.config.min_length:
         scores_BKV[..., rules.end_id] = _MINUS_INFINITY
-    size = rules.no_repeat_ngram
+    size = rules.config.no_repeat_ngram
     if 0 < size <= length:
         # A token is forbidden if the last size - 1 tokens, followed by it, have occurred before.
         grams_BKWN = tokens_BKL.unfold(2, size, 1)

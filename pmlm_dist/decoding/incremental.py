@@ -25,7 +25,8 @@ V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,8 @@ from pmlm_dist.model.attention import ATTENTION_BACKENDS, Slots
 from pmlm_dist.model.relative_position import look_up
 from pmlm_dist.model.transformer import Layer, PseudoMaskedLM
 from pmlm_dist.parallel.cross_entropy import gather_logits
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,8 @@ class DecodingSession:
 
     def select(self, samples: Tensor) -> None:
         """Reduce the batch to the samples with these indices, in this order."""
-        context, columns = self._context, self._columns
-        self._context = Context(*(getattr(context, field.name)[samples] for field in fields(context)))
+        columns = self._columns
+        self._context = select_samples(self._context, samples)
         self._columns = _Columns(columns.order_C, columns.positions_BC[samples], columns.beam_BKC[samples])
         self._caches = [cache_2BHTD.index_select(1, samples) for cache_2BHTD in self._caches]
 
@@ -176,6 +179,12 @@ class DecodingSession:
             to_columns = to_columns + bias_BHQT[:, :, :, None, self._num_context :, None]
         to_context = to_context.expand(-1, -1, len(order_Q), beams, -1)
         return torch.cat([to_context, to_columns.flatten(4, 5)], dim=-1).flatten(2, 3)
+
+
+def select_samples(state: T, samples: Tensor) -> T:
+    """Return a dataclass of tensors [B, ...] for the samples with these indices."""
+    tensors: Any = state
+    return replace(tensors, **{field.name: getattr(state, field.name)[samples] for field in fields(tensors)})
 
 
 @torch.no_grad()

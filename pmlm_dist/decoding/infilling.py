@@ -81,7 +81,6 @@ class _MaskedText:
         self._context = Context(tokens_1S, slots_1S, torch.zeros_like(tokens_1S), torch.ones_like(tokens_1S).bool())
 
     def at_once(self, positions: list[int]) -> list[FilledMask]:
-        """Autoencoding: one pass."""
         context = self._context
         inputs = context_inputs(context.tokens_BS, segments_BT=context.segments_BS, valid_BT=context.valid_BS)
         x_P1E = self._model.encode(inputs)[positions]
@@ -89,7 +88,6 @@ class _MaskedText:
         return self._choices(logits[:, 0], positions, step=1)
 
     def step_by_step(self, steps: list[list[int]]) -> list[FilledMask]:
-        """One factorization step after the other."""
         session, filled, last = self._session(sum(map(len, steps))), [], []
         for step, positions in enumerate(steps, start=1):
             last = self._choices(self._logits(session, last, positions), positions, step=step)

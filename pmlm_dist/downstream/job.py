@@ -258,7 +258,7 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
         loss = float(self.topology.all_reduce_dp(interval.counts)) / interval.steps
         rate = learning_rate(step, steps=steps, optim=self.settings.optim)
         scalars = {"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": result.gradient_norm}
-        session.log.scores({**scalars, "seconds/step": seconds}, step=step)
+        session.log.scalars({**scalars, "seconds/step": seconds}, step=step)
         eta_s = (steps - step) * seconds
         session.log.info(
             f"step {step}/{steps}  loss {loss:.4f}  lr {rate:.2e}  {seconds:.3f} s a step  ETA {eta_s:.0f} s"
@@ -278,7 +278,7 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
         for name, evaluation in evaluations.items():
             values = evaluation.scores.items()
             scalars = {f"{name}/{metric}": value for metric, value in values}
-            log.scores({**scalars, f"{name}/loss": evaluation.loss}, step=state.step)
+            log.scalars({**scalars, f"{name}/loss": evaluation.loss}, step=state.step)
             log.info(f"step {state.step}: {score_line(name, evaluation, signed=False)}")
         progress.evaluated, self._is_save_due = state.step, True
         value, loss = evaluations[data.scored[0].name].scores[data.task.metric], evaluations[data.scored[0].name].loss

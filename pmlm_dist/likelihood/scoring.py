@@ -88,7 +88,7 @@ def _rows(number: int, text: Sequence[int], method: Method, vocabulary: Vocabula
     end = len(text)
     for token in range(len(text) - 1, -1, -1):
         yield _Row(number, token, 1, slice(token, end if method == "pll-word" else token + 1))
-        if not vocabulary.token(text[token]).startswith(CONTINUATION):
+        if not vocabulary.tokens[text[token]].startswith(CONTINUATION):
             end = token  # of the word before
 
 

@@ -43,7 +43,6 @@ class Stopwatch:
         self.seconds[name] += time.perf_counter() - start
 
     def reset(self, *, exact: bool) -> None:
-        """Set all phases to zero."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.exact = exact
 
@@ -69,15 +68,12 @@ class Interval:
     steps: int
     seconds: float
     counts: torch.Tensor
-    """Sums of the steps' counts."""
     phases: dict[str, float]
     """Seconds in each phase of the last step."""
     last_step_s: float
-    """Seconds of the last step."""
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean time of a step."""
         return self.seconds / self.steps
 
 

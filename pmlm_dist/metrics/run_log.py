@@ -79,6 +79,18 @@ class RunLog:
         if self.enabled and not print_safely(text):
             self.lost_lines += 1
 
+    def scalars(self, scalars: Mapping[str, float | None], *, step: int) -> None:
+        """Write the scalars that are not None."""
+        if not self.enabled:
+            return
+        present = {name: value for name, value in scalars.items() if value is not None}
+        with self._losing_lines():
+            for name, value in present.items():
+                self._writer.add_scalar(name, value, step)
+        with self._losing_lines():
+            self._lines.write(json.dumps({"step": step, **present}) + "\n")
+            self._lines.flush()
+
     def write_configuration(self, configuration: dict[str, Any]) -> None:
         """Write the resolved configuration to RUN_DIR/config.json and as TensorBoard text."""
         if self.enabled:
@@ -88,12 +100,10 @@ class RunLog:
 
     def progress(self, progress: Progress, device: torch.device) -> None:
         """Write a console line and the training scalars of an interval."""
-        if not self.enabled:
-            return
-        scalars: dict[str, float | None] = {"log/lost_lines": self.lost_lines or None}
-        scalars |= {f"train/{name}": value for name, value in vars(progress.losses).items()}
-        scalars |= {f"seconds/{name}": value for name, value in progress.seconds.items()}
-        scalars |= {
+        scalars = {
+            "log/lost_lines": self.lost_lines or None,
+            **{f"train/{name}": value for name, value in vars(progress.losses).items()},
+            **{f"seconds/{name}": value for name, value in progress.seconds.items()},
             "train/learning_rate": progress.learning_rate,
             "train/gradient_norm": progress.gradient_norm,
             "train/loss_scale": progress.loss_scale,
@@ -103,7 +113,7 @@ class RunLog:
             "speed/mfu": progress.mfu,
             "memory/peak_gib": peak_memory_gib(device),
         }
-        self._scalars(scalars, step=progress.step)
+        self.scalars(scalars, step=progress.step)
         self.info(_console_line(progress))
 
     def validation(self, validation: Validation, *, step: int, unigram_entropy: float) -> None:
@@ -112,7 +122,7 @@ class RunLog:
             return
         means = validation.means
         scalars = {f"validation/{name}": value for name, value in vars(means).items()}
-        self._scalars({**scalars, "validation/unigram_entropy": unigram_entropy}, step=step)
+        self.scalars({**scalars, "validation/unigram_entropy": unigram_entropy}, step=step)
         with self._losing_lines():
             for number, text in enumerate(validation.fill_ins):
                 self._writer.add_text(f"fill_in/{number}", text, step)
@@ -131,53 +141,26 @@ class RunLog:
         if not self.enabled:
             return
         terms = {f"probe/{method}/{term}": accuracy for term, accuracy in result["terms"].items()}
-        self._scalars({f"probe/{method}": result["accuracy"], **terms}, step=step)
+        self.scalars({f"probe/{method}": result["accuracy"], **terms}, step=step)
         self.info(f"probe at step {step}:  {method} {result['accuracy']:.2%} of {result['pairs']:,} pairs")
         self._writer.flush()
 
     def ranks(self, per_rank: Sequence[RankTimes], *, step: int) -> None:
         """Write data, compute and step time of each rank; in a large world only median and maximum."""
-        if not self.enabled:
-            return
         scalars: dict[str, float | None] = {}
         for name in ("data_s", "compute_s", "step_s"):
             values = [getattr(times, name) for times in per_rank]
             scalars |= {f"ranks/{name}/median": median(values), f"ranks/{name}/max": max(values)}
             if len(values) <= _RANKS_SHOWN:
                 scalars |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(values)}
-        self._scalars(scalars, step=step)
-
-    def data_progress(self, scalars: dict[str, float | None], *, step: int) -> None:
-        """Write samples and epochs read of each corpus, and quarantined data."""
-        if self.enabled:
-            self._scalars(scalars, step=step)
-
-    def scores(self, scalars: dict[str, float | None], *, step: int) -> None:
-        """Write losses and task metrics of fine-tuning."""
-        if self.enabled:
-            self._scalars(scalars, step=step)
-
-    def failed_checkpoints(self, count: int, *, step: int) -> None:
-        """Write the number of failed checkpoints since this attempt started; the last one failed at `step`."""
-        if self.enabled:
-            self._scalars({"checkpoint/failed": count}, step=step)
+        self.scalars(scalars, step=step)
 
     def close(self) -> None:
-        """Flush and close all files."""
         if self.enabled:
             with self._losing_lines():
                 self._writer.close()
             with contextlib.suppress(OSError):
                 self._lines.close()
-
-    def _scalars(self, scalars: dict[str, float | None], *, step: int) -> None:
-        present = {name: value for name, value in scalars.items() if value is not None}
-        with self._losing_lines():
-            for name, value in present.items():
-                self._writer.add_scalar(name, value, step)
-        with self._losing_lines():
-            self._lines.write(json.dumps({"step": step, **present}) + "\n")
-            self._lines.flush()
 
     @contextlib.contextmanager
     def _losing_lines(self) -> Iterator[None]:

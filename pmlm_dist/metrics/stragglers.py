@@ -24,12 +24,10 @@ class RankTimes:
     """Seconds that one rank spent in a step."""
 
     data_s: float
-    """Waiting for local data."""
     compute_s: float
     """Forward and backward passes."""
     forward_s: float
     step_s: float
-    """Complete step."""
 
     @property
     def local_s(self) -> float:

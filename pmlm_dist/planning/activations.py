@@ -45,10 +45,10 @@ class Activations:
     """Saved by the head, without its logits."""
     logits: float
     """Saved logits."""
-    layer_input: float
-    """Saved by an inner layer under activation checkpointing."""
-    last_input: float
-    """Saved by the last layer under activation checkpointing."""
+    inner_kept: float
+    """Part of `inner` that exists until the backward pass of the layer: its input under activation checkpointing."""
+    last_kept: float
+    """The same part of `last`."""
     loss_work: float
     """Temporary, in the computation of the loss."""
     head_work: float
@@ -65,32 +65,31 @@ class Activations:
 
 def activations(work: Workload) -> Activations:
     """Saved and temporary bytes of a micro-batch of `work`."""
-    model, a = work.model, work.element
-    inner_layer, last_layer = (
-        _Layer(work, work.tokens, work.inner_pairs),
-        _Layer(work, work.predicted_tokens, work.last_pairs),
-    )
-    last_saved = last_layer.saved + a * (2 * work.tokens * inner_layer.own + last_layer.wide)
-    logits = a * work.predicted_tokens * work.vocabulary
+    model, a, recomputes = work.model, work.element, work.model.activation_checkpointing
+    inner = _Layer(work, work.tokens, work.inner_pairs)
+    last = _Layer(work, work.predicted_tokens, work.last_pairs)
+    keys_values = a * 2 * work.tokens * inner.own
+    logits = work.predicted_tokens * work.vocabulary
     token_gradient = a * work.vocabulary * model.hidden_size
+    # Activation checkpointing saves the biases themselves as well as their indices.
+    bias, indices = _bias(work), _bias_indices(work)
+    at_a_time = _LOGITS_ON_ACCELERATOR if work.on_accelerator else _PART_ON_CPU
     return Activations(
-        embedding=inner_layer.norm + a * inner_layer.wide + inner_layer.dropped,
-        bias=_bias(work),
-        bias_saved=_bias_saved(work),
-        inner=inner_layer.saved + a * 2 * work.tokens * inner_layer.own,
-        last=last_saved,
-        head=last_layer.norm + 2 * a * last_layer.wide,
-        logits=logits,
-        layer_input=a * inner_layer.wide,
-        last_input=a * last_layer.wide,
-        loss_work=0.0 if a == _FULL else _FULL * min(logits / a, _logits_at_a_time(work)),
-        head_work=token_gradient + (a + 2 * _FULL) * last_layer.wide,
-        network_work=a * (inner_layer.hidden - inner_layer.wide) + a * sum(bias_numbers(work)),
-        attention_work=_attention_work(work, inner_layer) + _bias_gradient(work),
-        last_work=_attention_work(work, last_layer)
-        + _last_bias_gradient(work)
-        + a * (4 * work.tokens * inner_layer.own + inner_layer.wide),
-        embedding_work=token_gradient + 2 * a * inner_layer.wide,
+        embedding=inner.norm + a * inner.wide + inner.dropped,
+        bias=bias,
+        bias_saved=bias if recomputes else indices,
+        inner=inner.saved + keys_values,
+        last=last.saved + keys_values + a * last.wide,
+        head=last.norm + 2 * a * last.wide,
+        logits=a * logits,
+        inner_kept=a * inner.wide if recomputes else inner.saved + keys_values,
+        last_kept=a * last.wide if recomputes else last.saved + keys_values + a * last.wide,
+        loss_work=0.0 if a == _FULL else _FULL * min(logits, at_a_time),
+        head_work=token_gradient + (a + 2 * _FULL) * last.wide,
+        network_work=a * (inner.hidden - inner.wide) + a * sum(bias_numbers(work)),
+        attention_work=_attention_work(work, inner) + _bias_gradient(work),
+        last_work=_attention_work(work, last) + _last_bias_gradient(work) + 2 * keys_values + a * inner.wide,
+        embedding_work=token_gradient + 2 * a * inner.wide,
     )
 
 
@@ -191,12 +190,8 @@ def _bias(work: Workload) -> float:
     return work.element * (sum(bias_numbers(work)) + rows) + _bias_indices(work)
 
 
-def _bias_saved(work: Workload) -> float:
-    """Bytes of the indices into the bias table; activation checkpointing saves the biases themselves as well."""
-    return _bias(work) if work.model.activation_checkpointing else _bias_indices(work)
-
-
 def _bias_indices(work: Workload) -> float:
+    """Bytes of the indices into the bias table."""
     if work.model.attention == "flex" or not work.model.relative_bias:
         return 0.0
     is_reference = work.model.attention == "reference"
@@ -206,18 +201,15 @@ def _bias_indices(work: Workload) -> float:
 
 def _bias_gradient(work: Workload) -> float:
     """Bytes of the sum over layers, and of one inner layer's gradient in fp32 and rounded."""
-    return (work.element + _FULL + _rounded(work)) * sum(bias_numbers(work))
+    return (work.element + _gradient_element(work)) * sum(bias_numbers(work))
 
 
 def _last_bias_gradient(work: Workload) -> float:
     if work.model.attention == "flex" or not work.model.relative_bias:
         return 0.0
-    return (_FULL + _rounded(work)) * work.last_pairs
+    return _gradient_element(work) * work.last_pairs
 
 
-def _rounded(work: Workload) -> int:
-    return 0 if work.element == _FULL else work.element
-
-
-def _logits_at_a_time(work: Workload) -> float:
-    return _LOGITS_ON_ACCELERATOR if work.on_accelerator else _PART_ON_CPU
+def _gradient_element(work: Workload) -> int:
+    """Bytes of an element of the bias gradient: in fp32, and rounded unless the model is in fp32 too."""
+    return _FULL + (0 if work.element == _FULL else work.element)

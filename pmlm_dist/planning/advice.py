@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pmlm_dist.engine.deepspeed_config import batch_problems
 from pmlm_dist.planning.estimate import Estimate
-from pmlm_dist.planning.parameters import model_parameters
+from pmlm_dist.planning.parameters import rank_parameters
 from pmlm_dist.planning.reliability import Checkpoints
 
 _MAX_OVERHEAD = 0.2
@@ -56,7 +56,7 @@ def _memory(estimate: Estimate, alternatives: Sequence[Estimate]) -> list[str]:
 def _engine(estimate: Estimate) -> list[str]:
     zero, engine = estimate.zero, estimate.job.engine
     section = engine.raw.get("zero_optimization", {})
-    numbers = model_parameters(estimate.work).on_rank(estimate.work.tp)
+    numbers = rank_parameters(estimate.work)
     warnings = []
     if section.get("overlap_comm") and zero.optimizer_class in ("plain", "bf16"):
         warnings.append(

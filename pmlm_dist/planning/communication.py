@@ -22,7 +22,7 @@ from typing import Literal
 
 from pmlm_dist.devices import Device
 from pmlm_dist.planning.model_states import Zero
-from pmlm_dist.planning.parameters import model_parameters, persistent_numbers
+from pmlm_dist.planning.parameters import persistent_numbers, rank_parameters
 from pmlm_dist.planning.workload import Workload
 
 _BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time where no bucket size is set
@@ -38,7 +38,6 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
-        """Devices of all nodes."""
         return self.nodes * self.gpus_per_node
 
 
@@ -80,7 +79,7 @@ def collectives(work: Workload, zero: Zero, *, dp: int, accumulation: int) -> It
 
 
 def _data_parallel(work: Workload, zero: Zero, accumulation: int) -> Iterator[Collective]:
-    numbers, w = model_parameters(work).on_rank(work.tp), work.element
+    numbers, w = rank_parameters(work), work.element
     gradients = zero.communicated * numbers
     bucket = _BUCKET if zero.optimizer_class in ("plain", "bf16") else zero.reduce_bucket
     calls = max(1, math.ceil(numbers / bucket))

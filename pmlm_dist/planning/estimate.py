@@ -21,14 +21,12 @@ from pmlm_dist.relations import divisors
 
 @dataclass(frozen=True)
 class Layout:
-    """How a job is distributed over the ranks."""
+    """How a job is distributed over the ranks: `zero` is the ZeRO stage, `recompute` activation checkpointing."""
 
     tp: int
     zero: int
-    """ZeRO stage."""
     micro_batch: int
     recompute: bool = False
-    """Activation checkpointing."""
 
     @property
     def options(self) -> str:
@@ -65,11 +63,8 @@ class Job:
         """Memory and time of `layout`; a global batch that it does not divide is rounded up to the next multiple."""
         dp = self.cluster.gpus // layout.tp
         accumulation = math.ceil(self.engine.global_batch / (dp * layout.micro_batch))
-        work, zero, device = (
-            self.workload(layout),
-            Zero.from_engine(self.engine, stage=layout.zero),
-            self.cluster.device,
-        )
+        work, device = self.workload(layout), self.cluster.device
+        zero = Zero.from_engine(self.engine, stage=layout.zero)
         sent = tuple(
             traffic(collective, self.cluster, tp=layout.tp)
             for collective in collectives(work, zero, dp=dp, accumulation=accumulation)
@@ -140,7 +135,6 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """True if the device has enough memory."""
         return self.memory.device <= self.job.cluster.device.memory
 
     @property

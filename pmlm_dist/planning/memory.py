@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pmlm_dist.devices import Device
-from pmlm_dist.planning.activations import Activations, activations
+from pmlm_dist.planning.activations import activations
 from pmlm_dist.planning.model_states import ModelStates, Zero, model_states
-from pmlm_dist.planning.parameters import embedding_parameters, head_parameters, layer_parameters, model_parameters
+from pmlm_dist.planning.parameters import rank_parameters
 from pmlm_dist.planning.workload import Workload
 
 
@@ -32,7 +32,6 @@ class Moment:
 
     @property
     def total(self) -> float:
-        """Sum of all parts."""
         return self.gradients + self.activations + self.head + self.buffers
 
 
@@ -90,9 +89,10 @@ def memory(work: Workload, zero: Zero, *, dp: int, accumulation: int, device: De
 def moments(work: Workload, states: ModelStates, *, accumulation: int) -> Iterator[Moment]:
     """Bytes beyond weights and optimizer states at each moment of a step's last micro-batch."""
     act, gradients = activations(work), _Gradients(work, states, accumulates=accumulation > 1)
-    layers, saved = work.model.num_layers - 1, _saved_layers(work, act)
-    below = act.embedding + layers * saved.inner
-    encoded = below + saved.last
+    layers = work.model.num_layers - 1
+    recomputed = act.inner_kept if work.model.activation_checkpointing else 0.0  # the output of an inner layer
+    below = act.embedding + layers * act.inner_kept
+    encoded = below + act.last_kept
 
     def moment(name: str, *, gradients: float, activations: float, head: float = 0.0, buffers: float = 0.0) -> Moment:
         buffers += states.buffers + states.gathered
@@ -106,12 +106,12 @@ def moments(work: Workload, states: ModelStates, *, accumulation: int) -> Iterat
     rest = below + act.bias_saved
     yield moment("last layer", gradients=gradients.head, activations=rest + act.last + act.last_work, buffers=buckets)
     for name, done in (("top", 1), ("bottom", layers)) if layers else ():
-        rest = act.embedding + act.bias_saved + (layers - done) * saved.inner + act.inner
+        rest = act.embedding + act.bias_saved + (layers - done) * act.inner_kept + act.inner
         for part, needed in (("network", act.network_work), ("attention", act.attention_work)):
             yield moment(
                 f"{part} of the {name} inner layer",
                 gradients=gradients.inside(done, part=part),
-                activations=rest + needed + saved.recomputed,
+                activations=rest + needed + recomputed,
                 buffers=buckets,
             )
     embedding = act.embedding + act.embedding_work
@@ -120,36 +120,21 @@ def moments(work: Workload, states: ModelStates, *, accumulation: int) -> Iterat
     yield Moment("update", states.gradients + states.updating, buffers=states.buffers)
 
 
-@dataclass(frozen=True)
-class _SavedLayers:
-    """Bytes saved until a layer's backward pass, and of the recomputed output of an inner layer."""
-
-    inner: float
-    last: float
-    recomputed: float
-
-
-def _saved_layers(work: Workload, act: Activations) -> _SavedLayers:
-    if work.model.activation_checkpointing:
-        return _SavedLayers(act.layer_input, act.last_input, act.layer_input)
-    return _SavedLayers(act.inner, act.last, 0.0)
-
-
 class _Gradients:
     """Bytes of gradients by progress of the backward pass; from the second micro-batch on all of them exist."""
 
     def __init__(self, work: Workload, states: ModelStates, *, accumulates: bool):
         size, inner = work.model.hidden_size, work.model.ffn_size
-        total = model_parameters(work).on_rank(work.tp)
+        total = rank_parameters(work)
         self.retained = states.retained_gradients if accumulates else 0.0
         self._bytes_per_number = states.backward_gradients / total
-        self._layer = layer_parameters(work.model).on_rank(work.tp)
+        self._layer = rank_parameters(work, "layers.0.")
         # The head computes the first gradient of the tied matrix, before any layer.
         tied = work.vocabulary * size
-        self._head = head_parameters(work).on_rank(work.tp) + tied
+        self._head = rank_parameters(work, "head.") + tied
         self._parts = {"network": size * inner // work.tp, "attention": (2 * size * inner + size * size) // work.tp}
         self.head = self._bytes(self._head)
-        self.all = self._bytes(total - embedding_parameters(work).on_rank(work.tp) + tied)
+        self.all = self._bytes(total - rank_parameters(work, "embeddings.", "relative_bias.") + tied)
 
     def inside(self, done: int, *, part: str) -> float:
         """In the backward pass of `part` of an inner layer, after the last layer and `done` - 1 inner layers."""

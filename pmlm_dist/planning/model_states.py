@@ -21,11 +21,11 @@ Legend: P parameters of this tensor-parallel rank, D data-parallel ranks, w byte
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pmlm_dist.engine.deepspeed_config import EngineConfig
-from pmlm_dist.planning.parameters import largest_tensor, model_parameters, persistent_numbers
+from pmlm_dist.planning.parameters import largest_tensor, persistent_numbers, rank_parameters
 from pmlm_dist.planning.workload import ELEMENT, Workload
 
 FULL = 4
@@ -131,7 +131,7 @@ def model_states(work: Workload, zero: Zero, *, dp: int) -> ModelStates:
 
 
 def _plain(work: Workload, zero: Zero, dp: int) -> ModelStates:
-    numbers = model_parameters(work).on_rank(work.tp)
+    numbers = rank_parameters(work)
     flattened = FULL * min(numbers, _FLATTENED) if dp > 1 else 0
     return ModelStates(
         weights=FULL * numbers,
@@ -144,7 +144,7 @@ def _plain(work: Workload, zero: Zero, dp: int) -> ModelStates:
 
 
 def _bf16(work: Workload, zero: Zero, dp: int) -> ModelStates:
-    numbers = model_parameters(work).on_rank(work.tp)
+    numbers = rank_parameters(work)
     rounded = zero.communicated if zero.communicated != FULL else 0
     # All sums are flattened together, unless the matrices alone fill a bucket, which is then averaged in place.
     flattened = (rounded + (FULL if numbers <= _FLATTENED else 0)) * numbers if dp > 1 else 0
@@ -161,7 +161,7 @@ def _bf16(work: Workload, zero: Zero, dp: int) -> ModelStates:
 
 
 def _stage_1_and_2(work: Workload, zero: Zero, dp: int) -> ModelStates:
-    numbers, w = model_parameters(work).on_rank(work.tp), work.element
+    numbers, w = rank_parameters(work), work.element
     share = numbers / dp
     unaveraged = FULL if zero.stage == 1 and zero.accumulated == FULL else w  # bytes of an element before averaging
     bucket = unaveraged * zero.reduce_bucket
@@ -194,24 +194,14 @@ def _converted(unaveraged: int, averaged: int) -> int:
 
 
 def _offloaded(states: ModelStates, work: Workload, share: float) -> ModelStates:
-    """`states` with fp32 copy, moments and fp32 gradients in the host's memory, and a buffer of the largest parameter
-    on each side.
-    """
+    """Move fp32 copy, moments and fp32 gradients to the host's memory; each side has a buffer of the largest tensor."""
     largest = work.element * largest_tensor(work)
-    return ModelStates(
-        weights=states.weights,
-        optimizer=0.0,
-        buffers=largest,
-        backward_gradients=states.backward_gradients,
-        retained_gradients=states.retained_gradients,
-        buckets=states.buckets,
-        averaging=states.averaging,
-        host=(4 * FULL + work.element) * share + largest,
-    )
+    host = (4 * FULL + work.element) * share + largest
+    return replace(states, optimizer=0.0, updating=0.0, buffers=largest, host=host)
 
 
 def _stage_3(work: Workload, zero: Zero, dp: int) -> ModelStates:
-    numbers, w = model_parameters(work).on_rank(work.tp), work.element
+    numbers, w = rank_parameters(work), work.element
     share, persistent = numbers / dp, persistent_numbers(work, threshold=zero.persistence_threshold)
     live = max(0, min(numbers, zero.max_live) - persistent)
     bucket = zero.communicated * zero.reduce_bucket

@@ -1,72 +1,62 @@
-"""Parameter counts of the model, sharded over or replicated on the tensor-parallel ranks.
-
-sharded      queries, keys, values, both products of the feed-forward network, vocabulary rows, relative positions
-replicated   LayerNorm, biases of row-parallel layers, positions, segments, the head's dense layer
-"""
+"""Parameters of the model: the shape of each, and its elements on a tensor-parallel rank."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import replace
+from functools import lru_cache
 
 from pmlm_dist.config import ModelConfig
 from pmlm_dist.planning.workload import Workload
 
-
-@dataclass(frozen=True)
-class Parameters:
-    """Parameter count of a part of the model, over all tensor-parallel ranks."""
-
-    sharded: int
-    replicated: int
-
-    @property
-    def total(self) -> int:
-        """Parameters of the part, each counted once."""
-        return self.sharded + self.replicated
-
-    def on_rank(self, tp: int) -> int:
-        """Parameters that one of `tp` ranks holds."""
-        return self.sharded // tp + self.replicated
-
-    def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(self.sharded + other.sharded, self.replicated + other.replicated)
+TOKENS, POSITIONS, SEGMENTS = (f"embeddings.{table}.weight" for table in ("token", "position", "segment"))
+RELATIVE_BIAS, HEAD_BIAS = "relative_bias.weight", "head.bias"
+_REPLICATED = re.compile(r"norm\.|\.position\.|\.segment\.|head\.dense\.|(attention\.output|ffn_out)\.bias")
+"""Names of parameters that tensor parallelism does not shard: each rank holds all of them."""
 
 
-def layer_parameters(model: ModelConfig) -> Parameters:
-    """One Transformer layer: matrices of 4 E^2 + 2 E F, biases and LayerNorm."""
-    size, inner = model.hidden_size, model.ffn_size
-    queries_keys_values = 3 * (size * size + size)
-    network_in = size * inner + inner
-    outputs = size * size + inner * size
-    output_biases, norms = 2 * size, 4 * size
-    return Parameters(queries_keys_values + network_in + outputs, output_biases + norms)
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the full shape of every parameter by name, without the rows that pad the vocabulary."""
+    size, inner = config.hidden_size, config.ffn_size
+    assert config.vocab_size is not None
+    shapes = {
+        TOKENS: (config.vocab_size, size),
+        POSITIONS: (config.max_positions, size),
+        SEGMENTS: (config.segment_types, size),
+        **_module("embeddings.norm", size),
+        **_module("head.dense", size, size),
+        **_module("head.norm", size),
+        HEAD_BIAS: (config.vocab_size,),
+    }
+    if config.relative_bias:
+        shapes[RELATIVE_BIAS] = (config.num_heads, config.relative_buckets)
+    for layer in (f"layers.{index}" for index in range(config.num_layers)):
+        shapes |= _module(f"{layer}.attention.query", size, size)
+        shapes |= _module(f"{layer}.attention.key_value", 2 * size, size)
+        shapes |= _module(f"{layer}.attention.output", size, size)
+        shapes |= _module(f"{layer}.ffn_in", inner, size) | _module(f"{layer}.ffn_out", size, inner)
+        shapes |= _module(f"{layer}.attention_norm", size) | _module(f"{layer}.ffn_norm", size)
+    return shapes
 
 
-def embedding_parameters(work: Workload) -> Parameters:
-    """Tokens, positions, segments, LayerNorm and the table of relative positions."""
-    model = work.model
-    relative = model.num_heads * model.relative_buckets if model.relative_bias else 0
-    rows = model.max_positions + model.segment_types + 2
-    return Parameters(work.padded_vocabulary * model.hidden_size + relative, rows * model.hidden_size)
+def _module(name: str, *weight: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
 
 
-def head_parameters(work: Workload) -> Parameters:
-    """Dense layer, LayerNorm, bias over the vocabulary; the output matrix is tied to the token embedding."""
-    size = work.model.hidden_size
-    return Parameters(work.padded_vocabulary, size * size + 3 * size)
+def rank_parameters(work: Workload, *parts: str) -> int:
+    """Parameters of a rank, including the rows that pad the vocabulary; with `parts`, of names that start with one."""
+    return sum(count for name, count in _rank_elements(work).items() if name.startswith(parts or ("",)))
 
 
-def model_parameters(work: Workload) -> Parameters:
-    """The whole model, including the rows that pad the vocabulary."""
-    layers, layer = work.model.num_layers, layer_parameters(work.model)
-    all_layers = Parameters(layers * layer.sharded, layers * layer.replicated)
-    return embedding_parameters(work) + all_layers + head_parameters(work)
+def total_parameters(work: Workload) -> int:
+    """Parameters of the whole model, including the rows that pad the vocabulary."""
+    return rank_parameters(replace(work, tp=1))
 
 
 def largest_tensor(work: Workload) -> int:
-    """Elements of the largest parameter of a rank: the token embedding or a matrix of the feed-forward network."""
-    size, inner = work.model.hidden_size, work.model.ffn_size
-    return max(work.vocabulary * size, 2 * size * size // work.tp, size * inner // work.tp)
+    """Elements of the largest parameter of a rank."""
+    return max(_rank_elements(work).values())
 
 
 def persistent_numbers(work: Workload, *, threshold: int) -> int:
@@ -74,13 +64,15 @@ def persistent_numbers(work: Workload, *, threshold: int) -> int:
 
     DeepSpeed calls them persistent (`stage3_param_persistence_threshold`).
     """
-    model, tp = work.model, work.tp
-    size, inner = model.hidden_size, model.ffn_size // tp
-    own = size // tp
-    norms_and_biases = [*[size] * 6, own, 2 * own, inner]
-    matrices = [size * own, 2 * size * own, size * own, size * inner, size * inner]
-    tables = [rows * size for rows in (work.vocabulary, model.max_positions, model.segment_types)]
-    outside = [*[size] * 5, size * size, *tables, work.vocabulary]
-    return sum(numel for numel in outside if numel <= threshold) + model.num_layers * sum(
-        numel for numel in norms_and_biases + matrices if numel <= threshold
-    )
+    return sum(count for count in _rank_elements(work).values() if count <= threshold)
+
+
+def _rank_elements(work: Workload) -> dict[str, int]:
+    return _elements(replace(work.model, vocab_size=work.padded_vocabulary), work.tp)
+
+
+@lru_cache(maxsize=64)
+def _elements(model: ModelConfig, tp: int) -> dict[str, int]:
+    """Elements of each parameter on one of `tp` ranks, by name."""
+    shapes = parameter_shapes(model)
+    return {name: math.prod(shape) // (1 if _REPLICATED.search(name) else tp) for name, shape in shapes.items()}

@@ -17,7 +17,7 @@ from pmlm_dist.objectives import OBJECTIVES
 from pmlm_dist.planning.advice import advice
 from pmlm_dist.planning.communication import Cluster
 from pmlm_dist.planning.estimate import Estimate, Job, Layout
-from pmlm_dist.planning.parameters import model_parameters
+from pmlm_dist.planning.parameters import total_parameters
 from pmlm_dist.planning.reliability import Checkpoints, checkpoints
 from pmlm_dist.planning.settings import PlanConfig
 
@@ -54,7 +54,6 @@ class Plan:
         return self.estimate.work.slots * self.estimate.global_batch
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON values; bytes, seconds and FLOPs."""
         estimate = self.estimate
         return {
             "nodes": self.cluster.nodes,
@@ -71,12 +70,8 @@ class Plan:
             "memory": {**dataclasses.asdict(estimate.memory), "device": estimate.memory.device},
             "time": dataclasses.asdict(estimate.time),
             "traffic": [
-                {
-                    **dataclasses.asdict(sent.collective),
-                    "inside": sent.inside,
-                    "outside": sent.outside,
-                    "s": sent.seconds,
-                }
+                dataclasses.asdict(sent.collective)
+                | {"inside": sent.inside, "outside": sent.outside, "s": sent.seconds}
                 for sent in estimate.traffics
             ],
             "steps": self.config.steps,
@@ -118,22 +113,27 @@ def make_plan(config: PlanConfig, *, measured: Device | None = None) -> Plan:
     raise_if_any(problems)
     assert engine is not None
     assert device is not None
-    job = _job(config, engine, config.assumed(device))
-    layout = Layout(config.tp, engine.zero_stage, engine.micro_batch, config.model.activation_checkpointing)
-    alternatives = job.alternatives(layout)
-    estimate = job.estimate(layout)
-    saving = _checkpoints(config, estimate)
-    return Plan(
-        config=config,
-        cluster=job.cluster,
-        estimate=estimate,
-        parameters=model_parameters(estimate.work).total,
-        checkpoints=saving,
-        alternatives=tuple(alternatives),
-        warnings=tuple(
-            advice(estimate, saving, alternatives, checkpoint_every=config.checkpoint_every, steps=config.steps)
-        ),
+    job = Job(
+        model=config.model,
+        context=config.context,
+        predictions=max_predictions(config.context, config.masking),
+        objectives=OBJECTIVES[config.objective.kind],
+        engine=engine,
+        cluster=Cluster(config.assumed(device), config.nodes, config.in_node),
     )
+    layout = Layout(config.parallel.tp, engine.zero_stage, engine.micro_batch, config.model.activation_checkpointing)
+    alternatives, estimate = job.alternatives(layout), job.estimate(layout)
+    parameters = total_parameters(estimate.work)
+    saving = checkpoints(
+        parameters,
+        gpus=config.gpus,
+        gpu_hours=config.assume.failure_hours,
+        bytes_per_s=1e9 * config.assume.storage_gb_per_s,
+        restart_s=60 * config.assume.restart_minutes,
+        step_s=estimate.time.total,
+    )
+    warnings = advice(estimate, saving, alternatives, checkpoint_every=config.checkpoint_every, steps=config.steps)
+    return Plan(config, job.cluster, estimate, parameters, saving, tuple(alternatives), tuple(warnings))
 
 
 def _engine(config: PlanConfig, problems: list[str], *, has_accelerator: bool) -> EngineConfig | None:
@@ -145,26 +145,3 @@ def _engine(config: PlanConfig, problems: list[str], *, has_accelerator: bool) -
     except ConfigError as error:
         problems += error.problems
         return None
-
-
-def _job(config: PlanConfig, engine: EngineConfig, device: Device) -> Job:
-    return Job(
-        model=config.model,
-        context=config.context,
-        predictions=max_predictions(config.context, config.masking),
-        objectives=OBJECTIVES[config.objective.kind],
-        engine=engine,
-        cluster=Cluster(device, config.nodes, config.in_node),
-    )
-
-
-def _checkpoints(config: PlanConfig, estimate: Estimate) -> Checkpoints:
-    assume = config.assume
-    return checkpoints(
-        model_parameters(estimate.work).total,
-        gpus=config.gpus,
-        gpu_hours=assume.failure_hours,
-        bytes_per_s=1e9 * assume.storage_gb_per_s,
-        restart_s=60 * assume.restart_minutes,
-        step_s=estimate.time.total,
-    )

@@ -8,7 +8,6 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from pmlm_dist.planning.estimate import Estimate
 from pmlm_dist.planning.plan import Plan
 
 Rows = Iterable[tuple[str, ...]]
@@ -24,7 +23,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
             _table("step", "seconds", "", rows=_step(plan)),
             _communication(plan),
             _table("total", "", rows=_total(plan)),
-            _alternatives(plan),
+            _table("fitting layouts, fastest first", "GB", "seconds", "MFU", rows=_alternatives(plan)),
         )
     )
     for warning in plan.warnings:
@@ -117,18 +116,11 @@ def _total(plan: Plan) -> Rows:
     ]
 
 
-def _alternatives(plan: Plan) -> Table:
-    table = _table("fitting layouts, fastest first", "GB", "seconds", "MFU", rows=[])
-    for estimate in plan.alternatives:
-        table.add_row(*_alternative(estimate))
-    if not plan.alternatives:
-        table.add_row("none", "", "", "")
-    return table
-
-
-def _alternative(estimate: Estimate) -> tuple[str, ...]:
-    memory = _gigabytes(estimate.memory.device)
-    return estimate.layout.options, memory, _seconds(estimate.time.total), f"{estimate.mfu:.1%}"
+def _alternatives(plan: Plan) -> Rows:
+    return [
+        (other.layout.options, _gigabytes(other.memory.device), _seconds(other.time.total), f"{other.mfu:.1%}")
+        for other in plan.alternatives
+    ] or [("none", "", "", "")]
 
 
 def _gigabytes(number: float) -> str:

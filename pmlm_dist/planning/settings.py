@@ -92,23 +92,15 @@ class PlanConfig:
 
     @property
     def gpus(self) -> int:
-        """Devices of all nodes."""
         return self.nodes * self.in_node
 
     @property
     def in_node(self) -> int:
-        """Devices of a node."""
         return _GPUS_PER_NODE if self.gpus_per_node is None else self.gpus_per_node
 
     @property
     def context(self) -> int:
-        """S: tokens of a sample."""
         return self.sequence_length or self.model.max_positions
-
-    @property
-    def tp(self) -> int:
-        """Tensor-parallel size."""
-        return self.parallel.tp
 
     def assumed(self, device: Device) -> Device:
         """`device` with the rates of `assume` in place of its own."""
@@ -123,16 +115,12 @@ class PlanConfig:
 
     def problems(self) -> list[str]:
         """One sentence for each invalid setting: setting, value, constraint, way out."""
-        run = RunConfig(model=self.model, masking=self.masking, objective=self.objective, parallel=self.parallel)
-        return [*range_problems(self), *self._cluster_problems(), *relation_problems(run)]
-
-    def _cluster_problems(self) -> list[str]:
-        problems = []
+        problems, tp = range_problems(self), self.parallel.tp
         if self.device not in (MEASURE, *DEVICES):
             problems.append(f"device ({self.device}) must be {MEASURE} or one of {', '.join(sorted(DEVICES))}")
-        if self.tp > 0 and self.in_node > 0 and self.in_node % self.tp:
+        if tp > 0 and self.in_node > 0 and self.in_node % tp:
             problems.append(
-                f"parallel.tp ({self.tp}) must divide gpus_per_node ({self.in_node}), so that its ranks lie inside a "
+                f"parallel.tp ({tp}) must divide gpus_per_node ({self.in_node}), so that its ranks lie inside a "
                 f"node: use one of {divisors(self.in_node)}"
             )
         if self.context > self.model.max_positions:
@@ -140,4 +128,5 @@ class PlanConfig:
                 f"sequence_length ({self.context}) exceeds model.max_positions ({self.model.max_positions}): "
                 "raise --model.max-positions"
             )
-        return problems
+        run = RunConfig(model=self.model, masking=self.masking, objective=self.objective, parallel=self.parallel)
+        return [*problems, *relation_problems(run)]

@@ -20,7 +20,7 @@ from pmlm_dist.devices import Device
 from pmlm_dist.planning.activations import bias_numbers
 from pmlm_dist.planning.communication import Traffic
 from pmlm_dist.planning.model_states import FULL, Zero
-from pmlm_dist.planning.parameters import model_parameters
+from pmlm_dist.planning.parameters import rank_parameters
 from pmlm_dist.planning.workload import Workload
 
 # Reads and writes of a tensor, sum of forward and backward pass.
@@ -121,7 +121,7 @@ def _operations(work: Workload) -> float:
 
 
 def _update(work: Workload, zero: Zero, device: Device, *, dp: int, accumulation: int) -> float:
-    numbers, w = model_parameters(work).on_rank(work.tp), work.element
+    numbers, w = rank_parameters(work), work.element
     share, bandwidth = numbers / dp, device.bandwidth * device.bandwidth_share
     if zero.offload:
         moved = 8 * w * numbers * accumulation / bandwidth

@@ -93,7 +93,7 @@ class TrainBatches:
         for source, manifest, count in zip(sources, self._manifests, counts, strict=True):
             scalars[f"data/samples/{source.name}"] = count
             scalars[f"data/epochs/{source.name}"] = count / manifest.splits[TRAIN].samples
-        self._log.data_progress(scalars, step=step)
+        self._log.scalars(scalars, step=step)
 
     def close(self) -> None:
         self._prefetcher.close()

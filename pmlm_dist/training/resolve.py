@@ -70,8 +70,7 @@ class ResolvedRun:
     def source(self) -> BatchSource:
         """What the loader builds batches from."""
         return BatchSource(
-            corpus=self.own_corpus.folder,
-            address=self.own_corpus.address,
+            corpus=self.own_corpus,
             mixture=self.training,
             special=special_ids(self.vocabulary),
             masking=self.masking,

@@ -62,14 +62,14 @@ def fill_in(batch: Batch, predicted_KMB: torch.Tensor, vocabulary: Vocabulary, *
 
     A prefix sample ends with its last predicted token, and has PAR's predictions alone.
     """
-    words = [vocabulary.token(int(id)) for id in batch.tokens_BT[sample, : batch.num_context]]
+    words = [vocabulary.tokens[int(id)] for id in batch.tokens_BT[sample, : batch.num_context]]
     length = int(batch.valid_BT[sample, : batch.num_context].sum())
     for m in range(batch.num_predictions):
         if batch.weights_BM[sample, m] == 0:
             continue
-        truth = vocabulary.token(int(batch.targets_BM[sample, m]))
+        truth = vocabulary.tokens[int(batch.targets_BM[sample, m])]
         position, is_prefix = int(batch.predicted_BM[sample, m]), bool(batch.prefix_BM[sample, m])
-        predictions = [vocabulary.token(int(id)) for id in predicted_KMB[-1 if is_prefix else 0 :, m, sample]]
+        predictions = [vocabulary.tokens[int(id)] for id in predicted_KMB[-1 if is_prefix else 0 :, m, sample]]
         shown = " / ".join(token if token == truth else f"**{token}**" for token in predictions)
         words[position], length = f"[{truth} → {shown}]", max(length, position + 1)
     return " ".join(words[:length]).replace(" ##", "")

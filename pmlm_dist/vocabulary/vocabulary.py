@@ -18,20 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmlm_dist.config import ConfigError, raise_if_any
+from pmlm_dist.config import raise_if_any
 from pmlm_dist.files import write_atomically
 from pmlm_dist.vocabulary.files import (
     BERT_WORDS,
-    CLS,
-    CONTINUATION,
     CUT_WORDS,
-    MASK,
-    PAD,
-    SEP,
     SPECIAL_TOKENS,
     TOKENIZER,
     TOKENIZER_CONFIG,
-    UNK,
     UNUSED,
     WORD_LIST,
     bert_specification,
@@ -60,16 +54,16 @@ class Vocabulary:
         self.notes = tuple(notes)
         """What a user should know of its files or its training, one sentence each."""
         self._words = [token for token in specification["added_tokens"] if token["content"] not in SPECIAL_TOKENS]
-        self._tokens = _ordered_tokens(specification, origin=origin)
-        self._ids = {token: number for number, token in enumerate(self._tokens)}
-        missing = [token for token in SPECIAL_TOKENS if token not in self._ids]
-        if missing:
-            raise ConfigError(
-                [
-                    f"{origin} lacks the special tokens {' '.join(missing)}: "
-                    f"add them, or train a vocabulary with `pmlm prepare-corpus --vocabulary-size N`"
-                ]
-            )
+        self.words = tuple(word["content"] for word in self._words)
+        """The added words, which text gives wherever they occur in it."""
+        self.tokens = _ordered_tokens(specification, origin=origin)
+        """All tokens in the order of their ids."""
+        self.ids = {token: number for number, token in enumerate(self.tokens)}
+        self.size = len(self.tokens)
+        missing = " ".join(token for token in SPECIAL_TOKENS if token not in self.ids)
+        way_out = "add them, or train a vocabulary with `pmlm prepare-corpus --vocabulary-size N`"
+        raise_if_any([f"{origin} lacks the special tokens {missing}: {way_out}"] if missing else [])
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self.ids[token] for token in SPECIAL_TOKENS)
 
     @classmethod
     def load(cls, path: Path, *, cased: bool = False, keep_accents: bool = False) -> Vocabulary:
@@ -117,7 +111,7 @@ class Vocabulary:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / TOKENIZER, self._json)
         fits_lines = bool(self._base[-1]) and not any("\n" in token or token.endswith("\r") for token in self._base)
-        if fits_lines and self._is_bert and self._tokens[: len(self._base)] == self._base:
+        if fits_lines and self._is_bert and self.tokens[: len(self._base)] == self._base:
             write_atomically(folder / WORD_LIST, "".join(f"{token}\n" for token in self._base))
             write_atomically(folder / TOKENIZER_CONFIG, json.dumps(self.settings, indent=2) + "\n")
 
@@ -135,7 +129,6 @@ class Vocabulary:
 
     @property
     def description(self) -> str:
-        """How text is read, in a few words."""
         normalizer = json.loads(self._json).get("normalizer") or {}
         if normalizer.get("type") != "BertNormalizer":
             return "its own normalization"
@@ -143,45 +136,14 @@ class Vocabulary:
         words = f", {len(self._words)} added words" if self._words else ""
         return f"{'uncased' if case else 'cased'}, accents {'stripped' if accents else 'kept'}{words}"
 
-    @property
-    def size(self) -> int:
-        """Number of tokens."""
-        return len(self._tokens)
-
     def padded_size(self, multiple: int = 128) -> int:
         """Return `size` rounded up to a multiple: the rows of the embedding, which tensor parallelism divides."""
         return -(-self.size // multiple) * multiple
 
-    @property
-    def pad_id(self) -> int:
-        """Id of [PAD]."""
-        return self._ids[PAD]
-
-    @property
-    def unk_id(self) -> int:
-        """Id of [UNK]."""
-        return self._ids[UNK]
-
-    @property
-    def cls_id(self) -> int:
-        """Id of [CLS]."""
-        return self._ids[CLS]
-
-    @property
-    def sep_id(self) -> int:
-        """Id of [SEP]."""
-        return self._ids[SEP]
-
-    @property
-    def mask_id(self) -> int:
-        """Id of [MASK]."""
-        return self._ids[MASK]
-
     @cached_property
     def special_ids(self) -> tuple[int, ...]:
         """Sorted ids of the five special tokens and of every `[unusedN]`: all tokens that are not text."""
-        special = {self._ids[token] for token in SPECIAL_TOKENS}
-        return tuple(sorted(special | {i for token, i in self._ids.items() if UNUSED.fullmatch(token)}))
+        return tuple(i for i, token in enumerate(self.tokens) if token in SPECIAL_TOKENS or UNUSED.fullmatch(token))
 
     @cached_property
     def processing(self) -> dict[str, Any]:
@@ -198,21 +160,11 @@ class Vocabulary:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hexadecimal) over the ordered tokens and `processing`."""
-        return hashlib.sha256(json.dumps([self._tokens, self.processing], sort_keys=True).encode()).hexdigest()
-
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        """All tokens in the order of their ids."""
-        return tuple(self._tokens)
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The added words, which text gives wherever they occur in it."""
-        return tuple(word["content"] for word in self._words)
+        return hashlib.sha256(json.dumps([self.tokens, self.processing], sort_keys=True).encode()).hexdigest()
 
     def with_ids_swapped(self, a: int, b: int) -> Vocabulary:
         """Return the same tokens with the ids `a` and `b` swapped."""
-        ids = {**self._ids, self._tokens[a]: b, self._tokens[b]: a}
+        ids = {**self.ids, self.tokens[a]: b, self.tokens[b]: a}
         specification = json.loads(self._json)
         specification["model"]["vocab"] = {token: ids[token] for token in sorted(self._base, key=ids.__getitem__)}
         for token in specification["added_tokens"]:
@@ -222,18 +174,8 @@ class Vocabulary:
     @property
     def exported_json(self) -> str:
         """`tokenizer.json` for other programs: it adds [CLS] and [SEP], and recognizes special tokens in texts."""
-        specification = json.loads(self._json)
-        specification.update(
-            truncation=None,
-            padding=None,
-            post_processor={"type": "BertProcessing", "sep": [SEP, self.sep_id], "cls": [CLS, self.cls_id]},
-            decoder={"type": "WordPiece", "prefix": CONTINUATION, "cleanup": True},
-        )
-        return json.dumps(specification, ensure_ascii=False)
-
-    def token(self, id: int) -> str:
-        """Return the token with this id."""
-        return self._tokens[id]
+        bert, parts = bert_specification(self.tokens), ("truncation", "padding", "post_processor", "decoder")
+        return json.dumps(json.loads(self._json) | {part: bert[part] for part in parts}, ensure_ascii=False)
 
     @cached_property
     def tokenizes_words_independently(self) -> bool:
@@ -253,15 +195,15 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, with special tokens."""
-        tokens, decoder = [self._tokens[int(id)] for id in ids], self._encoder.decoder
+        tokens, decoder = [self.tokens[int(id)] for id in ids], self._encoder.decoder
         return " ".join(tokens) if decoder is None else decoder.decode(tokens)
 
     @cached_property
-    def _base(self) -> list[str]:
+    def _base(self) -> tuple[str, ...]:
         """Tokens by id, without the added words that WordPiece does not know."""
         known = json.loads(self._json)["model"]["vocab"]
         words = {word for word in self.words if word not in known}
-        return [token for token in self._tokens if token not in words]
+        return tuple(token for token in self.tokens if token not in words)
 
     @cached_property
     def _encoder(self) -> Tokenizer:
@@ -278,7 +220,7 @@ class Vocabulary:
     def _renumbered(self) -> list[int] | None:
         """Id of each token of `_encoder`, if they differ."""
         known = set(self._base)
-        ids = [self._ids[token] for token in (*self._base, *(word for word in self.words if word not in known))]
+        ids = [self.ids[token] for token in (*self._base, *(word for word in self.words if word not in known))]
         return None if ids == list(range(self.size)) else ids
 
     def _own_ids(self, ids: list[int]) -> list[int]:
@@ -289,11 +231,11 @@ class Vocabulary:
         return {name: value for name, value in self.__dict__.items() if name != "_encoder"}
 
 
-def _ordered_tokens(specification: dict[str, Any], *, origin: str) -> list[str]:
+def _ordered_tokens(specification: dict[str, Any], *, origin: str) -> tuple[str, ...]:
     ids: dict[str, int] = dict(specification["model"]["vocab"])
     for added in specification["added_tokens"]:
         ids.setdefault(added["content"], added["id"])
-    tokens = sorted(ids, key=ids.__getitem__)
+    tokens = tuple(sorted(ids, key=ids.__getitem__))
     if [ids[token] for token in tokens] != list(range(len(tokens))):
         raise_if_any([f"{origin}: the token ids are not 0 .. {len(tokens) - 1}: give a vocabulary without gaps"])
     return tokens

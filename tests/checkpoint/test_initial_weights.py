@@ -18,7 +18,7 @@ from pmlm_dist.checkpoint.initial_weights import initial_weights_problems
 from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import ConfigError, RunConfig
 from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
-from pmlm_dist.conversion.tensors import parameter_shapes
+from pmlm_dist.planning.parameters import parameter_shapes
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 ROW_PARALLEL = ("attention.output.weight", "ffn_out.weight")

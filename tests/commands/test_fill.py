@@ -17,7 +17,7 @@ from pmlm_dist.conversion.pretrained import open_pretrained
 def test_read_masks_returns_ids_and_positions(model):
     vocabulary = open_pretrained(model).vocabulary
     masked = read_masks("the [MASK] fish [MASK:2].", vocabulary, positions=9)
-    tokens = [vocabulary.token(id) for id in masked.ids]
+    tokens = [vocabulary.tokens[id] for id in masked.ids]
     assert tokens == ["[CLS]", "the", "[MASK]", "fish", "[MASK]", "[MASK]", ".", "[SEP]"]
     assert masked.spans == [[2], [4, 5]]
 

@@ -20,9 +20,10 @@ from pmlm_dist.checkpoint.files import read_weights
 from pmlm_dist.conversion import export as exporting
 from pmlm_dist.conversion.export import Format, export
 from pmlm_dist.conversion.pretrained import open_pretrained
-from pmlm_dist.conversion.tensors import join_key_value, parameter_shapes, split_key_value
+from pmlm_dist.conversion.tensors import join_key_value, split_key_value
 from pmlm_dist.model.transformer import build_model
 from pmlm_dist.parallel import groups
+from pmlm_dist.planning.parameters import parameter_shapes
 
 FORMATS: list[tuple[Format, bool]] = [("mpnet", True), ("mpnet", False), ("bert", False)]
 MPNET_IDS = torch.tensor([1, 0, *range(2, len(WORDS))])
@@ -115,7 +116,7 @@ def test_fill_mask_pipeline_predicts_the_models_tokens(folders, format: str, rel
     )
     _, logits = pmlm_outputs(pretrained, ids, torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool))
     scores, best = logits[0, 3].softmax(0).topk(3)
-    assert [row["token_str"] for row in predictions] == [pretrained.vocabulary.token(int(id)) for id in best]
+    assert [row["token_str"] for row in predictions] == [pretrained.vocabulary.tokens[int(id)] for id in best]
     np.testing.assert_allclose([row["score"] for row in predictions], scores, rtol=1e-3)
 
 

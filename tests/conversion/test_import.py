@@ -27,7 +27,7 @@ from pmlm_dist.config import ConfigError
 from pmlm_dist.conversion.files import read_tensors
 from pmlm_dist.conversion.importing import read_pretrained
 from pmlm_dist.conversion.pretrained import open_pretrained, save_pretrained
-from pmlm_dist.conversion.tensors import RELATIVE_BIAS
+from pmlm_dist.planning.parameters import RELATIVE_BIAS
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 
@@ -73,8 +73,8 @@ def test_imported_mpnet_has_equal_logits_and_special_tokens(tmp_path):
     mpnet = mpnet_folder(tmp_path)
     imported = read_pretrained(tmp_path)
     vocabulary = imported.vocabulary
-    assert [vocabulary.token(id) for id in (0, 1, 2, 50 - 2)] == ["[CLS]", "[PAD]", "[SEP]", "[MASK]"]
-    assert vocabulary.token(MPNET_WORDS.index("[UNK]")) == "[UNK]"
+    assert [vocabulary.tokens[id] for id in (0, 1, 2, 50 - 2)] == ["[CLS]", "[PAD]", "[SEP]", "[MASK]"]
+    assert vocabulary.tokens[MPNET_WORDS.index("[UNK]")] == "[UNK]"
     unused = [MPNET_WORDS.index(word) for word in ("<unk>", "[PAD]", "[CLS]", "[SEP]", "[MASK]")]
     assert all(id in vocabulary.special_ids for id in unused if id < len(MPNET_WORDS))
     ids_BT, segments_BT, valid_BT = random_text()

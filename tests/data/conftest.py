@@ -9,6 +9,7 @@ from support.numbered_corpus import SHARD_SIZES, SPECIAL, write_corpus
 
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.data.loader import BatchSource
+from pmlm_dist.data.stream import CorpusSource
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +20,4 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(corpus: Path) -> BatchSource:
-    return BatchSource(corpus=corpus, special=SPECIAL, masking=MaskingConfig(), seed=0)
+    return BatchSource(corpus=CorpusSource(corpus), special=SPECIAL, masking=MaskingConfig(), seed=0)

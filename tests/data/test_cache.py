@@ -71,8 +71,8 @@ def test_training_batches_from_a_server_equal_local_ones(server, corpus, tmp_pat
         return fingerprints
 
     remote = CorpusSource.open(server.address, settings(tmp_path / "cache"))
-    local_source = BatchSource(corpus, SPECIAL, MaskingConfig(), seed=0)
-    remote_source = BatchSource(remote.folder, SPECIAL, MaskingConfig(), seed=0, address=remote.address)
+    local_source = BatchSource(CorpusSource(corpus), SPECIAL, MaskingConfig(), seed=0)
+    remote_source = BatchSource(remote, SPECIAL, MaskingConfig(), seed=0)
     assert batches(remote_source) == batches(local_source)
 
 
@@ -179,7 +179,7 @@ def test_full_disk_evicts_shards_then_raises(server, corpus, tmp_path, monkeypat
 
 def test_full_cache_raises_cache_error_in_the_trainer(server, tmp_path):
     remote = CorpusSource.open(server.address, settings(tmp_path))
-    source = BatchSource(remote.folder, SPECIAL, MaskingConfig(), seed=0, address=remote.address)
+    source = BatchSource(remote, SPECIAL, MaskingConfig(), seed=0)
     tiny = settings(tmp_path, cache_gib=1e-6, workers=1)
     batches = training_batches(source, lanes=4, share=BatchShare(8, 4), loading=tiny)
     with pytest.raises(CacheError, match=r"raise data\.cache_gib"):

@@ -93,7 +93,7 @@ def interrupted(draw: st.DrawFn, *, workers: st.SearchStrategy[int]) -> list[Seg
 def case(request: pytest.FixtureRequest, corpus: Path, mixture: tuple[CorpusSource, ...]):
     """A source, its quarantined shards, and the samples of the uninterrupted run."""
     sources = () if request.param == "single" else mixture
-    source = BatchSource(corpus, SPECIAL, MaskingConfig(), seed=0, mixture=sources)
+    source = BatchSource(CorpusSource(corpus), SPECIAL, MaskingConfig(), seed=0, mixture=sources)
     thirds = [corpus.manifest.splits[TRAIN].shards[2].sha256 for corpus in source.training_sources]
     quarantined = frozenset(thirds if request.param == "quarantine" else [])
     return source, quarantined, read(source, [Segment(STEPS, 1, 8)], quarantined=quarantined)
@@ -117,13 +117,13 @@ def test_resumed_run_reads_the_same_samples_with_workers(case, segments):
 
 def test_mixture_reads_each_source_in_its_order_and_share(mixture, corpus):
     """Longhand: lane by lane, the samples of a source in the mixture are those of a run on that source alone."""
-    source_of_all = BatchSource(corpus, SPECIAL, MaskingConfig(), seed=0, mixture=mixture)
+    source_of_all = BatchSource(CorpusSource(corpus), SPECIAL, MaskingConfig(), seed=0, mixture=mixture)
     first_of_b = mixture[0].manifest.splits[TRAIN].samples
     mixed = [step for batch in islice(_batches(source_of_all), 250) for step in _by_lane(batch)]
     for number, source in enumerate(mixture):
         alone = [
             step
-            for batch in islice(_batches(BatchSource(source.folder, SPECIAL, MaskingConfig(), seed=0)), 250)
+            for batch in islice(_batches(BatchSource(source, SPECIAL, MaskingConfig(), seed=0)), 250)
             for step in _by_lane(batch)
         ]
         for lane in range(LANES):

@@ -62,7 +62,7 @@ def test_loader_equals_batches_built_directly(source, corpus):
 
 @pytest.fixture(scope="module")
 def uninterrupted(corpus: Path) -> list[int]:
-    return fingerprints(training(BatchSource(corpus, SPECIAL, MaskingConfig(), seed=0)), 40)
+    return fingerprints(training(BatchSource(CorpusSource(corpus), SPECIAL, MaskingConfig(), seed=0)), 40)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -126,7 +126,7 @@ def test_validation_masks_are_independent_of_the_seed(source):
 def test_corpus_without_validation_samples_raises(tmp_path):
     folder = write_corpus(tmp_path, {TRAIN: (3,), VALIDATION: ()})
     with pytest.raises(ConfigError, match="no validation samples"):
-        validation(BatchSource(folder, SPECIAL, MaskingConfig(), seed=0), samples=4)
+        validation(BatchSource(CorpusSource(folder), SPECIAL, MaskingConfig(), seed=0), samples=4)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -134,7 +134,7 @@ def test_corrupt_shard_raises_in_the_training_process(tmp_path, workers):
     folder = write_corpus(tmp_path, {TRAIN: (8, 8, 8, 8), VALIDATION: (1,)})
     shard = folder / "train" / "shard-000002.tar"
     shard.write_bytes(shard.read_bytes()[:-1])
-    batches = training(BatchSource(folder, SPECIAL, MaskingConfig(), seed=0), workers=workers)
+    batches = training(BatchSource(CorpusSource(folder), SPECIAL, MaskingConfig(), seed=0), workers=workers)
     with pytest.raises(ShardError) as caught:
         list(islice(batches, 3))
     assert str(caught.value).startswith(f"shard {shard}: expected")
@@ -186,9 +186,10 @@ from support.numbered_corpus import SPECIAL
 from test_loader import loader_workers, training
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.data.loader import BatchSource
+from pmlm_dist.data.stream import CorpusSource
 
 if __name__ == "__main__":
-    batches = training(BatchSource(Path({corpus!r}), SPECIAL, MaskingConfig(), seed=0), workers=2)
+    batches = training(BatchSource(CorpusSource(Path({corpus!r})), SPECIAL, MaskingConfig(), seed=0), workers=2)
     next(batches)
     print(*[worker.pid for worker in loader_workers()], flush=True)
     time.sleep(600)

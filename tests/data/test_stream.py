@@ -50,11 +50,11 @@ def test_lane_keeps_one_shard_open(corpus):
     opened = []
     for shard in (0, 2, 4, 2):
         reader.tokens(shard, 0, lane=0)
-        opened.append(reader.open_shards)
+        opened.append(len(reader._open))
     reader.tokens(4, 0, lane=1)
-    assert (opened, reader.open_shards) == ([1, 1, 1, 1], 2)
+    assert (opened, len(reader._open)) == ([1, 1, 1, 1], 2)
     reader.close()
-    assert reader.open_shards == 0
+    assert len(reader._open) == 0
     assert reader.tokens(0, 0).tolist() == tokens_of(TRAIN, 0).tolist()
 
 

@@ -18,6 +18,7 @@ from pmlm_dist.config import DataConfig, MaskingConfig
 from pmlm_dist.corpus.shards import TRAIN, VALIDATION
 from pmlm_dist.data.loader import BatchSource, training_batches
 from pmlm_dist.data.order import BatchShare
+from pmlm_dist.data.stream import CorpusSource
 from pmlm_dist.data.worker_pool import WorkerError, WorkerPool
 
 
@@ -127,7 +128,7 @@ def test_stop_signals_are_ignored_by_workers():
 
 def test_killed_loader_worker_raises_with_shard_and_sample(tmp_path: Path):
     folder = write_corpus(tmp_path, {TRAIN: (8, 8, 8, 8), VALIDATION: (1,)})
-    source = BatchSource(folder, SPECIAL, MaskingConfig(), seed=0)
+    source = BatchSource(CorpusSource(folder), SPECIAL, MaskingConfig(), seed=0)
     batches = training_batches(source, lanes=4, share=BatchShare(8, 4), loading=DataConfig(workers=1, prefetch=1))
     next(batches)
     os.kill(batches._arrays._workers[0].process.pid, signal.SIGKILL)
@@ -143,7 +144,7 @@ def test_worker_with_a_pipe_instead_of_a_shard_does_not_hang(tmp_path: Path):
     for shard in (folder / "train").iterdir():
         shard.unlink()
         os.mkfifo(shard)
-    source = BatchSource(folder, SPECIAL, MaskingConfig(), seed=0)
+    source = BatchSource(CorpusSource(folder), SPECIAL, MaskingConfig(), seed=0)
     batches = training_batches(
         source, lanes=2, share=BatchShare(8, 4), loading=DataConfig(workers=1, retries=1, retry_wait_s=0.0)
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.batches import SPECIAL, VOCABULARY, model_of
 
-from pmlm_dist.decoding.batch_generation import build_search, generate_batches
+from pmlm_dist.decoding.batch_generation import batches_by_length, build_search, generate_batch
 from pmlm_dist.decoding.beam_search import Hypothesis
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.masking.layout import SlotInputs
@@ -49,14 +49,24 @@ def without_cache(source: np.ndarray, config: DecodingConfig) -> list[Hypothesis
     return search.hypotheses(state)[0]
 
 
+def generate(config: DecodingConfig, *, batch: int = len(SOURCES)) -> list[list[Hypothesis]]:
+    """Hypotheses for `SOURCES`, generated `batch` at a time."""
+    network, search, results = model(), build_search(config, SPECIAL), {}
+    for rows in batches_by_length([len(source) for source in SOURCES], batch=batch):
+        sources = [SOURCES[row] for row in rows]
+        found = generate_batch(network, sources, search=search, special=SPECIAL, sample_ids=rows)
+        results |= dict(zip(rows, found, strict=True))
+    return [results[row] for row in range(len(SOURCES))]
+
+
 @pytest.mark.parametrize("method", ["beam", "greedy", "sample"])
 def test_batch_generates_the_same_as_search_without_cache(method):
     config = DecodingConfig(
         **{**CONFIG.__dict__, "method": method, "num_return_sequences": 3 if method == "beam" else 1}
     )
-    results = generate_batches(model(), SOURCES, search=build_search(config, SPECIAL), special=SPECIAL, batch=3)
+    results = generate(config, batch=3)
     if method == "sample":  # the sample id seeds the draws
-        again = generate_batches(model(), SOURCES, search=build_search(config, SPECIAL), special=SPECIAL, batch=1)
+        again = generate(config, batch=1)
         assert [[h.tokens for h in row] for row in results] == [[h.tokens for h in row] for row in again]
         return
     for source, hypotheses in zip(SOURCES, results, strict=True):
@@ -69,7 +79,7 @@ def test_batch_generates_the_same_as_search_without_cache(method):
 
 def test_special_tokens_are_never_generated():
     config = DecodingConfig(method="sample", max_length=20, temperature=3.0, min_length=10)
-    results = generate_batches(model(), SOURCES, search=build_search(config, SPECIAL), special=SPECIAL)
+    results = generate(config)
     generated = {token for row in results for h in row for token in h.tokens}
     assert len(generated) > 10
     assert not generated & set(SPECIAL.special)

@@ -52,7 +52,7 @@ def one_by_one(model: PseudoMaskedLM, text: list[int], *, whole_words: bool) -> 
         ids = [SPECIAL.cls, *text, SPECIAL.sep]
         ids[target + 1] = SPECIAL.mask
         if whole_words:
-            pieces = itertools.takewhile(lambda id: VOCAB.token(id).startswith("##"), text[target + 1 :])
+            pieces = itertools.takewhile(lambda id: VOCAB.tokens[id].startswith("##"), text[target + 1 :])
             for number, _ in enumerate(pieces):
                 ids[target + 2 + number] = SPECIAL.mask
         ids_1T = torch.tensor([ids])
@@ -85,7 +85,7 @@ def test_pll_equals_a_loop_over_masked_tokens(method: Method, attention: str):
 
 def test_pieces_of_a_word_are_masked_for_the_pieces_before_them():
     model = model_of().eval()
-    word, piece = (next(id for id in range(VOCAB.size) if VOCAB.token(id) == name) for name in ("word5", "##piece6"))
+    word, piece = (next(id for id in range(VOCAB.size) if VOCAB.tokens[id] == name) for name in ("word5", "##piece6"))
     alone, of_word = (
         score_texts(model, [[word, piece, word]], method=method, vocabulary=VOCAB, slots=64)[0]
         for method in ("pll", "pll-word")

@@ -8,7 +8,7 @@ import pytest
 from support.worlds import run_world
 
 from pmlm_dist.config import ModelConfig
-from pmlm_dist.planning.parameters import largest_tensor, model_parameters, persistent_numbers
+from pmlm_dist.planning.parameters import largest_tensor, persistent_numbers, rank_parameters, total_parameters
 from pmlm_dist.planning.workload import Workload
 from pmlm_dist.presets import PRESETS
 
@@ -50,19 +50,17 @@ def real() -> dict[int, dict[str, list[int]]]:
 def test_parameters_of_a_rank_equal_the_model(real: dict[int, dict[str, list[int]]], name: str, tp: int):
     work = Workload(SHAPES[name], context=16, predictions=3, micro_batch=1, tp=tp)
     numbers = real[tp][name]
-    assert model_parameters(work).on_rank(tp) == sum(numbers)
+    assert rank_parameters(work) == sum(numbers)
     assert largest_tensor(work) == max(numbers)
-    # The formula omits the table of relative positions, which is small on every rank.
-    table = SHAPES[name].num_heads * 32 // tp if SHAPES[name].relative_bias else 0
-    assert persistent_numbers(work, threshold=PERSISTENT) == sum(n for n in numbers if n <= PERSISTENT) - table
+    assert persistent_numbers(work, threshold=PERSISTENT) == sum(n for n in numbers if n <= PERSISTENT)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_total_counts_replicated_parameters_once(real: dict[int, dict[str, list[int]]], name: str):
     work = Workload(SHAPES[name], context=16, predictions=3, micro_batch=1, tp=4)
-    assert model_parameters(work).total == sum(real[1][name])
+    assert total_parameters(work) == sum(real[1][name])
 
 
 def test_presets_have_the_sizes_of_the_paper():
-    sizes = {name: model_parameters(Workload(SHAPES[name], 512, 77, 1)).total / 1e6 for name in ("base", "large")}
+    sizes = {name: total_parameters(Workload(SHAPES[name], 512, 77, 1)) / 1e6 for name in ("base", "large")}
     assert sizes == pytest.approx({"base": 109.5, "large": 335.0}, rel=0.01)

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, MPNetConfig, MPNetForMaske
 
 from pmlm_dist.config import ModelConfig
 from pmlm_dist.conversion.pretrained import PretrainedWeights, build_pretrained, hidden_states, logits, save_pretrained
-from pmlm_dist.conversion.tensors import parameter_shapes
+from pmlm_dist.planning.parameters import parameter_shapes
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 WORDS = [

@@ -29,8 +29,8 @@ class RecordingLog:
     def info(self, text: str) -> None:
         self.lines.append(text)
 
-    def failed_checkpoints(self, count: int, *, step: int) -> None:
-        self.failures.append(count)
+    def scalars(self, scalars: dict[str, int], *, step: int) -> None:
+        self.failures.append(scalars["checkpoint/failed"])
 
 
 class SavingRun:

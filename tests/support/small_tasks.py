@@ -12,8 +12,8 @@ import torch
 
 from pmlm_dist.config import ParallelConfig
 from pmlm_dist.conversion.pretrained import PretrainedWeights, save_pretrained
-from pmlm_dist.conversion.tensors import parameter_shapes
 from pmlm_dist.downstream.settings import FinetuneConfig, InputConfig, Recipe
+from pmlm_dist.planning.parameters import parameter_shapes
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 from support.small_runs import MODEL, write_engine_config
 

@@ -22,7 +22,7 @@ def vocabulary() -> Vocabulary:
 
 
 def test_special_tokens_have_the_first_ids(vocabulary: Vocabulary):
-    assert [vocabulary.token(id) for id in range(5)] == list(SPECIAL_TOKENS)
+    assert [vocabulary.tokens[id] for id in range(5)] == list(SPECIAL_TOKENS)
     ids = (vocabulary.pad_id, vocabulary.unk_id, vocabulary.cls_id, vocabulary.sep_id, vocabulary.mask_id)
     assert ids == vocabulary.special_ids == (0, 1, 2, 3, 4)
 

@@ -81,8 +81,8 @@ def test_tokens_that_settings_never_read_are_noted(tmp_path: Path, as_json: bool
 def test_repeated_unused_tokens_keep_their_ids(tmp_path: Path):
     tokens = [*WORDS, "[unused1]", "[unused2]", "[unused1]", "end"]
     vocabulary = Vocabulary.load(write(tmp_path, tokens))
-    assert (vocabulary.token(len(tokens) - 1), vocabulary.size) == ("end", len(tokens))
-    assert vocabulary.token(len(tokens) - 2) == "[unused0]"
+    assert (vocabulary.tokens[len(tokens) - 1], vocabulary.size) == ("end", len(tokens))
+    assert vocabulary.tokens[len(tokens) - 2] == "[unused0]"
     (note,) = vocabulary.notes
     assert "1 repeated lines ([unused1], ...)" in note
 
@@ -113,7 +113,7 @@ def test_word_list_that_uncased_text_cannot_have_made_raises(tmp_path: Path, tok
 def test_settings_beside_a_word_list_apply(tmp_path: Path, settings: dict[str, bool], expected: list[str]):
     folder = write(tmp_path, CASED, **settings)
     vocabulary = assert_read_as_by_transformers(folder, tmp_path)
-    assert [vocabulary.token(id) for id in vocabulary.encode_batch(["The Haus schön"])[0]] == expected
+    assert [vocabulary.tokens[id] for id in vocabulary.encode_batch(["The Haus schön"])[0]] == expected
     flags = {"cased": not settings["do_lower_case"], "keep_accents": settings.get("strip_accents") is False}
     if any(flags.values()):
         (bare := tmp_path / "bare").mkdir()
@@ -186,7 +186,7 @@ def test_added_words_are_read_with_their_flags(tmp_path: Path, interleaved: bool
     assert set(vocabulary.words) == {"covid", "covid-19", "New York", "<e1>"}
     ids = vocabulary.encode_batch(["covid-19 [MASK] <e1>"])[0]
     assert vocabulary.mask_id not in ids
-    assert {"covid-19", "<e1>"} <= {vocabulary.token(id) for id in ids}
+    assert {"covid-19", "<e1>"} <= {vocabulary.tokens[id] for id in ids}
     assert "new york" not in vocabulary.decode(vocabulary.encode_batch(["in new york"])[0])
 
 

@@ -82,7 +82,6 @@ class Cleaner:
     """Kind of change -> number of documents."""
 
     def clean(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Yield the kept documents, normalized; count the others by reason."""
         for document in documents:
             cleaned = normalize(document, self.unicode)
             self.changed[NORMALIZED] += cleaned is not document

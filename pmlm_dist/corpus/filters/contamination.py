@@ -44,7 +44,6 @@ class HeldOutNgrams:
         return cls(np.unique(np.concatenate(hashes)), words)
 
     def overlaps(self, text: str) -> bool:
-        """Return True if `text` has one of the n-grams."""
         hashes = _ngrams(text, self.words)
         first, last = (np.searchsorted(self.hashes, hashes, side=side) for side in ("left", "right"))
         return bool((first < last).any())

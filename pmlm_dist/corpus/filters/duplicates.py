@@ -67,6 +67,13 @@ class DigestPartitions:
         return self.folder / f"{self.kind}-{partition:05d}-{rank}"
 
 
+def digest_rows(digests: np.ndarray, *, unit: int, numbers: np.ndarray) -> np.ndarray:
+    """Return a `ROW` for each of the `digests`, shape [documents, digests of a document]."""
+    rows = np.empty(digests.shape, ROW)
+    rows["digest"], rows["unit"], rows["number"] = digests, unit, numbers[:, None]
+    return rows.reshape(-1)
+
+
 def duplicate_rows(table: np.ndarray, *, are_near: AreNear | None = None) -> np.ndarray:
     """Return the rows (`ROW`) whose digest an earlier document has, by (unit, number).
 
@@ -145,13 +152,6 @@ class NearDuplicateDetector:
         while batch := list(itertools.islice(shingles, _SHINGLE_BATCH)):
             sketch.update_batch(batch)
         return sketch.hashvalues.astype(np.uint32)
-
-    def rows(self, signatures: np.ndarray, *, unit: int, numbers: np.ndarray) -> np.ndarray:
-        """Return a `ROW` for each document and band."""
-        rows = np.empty((len(numbers), self.bands.count), ROW)
-        rows["digest"] = self.bands.digests(signatures)
-        rows["unit"], rows["number"] = unit, numbers[:, None]
-        return rows.reshape(-1)
 
     def are_near(self, signatures: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Compare [N, NUM_HASHES] row by row -> [N]: whether the estimated Jaccard index reaches the threshold.

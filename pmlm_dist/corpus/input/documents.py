@@ -48,7 +48,6 @@ class Document:
 
     @property
     def location(self) -> str:
-        """Source, record and unit, for messages."""
         return f"{self.source}, record {self.number} of unit {self.unit}"
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import multiprocessing
 import os
 import signal
@@ -21,7 +20,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmlm_dist.files import open_atomically
+from pmlm_dist.files import json_line, open_atomically
+from pmlm_dist.json_input import is_unicode
 
 MIN_CHARACTERS = 200
 _WORKERS = 4
@@ -101,7 +101,7 @@ def write_python_docs(path: Path, *, folders: Iterable[Path] | None = None) -> P
             for docstring in docstrings or ():
                 if docstring.text not in seen:
                     seen.add(docstring.text)
-                    out.write((json.dumps(docstring.__dict__, ensure_ascii=False) + "\n").encode())
+                    out.write(json_line(vars(docstring)))
     return PythonDocsCounts(files=len(files), docstrings=len(seen), unparsable=unparsable)
 
 
@@ -132,20 +132,11 @@ def _docstrings_in(node: ast.AST, *, name: str) -> Iterator[tuple[str, str]]:
     while pending:
         name, node = pending.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = _clean(ast.get_docstring(node, clean=False))
-            if text:
+            docstring = ast.get_docstring(node, clean=False) or ""
+            text = inspect.cleandoc(docstring) if len(docstring) > MIN_CHARACTERS else ""
+            if len(text) > MIN_CHARACTERS and is_unicode(text):
                 yield name, text
         for child in reversed(list(ast.iter_child_nodes(node))):
             if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
                 defines = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
                 pending.append((f"{name}.{child.name}" if defines else name, child))
-
-
-def _clean(docstring: str | None) -> str | None:
-    """Return the dedented docstring; None if it is missing, short, or invalid Unicode."""
-    if docstring is None or len(docstring) <= MIN_CHARACTERS:
-        return None
-    text = inspect.cleandoc(docstring)
-    if len(text) <= MIN_CHARACTERS or any("\ud800" <= character <= "\udfff" for character in text):
-        return None
-    return text

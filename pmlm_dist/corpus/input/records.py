@@ -38,7 +38,6 @@ class SkippedRecords:
     """Reason -> (unit, location) of the first skipped record."""
 
     def add(self, reason: str, *, unit: int, location: str) -> None:
-        """Count one skipped record."""
         self.counts[reason] += 1
         self.first.setdefault(reason, (unit, location))
 

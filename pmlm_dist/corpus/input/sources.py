@@ -50,7 +50,14 @@ class SourceFile:
     @property
     def kind(self) -> tuple[str, str]:
         """Format (`txt`, `jsonl`, `parquet`, `dataset`) and compression; ("", "") if unknown."""
-        return _kind(self.name)
+        if self.name.startswith(DATASETS):
+            return "dataset", "none"
+        path = Path(urllib.parse.urlsplit(self.name).path if is_url(self.name) else self.name)
+        parts = path.name.split(".")
+        compression = parts.pop() if len(parts) > 2 and parts[-1] in COMPRESSIONS else "none"
+        kind = parts[-1] if len(parts) > 1 else ""
+        is_supported = kind in _SUFFIXES or (kind == "parquet" and compression == "none")
+        return (kind, compression) if is_supported else ("", "")
 
 
 def find_files(patterns: Iterable[str]) -> list[SourceFile]:
@@ -83,7 +90,7 @@ def _sort_key(file: SourceFile) -> tuple[bool, Any]:
 
 
 def is_url(name: str) -> bool:
-    """Return True for a URL, False for a local path."""
+    """Return False for a local path."""
     return "://" in name
 
 
@@ -94,7 +101,7 @@ def local_file(path: Path | str) -> SourceFile:
 
 
 def open_source(name: str) -> BinaryIO:
-    """Open a file for reading, seekable. Wrap the reads in `convert_read_errors`.
+    """Open a file for seekable reading. Wrap the reads in `convert_read_errors`.
 
     A file of a web server without range requests is first downloaded into a temporary file.
     """
@@ -126,21 +133,12 @@ def _read_errors() -> tuple[type[Exception], ...]:
     return (OSError,) if aiohttp is None else (OSError, aiohttp.ClientError)
 
 
-def _kind(name: str) -> tuple[str, str]:
-    if name.startswith(DATASETS):
-        return "dataset", "none"
-    parts = Path(urllib.parse.urlsplit(name).path if is_url(name) else name).name.split(".")
-    compression = parts.pop() if len(parts) > 2 and parts[-1] in COMPRESSIONS else "none"
-    kind = parts[-1] if len(parts) > 1 else ""
-    is_supported = kind in _SUFFIXES or (kind == "parquet" and compression == "none")
-    return (kind, compression) if is_supported else ("", "")
-
-
 def _matches(pattern: str) -> list[SourceFile]:
     if pattern.startswith("pipe:"):
         raise ConfigError([f"source {pattern!r}: a source cannot be a program: write its output to a file"])
     if pattern.startswith(DATASETS):
-        return [_dataset_file(pattern)]
+        data = open_dataset(pattern)
+        return [SourceFile(pattern, int(data.data.nbytes), f"{data.num_rows} rows, {data._fingerprint}")]
     if is_url(pattern):
         return _remote_files(pattern)
     names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
@@ -197,21 +195,11 @@ def _is_seekable(url: str) -> bool:
 def _remote_file(system: Any, info: dict[str, Any]) -> SourceFile:
     name = system.unstrip_protocol(info["name"])
     keys = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime", "created")
-    versions = (info.get(key) for key in keys)
-    return SourceFile(
-        name,
-        info["size"] or 0,
-        version=str(next((version for version in versions if version), "")),
-        seekable=_is_seekable(name),
-    )
+    version = next((info[key] for key in keys if info.get(key)), "")
+    return SourceFile(name, info["size"] or 0, str(version), _is_seekable(name))
 
 
 # ----------------------------------------------------------------------------------------------------------- datasets
-
-
-def _dataset_file(url: str) -> SourceFile:
-    data = open_dataset(url)
-    return SourceFile(url, int(data.data.nbytes), f"{data.num_rows} rows, {data._fingerprint}")
 
 
 @lru_cache(maxsize=4)

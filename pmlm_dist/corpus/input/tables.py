@@ -29,11 +29,7 @@ def parquet_rows(source: str, raw: BinaryIO, *, row_group: int, column: str) -> 
     import pyarrow
 
     file = open_parquet(source, raw)
-    names = file.schema_arrow.names
-    _raise_if_missing(source, column, names)
-    kind = file.schema_arrow.field(column).type
-    is_string = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-    _raise_if_not_strings(source, column, None if is_string else kind)
+    _raise_unless_strings(source, column, {field.name: field.type for field in file.schema_arrow})
     row = 0
     for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[row_group], columns=[column]):
         # As bytes: invalid UTF-8 in a string column is counted like that of any other file.
@@ -51,9 +47,7 @@ def parquet_values(source: str, raw: BinaryIO, *, row_group: int) -> Iterator[di
 def dataset_rows(source: str, *, start: int, stop: int, column: str) -> Iterator[tuple[str, Record]]:
     """Yield (location, text) of the rows [start, stop). Raises ConfigError unless `column` holds strings."""
     data = open_dataset(source)
-    _raise_if_missing(source, column, data.column_names)
-    kind = getattr(data.features[column], "dtype", "")
-    _raise_if_not_strings(source, column, None if kind in ("string", "large_string") else kind)
+    _raise_unless_strings(source, column, {name: getattr(kind, "dtype", "") for name, kind in data.features.items()})
     texts = data.select_columns([column])
     for first in range(start, stop, _BATCH_ROWS):
         values = texts[first : min(first + _BATCH_ROWS, stop)][column]
@@ -61,13 +55,11 @@ def dataset_rows(source: str, *, start: int, stop: int, column: str) -> Iterator
             yield f"row {row}", _record(value if value is None else value.encode(), column=column)
 
 
-def _raise_if_missing(source: str, column: str, names: list[str]) -> None:
-    if column not in names:
-        raise_if_any([f"source {source} has no column {column!r}: set --text-field to one of {names}"])
-
-
-def _raise_if_not_strings(source: str, column: str, kind: object) -> None:
-    if kind is not None:
+def _raise_unless_strings(source: str, column: str, types: dict[str, Any]) -> None:
+    if column not in types:
+        raise_if_any([f"source {source} has no column {column!r}: set --text-field to one of {list(types)}"])
+    kind = str(types[column])
+    if kind not in ("string", "large_string"):
         raise_if_any([f"source {source}: column {column!r} holds {kind}, not strings: set --text-field to another"])
 
 

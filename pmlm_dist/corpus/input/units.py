@@ -27,18 +27,12 @@ class Unit:
     number: int
     """Position in the list of all units."""
     source: str
-    """Path or URL of the file or data set."""
     format: Format
     compression: Compression
     start: int
     """First byte; for parquet the row group, for a data set the first row."""
     stop: int | None
     """Byte (row) after the last; None: the end of the file."""
-
-    @property
-    def stem(self) -> str:
-        """File name of the unit in the journal, without suffix."""
-        return unit_stem(self.number)
 
 
 def unit_stem(unit: int) -> str:

@@ -34,9 +34,7 @@ class PackingConfig:
     sequence_length: int
     """Tokens of a full sample, the three special ones included."""
     cls_id: int
-    """Id of [CLS]."""
     sep_id: int
-    """Id of [SEP]."""
     joined: Joined = "join"
     """`join`: documents follow one another within a sample; `pad`: every document begins its own sample."""
 

@@ -46,7 +46,6 @@ class SortedRun:
 
     @property
     def stored_dtype(self) -> np.dtype:
-        """Type of the ids in the file."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     def write(self, samples: Sequence[np.ndarray], sort_keys: Sequence[_SortKey]) -> None:
@@ -121,16 +120,14 @@ class MergedRuns:
         for bucket, count in enumerate(self.bucket_counts):
             first, last = max(start - before, 0), min(stop - before, count)
             before += count
-            if first < last:
-                yield from self._read_bucket(bucket, first=first, last=last)
-
-    def _read_bucket(self, bucket: int, *, first: int, last: int) -> Iterator[np.ndarray]:
-        if bucket != self._bucket:  # consecutive shards often share a bucket
-            self._load(bucket)
-            self._bucket = bucket
-        for position in self._order[first:last]:
-            start = int(self._starts[position])
-            yield self._tokens[start : start + int(self._index["length"][position])]
+            if first >= last:
+                continue
+            if bucket != self._bucket:  # consecutive shards often share a bucket
+                self._load(bucket)
+                self._bucket = bucket
+            for position in self._order[first:last]:
+                begin = int(self._starts[position])
+                yield self._tokens[begin : begin + int(self._index["length"][position])]
 
     def _load(self, bucket: int) -> None:
         self._tokens = np.empty(0)  # release the previous bucket before the next is read

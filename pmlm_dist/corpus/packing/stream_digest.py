@@ -45,7 +45,6 @@ class StreamDigest:
         self._pending_tokens = 0
 
     def add(self, ids: np.ndarray) -> None:
-        """Add the next document."""
         self._pending.append(ids)
         self._pending_tokens += len(ids)
         if self._pending_tokens >= _BATCH_TOKENS:  # a few large array operations instead of many small ones

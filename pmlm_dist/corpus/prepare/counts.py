@@ -22,43 +22,32 @@ _MAX_UNKNOWN = 0.01
 
 @dataclass
 class UnitCounts:
-    """Counts of one or more units."""
+    """Counts of one or more units; a counter is by split where nothing else is said."""
 
     documents: Counter[str] = field(default_factory=Counter)
-    """By split."""
     content_tokens: Counter[str] = field(default_factory=Counter)
-    """By split."""
     unknown_tokens: Counter[str] = field(default_factory=Counter)
-    """[UNK] among the content tokens, by split."""
+    """[UNK] among the content tokens."""
     samples: Counter[str] = field(default_factory=Counter)
-    """By split."""
     digests: Counter[str] = field(default_factory=Counter)
-    """By split: see stream_digest.py; modulo 2**64."""
+    """See stream_digest.py; modulo 2**64."""
     changed: Counter[str] = field(default_factory=Counter)
     """Documents, by kind of change."""
     characters: int = 0
     skipped: SkippedRecords = field(default_factory=SkippedRecords)
 
     def merge(self, other: UnitCounts) -> None:
-        """Add the counts of `other`."""
         for name in _COUNTERS:
             getattr(self, name).update(getattr(other, name))
         self.characters += other.characters
         self.skipped.merge(other.skipped)
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        counters = {name: dict(getattr(self, name)) for name in _COUNTERS}
-        skipped = {
-            "records_read": self.skipped.records_read,
-            "counts": dict(self.skipped.counts),
-            "first": self.skipped.first,
-        }
-        return {**counters, "characters": self.characters, "skipped": skipped}
+        """Return values for `json.dumps`."""
+        return {**vars(self), "skipped": vars(self.skipped)}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> UnitCounts:
-        """Inverse of `as_json`."""
         skipped = plain["skipped"]
         first = {reason: (unit, location) for reason, (unit, location) in skipped["first"].items()}
         return cls(
@@ -68,11 +57,13 @@ class UnitCounts:
         )
 
 
-_COUNTERS = ("documents", "content_tokens", "unknown_tokens", "samples", "digests", "changed")
+_TOTALS = ("documents", "content_tokens", "unknown_tokens")
+"""By split, in the manifest."""
+_COUNTERS = (*_TOTALS, "samples", "digests", "changed")
 
 
 def sum_counts(counts: Iterable[UnitCounts]) -> UnitCounts:
-    """Return the sum of `counts`."""
+    """Merge `counts`."""
     total = UnitCounts()
     for each in counts:
         total.merge(each)
@@ -91,14 +82,14 @@ def raise_if_empty(config: PrepareConfig, counts: UnitCounts) -> None:
 
 def raise_if_too_small(config: PrepareConfig, totals: UnitCounts) -> None:
     """Raise ConfigError if a split has no sample, or fewer samples than shards."""
-    for split in SPLITS:
-        if totals.samples[split] == 0:
-            raise_if_any(
-                [
-                    f"no sample is left for {split}: {totals.documents.total()} usable documents are too few for a "
-                    f"validation_fraction of {config.validation_fraction}: give more text or another fraction"
-                ]
-            )
+    raise_if_any(
+        [
+            f"no sample is left for {split}: {totals.documents.total()} usable documents are too few for a "
+            f"validation_fraction of {config.validation_fraction}: give more text or another fraction"
+            for split in SPLITS
+            if totals.samples[split] == 0
+        ]
+    )
     if config.shards is not None and totals.samples[TRAIN] < config.shards:
         raise_if_any([f"shards ({config.shards}) exceeds the {totals.samples[TRAIN]} training samples: use fewer"])
 
@@ -112,21 +103,18 @@ def build_manifest(
     token_counts: np.ndarray,
 ) -> Manifest:
     """Return the manifest of a finished corpus; `settings`: those of `recorded_settings`."""
-    tokens = {
-        split: totals.content_tokens[split] + SPECIAL_TOKENS_PER_SAMPLE * totals.samples[split] for split in SPLITS
-    }
+    samples, content = totals.samples, totals.content_tokens
+    tokens = {split: content[split] + SPECIAL_TOKENS_PER_SAMPLE * samples[split] for split in SPLITS}
     return Manifest(
         sequence_length=settings["sequence_length"],
         token_dtype=token_dtype(vocabulary.size),
         vocabulary={"size": vocabulary.size, "fingerprint": vocabulary.fingerprint},
         seed=settings["seed"],
-        splits={split: Split(tuple(shards[split]), totals.samples[split], tokens[split]) for split in SPLITS},
+        splits={split: Split(tuple(shards[split]), samples[split], tokens[split]) for split in SPLITS},
         token_counts=" ".join(map(str, token_counts.tolist())),
         counts={
             "records": totals.skipped.records_read,
-            "documents": {split: totals.documents[split] for split in SPLITS},
-            "content_tokens": {split: totals.content_tokens[split] for split in SPLITS},
-            "unknown_tokens": {split: totals.unknown_tokens[split] for split in SPLITS},
+            **{name: {split: getattr(totals, name)[split] for split in SPLITS} for name in _TOTALS},
             "characters": totals.characters,
             "skipped": dict(sorted(totals.skipped.counts.items())),
             "changed": {what: count for what, count in sorted(totals.changed.items()) if count},
@@ -148,7 +136,6 @@ class DocumentLengths:
     counts: np.ndarray
     """Of `length_histogram`."""
     characters: int
-    """Sum."""
 
     def quantile(self, fraction: float) -> int:
         """Return about the length that `fraction` of the documents do not exceed, in two significant digits."""

@@ -99,7 +99,6 @@ class Journal:
         return (self.folder / _OUTPUTS).is_file() or not any(path.is_file() for path in self.folder.rglob("*"))
 
     def path(self, kind: str, name: str) -> Path:
-        """Return the path of a data file of some work."""
         return self.folder / kind / name
 
     def committed(self, kind: str) -> dict[str, Any]:
@@ -107,7 +106,6 @@ class Journal:
         return {path.stem: self._read(path) for path in sorted((self.folder / kind).glob("*.json"))}
 
     def commit(self, kind: str, name: str, record: Any) -> None:
-        """Record some work as finished."""
         self._write(self.folder / kind / f"{name}.json", record)
 
     def _read(self, path: Path) -> Any:

@@ -61,12 +61,6 @@ def abort_on_failure(comm: Intracomm, explain: Callable[[BaseException], tuple[i
         comm.Abort(code)
 
 
-def print_on_rank_zero(comm: Intracomm, message: str) -> None:
-    """Print a message once."""
-    if comm.rank == 0:
-        print(message, flush=True)
-
-
 def barrier(comm: Intracomm) -> None:
     """Wait for all ranks, asleep. MPI's own barrier polls: it would occupy a core while another rank works."""
     request = comm.Ibarrier()
@@ -74,8 +68,9 @@ def barrier(comm: Intracomm) -> None:
         time.sleep(0.01)
 
 
-def broadcast_object(comm: Intracomm, value: T) -> T:
-    """Return rank 0's `value` on every rank; the other ranks sleep until it is available."""
+def compute_on_rank_zero(comm: Intracomm, compute: Callable[[], T]) -> T:
+    """Return `compute()` of rank 0 on every rank; the other ranks sleep until it is available."""
+    value = compute() if comm.rank == 0 else None
     barrier(comm)
     return comm.bcast(value)
 

@@ -43,7 +43,7 @@ from pmlm_dist.corpus.prepare.counts import (
     summary,
 )
 from pmlm_dist.corpus.prepare.journal import FOLDER, RUNS, SCAN, SHARDS, Journal
-from pmlm_dist.corpus.prepare.mpi import barrier, broadcast_object, print_on_rank_zero, track, world
+from pmlm_dist.corpus.prepare.mpi import barrier, compute_on_rank_zero, track, world
 from pmlm_dist.corpus.prepare.sampling import (
     HASH_BINS,
     piece_text,
@@ -60,7 +60,6 @@ from pmlm_dist.corpus.prepare.settings import (
     given_vocabulary,
     raise_if_different,
     recorded_settings,
-    train_vocabulary,
 )
 from pmlm_dist.corpus.prepare.sorted_runs import RunPacker
 from pmlm_dist.corpus.prepare.source_files import raise_if_changed, source_files, unsplittable_warnings
@@ -100,11 +99,12 @@ def prepare_corpus(config: PrepareConfig) -> Manifest:
             if existing is None or (config.output / FOLDER).exists():
                 lock = stack.enter_context(FolderLock.acquire(config.output))
                 existing = existing_corpus(config) if (config.output / MANIFEST).exists() else None
-        existing = broadcast_object(comm, existing)
+            if existing is not None:
+                if lock is not None:
+                    Journal(config.output).remove()  # left by a run that was killed right after it wrote the manifest
+                print(f"{config.output} exists already with these settings; nothing to do", flush=True)
+        existing = compute_on_rank_zero(comm, lambda: existing)
         if existing is not None:
-            if lock is not None:
-                Journal(config.output).remove()  # left by a run that was killed right after it wrote the manifest
-            print_on_rank_zero(comm, f"{config.output} exists already with these settings; nothing to do")
             return existing
         return _Preparation(config, comm, check_lock=lock.check if lock else lambda: None).run()
 
@@ -122,7 +122,8 @@ class _Preparation:
 
     def run(self) -> Manifest:
         with self._phase("sources"):
-            units, settings = self._begin()
+            units, settings = compute_on_rank_zero(self.comm, self._begin)
+            self._raise_if_not_shared(settings)
         with self._phase("scan"):
             scanned = self.scan.run(units)
         self._check(raise_if_empty, scanned)
@@ -162,10 +163,8 @@ class _Preparation:
 
     def _check(self, check: Callable[[PrepareConfig, UnitCounts], None], counts: UnitCounts) -> None:
         """Check the counts on rank 0 while the others wait."""
-        if self.comm.rank == 0:
-            with self._journal_removed_on_error():
-                check(self.config, counts)
-        barrier(self.comm)
+        with self._journal_removed_on_error():
+            compute_on_rank_zero(self.comm, lambda: check(self.config, counts))
 
     @contextmanager
     def _journal_removed_on_error(self) -> Iterator[None]:
@@ -179,30 +178,24 @@ class _Preparation:
     # 0
 
     def _begin(self) -> tuple[list[Unit], dict[str, Any]]:
-        """Return the units and the recorded settings. Start a journal, or resume one of the same settings and input."""
-        result = None
-        if self.comm.rank == 0:
-            settings, identity = recorded_settings(self.config), self.journal.identity()
-            if identity is not None:
-                raise_if_different(self.journal.folder, identity["settings"], settings, content="an unfinished corpus")
-            else:
-                self.journal.raise_if_not_alone()
-            files = source_files(self.config, self.journal)
-            listing = [list(dataclasses.astuple(file)) for file in files]
-            units = list_units(files, unit_bytes=self.config.unit_bytes)
-            for line in unsplittable_warnings(files, ranks=self.comm.size, unit_bytes=self.config.unit_bytes):
-                print(line, flush=True)
-            self.journal.remove_temporary_files()
-            if identity is None:
-                self.journal.begin({"settings": settings, "files": listing})
-            else:
-                raise_if_changed(self.journal.folder, identity["files"], listing)
-                self._print_resumed(units)
-            result = units, settings
-        result = broadcast_object(self.comm, result)
-        assert result is not None
-        self._raise_if_not_shared(result[1])
-        return result
+        """On rank 0: start a journal, or resume one of the same settings and input; return units and settings."""
+        settings, identity = recorded_settings(self.config), self.journal.identity()
+        if identity is not None:
+            raise_if_different(self.journal.folder, identity["settings"], settings, content="an unfinished corpus")
+        else:
+            self.journal.raise_if_not_alone()
+        files = source_files(self.config, self.journal)
+        listing = [list(dataclasses.astuple(file)) for file in files]
+        units = list_units(files, unit_bytes=self.config.unit_bytes)
+        for line in unsplittable_warnings(files, ranks=self.comm.size, unit_bytes=self.config.unit_bytes):
+            print(line, flush=True)
+        self.journal.remove_temporary_files()
+        if identity is None:
+            self.journal.begin({"settings": settings, "files": listing})
+        else:
+            raise_if_changed(self.journal.folder, identity["files"], listing)
+            self._print_resumed(units)
+        return units, settings
 
     def _raise_if_not_shared(self, settings: Mapping[str, Any]) -> None:
         """Raise ConfigError on rank 0 if a rank does not see its journal: that rank's documents would be missing."""
@@ -230,23 +223,29 @@ class _Preparation:
 
     def _vocabulary(self, units: Sequence[Unit]) -> Vocabulary:
         folder = self.journal.path(_VOCABULARY, "")
-        is_trained = broadcast_object(self.comm, folder.is_dir() if self.comm.rank == 0 else False)
+        is_trained = compute_on_rank_zero(self.comm, folder.is_dir)
         needs_training = not is_trained and self.config.vocabulary is None
         texts = self._vocabulary_texts(units) if needs_training else []
-        vocabulary = None
-        if self.comm.rank == 0:
+
+        def load_or_train() -> Vocabulary:
             if needs_training:
                 with self._journal_removed_on_error():
-                    vocabulary = train_vocabulary(texts, self.config)
+                    vocabulary = Vocabulary.train(
+                        texts,
+                        self.config.vocabulary_size or 0,
+                        cased=self.config.cased,
+                        keep_accents=self.config.keep_accents,
+                        coverage=self.config.character_coverage,
+                    )
                 vocabulary.save(temporary := folder.with_name(f".{_VOCABULARY}"))
                 temporary.replace(folder)  # a folder of two files appears at once
             else:
                 vocabulary = Vocabulary.load(folder) if is_trained else given_vocabulary(self.config)
             for note in vocabulary.notes:
                 print(f"vocabulary: {note}", flush=True)
-        vocabulary = broadcast_object(self.comm, vocabulary)
-        assert vocabulary is not None
-        return vocabulary
+            return vocabulary
+
+        return compute_on_rank_zero(self.comm, load_or_train)
 
     def _vocabulary_texts(self, units: Sequence[Unit]) -> list[str]:
         """Return a pseudo-random sample of the kept text on rank 0; an empty list on other ranks."""
@@ -287,7 +286,7 @@ class _Preparation:
         return runs
 
     def _committed(self, kind: str) -> dict[str, Any]:
-        return broadcast_object(self.comm, self.journal.committed(kind) if self.comm.rank == 0 else {})
+        return compute_on_rank_zero(self.comm, lambda: self.journal.committed(kind))
 
     def _token_counts(self, runs: Mapping[str, Any], *, vocabulary_size: int) -> np.ndarray:
         """Count each token in the training split, shape [vocabulary_size]."""

@@ -16,12 +16,12 @@ from pmlm_dist.corpus.arrays import save_array
 from pmlm_dist.corpus.filters import duplicates
 from pmlm_dist.corpus.filters.cleaning import Cleaner, language_filter
 from pmlm_dist.corpus.filters.contamination import HeldOutNgrams, read_held_out
-from pmlm_dist.corpus.filters.duplicates import DigestPartitions, NearDuplicateDetector
+from pmlm_dist.corpus.filters.duplicates import DigestPartitions, NearDuplicateDetector, digest_rows
 from pmlm_dist.corpus.input.documents import read_unit
 from pmlm_dist.corpus.input.units import Unit, unit_stem
 from pmlm_dist.corpus.prepare.counts import DocumentLengths, UnitCounts, length_histogram, sum_counts
 from pmlm_dist.corpus.prepare.journal import DUPLICATES, PARTITIONS, SCAN, Journal
-from pmlm_dist.corpus.prepare.mpi import barrier, broadcast_object, track
+from pmlm_dist.corpus.prepare.mpi import barrier, compute_on_rank_zero, track
 from pmlm_dist.corpus.prepare.sampling import (
     HASH_BINS,
     SCAN_ROW,
@@ -51,19 +51,17 @@ class Scan:
         self.near = None if config.near_duplicates is None else NearDuplicateDetector(config.near_duplicates)
 
     def assigned(self, units: Sequence[Unit]) -> Sequence[Unit]:
-        """Return the units of this rank."""
         return units[self.comm.rank :: self.comm.size]
 
     def run(self, units: Sequence[Unit]) -> UnitCounts:
         """Scan the units that are not in the journal; return the counts of all units."""
-        is_zero = self.comm.rank == 0
-        scanned = broadcast_object(self.comm, set(self.journal.committed(SCAN)) if is_zero else set())
-        missing = [unit for unit in units if unit.stem not in scanned]
+        scanned = compute_on_rank_zero(self.comm, lambda: set(self.journal.committed(SCAN)))
+        missing = [unit for unit in units if unit_stem(unit.number) not in scanned]
         for unit in track(self.comm, self.assigned(missing), label="scan"):
             self._scan_unit(unit)
         barrier(self.comm)
-        counts = map(UnitCounts.from_json, self.journal.committed(SCAN).values() if is_zero else ())
-        return broadcast_object(self.comm, sum_counts(counts))
+        records = self.journal.committed
+        return compute_on_rank_zero(self.comm, lambda: sum_counts(map(UnitCounts.from_json, records(SCAN).values())))
 
     def _scan_unit(self, unit: Unit) -> None:
         cleaner = self._cleaner()
@@ -73,18 +71,15 @@ class Scan:
             rows.append(scan_row(document))
             if self.near is not None:
                 signatures.append(self.near.signature(document.text))
-        save_array(self.journal.path(SCAN, f"{unit.stem}.npy"), np.array(rows, SCAN_ROW))
+        save_array(self.journal.path(SCAN, f"{unit_stem(unit.number)}.npy"), np.array(rows, SCAN_ROW))
         if self.near is not None:
             table = np.array(signatures, np.uint32).reshape(-1, duplicates.NUM_HASHES)
-            save_array(self.journal.path(SCAN, f"{unit.stem}.minhash.npy"), table)
+            save_array(self.journal.path(SCAN, f"{unit_stem(unit.number)}.minhash.npy"), table)
         counts = UnitCounts(changed=cleaner.changed, skipped=cleaner.skipped)
-        self.journal.commit(SCAN, unit.stem, counts.as_json())
+        self.journal.commit(SCAN, unit_stem(unit.number), counts.as_json())
 
-    def rows(self, unit: Unit) -> np.ndarray:
+    def rows(self, unit: int) -> np.ndarray:
         """Return the rows (`SCAN_ROW`) of a unit."""
-        return self._load_rows(unit.number)
-
-    def _load_rows(self, unit: int) -> np.ndarray:
         return np.load(self.journal.path(SCAN, f"{unit_stem(unit)}.npy"))
 
     def _load_signatures(self, unit: int) -> np.ndarray:
@@ -92,43 +87,39 @@ class Scan:
 
     def find_duplicates(self, units: Sequence[Unit]) -> None:
         """Find the duplicates, exact and near ones according to the settings, and record them in the journal."""
-        documents = self.comm.allreduce(sum(len(self.rows(unit)) for unit in self.assigned(units)))
+        own = [unit.number for unit in self.assigned(units)]
+        documents = self.comm.allreduce(sum(len(self.rows(unit)) for unit in own))
         if self.config.deduplicate:
-            tables = (self._exact_rows(unit) for unit in self.assigned(units))
-            self._find_duplicates(EXACT, tables, rows=documents)
+            digests = ((unit, self.rows(unit)["digest"][:, None]) for unit in own)
+            self._find_duplicates(EXACT, digests, rows=documents)
         if self.near is not None:
-            tables = (self._near_rows(unit, near=self.near) for unit in self.assigned(units))
-            self._find_duplicates(NEAR, tables, rows=documents * self.near.bands.count)
+            bands = self.near.bands
+            digests = ((unit, bands.digests(self._load_signatures(unit))) for unit in own)
+            self._find_duplicates(NEAR, digests, rows=documents * bands.count)
 
-    def _find_duplicates(self, kind: str, tables: Iterator[np.ndarray], *, rows: int) -> None:
-        """Partition the rows and find duplicates in each partition; after an interruption, from the first row on."""
+    def _find_duplicates(self, kind: str, digests: Iterator[tuple[int, np.ndarray]], *, rows: int) -> None:
+        """Partition the rows and find duplicates in each partition; after an interruption, from the first row on.
+
+        `digests`: number and digests [documents, digests of a document] of each unit.
+        """
         count = math.ceil(rows / duplicates.PARTITION_ROWS)
-        is_zero = self.comm.rank == 0
-        if broadcast_object(self.comm, kind in self.journal.committed(DUPLICATES) if is_zero else False):
+        if compute_on_rank_zero(self.comm, lambda: kind in self.journal.committed(DUPLICATES)):
             return
         folder = self.journal.path(PARTITIONS, "")
-        if is_zero:
+        if self.comm.rank == 0:
             # Ranks append to partition files: rows of an interrupted run would be counted twice.
             for leftover in folder.glob(f"{kind}-*"):
                 leftover.unlink()
         barrier(self.comm)
         partitions = DigestPartitions(folder, self.journal.path(DUPLICATES, ""), kind, count)
+        tables = (digest_rows(each, unit=unit, numbers=self.rows(unit)["number"]) for unit, each in digests)
         partitions.scatter(tables, rank=self.comm.rank)
         barrier(self.comm)
         for partition in range(self.comm.rank, count, self.comm.size):
             partitions.find_duplicates(partition, are_near=self._are_near if kind == NEAR else None)
         barrier(self.comm)
-        if is_zero:
+        if self.comm.rank == 0:
             self.journal.commit(DUPLICATES, kind, {"partitions": count})
-
-    def _exact_rows(self, unit: Unit) -> np.ndarray:
-        rows = self.rows(unit)
-        table = np.empty(len(rows), duplicates.ROW)
-        table["digest"], table["unit"], table["number"] = rows["digest"], unit.number, rows["number"]
-        return table
-
-    def _near_rows(self, unit: Unit, *, near: NearDuplicateDetector) -> np.ndarray:
-        return near.rows(self._load_signatures(unit.number), unit=unit.number, numbers=self.rows(unit)["number"])
 
     def _are_near(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
         assert self.near is not None
@@ -142,13 +133,13 @@ class Scan:
         signatures = np.empty((len(rows), duplicates.NUM_HASHES), np.uint32)
         for unit in np.unique(rows["unit"]).tolist():
             in_unit = rows["unit"] == unit
-            positions = np.searchsorted(self._load_rows(unit)["number"], rows["number"][in_unit])
+            positions = np.searchsorted(self.rows(unit)["number"], rows["number"][in_unit])
             signatures[in_unit] = self._load_signatures(unit)[positions]
         return signatures
 
     def kept(self, unit: Unit) -> np.ndarray:
         """Return the rows of the documents of a unit without duplicates."""
-        rows = self.rows(unit)
+        rows = self.rows(unit.number)
         numbers = self.duplicates(unit, EXACT) | self.duplicates(unit, NEAR)
         return rows[~np.isin(rows["number"], list(numbers))] if numbers else rows
 

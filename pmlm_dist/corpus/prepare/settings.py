@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -165,17 +165,6 @@ def given_vocabulary(config: PrepareConfig) -> Vocabulary:
     """Return the vocabulary of `--vocabulary`, read as the settings say."""
     assert config.vocabulary is not None
     return Vocabulary.load(config.vocabulary, cased=config.cased, keep_accents=config.keep_accents)
-
-
-def train_vocabulary(texts: Sequence[str], config: PrepareConfig) -> Vocabulary:
-    """Train the vocabulary of `--vocabulary-size` on `texts`."""
-    return Vocabulary.train(
-        texts,
-        config.vocabulary_size or 0,
-        cased=config.cased,
-        keep_accents=config.keep_accents,
-        coverage=config.character_coverage,
-    )
 
 
 def input_files(config: PrepareConfig) -> list[SourceFile]:

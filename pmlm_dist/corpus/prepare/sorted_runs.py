@@ -58,7 +58,6 @@ class RunPacker:
         self._token_counts = np.zeros(self.vocabulary.size, np.int64)
 
     def add(self, unit: Unit) -> None:
-        """Pack all documents of a unit."""
         streams = {split: self._stream(split, unit) for split in SPLITS}
         segments = itertools.chain.from_iterable(map(self._held_out.segments, self._documents(unit)))
         for tokenized in tokenize(segments, self._encoder):
@@ -88,7 +87,7 @@ class RunPacker:
 
     def _documents(self, unit: Unit) -> Iterator[Document]:
         """Yield the kept documents of a unit; count the duplicates."""
-        scanned = set(self.scan.rows(unit)["number"].tolist())
+        scanned = set(self.scan.rows(unit.number)["number"].tolist())
         exact, near = self.scan.duplicates(unit, EXACT), self.scan.duplicates(unit, NEAR)
         for document in read_unit(unit, text_field=self.config.text_field, skipped=SkippedRecords()):
             if document.number in exact:
@@ -131,7 +130,7 @@ class RunPacker:
     def _flush_if_full(self, unit: Unit) -> None:
         """Write runs in the middle of a unit. They become part of the corpus only when the unit is committed."""
         if self._buffered_bytes() >= self._buffer_bytes:
-            self._flush(f"{unit.stem}-{sum(map(len, self._runs.values())):06d}")
+            self._flush(f"{unit_stem(unit.number)}-{sum(map(len, self._runs.values())):06d}")
 
     def _flush(self, name: str) -> None:
         for split, writer in self._writers.items():
@@ -153,7 +152,6 @@ class _Stream:
         self._write(self.packer.add(document.ids, sentence_starts=document.sentence_starts))
 
     def finish(self) -> None:
-        """Write the remaining samples."""
         self.digest.finish()
         self._write(self.packer.finish())
 

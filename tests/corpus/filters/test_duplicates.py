@@ -11,6 +11,7 @@ from pmlm_dist.corpus.filters.duplicates import (
     ROW,
     DigestPartitions,
     NearDuplicateDetector,
+    digest_rows,
     duplicate_numbers,
     duplicate_rows,
 )
@@ -123,7 +124,7 @@ def test_near_documents_share_a_band_and_exceed_the_threshold(near: NearDuplicat
         for other in others:
             exact = similarity(text, other)
             signatures = np.array([near.signature(text), near.signature(other)])
-            rows = near.rows(signatures, unit=0, numbers=np.array([0, 1]))
+            rows = digest_rows(near.bands.digests(signatures), unit=0, numbers=np.array([0, 1]))
             together = len(duplicate_rows(rows)) > 0
             same = together and bool(near.are_near(signatures[:1], signatures[1:])[0])
             if exact >= 0.93:

@@ -207,7 +207,7 @@ def test_windows_overlap_cover_passage_and_mark_answer():
             start = window.offsets[window.start - window.first][0]
             stop = window.offsets[window.end - window.first][1]
             assert LONG["context"][start:stop] == "red fish"
-            words = [VOCABULARY.token(id) for id in window.encoded.ids[window.start : window.end + 1]]
+            words = [VOCABULARY.tokens[id] for id in window.encoded.ids[window.start : window.end + 1]]
             assert words == ["red", "fish"]
     assert any(window.end for window in windows)
     assert any(not window.end for window in windows)
