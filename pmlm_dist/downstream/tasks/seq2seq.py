@@ -28,7 +28,7 @@ from pmlm_dist.data.batch import special_ids
 from pmlm_dist.decoding.batch_generation import build_search, generate_batch
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.downstream.settings import FinetuneConfig, GenerationConfig
-from pmlm_dist.downstream.tasks.inputs import find_column, raise_if_missing, raise_row_problems, row_id, row_text
+from pmlm_dist.downstream.tasks.inputs import find_column, raise_row_problems, valid_rows
 from pmlm_dist.downstream.tasks.overlap import bleu_signature, overlap_scores
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
 from pmlm_dist.masking.layout import SlotInputs
@@ -82,7 +82,6 @@ class Seq2Seq(Task[PairExample, PairFeature]):
 
     @classmethod
     def make(cls, config: FinetuneConfig, rows: Sequence[Row], vocabulary: Vocabulary, model: ModelConfig) -> Seq2Seq:
-        """Build the task for the training `rows`. Raises `ConfigError`."""
         inputs, origin = config.inputs, f"--task {config.task}"
         source = find_column(rows, inputs.text, SOURCES, role="text", origin=origin)
         target = find_column(rows, inputs.label, TARGETS, role="label", origin=origin)
@@ -92,7 +91,6 @@ class Seq2Seq(Task[PairExample, PairFeature]):
 
     @classmethod
     def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary) -> Seq2Seq:
-        """Rebuild the task from `as_json()`."""
         settings = generation_settings(saved)
         return cls(settings, vocabulary, columns=tuple(saved["columns"]), too_long=saved["too_long"])
 
@@ -107,15 +105,10 @@ class Seq2Seq(Task[PairExample, PairFeature]):
 
     def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[PairExample]:
         """Validate sources and targets of all rows; neither may be empty."""
-        columns, problems, examples = self.columns[: 1 + labeled], [], []
-        raise_if_missing(columns, rows, origin=origin)
-        for number, row in enumerate(rows, start=1):
-            location = f"{origin}, row {number}"
-            texts = [row_text(row, column, location=location, problems=problems) for column in columns]
-            row_number = row_id(row, number - 1, location=location, problems=problems)
-            examples.append(PairExample(row_number, texts[0], texts[1] if labeled else None, location))
-        raise_row_problems(problems)
-        return examples
+        return [
+            PairExample(row.id, row.texts[0], row.texts[1] if labeled else None, row.location)
+            for row in valid_rows(rows, self.columns[: 1 + labeled], label=None, origin=origin)
+        ]
 
     def features(self, examples: Sequence[PairExample], *, training: bool) -> list[PairFeature]:
         """Tokenize; inputs that are too long are counted and later truncated by the layout, or raise `ConfigError`."""
@@ -148,7 +141,6 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         return problems if self.too_long == "raise" else []
 
     def notes(self) -> list[str]:
-        """Return the numbers of truncated sources and targets."""
         return [
             f"{count:,} {'sources' if name == 'max_source' else 'targets'} were truncated to "
             f"{getattr(self.settings, name)} tokens (generation.{name})"
@@ -265,7 +257,6 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         return {**overlap, "nll": nll / tokens}
 
     def signatures(self, examples: Sequence[PairExample]) -> dict[str, str]:
-        """Return sacrebleu's signature."""
         return {"bleu": bleu_signature(_references(examples))}
 
     def mean_loss(self, features: Sequence[PairFeature], outputs: Sequence[Any]) -> float:
