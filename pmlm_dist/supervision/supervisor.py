@@ -73,11 +73,8 @@ class SupervisorTimes:
     """Time for the rank's descendants to end by themselves."""
 
 
-DEFAULT_TIMES = SupervisorTimes()
-
-
 def run_supervised(
-    main: Callable[[Heartbeat], int | None], *, program: str = "train.py", times: SupervisorTimes = DEFAULT_TIMES
+    main: Callable[[Heartbeat], int | None], *, program: str = "train.py", times: SupervisorTimes = SupervisorTimes()
 ) -> int:
     """Run `main` as the rank in a forked process and return its exit code; call it once, before any thread starts.
 
@@ -93,8 +90,7 @@ def run_supervised(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     parent, child = os.getpid(), os.fork()
     if child:
-        supervisor = Supervisor(child, heartbeat, stacks, oom_kills_before=oom_kills_before, times=times)
-        return supervisor.watch()
+        return Supervisor(child, heartbeat, stacks, oom_kills_before=oom_kills_before, times=times).watch()
     processes.die_with_parent()
     if os.getppid() != parent:  # the supervisor died between the fork and `die_with_parent`
         os._exit(SIGNALLED + signal.SIGKILL)
@@ -120,17 +116,10 @@ class Supervisor:
     """Watches one rank, the process `child`, until it has ended."""
 
     def __init__(
-        self,
-        child: int,
-        heartbeat: Heartbeat,
-        stacks: IO[bytes],
-        *,
-        oom_kills_before: int,
-        times: SupervisorTimes = DEFAULT_TIMES,
+        self, child: int, heartbeat: Heartbeat, stacks: IO[bytes], *, oom_kills_before: int, times: SupervisorTimes
     ):
         self._child, self._heartbeat, self._stacks = child, heartbeat, stacks
-        self._oom_kills_before = oom_kills_before
-        self._times = times
+        self._oom_kills_before, self._times = oom_kills_before, times
         self._wait_status: int | None = None
         self._last_beat = Beat(0, 0, "start-up", float("inf"), time.monotonic())
         self._silence_s = 0.0
