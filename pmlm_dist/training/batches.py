@@ -141,11 +141,11 @@ class TrainBatches:
         self._prefetcher = self._start()
 
     def _corrupt_shard(self, error: Exception | None) -> CorruptShard | None:
-        shard = error.shard if isinstance(error, ShardError) else None
+        if not isinstance(error, ShardError):
+            return None
         for source, manifest in zip(self._run.training, self._manifests, strict=True):
-            if shard is not None and shard in manifest.splits[TRAIN].shards:
-                offset = error.offset if isinstance(error, ShardError) else None
-                return CorruptShard(source.name, shard.name, shard.sha256, shard.samples, offset, str(error))
+            if (shard := error.shard) in manifest.splits[TRAIN].shards:
+                return CorruptShard(source.name, shard.name, shard.sha256, shard.samples, error.offset, str(error))
         return None
 
     def _quarantined(self) -> dict[str, int]:
