@@ -9,7 +9,7 @@ is the same for every tensor-parallel size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class ColumnLinear(_NoExtraState, ColumnParallelLinear):
             size_in,
             size_out,
             config=_shared_config(),
-            init_method=_normal(std),
+            init_method=partial(nn.init.normal_, std=std),
             gather_output=False,
             tp_group=_tp_group(),
         )
@@ -88,7 +88,7 @@ class RowLinear(_NoExtraState, RowParallelLinear):
             size_in,
             size_out,
             config=_shared_config(),
-            init_method=_normal(std),
+            init_method=partial(nn.init.normal_, std=std),
             bias=True,
             input_is_parallel=True,
             skip_bias_add=False,
@@ -106,9 +106,8 @@ class VocabularyEmbedding(VocabParallelEmbedding):
     """Token embedding with rows [V, E] split over the tensor-parallel ranks; also the matrix of the tied head."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, std: float):
-        super().__init__(
-            vocab_size, hidden_size, config=_shared_config(), init_method=_normal(std), tp_group=_tp_group()
-        )
+        draw = partial(nn.init.normal_, std=std)
+        super().__init__(vocab_size, hidden_size, config=_shared_config(), init_method=draw, tp_group=_tp_group())
 
 
 def sharded(full: Tensor) -> nn.Parameter:
@@ -116,13 +115,6 @@ def sharded(full: Tensor) -> nn.Parameter:
     part = nn.Parameter(full.chunk(tp_size(), dim=0)[tp_rank()].clone())
     set_tensor_model_parallel_attributes(part, True, 0, 1)
     return part
-
-
-def _normal(std: float) -> Callable[[Tensor], None]:
-    def draw(weight: Tensor) -> None:
-        nn.init.normal_(weight, mean=0.0, std=std)
-
-    return draw
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -143,6 +135,5 @@ def count_parameters(model: nn.Module, topology: Topology) -> int:
 
 
 def _numel(parameter: Tensor) -> int:
-    return int(
-        getattr(parameter, "ds_numel", parameter.numel())
-    )  # ZeRO-3 empties parameters and stores their size here
+    # ZeRO-3 empties parameters and stores their size here.
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
