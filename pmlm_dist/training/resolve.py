@@ -17,7 +17,7 @@ import torch
 
 from pmlm_dist.checkpoint.initial_weights import initial_weights_problems
 from pmlm_dist.checkpoint.resume import differences
-from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, as_dict, raise_if_any
+from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, as_dict
 from pmlm_dist.corpus.shards import Manifest, misplaced
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.data.loader import BatchSource
@@ -31,7 +31,6 @@ from pmlm_dist.metrics.flops import training_flops
 from pmlm_dist.objectives import OBJECTIVES
 from pmlm_dist.parallel.groups import Topology, raise_on_all_ranks
 from pmlm_dist.relations import divisors
-from pmlm_dist.relations import problems as config_problems
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 # Settings that may change on resume: they change how the model is computed, not what is learned.
@@ -171,11 +170,6 @@ class ResolvedRun:
             "train_batch_size": self.engine.global_batch,
             "precision": self.engine.precision,
         }
-
-
-def check(config: RunConfig) -> None:
-    """Raise `ConfigError` for settings that are wrong by themselves; needs no other rank and no file."""
-    raise_if_any(config_problems(config))
 
 
 def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | None = None) -> ResolvedRun:
