@@ -69,7 +69,6 @@ class LockOwner:
 
     @classmethod
     def current(cls, environ: Mapping[str, str]) -> LockOwner:
-        """Describe this process."""
         job, restart = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT", "0")
         return cls(
             attempt="-".join(part for part in (job and f"{job}.{restart}", secrets.token_hex(4)) if part),
@@ -96,7 +95,6 @@ class FolderLock:
 
     @property
     def attempt(self) -> str:
-        """Name of the attempt."""
         return self._owner.attempt
 
     @classmethod

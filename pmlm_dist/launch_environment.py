@@ -98,7 +98,6 @@ def rendezvous(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _launcher(environ: Mapping[str, str]) -> Launcher | None:
-    """Return the launcher that started this process."""
     return next((one for one in LAUNCHERS if all(name in environ for name in (one.rank, *one.required))), None)
 
 

@@ -369,7 +369,6 @@ class StagingBuffer:
         stream.synchronize()
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes of the copy."""
         data = self._block.view(torch.uint8).numpy().data
         return (data[start : start + _CHUNK_BYTES] for start in range(0, data.nbytes, _CHUNK_BYTES))
 

@@ -250,7 +250,6 @@ class CheckpointReader:
 
     @property
     def tensors(self) -> dict[str, Fragment]:
-        """Every full tensor by name."""
         first = (sources[0][1] for sources in self._sources.values())
         return {
             part.name: Fragment.whole(part.name, part.shape, used_rows=part.used_rows, dim=part.dim) for part in first

@@ -78,7 +78,6 @@ class Topology:
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until every rank has reached this call."""
         if self.world_size > 1:
             dist.barrier()
 

@@ -38,7 +38,8 @@ def tp_rank() -> int:
     return parallel_state.get_tensor_model_parallel_rank()
 
 
-def _tp_group() -> dist.ProcessGroup:
+def tp_group() -> dist.ProcessGroup:
+    """Return the ranks that share one copy of the model."""
     group = parallel_state.get_tensor_model_parallel_group()
     assert isinstance(group, dist.ProcessGroup)
     return group
@@ -65,7 +66,7 @@ class ColumnLinear(_NoExtraState, ColumnParallelLinear):
             config=_shared_config(),
             init_method=partial(nn.init.normal_, std=std),
             gather_output=False,
-            tp_group=_tp_group(),
+            tp_group=tp_group(),
         )
 
     def _forward_impl(
@@ -92,7 +93,7 @@ class RowLinear(_NoExtraState, RowParallelLinear):
             bias=True,
             input_is_parallel=True,
             skip_bias_add=False,
-            tp_group=_tp_group(),
+            tp_group=tp_group(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class VocabularyEmbedding(VocabParallelEmbedding):
 
     def __init__(self, vocab_size: int, hidden_size: int, *, std: float):
         draw = partial(nn.init.normal_, std=std)
-        super().__init__(vocab_size, hidden_size, config=_shared_config(), init_method=draw, tp_group=_tp_group())
+        super().__init__(vocab_size, hidden_size, config=_shared_config(), init_method=draw, tp_group=tp_group())
 
 
 def sharded(full: Tensor) -> nn.Parameter:

@@ -110,12 +110,10 @@ class Heartbeat:
         self._write(_BEAT, self._last)
 
     def register(self, *, rank: int, world_size: int, run_dir: str, attempt: str) -> None:
-        """Publish the identity of this rank."""
         self._status = RankStatus(rank=rank, world_size=world_size, run_dir=run_dir, attempt=attempt)
         self._write(_STATUS, self._status)
 
     def fail(self, error: BaseException) -> None:
-        """Publish the error that ends this rank."""
         line = "".join(traceback.format_exception_only(error)).strip()
         trace = "".join(traceback.format_exception(error))
         self._status = replace(

@@ -128,7 +128,6 @@ class Supervisor:
         self._place, self._place_time, self._progress_lines = (0, START_UP), time.monotonic(), 0
 
     def watch(self) -> int:
-        """Return the exit code of this process."""
         failure = None
         while not self._has_ended(within_s=self._times.poll_s) and failure is None:
             self._read_heartbeat()
@@ -229,7 +228,6 @@ class Supervisor:
         return Path(status.run_dir) / LOGS / status.attempt if status.run_dir and status.attempt else None
 
     def _failure_of_other_rank(self) -> Failure | None:
-        """Poll for the failure that another rank's supervisor has recorded."""
         if time.monotonic() < self._last_failure_poll + self._times.failure_poll_s:
             return None
         self._last_failure_poll = time.monotonic()
@@ -260,7 +258,6 @@ class Supervisor:
             self._collect_reports(status.world_size - 1)
 
     def _write_report(self) -> None:
-        """Write the state of this rank, with the stacks of its threads."""
         process = processes.process_state(self._child) if self._wait_status is None else f"ended with {self._code}"
         status, stacks = self._heartbeat.status(), self._dump_stacks()
         if self._folder is None or status.rank is None:

@@ -83,7 +83,6 @@ def check_replicas(model: nn.Module, topology: Topology) -> None:
 
 
 def _replica_groups(topology: Topology, parameter: nn.Parameter) -> Iterable[list[int]]:
-    """Return the groups of ranks that hold the same values of `parameter`."""
     groups: dict[tuple[int, int], list[int]] = {}
     for rank in range(topology.world_size):
         dp_rank, tp_rank = divmod(rank, topology.tp)

@@ -79,7 +79,6 @@ class ResolvedRun:
 
     @property
     def lanes(self) -> int:
-        """Lanes of the sample order."""
         assert self.config.data.lanes is not None
         return self.config.data.lanes
 
@@ -96,7 +95,6 @@ class ResolvedRun:
 
     @property
     def sample_flops(self) -> float:
-        """FLOPs of the training on one sample."""
         return training_flops(
             self.config.model,
             context=self.manifest.sequence_length,
@@ -128,7 +126,6 @@ class ResolvedRun:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the run's checkpoints."""
         return self.config.run_dir / "checkpoints"
 
     def configuration(self) -> dict[str, Any]:

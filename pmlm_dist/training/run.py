@@ -46,8 +46,9 @@ def pretrain(config: RunConfig, signals: StopSignals | None = None, heartbeat: H
         signals=signals,
         heartbeat=heartbeat,
     ) as attempt:
+        every = settings.keep_every
         folder, newest = attempt.open_checkpoints(
-            config.run_dir, keep=settings.keep_checkpoints, keep_every=settings.keep_every
+            config.run_dir, keep=settings.keep_checkpoints, is_kept=lambda step: bool(every and step % every == 0)
         )
         saved = read_state(newest) if newest else None
         run = resolve(config, attempt.topology, saved=saved)

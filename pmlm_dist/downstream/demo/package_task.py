@@ -134,7 +134,6 @@ def _name_masker(packages: Sequence[str]) -> Callable[[str], str]:
 def _balanced(
     examples: Sequence[dict[str, Any]], packages: Sequence[str], *, each: int, split: str
 ) -> list[dict[str, Any]]:
-    """Return the first `each` examples of every package."""
     selected, counts = [], Counter()
     for example in examples:
         if counts[example["label"]] < each:

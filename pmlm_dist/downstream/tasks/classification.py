@@ -180,7 +180,6 @@ class Classification(Task[TextExample, TextFeature]):
         return not labels <= {"", *self._hidden_labels}
 
     def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[TextExample]:
-        """Validate texts and labels of all rows."""
         label = self.settings.label if labeled else None
         return [
             TextExample(row.id, row.texts, self._label(row) if labeled else None, row.location)
@@ -191,7 +190,7 @@ class Classification(Task[TextExample, TextFeature]):
         settings, value = self.settings, row.values.get(self.settings.label)
         if not settings.labels:
             try:
-                score = float(value)
+                score = float(value)  # pyright: ignore[reportArgumentType] (None raises TypeError)
             except (TypeError, ValueError):
                 score = math.nan
             if not math.isfinite(score):

@@ -100,7 +100,6 @@ class Seq2Seq(Task[PairExample, PairFeature]):
     # -------------------------------------------------------------------------------------------------------- examples
 
     def has_labels(self, rows: Sequence[Row]) -> bool:
-        """Return True if any row has a target."""
         return any(row.get(self.columns[1]) for row in rows)
 
     def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[PairExample]:
@@ -161,22 +160,18 @@ class Seq2Seq(Task[PairExample, PairFeature]):
 
     def collate(self, features: Sequence[PairFeature], *, ids: Sequence[int], epoch: int, seed: int) -> TaskBatch:
         """Build the layout of `masking/seq2seq_layout.py`; its noise is a function of (seed, epoch, id)."""
+        settings = self.settings
         layout = build_seq2seq_layout(
             [(feature.source, feature.target) for feature in features],
             sample_ids=ids,
             epochs=[epoch] * len(features),
             seed=seed,
-            rule=self._rule,
+            rule=Seq2SeqRule(settings.max_source, settings.max_target, target_mask_prob=settings.target_mask_prob),
             special=self._special,
             trim=True,
         )
         tensors = {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
         return TaskBatch(tensors, int(layout.weights_BM.sum()))
-
-    @property
-    def _rule(self) -> Seq2SeqRule:
-        settings = self.settings
-        return Seq2SeqRule(settings.max_source, settings.max_target, target_mask_prob=settings.target_mask_prob)
 
     def loss(self, engine: nn.Module, batch: TaskBatch) -> Tensor:
         """Return the summed cross entropy of the target tokens with label smoothing."""
@@ -194,10 +189,9 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         nll_B, counts_B = self._reference_nll(engine, batch)
         tokens_BS, valid_BS = (_source_part(batch, name).cpu() for name in ("tokens_BT", "valid_BT"))
         sources = [row[valid].numpy() for row, valid in zip(tokens_BS, valid_BS, strict=True)]
+        search = build_search(replace(self.settings.decoding, num_return_sequences=1), self._special)
         with self._decodable(engine) as model:
-            hypotheses = generate_batch(
-                model, sources, search=build_search(self.decoding, self._special), special=self._special
-            )
+            hypotheses = generate_batch(model, sources, search=search, special=self._special)
         generated = [list(best_first[0].tokens) if best_first else [] for best_first in hypotheses]
         return [GeneratedTarget(*output) for output in zip(generated, nll_B, counts_B, strict=True)]
 
@@ -223,16 +217,9 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         # Imported here: it needs DeepSpeed, which only fine-tuning loads.
         from pmlm_dist.engine.deepspeed_engine import gathered_module
 
-        return gathered_module(engine, self._new_module)
-
-    def _new_module(self) -> nn.Module:
-        assert self._model_config is not None
-        return build_model(self._model_config, padded_vocab_size=self.vocabulary.padded_size())
-
-    @property
-    def decoding(self) -> DecodingConfig:
-        """The decoding settings; evaluation needs the best hypothesis only."""
-        return replace(self.settings.decoding, num_return_sequences=1)
+        config = self._model_config
+        assert config is not None
+        return gathered_module(engine, lambda: build_model(config, padded_vocab_size=self.vocabulary.padded_size()))
 
     # ----------------------------------------------------------------------------------------------------- predictions
 

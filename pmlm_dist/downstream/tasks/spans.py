@@ -259,7 +259,6 @@ class Spans(Task[SpanExample, Window]):
         return {**inputs, "prediction": answer, **score, "no_answer_score": null_score}
 
     def scores(self, examples: Sequence[SpanExample], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Return exact match and F1 in percent."""
         references = [example.answers or () for example in examples]
         return scores.squad_scores(references, [prediction["prediction"] for prediction in predictions])
 
