@@ -115,11 +115,11 @@ def export(arguments: Sequence[str]) -> None:
     _parse(write, export, arguments)
 
 
-def import_weights(arguments: Sequence[str]) -> None:
+def import_(arguments: Sequence[str]) -> None:
     """Convert a BERT, MPNet or UniLM checkpoint, to start pre-training from it with `train.py --init`."""
-    from pmlm_dist.conversion.importing import import_weights as read
+    from pmlm_dist.conversion.importing import import_weights
 
-    _parse(read, import_weights, arguments)
+    _parse(import_weights, import_, arguments)
 
 
 def finetune(arguments: Sequence[str], heartbeat: Heartbeat | None = None, signals: StopSignals | None = None) -> None:
@@ -234,30 +234,20 @@ def demo_tasks(arguments: Sequence[str]) -> None:
     _run_subcommand({"data": write_data, "table": write_table}, demo_tasks, arguments)
 
 
+def _name(command: Callable[..., None]) -> str:
+    return command.__name__.rstrip("_").replace("_", "-")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": train,
-    "prepare-corpus": prepare_corpus,
-    "corpus": corpus,
-    "inspect": inspect,
-    "plot": plot,
-    "plan": plan,
-    "checkpoint": checkpoint,
-    "export": export,
-    "import": import_weights,
-    "finetune": finetune,
-    "evaluate": evaluate,
-    "predict": predict,
-    "score": score,
-    "embed": embed,
-    "linear-probe": linear_probe,
-    "demo-tasks": demo_tasks,
-    "generate": generate,
-    "fill": fill,
-    "extend-positions": extend_positions,
+    _name(command): command
+    for command in (
+        *(train, prepare_corpus, corpus, inspect, plot, plan, checkpoint, export, import_, finetune, evaluate, predict),
+        *(score, embed, linear_probe, demo_tasks, generate, fill, extend_positions),
+    )
 }
 SUPERVISED = {train: "train.py", finetune: PROGRAM}
 """Commands whose ranks run below a supervisor, with the name in their messages."""
-SINGLE_PROCESS = (export, import_weights, extend_positions)
+SINGLE_PROCESS = (export, import_, extend_positions)
 """Commands that write a folder from one process."""
 
 
@@ -357,10 +347,6 @@ def _run_subcommand(
     tyro.extras.subcommand_cli_from_dict(
         table, prog=f"{PROGRAM} {_name(command)}", description=command.__doc__, args=list(arguments)
     )
-
-
-def _name(command: Callable[..., None]) -> str:
-    return next(name for name, known in COMMANDS.items() if known is command)
 
 
 def _help() -> str:

@@ -94,7 +94,7 @@ def _header(fragments: list[Fragment], kinds: tuple[str, ...]) -> tuple[bytes, i
     entries: dict[str, Any] = {"__metadata__": {_FRAGMENTS: index}}
     offset = 0
     for fragment in fragments:
-        shape = list(fragment.shape) if fragment.is_whole else [fragment.numel]
+        shape = list(fragment.shape) if fragment.numel == math.prod(fragment.shape) else [fragment.numel]
         for kind in kinds:
             end = offset + fragment.numel * BYTES_PER_NUMBER
             entries[f"{kind}/{fragment.name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}

@@ -79,10 +79,6 @@ class Fragment:
         return math.prod(self.shape) // self.shape[self.dim] * (self.last_row - self.first_row)
 
     @property
-    def is_whole(self) -> bool:
-        return self.numel == math.prod(self.shape)
-
-    @property
     def spans_dim(self) -> bool:
         """Whether the slice is the full tensor, not cut along `dim`."""
         return self.last_row - self.first_row == self.shape[self.dim]

@@ -136,7 +136,10 @@ class Supervisor:
             failure = self._own_failure()
         if failure is not None:
             failure = self._record(failure)
-            self._wait_for_reports(failure)
+            status = self._heartbeat.status()
+            if failure.code == ExitCode.HUNG and failure.rank == status.rank and self._folder is not None:
+                # The others report before this one, which hung: a request for its stack can wake it up.
+                self._collect_reports(status.world_size - 1)
             self._write_report()
             self._end_rank()
         code = self._code if failure is None else failure.code
@@ -243,19 +246,11 @@ class Supervisor:
 
     def _record(self, failure: Failure) -> Failure:
         """Write the failure, or return the one that is recorded already."""
-        if self._folder is None:
-            return failure
         try:
-            return write_failure(self._folder, failure)
+            return write_failure(self._folder, failure) if self._folder is not None else failure
         except OSError as error:
             _print(f"failure.json was not written: {error}")
             return failure
-
-    def _wait_for_reports(self, failure: Failure) -> None:
-        """Let the other ranks report before this one, if it hung: a request for its stack can wake it up."""
-        status = self._heartbeat.status()
-        if failure.code == ExitCode.HUNG and failure.rank == status.rank and self._folder is not None:
-            self._collect_reports(status.world_size - 1)
 
     def _write_report(self) -> None:
         process = processes.process_state(self._child) if self._wait_status is None else f"ended with {self._code}"

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -144,7 +144,5 @@ class TaskKind:
     """Its data set on the Hugging Face hub, NAME or NAME:CONFIG. None: no default data set."""
     preset: str = "glue"
     """Preset of its recipe."""
-    train: str = "train"
-    """Name of the training split."""
-    validation: tuple[str, ...] = field(default=("validation",))
+    validation: tuple[str, ...] = ("validation",)
     """Names of the validation splits; the first selects the best checkpoint."""
