@@ -46,14 +46,14 @@ def run_config(arguments: Sequence[str]) -> RunConfig:
     from pmlm_dist.presets import PRESETS
 
     preset = preset_of(arguments, PRESETS, default="base")
-    help_text = (
-        f"{train.__doc__}\n\ndeepspeed --num_gpus 8 train.py                  the paper's base model on data/corpus\n\n"
+    notes = (
+        "\n\ndeepspeed --num_gpus 8 train.py                  the paper's base model on data/corpus\n\n"
         "deepspeed --num_gpus 2 train.py --preset tiny    the demo\n\n"
         "torchrun, srun and mpirun start it as well. Any setting is overridden by name: `--train.steps 1000`.\n\n"
         f"--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
     )
     rest = without_option("preset", without_option("local_rank", arguments))
-    return _parse(RunConfig, train, rest, default=PRESETS[preset](), help_text=help_text)
+    return _parse(RunConfig, train, rest, default=PRESETS[preset](), notes=notes)
 
 
 def prepare_corpus(arguments: Sequence[str]) -> None:
@@ -100,9 +100,9 @@ def plan(arguments: Sequence[str]) -> None:
     from pmlm_dist.presets import PRESETS
 
     preset = preset_of(arguments, PRESETS, default="base")
-    help_text = f"{plan.__doc__}\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
+    notes = f"\n--preset {'|'.join(PRESETS)}: where the defaults come from (now: {preset})."
     default = PlanConfig.of_preset(preset)
-    config = _parse(PlanConfig, plan, without_option("preset", arguments), default=default, help_text=help_text)
+    config = _parse(PlanConfig, plan, without_option("preset", arguments), default=default, notes=notes)
     from pmlm_dist.commands import plan as command
 
     command.run(config)
@@ -115,11 +115,11 @@ def export(arguments: Sequence[str]) -> None:
     _parse(write, export, arguments)
 
 
-def import_weights(arguments: Sequence[str]) -> None:
+def import_(arguments: Sequence[str]) -> None:
     """Convert a BERT, MPNet or UniLM checkpoint, to start pre-training from it with `train.py --init`."""
-    from pmlm_dist.conversion.importing import import_weights as read
+    from pmlm_dist.conversion.importing import import_weights
 
-    _parse(read, import_weights, arguments)
+    _parse(import_weights, import_, arguments)
 
 
 def finetune(arguments: Sequence[str], heartbeat: Heartbeat | None = None, signals: StopSignals | None = None) -> None:
@@ -145,9 +145,9 @@ def finetune(arguments: Sequence[str], heartbeat: Heartbeat | None = None, signa
         recipe=RECIPES[preset],
         generation=GENERATION.get(preset, GenerationConfig()),
     )
-    help_text = f"{finetune.__doc__}\n--preset {'|'.join(RECIPES)}: where the recipe comes from (now: {preset})."
+    notes = f"\n--preset {'|'.join(RECIPES)}: where the recipe comes from (now: {preset})."
     rest = without_option("preset", arguments)
-    driver.finetune(_parse(FinetuneConfig, finetune, rest, default=default, help_text=help_text), heartbeat, signals)
+    driver.finetune(_parse(FinetuneConfig, finetune, rest, default=default, notes=notes), heartbeat, signals)
 
 
 def score(arguments: Sequence[str]) -> None:
@@ -209,10 +209,8 @@ def generate(arguments: Sequence[str]) -> None:
     model = option_value("model", arguments)
     if model is not None:
         default = dataclasses.replace(default, decoding=command.saved_decoding(model))
-    help_text = f"{generate.__doc__}\nWith --model the settings of its fine-tuning are the defaults."
-    command.generate(
-        _parse(command.GenerateConfig, generate, arguments, default=default, help_text=help_text, flat=True)
-    )
+    notes = "\nWith --model the settings of its fine-tuning are the defaults."
+    command.generate(_parse(command.GenerateConfig, generate, arguments, default=default, notes=notes, flat=True))
 
 
 def fill(arguments: Sequence[str]) -> None:
@@ -236,30 +234,20 @@ def demo_tasks(arguments: Sequence[str]) -> None:
     _run_subcommand({"data": write_data, "table": write_table}, demo_tasks, arguments)
 
 
+def _name(command: Callable[..., None]) -> str:
+    return command.__name__.rstrip("_").replace("_", "-")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": train,
-    "prepare-corpus": prepare_corpus,
-    "corpus": corpus,
-    "inspect": inspect,
-    "plot": plot,
-    "plan": plan,
-    "checkpoint": checkpoint,
-    "export": export,
-    "import": import_weights,
-    "finetune": finetune,
-    "evaluate": evaluate,
-    "predict": predict,
-    "score": score,
-    "embed": embed,
-    "linear-probe": linear_probe,
-    "demo-tasks": demo_tasks,
-    "generate": generate,
-    "fill": fill,
-    "extend-positions": extend_positions,
+    _name(command): command
+    for command in (
+        *(train, prepare_corpus, corpus, inspect, plot, plan, checkpoint, export, import_, finetune, evaluate, predict),
+        *(score, embed, linear_probe, demo_tasks, generate, fill, extend_positions),
+    )
 }
 SUPERVISED = {train: "train.py", finetune: PROGRAM}
 """Commands whose ranks run below a supervisor, with the name in their messages."""
-SINGLE_PROCESS = (export, import_weights, extend_positions)
+SINGLE_PROCESS = (export, import_, extend_positions)
 """Commands that write a folder from one process."""
 
 
@@ -278,7 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(lambda: print(f"pmlm_dist {__version__}"))
     command = COMMANDS.get(arguments[0])
     if command is None:
-        return _usage_error(f"no command {arguments[0]!r}{_closest(arguments[0])}; `pmlm --help` lists them")
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        return _usage_error(f"no command {arguments[0]!r}{hint}; `pmlm --help` lists them")
     if is_process and command in SUPERVISED:
         run_below_supervisor(command, arguments[1:])
     ranks = launched_ranks(os.environ) if command in SINGLE_PROCESS else 1
@@ -326,12 +316,12 @@ def _parse(
     arguments: Sequence[str],
     *,
     default: Any = None,
-    help_text: str | None = None,
+    notes: str = "",
     flat: bool = False,
 ) -> Any:
     """Read `arguments` into the dataclass `kind`, or call the function `kind` with them; exits with help or an error.
 
-    `flat`: nested settings are named without their prefix.
+    `notes` follow the command's docstring in its help. `flat`: nested settings are named without their prefix.
     """
     import tyro
 
@@ -341,7 +331,7 @@ def _parse(
     return tyro.cli(
         kind,
         prog=f"{PROGRAM} {_name(command)}",
-        description=help_text or command.__doc__,
+        description=f"{command.__doc__}{notes}",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,) if flat else (),
         console_outputs=is_rank_zero(os.environ),
@@ -359,19 +349,10 @@ def _run_subcommand(
     )
 
 
-def _name(command: Callable[..., None]) -> str:
-    return next(name for name, known in COMMANDS.items() if known is command)
-
-
 def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:{width}}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: pmlm COMMAND [settings]   (pmlm COMMAND --help lists the settings)", "", *lines])
-
-
-def _closest(name: str) -> str:
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def _usage_error(message: str) -> int:

@@ -41,9 +41,6 @@ class LockTimes:
     poll_s: float = 0.5
 
 
-DEFAULT_TIMES = LockTimes()
-
-
 class FolderInUse(RuntimeError):
     """The folder is locked by another attempt."""
 
@@ -72,7 +69,6 @@ class LockOwner:
 
     @classmethod
     def current(cls, environ: Mapping[str, str]) -> LockOwner:
-        """Describe this process."""
         job, restart = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT", "0")
         return cls(
             attempt="-".join(part for part in (job and f"{job}.{restart}", secrets.token_hex(4)) if part),
@@ -92,24 +88,23 @@ class LockOwner:
 class FolderLock:
     """A lock owned by this process, rank 0 of an attempt. As a context manager it is released at the end."""
 
-    def __init__(self, path: Path, owner: LockOwner, *, times: LockTimes = DEFAULT_TIMES, new_folder: bool = False):
+    def __init__(self, path: Path, owner: LockOwner, *, times: LockTimes, new_folder: bool):
         self._path, self._owner, self._new_folder = path, owner, new_folder
         self._released = threading.Event()
         threading.Thread(target=self._touch, args=(times.touch_s,), name="folder lock", daemon=True).start()
 
     @property
     def attempt(self) -> str:
-        """Name of the attempt."""
         return self._owner.attempt
 
     @classmethod
     def acquire(
         cls,
         output: Path,
-        environ: Mapping[str, str] | None = None,
+        environ: Mapping[str, str] = os.environ,
         *,
         beside: bool = False,
-        times: LockTimes = DEFAULT_TIMES,
+        times: LockTimes = LockTimes(),
     ) -> FolderLock:
         """Lock the folder `output`; with `beside` a file or folder that appears at the end, by a lock beside it.
 
@@ -122,7 +117,7 @@ class FolderLock:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise ConfigError([f"{path.parent} is no folder, or not within one: give another, or move it"]) from error
-        own = LockOwner.current(os.environ if environ is None else environ)
+        own = LockOwner.current(environ)
         while not _write_lock(path, own, replace=False):
             if _take_over(path, own, output=output, times=times):
                 time.sleep(times.settle_s)

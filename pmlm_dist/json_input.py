@@ -38,10 +38,9 @@ def parse_json(text: str | bytes, *, any_number: bool = False) -> Any:
     """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        numbers = [float] * 3 if any_number else [_checked(kind, text) for kind in (int, float, float)]
-        parse_int, parse_float, parse_constant = numbers
+        parse_int, parse_float = (float, float) if any_number else (_checked(int, text), _checked(float, text))
         value = json.loads(
-            text, object_pairs_hook=_object, parse_int=parse_int, parse_float=parse_float, parse_constant=parse_constant
+            text, object_pairs_hook=_object, parse_int=parse_int, parse_float=parse_float, parse_constant=parse_float
         )
     except json.JSONDecodeError as error:
         raise InvalidJson(f"{error.msg}, column {error.colno}", line=error.lineno) from error
@@ -94,13 +93,11 @@ def _checked(kind: type[int] | type[float], text: str) -> Callable[[str], float]
         if math.isfinite(value):
             return value
         shown = digits if len(digits) <= 20 else f"{digits[:12]}... ({len(digits)} characters)"
-        raise InvalidJson(f"the number {shown} is not finite or too large", line=_line_of(digits, text))
+        raise InvalidJson(
+            f"the number {shown} is not finite or too large", line=text.count("\n", 0, text.find(digits)) + 1
+        )
 
     return number
-
-
-def _line_of(part: str, text: str) -> int:
-    return text.count("\n", 0, text.find(part)) + 1
 
 
 def _check_nesting(value: Any) -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pmlm_dist.config import ConfigError
 
-RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below the range of ephemeral ports (32768 on Linux)
 _LOOPBACK = "127.0.0.1"
 
@@ -36,10 +36,6 @@ class Launcher:
     nodes: tuple[str, ...] = ()
     node_list: tuple[str, ...] = ()
     is_mpi: bool = False
-
-    def is_present(self, environ: Mapping[str, str]) -> bool:
-        """Return True if this launcher started the process."""
-        return all(name in environ for name in (self.rank, *self.required))
 
 
 # In the order of precedence. MPI precedes Slurm: `mpirun` in the shell of `srun --pty bash` inherits that step's
@@ -87,7 +83,7 @@ def rendezvous(environ: Mapping[str, str]) -> dict[str, str]:
     Without a launcher: a world of one rank. MASTER_ADDR and MASTER_PORT in the environment take precedence. Raises
     `ConfigError` when a job spans several nodes and the address of the first one is unknown.
     """
-    launcher = next((launcher for launcher in LAUNCHERS if launcher.is_present(environ)), None)
+    launcher = _launcher(environ)
     if launcher is None:
         return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": "0"}
     job = ".".join(environ.get(name, "") for name in launcher.job)
@@ -96,8 +92,13 @@ def rendezvous(environ: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": _first_set(launcher.world_size, environ, default="1"),
         "LOCAL_RANK": environ.get(launcher.local_rank, "0"),
         "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(launcher, environ),
-        "MASTER_PORT": environ.get("MASTER_PORT") or str(_port(job)),
+        # A checksum of the job's identity: equal on all its ranks, rarely equal for two jobs of one host.
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(_FIRST_PORT + zlib.crc32(job.encode()) % _PORTS),
     }
+
+
+def _launcher(environ: Mapping[str, str]) -> Launcher | None:
+    return next((one for one in LAUNCHERS if all(name in environ for name in (one.rank, *one.required))), None)
 
 
 def _first_host(launcher: Launcher, environ: Mapping[str, str]) -> str:
@@ -124,17 +125,6 @@ def first_node(nodelist: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
-def _port(job: str) -> int:
-    """A port derived from the job's identity: equal on all its ranks, rarely equal for two jobs of one host.
-
-    Not `hash`, which differs from process to process.
-    """
-    digest = 0
-    for character in job:
-        digest = (digest * 131 + ord(character)) % _PORTS
-    return _FIRST_PORT + digest
-
-
 def rank_in(environ: Mapping[str, str]) -> int:
     """Rank of this process according to its launcher, 0 without one."""
     return int(_first_set([launcher.rank for launcher in LAUNCHERS], environ, default="0"))
@@ -145,7 +135,7 @@ def launched_ranks(environ: Mapping[str, str]) -> int:
 
     Of SLURM's variables only the step's counts: sbatch sets that of the job for one process.
     """
-    launcher = next((launcher for launcher in LAUNCHERS if launcher.is_present(environ)), None)
+    launcher = _launcher(environ)
     return int(_first_set(launcher.world_size[:1], environ, default="1")) if launcher else 1
 
 

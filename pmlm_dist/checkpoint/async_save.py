@@ -101,8 +101,6 @@ class AsyncCheckpointer:
                     step=state.step,
                     folder=self._folder,
                     temporary=self._folder.temporary(state.step, attempt=self._attempt),
-                    rank=self._engine.topology.rank,
-                    ranks=self._engine.topology.world_size,
                     document=document,
                     timeout_at=time.monotonic() + self._timeout_s,
                     deadline=self._deadline,
@@ -213,13 +211,11 @@ def _start_attempt(folder: CheckpointFolder, topology: Topology, *, attempt: str
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """One checkpoint to write, from the view of one rank."""
+    """One checkpoint to write."""
 
     step: int
     folder: CheckpointFolder
     temporary: Path
-    rank: int
-    ranks: int
     document: dict[str, Any]
     """Content of `state.json`; rank 0 writes it."""
     timeout_at: float
@@ -246,8 +242,10 @@ class SaveThread(threading.Thread):
         self.error: BaseException | None = None
         """Error of the program, to be raised in the training thread."""
         self.reported = self.finished = self.failed_anywhere = self.abandoned = False
-        self._engine, self._memory = engine, memory
-        self._ready = _record_event(engine.topology.device)
+        self._engine, self._topology, self._memory = engine, engine.topology, memory
+        self._ready = torch.cuda.Event() if engine.topology.device.type == "cuda" else None
+        if self._ready is not None:
+            self._ready.record()  # after the work queued so far: the state to copy
         self._failed_ranks: dict[int, str] = {}
 
     def status(self) -> str:
@@ -282,8 +280,8 @@ class SaveThread(threading.Thread):
         request = self.request
         request.temporary.mkdir(parents=True, exist_ok=True)
         fragments = [part.fragment for part in owned]
-        written = write_numbers(request.temporary / rank_file(request.rank), fragments, self._memory.chunks())
-        if request.rank == 0:
+        written = write_numbers(request.temporary / rank_file(self._topology.rank), fragments, self._memory.chunks())
+        if self._topology.is_rank_zero:
             self._commit(written)
         else:
             self._report_to_rank_zero("done", asdict(written))
@@ -308,8 +306,8 @@ class SaveThread(threading.Thread):
         """Remove partial files: a rank its own, rank 0 the folder after every rank has reported."""
         request = self.request
         with contextlib.suppress(OSError):
-            (request.temporary / rank_file(request.rank)).unlink(missing_ok=True)
-        if request.rank == 0:
+            (request.temporary / rank_file(self._topology.rank)).unlink(missing_ok=True)
+        if self._topology.is_rank_zero:
             self._wait_for_all_ranks()
             shutil.rmtree(request.temporary, ignore_errors=True)
         else:
@@ -319,21 +317,21 @@ class SaveThread(threading.Thread):
     def _report_to_rank_zero(self, outcome: str, report: dict[str, Any]) -> None:
         # Atomic, not durable: rank 0 must not read half of it, but no later process reads it. An fsync of the folder
         # would race with rank 0, which renames the folder as soon as it has all reports.
-        name = f"{rank_file(self.request.rank)}.{outcome}"
+        name = f"{rank_file(self._topology.rank)}.{outcome}"
         write_json(self.request.temporary / name, report, durable=False)
 
     def _wait_for_all_ranks(self) -> dict[int, dict[str, Any]]:
         """Return the report of every other rank by rank; for one that failed or is late, its problem."""
         received: dict[int, dict[str, Any]] = {}
-        while len(received) < self.request.ranks - 1:
+        while len(received) < self._topology.world_size - 1:
             is_late = self.request.is_late()  # before the files are read: a report in time always counts
-            for rank in set(range(1, self.request.ranks)) - received.keys():
+            for rank in set(range(1, self._topology.world_size)) - received.keys():
                 report = self._report_of(rank)
                 if report is None and (is_late or rank in self._failed_ranks):
                     report = {"problem": self._failed_ranks.get(rank, _LATE)}
                 if report is not None:
                     received[rank] = report
-            if len(received) < self.request.ranks - 1:
+            if len(received) < self._topology.world_size - 1:
                 time.sleep(_POLL_S)
         return received
 
@@ -371,7 +369,6 @@ class StagingBuffer:
         stream.synchronize()
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes of the copy."""
         data = self._block.view(torch.uint8).numpy().data
         return (data[start : start + _CHUNK_BYTES] for start in range(0, data.nbytes, _CHUNK_BYTES))
 
@@ -386,12 +383,3 @@ def _allocate(size: int, *, pinned: bool) -> Tensor:
 def _copy(sources: list[Tensor], targets: tuple[Tensor, ...]) -> None:
     for source, target in zip(sources, targets, strict=True):
         target.copy_(source, non_blocking=True)
-
-
-def _record_event(device: torch.device) -> torch.cuda.Event | None:
-    """Record an event after the work queued so far on an accelerator: the state to copy."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event

@@ -131,7 +131,8 @@ class EngineState:
 
     def _fill_from(self, reader: CheckpointReader, kinds: tuple[str, ...], *, fresh: str | None = None) -> None:
         raise_if_any(self._mismatches(reader, ignored=fresh))
-        _partition_gathered_parameters(self._zero)
+        if hasattr(self._zero, "checkpoint_event_prologue"):  # stage 3: gathered parameters would keep their old values
+            self._zero.checkpoint_event_prologue()
         for owned in self.owned_fragments():
             for kind in () if fresh and owned.fragment.name.startswith(fresh) else kinds:
                 _fill(owned.tensors[kind], owned.fragment, kind, reader)
@@ -295,12 +296,6 @@ def _fill(tensor: Tensor, fragment: Fragment, kind: str, reader: CheckpointReade
         staged = tensor.cpu()  # a copy of the old values: padding rows are not in the checkpoint and must stay
         reader.fill(staged.numpy(), fragment, kind)
         tensor.copy_(staged)
-
-
-def _partition_gathered_parameters(zero: Any) -> None:
-    """Stage 3: release parameters that are gathered at the moment; they would keep their old values."""
-    if hasattr(zero, "checkpoint_event_prologue"):
-        zero.checkpoint_event_prologue()
 
 
 @torch.no_grad()

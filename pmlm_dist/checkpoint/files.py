@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -94,7 +94,7 @@ def _header(fragments: list[Fragment], kinds: tuple[str, ...]) -> tuple[bytes, i
     entries: dict[str, Any] = {"__metadata__": {_FRAGMENTS: index}}
     offset = 0
     for fragment in fragments:
-        shape = list(fragment.shape) if fragment.is_whole else [fragment.numel]
+        shape = list(fragment.shape) if fragment.numel == math.prod(fragment.shape) else [fragment.numel]
         for kind in kinds:
             end = offset + fragment.numel * BYTES_PER_NUMBER
             entries[f"{kind}/{fragment.name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
@@ -143,7 +143,8 @@ def _content_problems(folder: Path) -> list[str]:
     """Problems of the content, for a checkpoint whose files match their checksums."""
     try:
         read_state(folder)
-        fragments = [fragment for path in _rank_files(folder) for fragment in _fragments_of(path)]
+        with CheckpointReader(folder) as reader:
+            fragments = [fragment for _, fragment in reader.sources()]
     except CorruptCheckpoint as error:
         return [str(error)]
     return coverage_problems(fragments) or ([] if fragments else ["it holds no tensors"])
@@ -232,7 +233,7 @@ class CheckpointReader:
             for fragment in _indexed_fragments(file, path):
                 self._sources.setdefault(fragment.name, []).append((file, fragment))
 
-    def __enter__(self) -> CheckpointReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -241,14 +242,14 @@ class CheckpointReader:
     @property
     def has_moments(self) -> bool:
         """Whether the checkpoint holds Adam's moments besides weights."""
-        return all(f"{KINDS[1]}/{source.name}" in file.keys() for file, source in self._all_sources())  # noqa: SIM118
+        return all(f"{KINDS[1]}/{source.name}" in file.keys() for file, source in self.sources())  # noqa: SIM118
 
-    def _all_sources(self) -> Iterator[tuple[Any, Fragment]]:
+    def sources(self) -> Iterator[tuple[Any, Fragment]]:
+        """Yield every fragment with the opened file that holds it."""
         return itertools.chain.from_iterable(self._sources.values())
 
     @property
     def tensors(self) -> dict[str, Fragment]:
-        """Every full tensor by name."""
         first = (sources[0][1] for sources in self._sources.values())
         return {
             part.name: Fragment.whole(part.name, part.shape, used_rows=part.used_rows, dim=part.dim) for part in first
@@ -297,11 +298,6 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise CorruptCheckpoint(f"{path.name} cannot be read ({error})") from error
-
-
-def _fragments_of(path: Path) -> list[Fragment]:
-    with _open(path) as file:
-        return _indexed_fragments(file, path)
 
 
 def _indexed_fragments(file: Any, path: Path) -> list[Fragment]:

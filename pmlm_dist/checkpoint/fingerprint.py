@@ -10,8 +10,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pmlm_dist.checkpoint.engine_state import EngineState
 from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.parallel.groups import Topology
 
@@ -26,23 +27,24 @@ SAME_SETUP_TOLERANCE = 1e-5
 
 
 @torch.no_grad()
-def fingerprint(
-    engine: nn.Module, topology: Topology, *, vocab_size: int, max_positions: int, zero_stage: int
-) -> dict[str, Any]:
+def fingerprint(state: EngineState) -> dict[str, Any]:
     """Return statistics of the logits of a fixed small batch, and what affects their rounding, as JSON values.
 
-    Every rank must call; all get the same result. The mode of `engine` is restored and no random number is drawn.
+    Every rank must call; all get the same result. The mode of the engine is restored and no random number is drawn.
     """
+    engine, topology, model = state.engine, state.topology, state.model.config
+    assert model.vocab_size is not None
     was_training = engine.training
     engine.eval()
-    inputs = _probe_batch(vocab_size, context=min(_CONTEXT, max_positions), device=topology.device)
+    inputs = _probe_batch(model.vocab_size, context=min(_CONTEXT, model.max_positions), device=topology.device)
     logits_KMBV = engine(inputs=inputs, objectives=_OBJECTIVES)
     engine.train(was_training)
+    statistics = _statistics(logits_KMBV, topology, vocab_size=model.vocab_size)
     return {
-        "statistics": dict(zip(_OBJECTIVES, _statistics(logits_KMBV, topology, vocab_size=vocab_size), strict=True)),
+        "statistics": dict(zip(_OBJECTIVES, statistics, strict=True)),
         "computed_on": {
             "tp": topology.tp,
-            "zero3": zero_stage == 3,  # its own linear layer adds the bias after rounding
+            "zero3": engine.zero_optimization_stage() == 3,  # its own linear layer adds the bias after rounding
             "device": _device_name(topology.device),
             "torch": torch.__version__,
         },

@@ -47,14 +47,12 @@ _OWN_FILE = re.compile(r"(rank-\d{5}\.safetensors|state\.json|manifest\.json)(\.
 class CheckpointFolder:
     """The checkpoints below `root`, seen from one process.
 
-    Retention: the newest `keep`, every step that is a multiple of `keep_every`, and every step for which `keeps` is
-    true. `fence` is called right before a checkpoint gets its name; it raises when this process may no longer commit
-    (folder_lock.py).
+    Retention: the newest `keep`, and every step for which `keeps` is true. `fence` is called right before a checkpoint
+    gets its name; it raises when this process may no longer commit (folder_lock.py).
     """
 
     root: Path
     keep: int
-    keep_every: int | None = None
     fence: Callable[[], None] = lambda: None
     keeps: Callable[[int], bool] = lambda step: False
 
@@ -85,7 +83,6 @@ class CheckpointFolder:
         return next(reversed(self.steps()), None)
 
     def folder(self, step: int) -> Path:
-        """Return the final path of the checkpoint of `step`."""
         return self.root / f"step-{step:08d}"
 
     def temporary(self, step: int, *, attempt: str) -> Path:
@@ -147,11 +144,8 @@ class CheckpointFolder:
         valid = [folder for folder in candidates if folder == newest or not checkpoint_problems(folder, thorough=False)]
         oldest_kept = step_of(valid[-self.keep :][0])
         for folder in candidates:
-            if step_of(folder) < oldest_kept and not self._is_kept(step_of(folder)):
+            if step_of(folder) < oldest_kept and not self.keeps(step_of(folder)):
                 self._remove(folder)
-
-    def _is_kept(self, step: int) -> bool:
-        return self.keeps(step) or bool(self.keep_every and step % self.keep_every == 0)
 
     def _remove(self, folder: Path) -> None:
         """Rename a checkpoint, then remove it: a half-removed one must not look like a checkpoint.

@@ -36,7 +36,6 @@ class Fragment:
 
     @classmethod
     def whole(cls, name: str, shape: Iterable[int], *, used_rows: int | None = None, dim: int = 0) -> Fragment:
-        """Return the fragment that is all of a tensor."""
         shape = tuple(shape)
         rows = shape[0] if used_rows is None else used_rows
         return cls(
@@ -73,18 +72,11 @@ class Fragment:
 
     @property
     def numel(self) -> int:
-        """Number of elements of the fragment."""
         return self.stop - self.start
 
     @property
     def slice_numel(self) -> int:
-        """Number of elements of the slice that contains the fragment."""
         return math.prod(self.shape) // self.shape[self.dim] * (self.last_row - self.first_row)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the fragment is all of the tensor."""
-        return self.numel == math.prod(self.shape)
 
     @property
     def spans_dim(self) -> bool:

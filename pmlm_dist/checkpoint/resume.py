@@ -54,7 +54,7 @@ def progress_metadata(engine: EngineState, state: RunState) -> dict[str, Any]:
 
     Raises `FloatingPointError` when the model's logits are not finite: such weights are not saved.
     """
-    current = _fingerprint_of(engine)
+    current = fingerprint(engine)
     if not is_finite(current):
         raise FloatingPointError(f"the weights of step {state.step} give logits that are not finite: not saved")
     return {**asdict(state), "counters": engine.counters(), "fingerprint": current}
@@ -68,21 +68,9 @@ def load_checkpoint(engine: EngineState, path: Path) -> RunState:
     saved = read_state(path)
     with CheckpointReader(path) as reader:
         engine.restore(reader, saved["counters"])
-    problems = fingerprint_differences(saved["fingerprint"], _fingerprint_of(engine), precision=engine.precision)
+    problems = fingerprint_differences(saved["fingerprint"], fingerprint(engine), precision=engine.precision)
     raise_if_any([f"{path}: {problem}" for problem in problems] + ([_OTHER_LOGITS] if problems else []))
     return RunState(**{name: saved[name] for name in asdict(RunState())})
-
-
-def _fingerprint_of(engine: EngineState) -> dict[str, Any]:
-    model = engine.model.config
-    assert model.vocab_size is not None
-    return fingerprint(
-        engine.engine,
-        engine.topology,
-        vocab_size=model.vocab_size,
-        max_positions=model.max_positions,
-        zero_stage=engine.engine.zero_optimization_stage(),
-    )
 
 
 _OTHER_LOGITS = (

@@ -50,10 +50,10 @@ def prepare(config: FinetuneConfig, topology: Topology) -> FinetuneData:
     source = config.data or kind.hub
     if source is None:
         raise ConfigError([f"--task {config.task} has no data of its own: name yours by --data"])
-    rows = read_rows(source, kind.train)
+    rows = read_rows(source, "train")
     task = kind.make(config, rows, start.vocabulary, start.model)
-    train = split_of(task, kind.train, rows, training=True)
-    raise_if_any([] if train.features else [f"{source}: the split {kind.train} holds nothing to train on"])
+    train = split_of(task, "train", rows, training=True)
+    raise_if_any([] if train.features else [f"{source}: the split train holds nothing to train on"])
     scored = tuple(split_of(task, name, read_rows(source, name)) for name in kind.validation)
     raise_if_any(task.metric_problems(scored[0].examples))
     reported = tuple(read_split(task, name, source) for name in config.report)

@@ -7,8 +7,6 @@ Algorithm 1 of UniLMv2 (Bao et al., 2020): spans are drawn until a share `rate` 
 of drawing is the factorization order. The random numbers of a sample are a function of (seed, epoch, sample id)
 (`masking/random_state.py`), so its masks do not depend on batch, rank or worker. The compiled functions work on one
 sample; `masking/layout.py` runs them over whole batches.
-
-`machine_code.py` says where the machine code is cached.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import numpy as np
 
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.masking.machine_code import compiled
-from pmlm_dist.masking.random_state import below, seed_state, uniform
+from pmlm_dist.masking.random_state import below, uniform
 
 MASK_SHARE = 0.8
 """Share of the predicted positions whose context slot becomes [MASK] with `corruption: paper`."""
@@ -32,8 +30,6 @@ RANDOM_SHARE = 0.1
 _MAX_REJECTIONS_PER_TOKEN = 16
 _ROUNDING = 1e-9
 """Subtracted before rounding up: 0.07 * 100 is 7.000000000000001 in binary floating point and must give 7."""
-
-
 _PREFIX_STREAM = np.uint64(0x5052454649580001)
 """Separates the random numbers of prefix samples from those of the spans."""
 
@@ -71,19 +67,6 @@ class MaskRule(NamedTuple):
     sep_id: int
     mask_id: int
     replacement_ids: np.ndarray
-
-
-class MaskedSample(NamedTuple):
-    """One sample after masking; m = number of predicted positions, n = number of tokens."""
-
-    predicted: np.ndarray
-    """Predicted positions [m], int64, in factorization order; ascending inside a span."""
-    steps: np.ndarray
-    """Factorization step [m], int32, of each predicted position; counts from 1."""
-    context: np.ndarray
-    """Corrupted tokens [n], int64; only those before the cut in a prefix sample."""
-    masked: np.ndarray
-    """True where the context slot of a predicted position holds [MASK]: [m], bool."""
 
 
 @lru_cache(maxsize=8)
@@ -124,21 +107,6 @@ def max_predictions(sequence_length: int, masking: MaskingConfig) -> int:
     wanted = max(1, math.ceil(masking.rate * sequence_length - _ROUNDING))
     overshoot = masking.max_span - 1 if masking.stop == "paper" and masking.span_probability > 0 else 0
     return min(sequence_length, wanted + overshoot)
-
-
-def mask_sample(tokens: np.ndarray, *, rule: MaskRule, seed: int, epoch: int, sample_id: int) -> MaskedSample:
-    """Mask one sample of token ids [n], with the same result as in any batch that contains it."""
-    context = tokens.astype(np.int64)
-    slots = max(1, context.size)
-    predicted, steps, masked = np.zeros(slots, np.int64), np.zeros(slots, np.int32), np.zeros(slots, np.bool_)
-    state = np.array([seed_state(seed, epoch, sample_id)], dtype=np.uint64)
-    if is_prefix_sample(rule, state):
-        count = draw_prefix(context, rule, state, predicted, steps)
-        context = context[: predicted[0] if count else context.size]
-    else:
-        count = draw_spans(context, rule, state, predicted, steps)
-        corrupt(context, rule, state, predicted[:count], masked)
-    return MaskedSample(predicted[:count], steps[:count], context, masked[:count])
 
 
 @compiled

@@ -48,16 +48,6 @@ class Seq2SeqRule:
     """Draw noise. Off: every pseudo mask is [MASK] and the input holds the target itself, as in decoding."""
 
 
-def source_ids(words: np.ndarray, *, rule: Seq2SeqRule, special: SpecialIds) -> np.ndarray:
-    """[CLS] SRC [SEP], truncated to `rule.max_source`."""
-    return np.concatenate([[special.cls], words[: rule.max_source - 2], [special.sep]]).astype(np.int64)
-
-
-def target_ids(words: np.ndarray, *, rule: Seq2SeqRule, special: SpecialIds) -> np.ndarray:
-    """TGT [SEP], truncated to `rule.max_target`."""
-    return np.concatenate([words[: rule.max_target - 1], [special.sep]]).astype(np.int64)
-
-
 def build_seq2seq_layout(
     pairs: Sequence[Pair],
     *,
@@ -72,8 +62,9 @@ def build_seq2seq_layout(
 
     `trim`: use the lengths of the longest source and target of the batch instead of the rule's.
     """
-    sources = [source_ids(source, rule=rule, special=special) for source, _ in pairs]
-    targets = [target_ids(target, rule=rule, special=special) for _, target in pairs]
+    cls, sep = np.array([special.cls]), np.array([special.sep])
+    sources = [np.concatenate([cls, source[: rule.max_source - 2], sep]) for source, _ in pairs]
+    targets = [np.concatenate([target[: rule.max_target - 1], sep]) for _, target in pairs]
     layout = empty_layout(
         len(pairs),
         sequence_length=max(map(len, sources)) if trim else rule.max_source,
@@ -86,27 +77,20 @@ def build_seq2seq_layout(
         if rule.noise:
             # One generator for each sample: its noise must not depend on the batch around it.
             random = np.random.default_rng((seed, epochs[row], sample_ids[row]))
-            shown, pseudo = _noise(
-                target, pseudo, random, replacements=replacements, replaced_share=rule.target_mask_prob
-            )
+            shown, pseudo = _noise(target, pseudo, random, replacements, replaced_share=rule.target_mask_prob)
         fill_pair(layout, row, source, target, shown=shown, pseudo=pseudo)
     return layout
 
 
 def _noise(
-    target: np.ndarray,
-    pseudo: np.ndarray,
-    random: np.random.Generator,
-    *,
-    replacements: np.ndarray,
-    replaced_share: float,
+    target: np.ndarray, pseudo: np.ndarray, random: np.random.Generator, tokens: np.ndarray, *, replaced_share: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the noisy target as the model's input, and the pseudo masks: [m] each."""
+    """Return the noisy target as the model's input, and the pseudo masks: [m] each; `tokens` may replace others."""
     drawn = random.random(target.size)
     # Tokens are drawn for all slots, needed or not, so that the number of draws does not depend on `drawn`.
-    tokens = replacements[random.integers(replacements.size, size=target.size)]
+    others = tokens[random.integers(tokens.size, size=target.size)]
     kept_below = _RANDOM_SHARE + _KEPT_SHARE
-    pseudo = np.where(drawn < _RANDOM_SHARE, tokens, np.where(drawn < kept_below, target, pseudo))
+    pseudo = np.where(drawn < _RANDOM_SHARE, others, np.where(drawn < kept_below, target, pseudo))
     replaced = random.random(target.size) < replaced_share
     replaced[-1] = False  # the closing [SEP]: decoding stops at it, so it is never fed
     return np.where(replaced, pseudo, target), pseudo

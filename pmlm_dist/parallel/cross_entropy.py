@@ -17,14 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor
 
-from pmlm_dist.parallel.layers import tp_rank, tp_size
+from pmlm_dist.parallel.layers import tp_group, tp_rank, tp_size
 
 # Logits of a chunk: on a CPU 2 MiB in fp32, which stay in the cache; on an accelerator few large launches are faster.
 _CHUNK_ON_CPU, _CHUNK_ON_ACCELERATOR = 2**19, 2**27
@@ -64,7 +63,7 @@ def gather_logits(logits_NV: Tensor) -> Tensor:
     if tp_size() == 1:
         return logits_NV
     parts = [torch.empty_like(logits_NV) for _ in range(tp_size())]
-    dist.all_gather(parts, logits_NV.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    dist.all_gather(parts, logits_NV.contiguous(), group=tp_group())
     return torch.cat(parts, dim=-1)
 
 
@@ -88,9 +87,7 @@ def smoothing_nll(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Te
     target_N = (x_NE * weight_VE[own_N].to(precise)).sum(dim=-1) + bias_V[own_N].to(precise)
     # Exactly one rank holds the target's row, and each holds a part of the mean: the sum over ranks is l_t - mean l.
     target_N = target_N.masked_fill(~is_own_N, 0.0)
-    return reduce_from_tensor_model_parallel_region(
-        target_N - x_NE @ mean_E - mean, group=parallel_state.get_tensor_model_parallel_group()
-    )
+    return reduce_from_tensor_model_parallel_region(target_N - x_NE @ mean_E - mean, group=tp_group())
 
 
 class _TiedCrossEntropy(torch.autograd.Function):
@@ -174,11 +171,11 @@ def _exponentiate(logits_NV: Tensor, bias_V: Tensor, own_N: Tensor, elsewhere_N:
 
 def _copy_to_shards(x: Tensor) -> Tensor:
     """`x` itself; its gradient is summed over the tensor-parallel ranks."""
-    return copy_to_tensor_model_parallel_region(x, group=parallel_state.get_tensor_model_parallel_group())
+    return copy_to_tensor_model_parallel_region(x, group=tp_group())
 
 
 def _all_reduce_shards(values: Tensor, reduce: dist.ReduceOp.RedOpType) -> Tensor:
     """Reduce `values` over the tensor-parallel ranks in place."""
     if tp_size() > 1:
-        dist.all_reduce(values, op=reduce, group=parallel_state.get_tensor_model_parallel_group())
+        dist.all_reduce(values, op=reduce, group=tp_group())
     return values

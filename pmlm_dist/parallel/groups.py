@@ -78,7 +78,6 @@ class Topology:
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until every rank has reached this call."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -122,9 +121,6 @@ class ModelParallelUnit:
     get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
     get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
     get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
-    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
-    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
-    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
 
 
 def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
@@ -135,7 +131,9 @@ def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
     """
     variables = rendezvous(os.environ)
     rank, world_size, local_rank = (int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    raise_if_any(_world_problems(world_size, tp=tp))
+    if world_size % tp:
+        usable = divisors(world_size)
+        raise ConfigError([f"parallel.tp ({tp}) must divide the number of ranks ({world_size}): use one of {usable}"])
     os.environ.update(variables)
     # One hardware queue: megatron-core relies on it to start the all-reduce of a gradient before the next product.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -148,11 +146,6 @@ def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
             create_gloo_process_groups=False,
             distributed_timeout_minutes=max(1, timeout_s // 60),
         )
-    return topology(device, local_rank=local_rank)
-
-
-def topology(device: torch.device, *, local_rank: int = 0) -> Topology:
-    """Return the `Topology` of the process groups that are already initialized."""
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -163,12 +156,6 @@ def topology(device: torch.device, *, local_rank: int = 0) -> Topology:
         dp=parallel_state.get_data_parallel_world_size(),
         device=device,
     )
-
-
-def _world_problems(world_size: int, *, tp: int) -> list[str]:
-    if world_size % tp == 0:
-        return []
-    return [f"parallel.tp ({tp}) must divide the number of ranks ({world_size}): use one of {divisors(world_size)}"]
 
 
 def _device(local_rank: int) -> torch.device:

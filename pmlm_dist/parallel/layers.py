@@ -9,7 +9,7 @@ is the same for every tensor-parallel size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ def tp_rank() -> int:
     return parallel_state.get_tensor_model_parallel_rank()
 
 
-def _tp_group() -> dist.ProcessGroup:
+def tp_group() -> dist.ProcessGroup:
+    """Return the ranks that share one copy of the model."""
     group = parallel_state.get_tensor_model_parallel_group()
     assert isinstance(group, dist.ProcessGroup)
     return group
@@ -63,9 +64,9 @@ class ColumnLinear(_NoExtraState, ColumnParallelLinear):
             size_in,
             size_out,
             config=_shared_config(),
-            init_method=_normal(std),
+            init_method=partial(nn.init.normal_, std=std),
             gather_output=False,
-            tp_group=_tp_group(),
+            tp_group=tp_group(),
         )
 
     def _forward_impl(
@@ -88,11 +89,11 @@ class RowLinear(_NoExtraState, RowParallelLinear):
             size_in,
             size_out,
             config=_shared_config(),
-            init_method=_normal(std),
+            init_method=partial(nn.init.normal_, std=std),
             bias=True,
             input_is_parallel=True,
             skip_bias_add=False,
-            tp_group=_tp_group(),
+            tp_group=tp_group(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,9 +107,8 @@ class VocabularyEmbedding(VocabParallelEmbedding):
     """Token embedding with rows [V, E] split over the tensor-parallel ranks; also the matrix of the tied head."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, std: float):
-        super().__init__(
-            vocab_size, hidden_size, config=_shared_config(), init_method=_normal(std), tp_group=_tp_group()
-        )
+        draw = partial(nn.init.normal_, std=std)
+        super().__init__(vocab_size, hidden_size, config=_shared_config(), init_method=draw, tp_group=tp_group())
 
 
 def sharded(full: Tensor) -> nn.Parameter:
@@ -116,13 +116,6 @@ def sharded(full: Tensor) -> nn.Parameter:
     part = nn.Parameter(full.chunk(tp_size(), dim=0)[tp_rank()].clone())
     set_tensor_model_parallel_attributes(part, True, 0, 1)
     return part
-
-
-def _normal(std: float) -> Callable[[Tensor], None]:
-    def draw(weight: Tensor) -> None:
-        nn.init.normal_(weight, mean=0.0, std=std)
-
-    return draw
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -143,6 +136,5 @@ def count_parameters(model: nn.Module, topology: Topology) -> int:
 
 
 def _numel(parameter: Tensor) -> int:
-    return int(
-        getattr(parameter, "ds_numel", parameter.numel())
-    )  # ZeRO-3 empties parameters and stores their size here
+    # ZeRO-3 empties parameters and stores their size here.
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -152,9 +152,8 @@ class EffectiveTime:
         )
 
     def _advice(self) -> str:
-        if self.failures < _MIN_FAILURES or self.total_s < _MIN_TOTAL_S:
-            return ""
-        if not (self.steps and self.useful_s and self.save_s):
+        is_measured = self.failures >= _MIN_FAILURES and self.total_s >= _MIN_TOTAL_S
+        if not (is_measured and self.steps and self.useful_s and self.save_s):
             return ""
         between = self.total_s / self.failures
         interval = best_interval(self.save_s, between)

@@ -196,19 +196,13 @@ def _failed(error: BaseException, program: str, on_failure: Callable[[BaseExcept
         except OSError as full:
             error = full
     code, message = _explain(error)
-    if isinstance(error, KeyboardInterrupt):
-        if is_rank_zero(os.environ):
-            _print_message(program, message)
-        return code
-    if code in COLLECTIVE_ENDS:
-        if message and is_rank_zero(os.environ):
-            _print_message(program, message)
-        return code
-    if on_failure is not None:
+    is_collective = code in COLLECTIVE_ENDS or isinstance(error, KeyboardInterrupt)
+    if not is_collective and on_failure is not None:
         on_failure(error)
     if message:
-        _print_message(program, message)
-    else:
+        if not is_collective or is_rank_zero(os.environ):
+            _print_message(program, message)
+    elif not is_collective:
         print_safely(traceback.format_exc(), to_stderr=True)
     return code
 

@@ -85,12 +85,8 @@ def read_reports(folder: Path) -> list[RankReport]:
 def summary(reports: list[RankReport], *, world_size: int) -> list[str]:
     """Lines for the log: ranks without a report, the rank furthest behind, and the states of the last few ranks."""
     missing = sorted(set(range(world_size)) - {report.rank for report in reports})
-    behind = sorted(reports, key=lambda report: (not _is_stopped(report), report.step, report.last_beat))
+    behind = sorted(reports, key=lambda report: ("stop" not in report.process, report.step, report.last_beat))
     lines = [f"without a report: ranks {', '.join(map(str, missing))}"] if missing else []
     if behind:
         lines.append(f"furthest behind: rank {behind[0].rank}")
     return lines + [str(report) for report in behind[:_MAX_LINES]]
-
-
-def _is_stopped(report: RankReport) -> bool:
-    return "stop" in report.process

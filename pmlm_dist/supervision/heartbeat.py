@@ -2,8 +2,8 @@
 
     rank: enter("data"), enter("step"), ...  --shared memory-->  supervisor: same beat for longer than the limit?
 
-A beat is a few bytes in memory that both processes share since the fork: microseconds, no file, no other process. The
-supervisor decides on the reaction to silence. Without a supervisor the memory is private. Standard library only.
+A beat is a line of JSON in memory that both processes share since the fork: microseconds, no file, no other process.
+The supervisor decides on the reaction to silence. Without a supervisor the memory is private. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pmlm_dist.config import WatchdogConfig
@@ -26,10 +26,8 @@ PHASES = (START_UP, DATA, STEP, SAVE, VALIDATION)
 DEFAULT_LIMIT_S = 600.0
 """Limit before the rank has set its own: time to read the settings and to import torch."""
 
-_BEAT = struct.Struct("<QqqddqqI")  # count, step, phase, limit in seconds, time, part, parts, checksum of these
-_CHECKSUM = struct.Struct("<I")
-_STATUS_OFFSET = mmap.PAGESIZE
-_LENGTH = struct.Struct("<II")  # bytes, checksum
+_HEADER = struct.Struct("<II")  # of a record: bytes, checksum
+_BEAT, _STATUS = 0, mmap.PAGESIZE  # where the records are
 _SIZE = 16 * mmap.PAGESIZE
 
 
@@ -85,8 +83,7 @@ class Heartbeat:
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _SIZE)
         self._limits: Mapping[str, float] = {}
-        self._count, self._step, self._phase = 0, 0, START_UP
-        self._part, self._parts = 0, 0
+        self._last = Beat(0, 0, START_UP, DEFAULT_LIMIT_S, time.monotonic())
         self._status = RankStatus()
         self.beat()
 
@@ -97,59 +94,53 @@ class Heartbeat:
 
     def enter(self, phase: str, *, step: int | None = None) -> None:
         """Beat at the begin of `phase`; `step` only when a new step begins."""
-        if phase != STEP:
-            self._part, self._parts = 0, 0
-        self._step, self._phase = self._step if step is None else step, phase
+        beat = self._last if phase == STEP else replace(self._last, part=0, parts=0)
+        self._last = replace(beat, phase=phase, step=beat.step if step is None else step)
         self.beat()
 
     def enter_part(self, part: int, *, of: int) -> None:
         """Beat at the begin of micro-batch `part`, from 1, of `of` in this step."""
-        self._part, self._parts = part, of
+        self._last = replace(self._last, part=part, parts=of)
         self.beat()
 
     def beat(self) -> None:
         """Beat without a change of phase or step."""
-        self._count += 1
-        limit_s = self._limits.get(self._phase, DEFAULT_LIMIT_S)
-        # The reader may run in the middle of a write; the checksum detects it without a lock that a rank could hold.
-        place = (self._step, PHASES.index(self._phase))
-        now = time.monotonic()
-        beat = _BEAT.pack(self._count, *place, limit_s, now, self._part, self._parts, 0)[: -_CHECKSUM.size]
-        self._memory[: _BEAT.size] = beat + _CHECKSUM.pack(zlib.crc32(beat))
+        limit_s = self._limits.get(self._last.phase, DEFAULT_LIMIT_S)
+        self._last = replace(self._last, count=self._last.count + 1, limit_s=limit_s, time=time.monotonic())
+        self._write(_BEAT, self._last)
 
     def register(self, *, rank: int, world_size: int, run_dir: str, attempt: str) -> None:
-        """Publish the identity of this rank."""
-        self._write_status(RankStatus(rank=rank, world_size=world_size, run_dir=run_dir, attempt=attempt))
+        self._status = RankStatus(rank=rank, world_size=world_size, run_dir=run_dir, attempt=attempt)
+        self._write(_STATUS, self._status)
 
     def fail(self, error: BaseException) -> None:
-        """Publish the error that ends this rank."""
         line = "".join(traceback.format_exception_only(error)).strip()
         trace = "".join(traceback.format_exception(error))
-        facts: dict[str, Any] = {
-            "failure": line[:2000],
-            "traceback": trace[-8000:],
-            "code": int(exit_code_of(error)),
-            "is_peer_failure": is_peer_failure(error),
-        }
-        self._write_status(replace(self._status, **facts))
+        self._status = replace(
+            self._status,
+            failure=line[:2000],
+            traceback=trace[-8000:],
+            code=int(exit_code_of(error)),
+            is_peer_failure=is_peer_failure(error),
+        )
+        self._write(_STATUS, self._status)
 
     def read(self) -> Beat | None:
         """Return the last beat; None in the middle of a write."""
-        count, step, phase, limit_s, time_s, part, parts, checksum = _BEAT.unpack_from(self._memory)
-        if checksum != zlib.crc32(self._memory[: _BEAT.size - _CHECKSUM.size]):
-            return None
-        return Beat(count, step, PHASES[phase], limit_s, time_s, part, parts)
+        beat = self._read(_BEAT)
+        return Beat(**beat) if beat else None
 
     def status(self) -> RankStatus:
         """Return the status of the rank; an empty one before `register` and in the middle of a write."""
-        length, checksum = _LENGTH.unpack_from(self._memory, _STATUS_OFFSET)
-        start = _STATUS_OFFSET + _LENGTH.size
-        data = self._memory[start : start + min(length, _SIZE - start)]
-        return RankStatus(**json.loads(data)) if length and zlib.crc32(data) == checksum else RankStatus()
+        return RankStatus(**self._read(_STATUS))
 
-    def _write_status(self, status: RankStatus) -> None:
-        self._status = status
-        data = json.dumps(asdict(status)).encode()
-        start = _STATUS_OFFSET + _LENGTH.size
-        self._memory[start : start + len(data)] = data
-        _LENGTH.pack_into(self._memory, _STATUS_OFFSET, len(data), zlib.crc32(data))
+    def _write(self, place: int, record: Beat | RankStatus) -> None:
+        data = json.dumps(vars(record)).encode()
+        # The reader may run in the middle of a write; the checksum detects it without a lock that a rank could hold.
+        self._memory[place : place + _HEADER.size + len(data)] = _HEADER.pack(len(data), zlib.crc32(data)) + data
+
+    def _read(self, place: int) -> dict[str, Any]:
+        length, checksum = _HEADER.unpack_from(self._memory, place)
+        start = place + _HEADER.size
+        data = self._memory[start : start + length]
+        return json.loads(data) if length and zlib.crc32(data) == checksum else {}

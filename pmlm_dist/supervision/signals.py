@@ -26,12 +26,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from types import FrameType
-from typing import TypeVar
 
 from pmlm_dist.launch_environment import is_rank_zero
 from pmlm_dist.supervision.exit_codes import SIGNALLED, ExitCode
-
-T = TypeVar("T")
 
 STOP_FILE = "STOP"
 EXIT_PREEMPTED = int(ExitCode.PREEMPTED)
@@ -39,6 +36,8 @@ EXIT_PREEMPTED = int(ExitCode.PREEMPTED)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _STDERR = 2
+_MAX_MARGIN_S = 10.0
+"""Longest time before the end of the grace period that a save must leave."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,6 @@ class SignalTimes:
     duplicate_s: float = 1.0
     """Signals this soon after the first repeat the same request."""
     poll_s: float = 0.1
-    max_margin_s: float = 10.0
-    """Longest time before the end of the grace period that a save must leave."""
-
-
-DEFAULT_TIMES = SignalTimes()
 
 
 class StopReason(enum.IntEnum):
@@ -82,12 +76,9 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """The stop signals of this process.
+    """The stop signals of this process; `grace_s`: seconds from the first request to the end of the process."""
 
-    `grace_s`: seconds from the first request to the end of the process.
-    """
-
-    def __init__(self, *, grace_s: float = 120.0, times: SignalTimes = DEFAULT_TIMES):
+    def __init__(self, *, grace_s: float = 120.0, times: SignalTimes = SignalTimes()):
         self.grace_s, self._times = grace_s, times
         self.reason = StopReason.NONE
         """The reason to stop, after a signal to this rank or another."""
@@ -105,7 +96,7 @@ class StopSignals:
         """Return the time (`time.monotonic`) by which a save must be complete; infinite without a request."""
         if self._requested_at is None:
             return float("inf")
-        return self._requested_at + self.grace_s - min(self._times.max_margin_s, self.grace_s / 10)
+        return self._requested_at + self.grace_s - min(_MAX_MARGIN_S, self.grace_s / 10)
 
     def request(self, reason: StopReason = StopReason.SIGNAL) -> None:
         """Start the grace period, unless it has started: another rank has received a signal."""
@@ -120,7 +111,7 @@ class StopSignals:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self._is_loud = handler is None
         for number in STOP_SIGNALS:
-            signal.signal(number, handler or _do_nothing)  # replaces the default action, termination
+            signal.signal(number, handler or _leave_to_watcher)  # replaces the default action, termination
             if handler is None:
                 signal.siginterrupt(number, False)  # native libraries do not expect EINTR
         threading.Thread(target=self._watch, args=(reader,), name="stop signals", daemon=True).start()
@@ -149,8 +140,8 @@ class StopSignals:
             _exit_at_once(SIGNALLED + number, f"{signal.Signals(number).name} is the second signal to stop")
 
 
-def _do_nothing(_number: int, _frame: object) -> None:
-    """Leave the signal to the wake-up pipe."""
+def _leave_to_watcher(_number: int, _frame: object) -> None:
+    pass
 
 
 def _exit_at_once(code: int, reason: str) -> None:
@@ -166,12 +157,12 @@ def _write(message: str) -> None:
 
 
 @contextlib.contextmanager
-def interruptible(*, grace_s: float = 10.0) -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt(number) in the main thread at the first stop signal; not for supervised ranks.
 
-    A second signal, or the end of `grace_s` (the main thread may be inside a collective), ends the process at once.
+    A second signal, or the end of ten seconds (the main thread may be inside a collective), ends the process at once.
     """
-    StopSignals(grace_s=grace_s).install(_interrupt)
+    StopSignals(grace_s=10.0).install(_interrupt)
     try:
         yield
     finally:
@@ -181,7 +172,7 @@ def interruptible(*, grace_s: float = 10.0) -> Iterator[None]:
 
 def _interrupt(number: int, _frame: object) -> None:
     for other in STOP_SIGNALS:
-        signal.signal(other, _do_nothing)  # a duplicate must not break off the clean-up
+        signal.signal(other, _leave_to_watcher)  # a duplicate must not break off the clean-up
     raise KeyboardInterrupt(number)
 
 

@@ -73,11 +73,8 @@ class SupervisorTimes:
     """Time for the rank's descendants to end by themselves."""
 
 
-DEFAULT_TIMES = SupervisorTimes()
-
-
 def run_supervised(
-    main: Callable[[Heartbeat], int | None], *, program: str = "train.py", times: SupervisorTimes = DEFAULT_TIMES
+    main: Callable[[Heartbeat], int | None], *, program: str = "train.py", times: SupervisorTimes = SupervisorTimes()
 ) -> int:
     """Run `main` as the rank in a forked process and return its exit code; call it once, before any thread starts.
 
@@ -93,8 +90,7 @@ def run_supervised(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     parent, child = os.getpid(), os.fork()
     if child:
-        supervisor = Supervisor(child, heartbeat, stacks, oom_kills_before=oom_kills_before, times=times)
-        return supervisor.watch()
+        return Supervisor(child, heartbeat, stacks, oom_kills_before=oom_kills_before, times=times).watch()
     processes.die_with_parent()
     if os.getppid() != parent:  # the supervisor died between the fork and `die_with_parent`
         os._exit(SIGNALLED + signal.SIGKILL)
@@ -120,17 +116,10 @@ class Supervisor:
     """Watches one rank, the process `child`, until it has ended."""
 
     def __init__(
-        self,
-        child: int,
-        heartbeat: Heartbeat,
-        stacks: IO[bytes],
-        *,
-        oom_kills_before: int,
-        times: SupervisorTimes = DEFAULT_TIMES,
+        self, child: int, heartbeat: Heartbeat, stacks: IO[bytes], *, oom_kills_before: int, times: SupervisorTimes
     ):
         self._child, self._heartbeat, self._stacks = child, heartbeat, stacks
-        self._oom_kills_before = oom_kills_before
-        self._times = times
+        self._oom_kills_before, self._times = oom_kills_before, times
         self._wait_status: int | None = None
         self._last_beat = Beat(0, 0, "start-up", float("inf"), time.monotonic())
         self._silence_s = 0.0
@@ -139,7 +128,6 @@ class Supervisor:
         self._place, self._place_time, self._progress_lines = (0, START_UP), time.monotonic(), 0
 
     def watch(self) -> int:
-        """Return the exit code of this process."""
         failure = None
         while not self._has_ended(within_s=self._times.poll_s) and failure is None:
             self._read_heartbeat()
@@ -148,7 +136,10 @@ class Supervisor:
             failure = self._own_failure()
         if failure is not None:
             failure = self._record(failure)
-            self._wait_for_reports(failure)
+            status = self._heartbeat.status()
+            if failure.code == ExitCode.HUNG and failure.rank == status.rank and self._folder is not None:
+                # The others report before this one, which hung: a request for its stack can wake it up.
+                self._collect_reports(status.world_size - 1)
             self._write_report()
             self._end_rank()
         code = self._code if failure is None else failure.code
@@ -240,7 +231,6 @@ class Supervisor:
         return Path(status.run_dir) / LOGS / status.attempt if status.run_dir and status.attempt else None
 
     def _failure_of_other_rank(self) -> Failure | None:
-        """Poll for the failure that another rank's supervisor has recorded."""
         if time.monotonic() < self._last_failure_poll + self._times.failure_poll_s:
             return None
         self._last_failure_poll = time.monotonic()
@@ -256,22 +246,13 @@ class Supervisor:
 
     def _record(self, failure: Failure) -> Failure:
         """Write the failure, or return the one that is recorded already."""
-        if self._folder is None:
-            return failure
         try:
-            return write_failure(self._folder, failure)
+            return write_failure(self._folder, failure) if self._folder is not None else failure
         except OSError as error:
             _print(f"failure.json was not written: {error}")
             return failure
 
-    def _wait_for_reports(self, failure: Failure) -> None:
-        """Let the other ranks report before this one, if it hung: a request for its stack can wake it up."""
-        status = self._heartbeat.status()
-        if failure.code == ExitCode.HUNG and failure.rank == status.rank and self._folder is not None:
-            self._collect_reports(status.world_size - 1)
-
     def _write_report(self) -> None:
-        """Write the state of this rank, with the stacks of its threads."""
         process = processes.process_state(self._child) if self._wait_status is None else f"ended with {self._code}"
         status, stacks = self._heartbeat.status(), self._dump_stacks()
         if self._folder is None or status.rank is None:

@@ -42,20 +42,13 @@ class Attempt:
     """Raises `Superseded` if another attempt has taken over the run; called by rank 0 before each commit."""
 
     def open_checkpoints(
-        self,
-        output: Path,
-        *,
-        keep: int,
-        keep_every: int | None = None,
-        is_kept: Callable[[int], bool] = lambda _step: False,
+        self, output: Path, *, keep: int, is_kept: Callable[[int], bool]
     ) -> tuple[CheckpointFolder, Path | None]:
         """Open the checkpoint folder of `output`: its retention, and the newest valid checkpoint; every rank calls.
 
         Removes what earlier attempts were still writing. Raises `ConfigError` if no checkpoint of several is valid.
         """
-        folder = CheckpointFolder(
-            output / "checkpoints", keep=keep, keep_every=keep_every, fence=self.check_lease, keeps=is_kept
-        )
+        folder = CheckpointFolder(output / "checkpoints", keep=keep, fence=self.check_lease, keeps=is_kept)
         if self.topology.is_rank_zero:
             folder.remove_temporary()
         return folder, find_checkpoint(folder, self.topology)

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import ConfigError
-from pmlm_dist.corpus.shards import TRAIN, ShardError
+from pmlm_dist.corpus.shards import TRAIN, Shard, ShardError
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.data.cache import CacheError
 from pmlm_dist.data.loader import training_batches
@@ -88,7 +88,7 @@ class TrainBatches:
         counts = Mixture([source.weight for source in sources], lanes=self._run.lanes).counts(self._samples_consumed)
         scalars: dict[str, float | None] = {
             "data/quarantined_shards": len(self._quarantined()),
-            "data/quarantined_samples": self._samples_lost(),
+            "data/quarantined_samples": sum(shard.samples for shard in self._quarantined()),
         }
         for source, manifest, count in zip(sources, self._manifests, counts, strict=True):
             scalars[f"data/samples/{source.name}"] = count
@@ -141,24 +141,21 @@ class TrainBatches:
         self._prefetcher = self._start()
 
     def _corrupt_shard(self, error: Exception | None) -> CorruptShard | None:
-        shard = error.shard if isinstance(error, ShardError) else None
+        if not isinstance(error, ShardError):
+            return None
         for source, manifest in zip(self._run.training, self._manifests, strict=True):
-            if shard is not None and shard in manifest.splits[TRAIN].shards:
-                offset = error.offset if isinstance(error, ShardError) else None
-                return CorruptShard(source.name, shard.name, shard.sha256, shard.samples, offset, str(error))
+            if (shard := error.shard) in manifest.splits[TRAIN].shards:
+                return CorruptShard(source.name, shard.name, shard.sha256, shard.samples, error.offset, str(error))
         return None
 
-    def _quarantined(self) -> dict[str, int]:
-        """Return sha256 -> samples of the quarantined shards of this run's corpora."""
-        of_corpora = {shard.sha256: shard for manifest in self._manifests for shard in manifest.splits[TRAIN].shards}
-        known = {shard.sha256 for shard in self._quarantine} & of_corpora.keys()
-        return {sha256: of_corpora[sha256].samples for sha256 in known}
-
-    def _samples_lost(self) -> int:
-        return sum(self._quarantined().values())
+    def _quarantined(self) -> list[Shard]:
+        """Return the quarantined shards of this run's corpora."""
+        known = {shard.sha256 for shard in self._quarantine}
+        shards = {shard.sha256: shard for manifest in self._manifests for shard in manifest.splits[TRAIN].shards}
+        return [shard for sha256, shard in shards.items() if sha256 in known]
 
     def _check_limit(self) -> None:
-        lost, limit = self._samples_lost(), self._run.config.data.quarantine_limit
+        lost, limit = sum(shard.samples for shard in self._quarantined()), self._run.config.data.quarantine_limit
         total = sum(manifest.splits[TRAIN].samples for manifest in self._manifests)
         if lost > limit * total:
             names = ", ".join(f"{shard.shard} of {shard.corpus} ({shard.error})" for shard in self._quarantine[-3:])

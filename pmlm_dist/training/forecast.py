@@ -69,10 +69,21 @@ def _too_slow(run: ResolvedRun, step_s: float) -> str:
 
 
 def _step_s(run: ResolvedRun, config: RunConfig, engine: EngineConfig) -> float:
-    device, tp = _device(run.topology, config, precision=engine.precision), config.parallel.tp
-    layout = Layout(tp, engine.zero_stage, engine.micro_batch, config.model.activation_checkpointing)
-    step_s = _job(run, config, engine, device).estimate(layout).time.total
-    return run.topology.broadcast_object(step_s)  # ranks measure different rates, and must decide alike
+    world_size = run.topology.world_size
+    in_node = min(world_size, local_world_size(os.environ, default=world_size))
+    device = _device(run.topology, config, precision=engine.precision)
+    job = Job(
+        model=dataclasses.replace(config.model, vocab_size=run.vocabulary.size),
+        context=run.manifest.sequence_length,
+        predictions=max_predictions(run.manifest.sequence_length, config.masking),
+        objectives=OBJECTIVES[config.objective.kind],
+        engine=engine,
+        cluster=Cluster(device, world_size // in_node, in_node),
+    )
+    checkpointing = config.model.activation_checkpointing
+    layout = Layout(config.parallel.tp, engine.zero_stage, engine.micro_batch, checkpointing)
+    # Ranks measure different rates, and must decide alike.
+    return run.topology.broadcast_object(job.estimate(layout).time.total)
 
 
 def _device(topology: Topology, config: RunConfig, *, precision: str) -> Device:
@@ -81,19 +92,6 @@ def _device(topology: Topology, config: RunConfig, *, precision: str) -> Device:
     if known is not None and precision in known.peak:
         return known
     return measure_device(precision, topology, model=config.model, tokens=_MEASURED_TOKENS, seconds=_MEASURED_S)
-
-
-def _job(run: ResolvedRun, config: RunConfig, engine: EngineConfig, device: Device) -> Job:
-    world_size = run.topology.world_size
-    in_node = min(world_size, local_world_size(os.environ, default=world_size))
-    return Job(
-        model=dataclasses.replace(config.model, vocab_size=run.vocabulary.size),
-        context=run.manifest.sequence_length,
-        predictions=max_predictions(run.manifest.sequence_length, config.masking),
-        objectives=OBJECTIVES[config.objective.kind],
-        engine=engine,
-        cluster=Cluster(device, world_size // in_node, in_node),
-    )
 
 
 def _seconds(seconds: float) -> str:

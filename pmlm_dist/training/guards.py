@@ -1,6 +1,5 @@
 """Consistency checks over ranks while training, and the handling of steps that are not finite.
 
-    check_engine         DeepSpeed averages over the data-parallel ranks
     check_batches        tensor-parallel peers hold the same batch, data-parallel ranks different samples
     check_replicas       replicated parameters are equal bit for bit
     diagnose_nonfinite   which rank's losses, activations, gradients or weights were not finite in a step
@@ -43,22 +42,21 @@ def check_batches(micro_batches: Sequence[Batch], topology: Topology) -> None:
         for batch in micro_batches
     ]
     per_rank = topology.all_gather_object(own)
-    places = [(rank // topology.tp, rank % topology.tp) for rank in range(topology.world_size)]
-    for rank, (dp_rank, _) in enumerate(places):
-        first = dp_rank * topology.tp
-        if [fingerprint for fingerprint, _ in per_rank[rank]] != [fingerprint for fingerprint, _ in per_rank[first]]:
+    for rank, batches in enumerate(per_rank):
+        first = rank - rank % topology.tp
+        if [fingerprint for fingerprint, _ in batches] != [fingerprint for fingerprint, _ in per_rank[first]]:
             raise GuardError(
                 f"ranks {first} and {rank} share one copy of the model (tensor parallel) but hold different batches: "
                 "their corpora or settings differ; compare --corpus and its files on their nodes"
             )
     readers: dict[tuple[int, int], int] = {}
-    for rank, (_, tp_rank) in enumerate(places):
-        for sample in (sample for _, samples in per_rank[rank] for sample in samples if tp_rank == 0):
-            if readers.setdefault(sample, rank) != rank:
-                epoch, number = sample
+    for rank in range(0, topology.world_size, topology.tp):
+        for epoch, number in (sample for _, samples in per_rank[rank] for sample in samples):
+            reader = readers.setdefault((epoch, number), rank)
+            if reader != rank:
                 raise GuardError(
-                    f"ranks {readers[sample]} and {rank} both read sample {number} of epoch {epoch}: data-parallel "
-                    "ranks must read different ones; compare the corpora on their nodes"
+                    f"ranks {reader} and {rank} both read sample {number} of epoch {epoch}: data-parallel ranks must "
+                    "read different ones; compare the corpora on their nodes"
                 )
 
 
@@ -68,17 +66,12 @@ def check_replicas(model: nn.Module, topology: Topology) -> None:
     Data-parallel ranks hold equal parameters, except those that ZeRO-3 partitions. Tensor-parallel peers hold equal
     parameters, except the sharded ones.
     """
-    names = [name for name, _ in model.named_parameters()]
-    parameters = [parameter for _, parameter in model.named_parameters()]
-    checksums = torch.stack([_checksum(parameter) for parameter in parameters]).tolist()
+    checksums = torch.stack([_checksum(parameter) for parameter in model.parameters()]).tolist()
     per_rank = topology.all_gather_object(checksums)
     problems = []
-    for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-        for ranks in _replica_groups(
-            topology, over_dp=_zero3_shard(parameter) is None, over_tp=not is_sharded(parameter)
-        ):
-            values = Counter(per_rank[rank][number] for rank in ranks)
-            usual, _ = values.most_common(1)[0]
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        for ranks in _replica_groups(topology, parameter):
+            ((usual, _),) = Counter(per_rank[rank][number] for rank in ranks).most_common(1)
             odd = [rank for rank in ranks if per_rank[rank][number] != usual]
             if odd:
                 problems.append(f"{name}: ranks {_some(odd)} differ from ranks {_some(sorted(set(ranks) - set(odd)))}")
@@ -89,18 +82,13 @@ def check_replicas(model: nn.Module, topology: Topology) -> None:
         )
 
 
-def _replica_groups(topology: Topology, *, over_dp: bool, over_tp: bool) -> Iterator[list[int]]:
-    """Yield the groups of ranks that hold the same values."""
+def _replica_groups(topology: Topology, parameter: nn.Parameter) -> Iterable[list[int]]:
     groups: dict[tuple[int, int], list[int]] = {}
     for rank in range(topology.world_size):
         dp_rank, tp_rank = divmod(rank, topology.tp)
-        groups.setdefault((-1 if over_dp else dp_rank, -1 if over_tp else tp_rank), []).append(rank)
-    return iter(groups.values())
-
-
-def _zero3_shard(parameter: nn.Parameter) -> Tensor | None:
-    """Return this rank's partition of a ZeRO-3 parameter, None for a whole one."""
-    return getattr(parameter, "ds_tensor", None)
+        place = (dp_rank if hasattr(parameter, "ds_tensor") else -1, tp_rank if is_sharded(parameter) else -1)
+        groups.setdefault(place, []).append(rank)
+    return groups.values()
 
 
 def _checksum(parameter: nn.Parameter) -> Tensor:
@@ -185,8 +173,8 @@ def _recorded(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _local_values(parameter: nn.Parameter) -> Tensor:
-    cut = _zero3_shard(parameter)
-    return parameter.detach() if cut is None else cut.detach()
+    """Return this rank's partition of a ZeRO-3 parameter, or all of another one."""
+    return getattr(parameter, "ds_tensor", parameter).detach()
 
 
 def _is_finite(values: Tensor) -> bool:

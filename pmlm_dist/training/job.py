@@ -57,7 +57,6 @@ class LoopSettings:
     """Steps between comparisons of batches and replicas over ranks; None: replicas once, at the start."""
 
     def is_logged(self, step: int) -> bool:
-        """Return True if `step` gets a log line."""
         return step == self.last_step or step % self.log_every == 0
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from deepspeed.runtime.engine import DeepSpeedEngine
-
 from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
 from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.engine.deepspeed_engine import module_of
@@ -79,7 +77,6 @@ class _Loop:
         return is_last
 
     def step(self) -> None:
-        """Make the next step and log it where due."""
         job, session, settings = self.job, self.session, self.job.settings
         number = self.state.step + 1
         is_first = number == self.first.step + 1
@@ -133,8 +130,3 @@ def _current_exit_code() -> int:
     """Return the exit code of the exception being handled; called in a `finally` block."""
     error = sys.exc_info()[1]
     return int(ExitCode.DONE if error is None else exit_code_of(error))
-
-
-def fp16_loss_scale(engine: DeepSpeedEngine, *, precision: str) -> float | None:
-    """Return DeepSpeed's current loss scale; None unless the precision is fp16."""
-    return float(getattr(engine.optimizer, "cur_scale")) if precision == "fp16" else None  # noqa: B009

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -37,7 +37,6 @@ from pmlm_dist.parallel.layers import count_parameters
 from pmlm_dist.training.batches import TrainBatches, synchronized_batches
 from pmlm_dist.training.guards import check_batches
 from pmlm_dist.training.job import LoopSettings, TrainingJob, TrainingSession
-from pmlm_dist.training.loop import fp16_loss_scale
 from pmlm_dist.training.resolve import ResolvedRun
 from pmlm_dist.training.validation import forward_losses, validate, weights_of
 
@@ -88,7 +87,6 @@ class PretrainJob(TrainingJob[Batch]):
         return build_engine(self.run)
 
     def load_initial_weights(self, session: TrainingSession) -> None:
-        """Load the weights of `--init`."""
         if self.run.config.init is not None:
             origin = load_initial_weights(session.engine_state, self.run.config.init)
             session.log.info(f"weights: from {origin}")
@@ -168,9 +166,7 @@ class PretrainJob(TrainingJob[Batch]):
     ) -> None:
         """Log losses, rates, times of all ranks, and how far the corpora have been read."""
         assert self._batches is not None
-        loss_scale = fp16_loss_scale(session.engine, precision=self.engine_config.precision)
-        progress = self._progress(state.step, result, interval, loss_scale=loss_scale, skipped_steps=skipped_steps)
-        session.log.progress(progress, self.topology.device)
+        session.log.progress(self._progress(session, state.step, result, interval, skipped_steps), self.topology.device)
         seconds = interval.phases
         own = RankTimes(
             data_s=session.attempt.stop.data_wait_s,
@@ -185,9 +181,9 @@ class PretrainJob(TrainingJob[Batch]):
         self._batches.log_progress(state.step)
 
     def _progress(
-        self, step: int, result: StepResult, interval: Interval, *, loss_scale: float | None, skipped_steps: int
+        self, session: TrainingSession, step: int, result: StepResult, interval: Interval, skipped_steps: int
     ) -> Progress:
-        run, train = self.run, self.run.config.train
+        run, train, optimizer = self.run, self.run.config.train, cast(Any, session.engine.optimizer)
         samples_per_s = run.engine.global_batch / interval.seconds_per_step
         flops_per_s = samples_per_s * run.sample_flops / run.topology.world_size
         peak = peak_tflops(train.peak_tflops, run.topology.device)
@@ -197,7 +193,7 @@ class PretrainJob(TrainingJob[Batch]):
             losses=LossMeans.from_counts(run.topology.all_reduce_dp(interval.counts), run.config.objective),
             learning_rate=learning_rate(step, steps=train.steps, optim=run.config.optim),
             gradient_norm=result.gradient_norm,
-            loss_scale=loss_scale,
+            loss_scale=float(optimizer.cur_scale) if run.engine.precision == "fp16" else None,
             skipped_steps=skipped_steps,
             tokens_per_s=samples_per_s * run.manifest.sequence_length,
             slots_per_s=samples_per_s * run.num_slots,

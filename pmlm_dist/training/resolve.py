@@ -17,7 +17,7 @@ import torch
 
 from pmlm_dist.checkpoint.initial_weights import initial_weights_problems
 from pmlm_dist.checkpoint.resume import differences
-from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, as_dict, raise_if_any
+from pmlm_dist.config import ConfigError, MaskingConfig, ModelConfig, RunConfig, as_dict
 from pmlm_dist.corpus.shards import Manifest, misplaced
 from pmlm_dist.data.batch import special_ids
 from pmlm_dist.data.loader import BatchSource
@@ -31,11 +31,10 @@ from pmlm_dist.metrics.flops import training_flops
 from pmlm_dist.objectives import OBJECTIVES
 from pmlm_dist.parallel.groups import Topology, raise_on_all_ranks
 from pmlm_dist.relations import divisors
-from pmlm_dist.relations import problems as config_problems
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 # Settings that may change on resume: they change how the model is computed, not what is learned.
-_FREE_MODEL_SETTINGS = ("attention", "activation_checkpointing")
+_FREE_SETTINGS = ("model.attention", "model.activation_checkpointing")
 
 _SMALLEST_FLEX_HEAD = 16  # the smallest matrix product that Triton supports
 
@@ -79,7 +78,6 @@ class ResolvedRun:
 
     @property
     def lanes(self) -> int:
-        """Lanes of the sample order."""
         assert self.config.data.lanes is not None
         return self.config.data.lanes
 
@@ -96,7 +94,6 @@ class ResolvedRun:
 
     @property
     def sample_flops(self) -> float:
-        """FLOPs of the training on one sample."""
         return training_flops(
             self.config.model,
             context=self.manifest.sequence_length,
@@ -128,7 +125,6 @@ class ResolvedRun:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the run's checkpoints."""
         return self.config.run_dir / "checkpoints"
 
     def configuration(self) -> dict[str, Any]:
@@ -154,15 +150,14 @@ class ResolvedRun:
 
         The topology is not part of it: a checkpoint opens on any.
         """
-        model = {
-            f"model.{k}": v for k, v in dataclasses.asdict(self.config.model).items() if k not in _FREE_MODEL_SETTINGS
+        settings = {
+            f"{part}.{name}": value
+            for part in ("model", "masking", "objective")
+            for name, value in dataclasses.asdict(getattr(self.config, part)).items()
+            if f"{part}.{name}" not in _FREE_SETTINGS
         }
-        masking = {f"masking.{k}": v for k, v in dataclasses.asdict(self.config.masking).items()}
-        objective = {f"objective.{k}": v for k, v in dataclasses.asdict(self.config.objective).items()}
         return {
-            **model,
-            **masking,
-            **objective,
+            **settings,
             "train.seed": self.config.train.seed,
             "data.lanes": self.lanes,
             "corpus": self.manifest.fingerprint,
@@ -171,11 +166,6 @@ class ResolvedRun:
             "train_batch_size": self.engine.global_batch,
             "precision": self.engine.precision,
         }
-
-
-def check(config: RunConfig) -> None:
-    """Raise `ConfigError` for settings that are wrong by themselves; needs no other rank and no file."""
-    raise_if_any(config_problems(config))
 
 
 def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | None = None) -> ResolvedRun:
@@ -190,23 +180,20 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     engine = _collect_problems(
         problems, lambda: load_engine_config(config.ds_config, has_accelerator=has_accelerator, overrides=overrides)
     )
-    own: CorpusSource | None = _collect_problems(problems, lambda: CorpusSource.open(config.corpus, config.data))
-    manifest = None if own is None else _collect_problems(problems, lambda: own.manifest)
-    vocabulary = (
-        None if own is None or manifest is None else _collect_problems(problems, partial(Vocabulary.load, own.folder))
-    )
-    training = () if own is None or manifest is None else (own,)
-    if config.data.sources:
-        training = _mixture(problems, config)
-    if engine is not None:
+    own = _collect_problems(problems, lambda: CorpusSource.open(config.corpus, config.data))
+    manifest = own and _collect_problems(problems, lambda: own.manifest)
+    vocabulary = manifest and _collect_problems(problems, lambda: Vocabulary.load(own.folder))
+    training = _mixture(problems, config) if config.data.sources else (own,) if manifest else ()
+    if engine:
         problems += batch_problems(engine, dp=topology.dp)
-    if own is not None and manifest is not None and vocabulary is not None:
+    if vocabulary:
         problems += _corpus_problems(config, manifest, vocabulary)
         problems += _mixture_problems(training, manifest)
         if topology.local_rank == 0 and not saved:  # a shard lost later is quarantined when it is read
-            problems += [problem for source in dict.fromkeys([own, *training]) for problem in _misplaced(source)]
+            local = [source for source in dict.fromkeys([own, *training]) if not source.address]
+            problems += [problem for source in local for problem in misplaced(source.folder, source.manifest)]
     lanes = None
-    if engine is not None and manifest is not None and not problems:
+    if engine and manifest and not problems:
         lanes = _collect_problems(
             problems,
             lambda: _choose_lanes(
@@ -219,15 +206,16 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
         )
         problems += _cache_problems(config, training, lanes=lanes) if lanes else []
     probe = None
-    if config.train.probe is not None and vocabulary is not None:
-        probe = _collect_problems(problems, partial(_load_probe, config.train.probe, config, vocabulary))
-    if saved and manifest is None:
-        problems.append(_missing_corpus(saved))
+    if config.train.probe is not None and vocabulary:
+        limits = {"most": config.train.probe_pairs, "max_tokens": config.model.max_positions - 2}
+        probe = _collect_problems(problems, partial(Probe.load, config.train.probe, vocabulary, **limits))
+    if saved and not manifest:
+        corpus, fingerprint = saved["configuration"].get("corpus"), saved["identity"].get("corpus")
+        problems.append(
+            f"the run to resume reads the corpus of sha256 {fingerprint}, which was {corpus}: name its place by "
+            "--corpus"
+        )
     raise_on_all_ranks(problems, topology)
-    assert engine is not None
-    assert own is not None
-    assert manifest is not None
-    assert vocabulary is not None
     completed = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocabulary.size),
@@ -244,23 +232,13 @@ def resolve(config: RunConfig, topology: Topology, *, saved: dict[str, Any] | No
     return run
 
 
-def _load_probe(source: Path, config: RunConfig, vocabulary: Vocabulary) -> Probe:
-    return Probe.load(source, vocabulary, most=config.train.probe_pairs, max_tokens=config.model.max_positions - 2)
-
-
-def _missing_corpus(saved: dict[str, Any]) -> str:
-    corpus, fingerprint = saved["configuration"].get("corpus"), saved["identity"].get("corpus")
-    return f"the run to resume reads the corpus of sha256 {fingerprint}, which was {corpus}: name its place by --corpus"
-
-
 def _mixture(problems: list[str], config: RunConfig) -> tuple[CorpusSource, ...]:
     """Return the sources of a mixture whose manifests can be read."""
-    sources = []
-    for corpus, weight in config.data.sources.items():
-        sources.append(_collect_problems(problems, partial(CorpusSource.open, corpus, config.data, weight=weight)))
-    return tuple(
-        s for s in sources if s is not None and _collect_problems(problems, partial(getattr, s, "manifest")) is not None
-    )
+    opened = [
+        _collect_problems(problems, partial(CorpusSource.open, corpus, config.data, weight=weight))
+        for corpus, weight in config.data.sources.items()
+    ]
+    return tuple(s for s in opened if s and _collect_problems(problems, partial(getattr, s, "manifest")))
 
 
 def _mixture_problems(training: tuple[CorpusSource, ...], manifest: Manifest) -> list[str]:
@@ -279,10 +257,6 @@ def _mixture_problems(training: tuple[CorpusSource, ...], manifest: Manifest) ->
                 f"{manifest.sequence_length}: prepare it with --sequence-length {manifest.sequence_length}"
             )
     return problems
-
-
-def _misplaced(source: CorpusSource) -> list[str]:
-    return [] if source.address else misplaced(source.folder, source.manifest)
 
 
 def _cache_problems(config: RunConfig, training: tuple[CorpusSource, ...], *, lanes: int) -> list[str]:

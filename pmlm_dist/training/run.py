@@ -14,9 +14,10 @@ from pmlm_dist.checkpoint.engine_state import EngineState
 from pmlm_dist.checkpoint.files import read_state
 from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import RunState, load_checkpoint
-from pmlm_dist.config import RunConfig
+from pmlm_dist.config import RunConfig, raise_if_any
 from pmlm_dist.console import print_safely
 from pmlm_dist.metrics.run_log import RunLog
+from pmlm_dist.relations import problems
 from pmlm_dist.supervision.heartbeat import START_UP, Heartbeat, phase_limits
 from pmlm_dist.supervision.signals import Stopped, StopSignals, stop_signals_blocked
 from pmlm_dist.training.attempt import Attempt, open_attempt
@@ -24,7 +25,7 @@ from pmlm_dist.training.forecast import forecast
 from pmlm_dist.training.job import TrainingJob, TrainingSession
 from pmlm_dist.training.loop import train
 from pmlm_dist.training.pretraining import PretrainJob, complete
-from pmlm_dist.training.resolve import check, resolve
+from pmlm_dist.training.resolve import resolve
 
 
 def pretrain(config: RunConfig, signals: StopSignals | None = None, heartbeat: Heartbeat | None = None) -> None:
@@ -33,7 +34,7 @@ def pretrain(config: RunConfig, signals: StopSignals | None = None, heartbeat: H
     Raises `ConfigError` on every rank, before anything is computed, if settings, corpus or checkpoint do not fit;
     `FolderInUse` if another attempt is active; `Stopped`, with a checkpoint saved, after a signal or a file `STOP`.
     """
-    check(config)
+    raise_if_any(problems(config))
     settings = config.train
     with open_attempt(
         config.run_dir,
@@ -45,8 +46,9 @@ def pretrain(config: RunConfig, signals: StopSignals | None = None, heartbeat: H
         signals=signals,
         heartbeat=heartbeat,
     ) as attempt:
+        every = settings.keep_every
         folder, newest = attempt.open_checkpoints(
-            config.run_dir, keep=settings.keep_checkpoints, keep_every=settings.keep_every
+            config.run_dir, keep=settings.keep_checkpoints, is_kept=lambda step: bool(every and step % every == 0)
         )
         saved = read_state(newest) if newest else None
         run = resolve(config, attempt.topology, saved=saved)

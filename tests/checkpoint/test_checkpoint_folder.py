@@ -122,7 +122,7 @@ def test_retention_keeps_the_checkpoint_just_written_before_corrupt_later_ones(t
 
 
 def test_retention_keeps_every_kth_step(tmp_path: Path):
-    folder = CheckpointFolder(tmp_path, keep=2, keep_every=4)
+    folder = CheckpointFolder(tmp_path, keep=2, keeps=lambda step: step % 4 == 0)
     for step in range(1, 12):
         write_checkpoint(folder, step)
     assert steps_in(tmp_path) == [4, 8, 10, 11]

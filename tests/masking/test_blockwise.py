@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.masked_samples import MaskedSample, mask_sample
 
 from pmlm_dist.config import MaskingConfig
-from pmlm_dist.masking.blockwise import MaskedSample, SpecialIds, mask_rule, mask_sample, max_predictions
+from pmlm_dist.masking.blockwise import SpecialIds, mask_rule, max_predictions
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB_SIZE = 1000

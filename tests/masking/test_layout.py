@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.masked_samples import mask_sample
 
 from pmlm_dist.config import MaskingConfig
-from pmlm_dist.masking.blockwise import MaskRule, SpecialIds, mask_rule, mask_sample, max_predictions
+from pmlm_dist.masking.blockwise import MaskRule, SpecialIds, mask_rule, max_predictions
 from pmlm_dist.masking.layout import Layout, build_layout, empty_layout
 from pmlm_dist.masking.seq2seq_layout import Seq2SeqRule, build_seq2seq_layout
 

@@ -101,10 +101,12 @@ def train(config: RunConfig) -> Trained:
 
 def start_run(config: RunConfig) -> Any:
     """Return the `Run` of `config` on this rank."""
+    from pmlm_dist.config import raise_if_any
     from pmlm_dist.parallel import groups
-    from pmlm_dist.training.resolve import check, resolve
+    from pmlm_dist.relations import problems
+    from pmlm_dist.training.resolve import resolve
 
-    check(config)
+    raise_if_any(problems(config))
     return resolve(
         config, groups.init_process_groups(tp=config.parallel.tp, timeout_s=config.train.collective_timeout_s)
     )

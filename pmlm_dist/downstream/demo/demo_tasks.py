@@ -15,12 +15,10 @@ from pathlib import Path
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.downstream.demo import package_task, summary_task
-from pmlm_dist.downstream.demo.package_task import PackageTaskConfig, write_package_task
-from pmlm_dist.downstream.demo.summary_task import SummaryTaskConfig, write_summary_task
-from pmlm_dist.files import raise_if_foreign, write_atomically
+from pmlm_dist.downstream.demo.splits import HELD_OUT, read_rows
+from pmlm_dist.files import json_line, raise_if_foreign, write_atomically
 
 Scores = dict[str, dict[str, float]]
-_HELD_OUT = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,9 @@ class DemoTask:
 
 
 DEMO_TASKS = {
-    "package": DemoTask(
-        lambda source, output: write_package_task(PackageTaskConfig(source, output)),
-        package_task.baseline_scores,
-        ("accuracy", "macro_f1"),
-    ),
+    "package": DemoTask(package_task.write_package_task, package_task.baseline_scores, ("accuracy", "macro_f1")),
     "summary": DemoTask(
-        lambda source, output: write_summary_task(SummaryTaskConfig(source, output)),
-        summary_task.baseline_scores,
-        ("rouge1", "rouge2", "rougeL", "bleu", "nll"),
+        summary_task.write_summary_task, summary_task.baseline_scores, ("rouge1", "rouge2", "rougeL", "bleu", "nll")
     ),
 }
 
@@ -62,17 +54,11 @@ def write_data(source: Path = Path("data/demo/python-docs.jsonl"), output: Path 
             sizes = task.write(source, output / name)
             print(f"{output / name}: " + ", ".join(f"{size:,} {split}" for split, size in sizes.items()))
     held_out = {
-        row["id"] for name in DEMO_TASKS for split in _HELD_OUT for row in _rows(output / name / f"{split}.jsonl")
+        row["id"] for name in DEMO_TASKS for split in HELD_OUT for row in read_rows(output / name / f"{split}.jsonl")
     }
-    texts = [{"text": row["text"]} for row in _rows(source) if row["name"] in held_out]
-    lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
-    raise_if_foreign(output / _HELD_OUT_FILE, mark=lines.encode()[:4096])
+    lines = b"".join(json_line({"text": row["text"]}) for row in read_rows(source) if row["name"] in held_out)
+    raise_if_foreign(output / _HELD_OUT_FILE, mark=lines[:4096])
     write_atomically(output / _HELD_OUT_FILE, lines, durable=False)
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def write_table(data: Path = Path("data/demo-tasks"), runs: Path = Path("runs")) -> None:

@@ -16,8 +16,6 @@ labels, but none of validation and test (demo_tasks.py, `held-out.jsonl`).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.conversion.pretrained import new_folder
+from pmlm_dist.downstream.demo.splits import HELD_OUT, digest, read_rows, write_splits
 from pmlm_dist.downstream.tasks import scores
 
-SPLITS = ("train", "validation", "test")
 _ALIASES = {
     "numpy": ("np",),
     "pandas": ("pd",),
@@ -50,13 +47,9 @@ _MAX_GROUP = 0.1
 
 
 @dataclass(frozen=True)
-class PackageTaskConfig:
-    """Settings of the data set."""
+class PackageTaskSize:
+    """Size of the data set."""
 
-    source: Path = Path("data/demo/python-docs.jsonl")
-    """Docstrings, written by `pmlm prepare-corpus --source python-docs` beside its corpus."""
-    output: Path = Path("data/demo-tasks/package")
-    """Folder to write; it must not exist."""
     classes: int = 10
     """Number of classes: the packages with most docstrings. Fewer if the installation has fewer suitable packages."""
     min_classes: int = 4
@@ -67,57 +60,45 @@ class PackageTaskConfig:
     """Examples per class in validation; equally many in test."""
 
 
-def write_package_task(config: PackageTaskConfig) -> dict[str, int]:
-    """Write the data set; returns {split: examples}. Raises `ConfigError` if there are too few docstrings."""
-    with new_folder(config.output) as folder:
-        splits = _package_examples(_read(config.source), config)
-        for name, examples in splits.items():
-            lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
-            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    return {name: len(examples) for name, examples in splits.items()}
+def write_package_task(source: Path, output: Path, size: PackageTaskSize = PackageTaskSize()) -> dict[str, int]:
+    """Write the data set; as `splits.write_splits`. Raises `ConfigError` if there are too few docstrings."""
+    return write_splits(output, lambda: _package_examples(read_rows(source), size))
 
 
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise ConfigError([f"there is no {path}: make it with `pmlm prepare-corpus --source python-docs`"])
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def _package_examples(rows: Sequence[dict[str, str]], config: PackageTaskConfig) -> dict[str, list[dict[str, Any]]]:
+def _package_examples(rows: Sequence[dict[str, str]], size: PackageTaskSize) -> dict[str, list[dict[str, Any]]]:
     groups = _groups(rows)
-    packages = _classes(rows, groups, config)
+    packages = _classes(rows, groups, size)
     selected = [row for row in rows if row["package"] in packages]
     mask = _name_masker(packages)
-    by_split: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in sorted(selected, key=lambda row: _digest(row["name"] + row["text"])):
+    by_split = defaultdict[str, list[dict[str, Any]]](list)
+    for row in sorted(selected, key=lambda row: digest(row["name"] + row["text"])):
         split = _split_of(groups[row["name"]])
         by_split[split].append({"id": row["name"], "text": mask(row["text"]), "label": row["package"]})
-    train = _balanced(by_split["train"], packages, each=config.train, split="train")
+    train = _balanced(by_split["train"], packages, each=size.train, split="train")
     known = {ngram for example in train for ngram in _ngrams(example["text"])}
     splits = {"train": train}
-    for name in SPLITS[1:]:
+    for name in HELD_OUT:
         new = [example for example in by_split[name] if _overlap(example["text"], known) < _MAX_OVERLAP]
-        splits[name] = _balanced(new, packages, each=config.held_out, split=name)
+        splits[name] = _balanced(new, packages, each=size.held_out, split=name)
     return splits
 
 
-def _classes(rows: Sequence[dict[str, str]], groups: dict[str, str], config: PackageTaskConfig) -> list[str]:
+def _classes(rows: Sequence[dict[str, str]], groups: dict[str, str], size: PackageTaskSize) -> list[str]:
     """Return the packages with most docstrings among those with enough in each split.
 
     Validation and test need twice `held_out`, because some are dropped for their overlap with training.
     """
     counts = Counter(row["package"] for row in rows)
     in_split = Counter((row["package"], _split_of(groups[row["name"]])) for row in rows)
-    required = {"train": config.train, "validation": 2 * config.held_out, "test": 2 * config.held_out}
+    required = {"train": size.train, "validation": 2 * size.held_out, "test": 2 * size.held_out}
     suitable = [name for name in counts if all(in_split[name, split] >= number for split, number in required.items())]
-    if len(suitable) < min(config.classes, config.min_classes):
-        needed = f"{config.train} for training and {2 * config.held_out} for each other split"
+    if len(suitable) < min(size.classes, size.min_classes):
+        needed = f"{size.train} for training and {2 * size.held_out} for each other split"
         raise ConfigError(
-            [f"{len(suitable)} packages have enough docstrings ({needed}), {config.min_classes} are required: "
+            [f"{len(suitable)} packages have enough docstrings ({needed}), {size.min_classes} are required: "
              "install more"]
         )  # fmt: skip
-    return sorted(suitable, key=lambda name: (-counts[name], name))[: config.classes]
+    return sorted(suitable, key=lambda name: (-counts[name], name))[: size.classes]
 
 
 def _groups(rows: Iterable[dict[str, str]]) -> dict[str, str]:
@@ -139,11 +120,7 @@ def _parts(name: str, count: int) -> str:
 
 def _split_of(group: str) -> str:
     """Return a split by the hash of `group`, which is stable over installations."""
-    return _SPLIT_OF_TENTH[_digest(group) % 10]
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return _SPLIT_OF_TENTH[digest(group) % 10]
 
 
 def _name_masker(packages: Sequence[str]) -> Callable[[str], str]:
@@ -157,7 +134,6 @@ def _name_masker(packages: Sequence[str]) -> Callable[[str], str]:
 def _balanced(
     examples: Sequence[dict[str, Any]], packages: Sequence[str], *, each: int, split: str
 ) -> list[dict[str, Any]]:
-    """Return the first `each` examples of every package."""
     selected, counts = [], Counter()
     for example in examples:
         if counts[example["label"]] < each:
@@ -188,7 +164,7 @@ _NUM_FREQUENT = 100
 
 def baseline_scores(folder: Path, split: str = "test") -> dict[str, dict[str, float]]:
     """Return accuracy and macro F1 of each baseline on a split that `write_package_task` wrote."""
-    train, held_out = (_read(folder / f"{name}.jsonl") for name in ("train", split))
+    train, held_out = (read_rows(folder / f"{name}.jsonl") for name in ("train", split))
     labels = [row["label"] for row in held_out]
     majority = Counter(row["label"] for row in train).most_common(1)[0][0]
     predictions = {"majority class": [majority] * len(labels), "frequent words": frequent_words(train, held_out)}

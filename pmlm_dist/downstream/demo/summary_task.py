@@ -13,108 +13,64 @@ most frequent words; both are truncated to the length of a target.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pmlm_dist.config import ConfigError
-from pmlm_dist.conversion.pretrained import new_folder
+from pmlm_dist.config import raise_if_any
+from pmlm_dist.downstream.demo.splits import HELD_OUT, digest, read_rows, write_splits
 from pmlm_dist.downstream.tasks.overlap import overlap_scores
 
-SPLITS = ("train", "validation", "test")
+SIZES = {"train": 10_000, "validation": 400, "test": 500}
 _SPLIT_OF_TENTH = (*("train",) * 7, "validation", *("test",) * 2)
 _MIN_WORDS, _MAX_WORDS, _MIN_BODY_WORDS = 3, 16, 20
 _WORD = re.compile(r"\w+")
 _SENTENCE = re.compile(r"(?<=[.!?:])\s+")
 
 
-@dataclass(frozen=True)
-class SummaryTaskConfig:
-    """Settings of the data set."""
-
-    source: Path = Path("data/demo/python-docs.jsonl")
-    """Docstrings, written by `pmlm prepare-corpus --source python-docs` beside its corpus."""
-    output: Path = Path("data/demo-tasks/summary")
-    """Folder to write; it must not exist."""
-    train: int = 10_000
-    """Training pairs."""
-    validation: int = 400
-    """Validation pairs."""
-    test: int = 500
-    """Test pairs."""
+def write_summary_task(source: Path, output: Path, sizes: Mapping[str, int] = SIZES) -> dict[str, int]:
+    """Write the data set, of `sizes` pairs; as `splits.write_splits`. Raises `ConfigError` with too few docstrings."""
+    return write_splits(output, lambda: _splits(read_rows(source), sizes))
 
 
-@dataclass(frozen=True)
-class _Pair:
-    name: str
-    package: str
-    source: str
-    target: str
-
-    @property
-    def line(self) -> str:
-        """The JSON line of the data set."""
-        return json.dumps({"id": self.name, "src": self.source, "tgt": self.target}, ensure_ascii=False) + "\n"
+def _pair(row: dict[str, str]) -> dict[str, str] | None:
+    """Return the example made of a docstring; None if that is not suitable."""
+    target, _, body = row["text"].partition("\n\n")
+    source = " ".join(body.split())
+    is_line = "\n" not in target.strip() and _MIN_WORDS <= len(_WORD.findall(target)) <= _MAX_WORDS
+    if is_line and len(_WORD.findall(source)) >= _MIN_BODY_WORDS and target.lower() not in source.lower():
+        return {"id": row["name"], "src": source, "tgt": target.strip()}
+    return None
 
 
-def write_summary_task(config: SummaryTaskConfig) -> dict[str, int]:
-    """Write the data set; returns {split: pairs}. Raises `ConfigError` if there are too few docstrings."""
-    with new_folder(config.output) as folder:
-        if not config.source.is_file():
-            raise ConfigError([f"there is no {config.source}: make it with `pmlm prepare-corpus --source python-docs`"])
-        with config.source.open(encoding="utf-8") as lines:
-            splits = _splits(_pairs(json.loads(line) for line in lines), config)
-        for name, pairs in splits.items():
-            (folder / f"{name}.jsonl").write_text("".join(pair.line for pair in pairs), encoding="utf-8")
-    return {name: len(pairs) for name, pairs in splits.items()}
-
-
-def _pairs(rows: Iterator[dict[str, str]]) -> Iterator[_Pair]:
-    for row in rows:
-        target, _, body = row["text"].partition("\n\n")
-        source = " ".join(body.split())
-        words = len(_WORD.findall(target))
-        is_line = "\n" not in target.strip() and _MIN_WORDS <= words <= _MAX_WORDS
-        if is_line and len(_WORD.findall(source)) >= _MIN_BODY_WORDS and target.lower() not in source.lower():
-            yield _Pair(row["name"], row["package"], source, target.strip())
-
-
-def _splits(pairs: Iterator[_Pair], config: SummaryTaskConfig) -> dict[str, list[_Pair]]:
+def _splits(rows: Iterable[dict[str, str]], sizes: Mapping[str, int]) -> dict[str, list[dict[str, str]]]:
     """Assign pairs to splits in a pseudo-random, reproducible order, and take the configured numbers."""
-    by_split: dict[str, list[_Pair]] = {name: [] for name in SPLITS}
-    for pair in sorted(pairs, key=lambda pair: _digest(pair.name + pair.target)):
-        by_split[_SPLIT_OF_TENTH[_digest(pair.package) % len(_SPLIT_OF_TENTH)]].append(pair)
-    train = by_split["train"]
-    known = {key for pair in train for key in _keys(pair)}  # of unused training pairs, too
-    splits = {"train": train[: config.train]}
-    for name in SPLITS[1:]:
-        splits[name] = [pair for pair in by_split[name] if not known & set(_keys(pair))][: getattr(config, name)]
-    few = {name: len(splits[name]) for name in SPLITS if len(splits[name]) < getattr(config, name)}
-    if few:
-        raise ConfigError(
-            [
-                f"{name}: only {n} docstrings are suitable, {getattr(config, name)} are required"
-                for name, n in few.items()
-            ]
-        )
+    pairs = [(pair, row["package"]) for row in rows if (pair := _pair(row))]
+    by_split = defaultdict[str, list[dict[str, str]]](list)
+    for pair, package in sorted(pairs, key=lambda item: digest(item[0]["id"] + item[0]["tgt"])):
+        by_split[_SPLIT_OF_TENTH[digest(package) % len(_SPLIT_OF_TENTH)]].append(pair)
+    known = {key for pair in by_split["train"] for key in _keys(pair)}  # of unused training pairs, too
+    for name in HELD_OUT:
+        by_split[name] = [pair for pair in by_split[name] if not known & set(_keys(pair))]
+    splits = {name: by_split[name][:size] for name, size in sizes.items()}
+    raise_if_any(
+        [
+            f"{name}: only {len(splits[name])} docstrings are suitable, {size} are required"
+            for name, size in sizes.items()
+            if len(splits[name]) < size
+        ]
+    )
     return splits
 
 
-def _keys(pair: _Pair) -> tuple[str, str]:
+def _keys(pair: dict[str, str]) -> tuple[str, str]:
     """Return the duplicate keys of a pair: the words of the target, and the first words of the source."""
-    return "t " + _words(pair.target), "s " + " ".join(_words(pair.source).split()[:_MIN_BODY_WORDS])
+    return "t " + _words(pair["tgt"]), "s " + " ".join(_words(pair["src"]).split()[:_MIN_BODY_WORDS])
 
 
 def _words(text: str) -> str:
     return " ".join(_WORD.findall(text.lower()))
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 # ------------------------------------------------------------------------------------------------------------ baselines
@@ -146,8 +102,7 @@ BASELINES: dict[str, Callable[[str], str]] = {"first sentence": first_sentence, 
 
 def baseline_scores(folder: Path, split: str = "test") -> dict[str, dict[str, float]]:
     """Return ROUGE and BLEU of each baseline on a split that `write_summary_task` wrote."""
-    with (folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = read_rows(folder / f"{split}.jsonl")
     references = [row["tgt"] for row in rows]
     return {
         name: overlap_scores([summarize(row["src"]) for row in rows], references)

@@ -23,16 +23,15 @@ from pmlm_dist.downstream.settings import FinetuneConfig
 from pmlm_dist.downstream.tasks import scores
 from pmlm_dist.downstream.tasks.inputs import (
     EncodedInput,
+    ValidRow,
     collate,
     find_column,
     join,
     max_input_tokens,
     model_inputs,
-    raise_if_missing,
     raise_row_problems,
-    row_id,
-    row_text,
     truncate,
+    valid_rows,
 )
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
 from pmlm_dist.model.task_model import TaskModel
@@ -43,7 +42,7 @@ MAX_TOKENS = 128
 Metric = Callable[[Sequence[Any], Sequence[Any]], float]
 METRICS: dict[str, Metric] = {
     "accuracy": scores.accuracy,
-    "f1": scores.f1_for_class("1"),
+    "f1": scores.f1,
     "macro_f1": scores.macro_f1,
     "matthews": scores.matthews,
     "pearson": scores.pearson,
@@ -168,7 +167,6 @@ class Classification(Task[TextExample, TextFeature]):
     def restore(
         cls, saved: dict[str, Any], vocabulary: Vocabulary, *, hidden_labels: tuple[str, ...] = ()
     ) -> Classification:
-        """Rebuild the task from `as_json()`."""
         lists = {name: tuple(saved[name]) for name in ("labels", "metrics", "averaged")}
         return cls(ClassificationSettings(**{**saved, **lists}), vocabulary, hidden_labels=hidden_labels)
 
@@ -184,36 +182,30 @@ class Classification(Task[TextExample, TextFeature]):
         return not labels <= {"", *self._hidden_labels}
 
     def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[TextExample]:
-        """Validate texts and labels of all rows."""
-        settings, problems, examples = self.settings, [], []
-        raise_if_missing([*settings.text_columns, *([settings.label] if labeled else [])], rows, origin=origin)
-        for number, row in enumerate(rows, start=1):
-            location = f"{origin}, row {number}"
-            texts = tuple(
-                row_text(row, column, location=location, problems=problems) for column in settings.text_columns
-            )
-            label = self._label(row.get(settings.label), location=location, problems=problems) if labeled else None
-            row_number = row_id(row, number - 1, location=location, problems=problems)
-            examples.append(TextExample(row_number, texts, label, location))
-        raise_row_problems(problems)
-        return examples
+        label = self.settings.label if labeled else None
+        return [
+            TextExample(row.id, row.texts, self._label(row) if labeled else None, row.location)
+            for row in valid_rows(rows, self.settings.text_columns, label=label, origin=origin)
+        ]
 
-    def _label(self, value: Any, *, location: str, problems: list[str]) -> str | float | None:
-        settings = self.settings
+    def _label(self, row: ValidRow) -> str | float | None:
+        settings, value = self.settings, row.values.get(self.settings.label)
         if not settings.labels:
             try:
-                score = float(value)
+                score = float(value)  # pyright: ignore[reportArgumentType] (None raises TypeError)
             except (TypeError, ValueError):
                 score = math.nan
             if not math.isfinite(score):
-                problems.append(f"{location}: the score in column {settings.label} ({value!r}) is not a finite number")
+                row.problems.append(
+                    f"{row.location}: the score in column {settings.label} ({value!r}) is not a finite number"
+                )
             return score
         label = settings.label_aliases.get(str(value), str(value))
         if not _is_label(value):
-            problems.append(f"{location}: {value!r} in column {settings.label} is not a label")
+            row.problems.append(f"{row.location}: {value!r} in column {settings.label} is not a label")
         elif label not in settings.labels:
-            problems.append(
-                f"{location}: the label {value!r} in column {settings.label} was not in training, which had "
+            row.problems.append(
+                f"{row.location}: the label {value!r} in column {settings.label} was not in training, which had "
                 f"{', '.join(settings.labels)}"
             )
         return label
@@ -249,7 +241,6 @@ class Classification(Task[TextExample, TextFeature]):
         return [f"all scores of the validation split are {score}: {metric} is undefined, at least two must differ"]
 
     def notes(self) -> list[str]:
-        """Return the number of truncated inputs."""
         if not self._num_truncated:
             return []
         return [
@@ -316,7 +307,6 @@ class Classification(Task[TextExample, TextFeature]):
         }
 
     def scores(self, examples: Sequence[TextExample], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Return the task's metrics."""
         labels = [example.label for example in examples]
         predicted = [prediction["prediction"] for prediction in predictions]
         values = {name: METRICS[name](labels, predicted) for name in self.settings.metrics}

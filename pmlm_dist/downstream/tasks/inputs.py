@@ -5,9 +5,9 @@ Legend: B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -101,10 +101,33 @@ def find_column(
     return column
 
 
-def raise_if_missing(columns: Sequence[str], rows: Sequence[Row], *, origin: str) -> None:
-    """Raise one `ConfigError` that lists the `columns` missing in `rows`."""
+class ValidRow(NamedTuple):
+    """A row of a data set with its texts."""
+
+    values: Row
+    id: Any
+    texts: tuple[str, ...]
+    location: str
+    """For messages."""
+    problems: list[str]
+    """Problems of the rows so far; what the caller adds is raised with them."""
+
+
+def valid_rows(rows: Sequence[Row], texts: Sequence[str], *, label: str | None, origin: str) -> Iterator[ValidRow]:
+    """Yield each row with the contents of its columns `texts`; after the last one, raise the problems of all.
+
+    Raises `ConfigError`, first for columns that are missing, among them `label` unless that is None.
+    """
+    columns = [*texts, *([label] if label else [])]
     missing = [name for name in columns if name not in rows[0]]
     raise_if_any([f"{origin}: no column {name}, there are {', '.join(rows[0])}" for name in missing])
+    problems: list[str] = []
+    for number, row in enumerate(rows):
+        location = f"{origin}, row {number + 1}"
+        contents = tuple(row_text(row, column, location=location, problems=problems) for column in texts)
+        row_number = row_id(row, number, location=location, problems=problems)
+        yield ValidRow(row, row_number, contents, location, problems)
+    raise_row_problems(problems)
 
 
 def raise_row_problems(problems: Sequence[str]) -> None:

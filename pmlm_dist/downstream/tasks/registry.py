@@ -17,6 +17,8 @@ from pmlm_dist.downstream.tasks.spans import Spans
 from pmlm_dist.downstream.tasks.task import TaskKind
 
 _FIRST, _SECOND = ("sentence1", "#1 String"), ("sentence2", "#2 String")
+_BOTH = ("accuracy", "f1")
+_ENTAILMENT = ("entailment", "not_entailment")
 
 
 def _texts(about: str, dataset: DatasetFormat, **options: Any) -> TaskKind:
@@ -33,53 +35,46 @@ def _glue(name: str, about: str, dataset: DatasetFormat, **options: Any) -> Task
     return _texts(f"GLUE: {about}", dataset, hub=f"nyu-mll/glue:{name}", **options)
 
 
-def _entailment(text: tuple[str, ...], pair: tuple[str, ...]) -> DatasetFormat:
-    labels = ("entailment", "not_entailment")
+def _binary(
+    text: tuple[str, ...], pair: tuple[str, ...] = (), *labels: str, names: tuple[str, str], metrics: tuple[str, ...]
+) -> DatasetFormat:
+    """Classes "0" and "1", which some files call `names`; the mean of several `metrics` selects the checkpoint."""
     return DatasetFormat(
-        text, pair, has_pairs=True, labels=labels, label_aliases=_numbered(labels), metrics=("accuracy",)
+        text,
+        pair or ("pair",),
+        ("label", *labels),
+        has_pairs=bool(pair),
+        labels=("0", "1"),
+        label_aliases=dict(zip(names, ("0", "1"), strict=True)),
+        metrics=metrics,
+        averaged=metrics if len(metrics) > 1 else (),
     )
 
 
-def _numbered(labels: tuple[str, ...]) -> dict[str, str]:
-    return {str(number): label for number, label in enumerate(labels)}
+def _entailment(
+    text: tuple[str, ...], pair: tuple[str, ...], *labels: str, classes: tuple[str, ...] = _ENTAILMENT
+) -> DatasetFormat:
+    """Pairs in `classes`, which some files number in this order."""
+    numbered = {str(number): name for number, name in enumerate(classes)}
+    columns = text, pair, ("label", *labels)
+    return DatasetFormat(*columns, has_pairs=True, labels=classes, label_aliases=numbered, metrics=("accuracy",))
 
-
-_BOTH = ("accuracy", "f1")
-_MNLI = ("entailment", "neutral", "contradiction")
-_ACCEPTABLE = {"unacceptable": "0", "acceptable": "1"}
-_POSITIVE = {"negative": "0", "positive": "1"}
-_EQUIVALENT = {"not_equivalent": "0", "equivalent": "1"}
-_DUPLICATE = {"not_duplicate": "0", "duplicate": "1"}
-_FOLLOWS = {"not_entailment": "0", "entailment": "1"}
 
 GLUE: dict[str, TaskKind] = {
     "cola": _glue(
         "cola",
         "is a sentence acceptable English? Matthews' correlation",
-        DatasetFormat(
-            ("sentence",), labels=("0", "1"), label_aliases=_ACCEPTABLE, has_pairs=False, metrics=("matthews",)
-        ),
+        _binary(("sentence",), names=("unacceptable", "acceptable"), metrics=("matthews",)),
     ),
     "sst2": _glue(
         "sst2",
         "is a review positive? Accuracy",
-        DatasetFormat(
-            ("sentence",), labels=("0", "1"), label_aliases=_POSITIVE, has_pairs=False, metrics=("accuracy",)
-        ),
+        _binary(("sentence",), names=("negative", "positive"), metrics=("accuracy",)),
     ),
     "mrpc": _glue(
         "mrpc",
         "are two sentences equivalent? Accuracy and F1",
-        DatasetFormat(
-            _FIRST,
-            _SECOND,
-            ("label", "Quality"),
-            has_pairs=True,
-            labels=("0", "1"),
-            label_aliases=_EQUIVALENT,
-            metrics=_BOTH,
-            averaged=_BOTH,
-        ),
+        _binary(_FIRST, _SECOND, "Quality", names=("not_equivalent", "equivalent"), metrics=_BOTH),
     ),
     "stsb": _glue(
         "stsb",
@@ -97,28 +92,16 @@ GLUE: dict[str, TaskKind] = {
     "qqp": _glue(
         "qqp",
         "are two questions equivalent? Accuracy and F1",
-        DatasetFormat(
-            ("question1",),
-            ("question2",),
-            ("label", "is_duplicate"),
-            has_pairs=True,
-            labels=("0", "1"),
-            label_aliases=_DUPLICATE,
-            metrics=_BOTH,
-            averaged=_BOTH,
-        ),
+        _binary(("question1",), ("question2",), "is_duplicate", names=("not_duplicate", "duplicate"), metrics=_BOTH),
     ),
     "mnli": _glue(
         "mnli",
         "does a premise entail a hypothesis? Accuracy, matched and mismatched",
-        DatasetFormat(
+        _entailment(
             ("premise", "sentence1"),
             ("hypothesis", "sentence2"),
-            ("label", "gold_label"),
-            has_pairs=True,
-            labels=_MNLI,
-            label_aliases=_numbered(_MNLI),
-            metrics=("accuracy",),
+            "gold_label",
+            classes=("entailment", "neutral", "contradiction"),
         ),
         validation=("validation_matched", "validation_mismatched"),
     ),
@@ -127,9 +110,7 @@ GLUE: dict[str, TaskKind] = {
     "wnli": _glue(
         "wnli",
         "does a sentence entail its version with a resolved pronoun? Accuracy",
-        DatasetFormat(
-            _FIRST, _SECOND, has_pairs=True, labels=("0", "1"), label_aliases=_FOLLOWS, metrics=("accuracy",)
-        ),
+        _binary(_FIRST, _SECOND, names=("not_entailment", "entailment"), metrics=("accuracy",)),
     ),
 }
 

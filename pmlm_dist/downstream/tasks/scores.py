@@ -28,14 +28,10 @@ def accuracy(labels: Sequence[str], predicted: Sequence[str]) -> float:
     return float(metrics.accuracy_score(labels, predicted))
 
 
-def f1_for_class(positive: str) -> Callable[[Sequence[str], Sequence[str]], float]:
-    """Return the F1 metric of class `positive`; it is 0 if the class occurs in neither labels nor predictions."""
-
-    def f1(labels: Sequence[str], predicted: Sequence[str]) -> float:
-        is_positive = [label == positive for label in labels], [label == positive for label in predicted]
-        return float(metrics.f1_score(*is_positive, zero_division=0))  # pyright: ignore[reportArgumentType]
-
-    return f1
+def f1(labels: Sequence[str], predicted: Sequence[str]) -> float:
+    """Return the F1 of class "1"; it is 0 if the class occurs in neither labels nor predictions."""
+    is_positive = [label == "1" for label in labels], [label == "1" for label in predicted]
+    return float(metrics.f1_score(*is_positive, zero_division=0))  # pyright: ignore[reportArgumentType]
 
 
 def macro_f1(labels: Sequence[str], predicted: Sequence[str]) -> float:
@@ -61,9 +57,8 @@ def spearman(labels: Sequence[float], predicted: Sequence[float]) -> float:
 def _correlation(
     measure: Callable[..., tuple[float, float]], labels: Sequence[float], predicted: Sequence[float]
 ) -> float:
-    if len(labels) < 2 or not all(
-        map(math.isfinite, [*labels, *predicted])
-    ):  # SciPy rejects a single pair and warns on infinities
+    # SciPy rejects a single pair and warns on infinities.
+    if len(labels) < 2 or not all(map(math.isfinite, [*labels, *predicted])):
         return math.nan
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="An input array is constant")  # the result is NaN anyway

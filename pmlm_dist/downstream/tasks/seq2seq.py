@@ -28,7 +28,7 @@ from pmlm_dist.data.batch import special_ids
 from pmlm_dist.decoding.batch_generation import build_search, generate_batch
 from pmlm_dist.decoding.settings import DecodingConfig, decoding_problems
 from pmlm_dist.downstream.settings import FinetuneConfig, GenerationConfig
-from pmlm_dist.downstream.tasks.inputs import find_column, raise_if_missing, raise_row_problems, row_id, row_text
+from pmlm_dist.downstream.tasks.inputs import find_column, raise_row_problems, valid_rows
 from pmlm_dist.downstream.tasks.overlap import bleu_signature, overlap_scores
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
 from pmlm_dist.masking.layout import SlotInputs
@@ -82,7 +82,6 @@ class Seq2Seq(Task[PairExample, PairFeature]):
 
     @classmethod
     def make(cls, config: FinetuneConfig, rows: Sequence[Row], vocabulary: Vocabulary, model: ModelConfig) -> Seq2Seq:
-        """Build the task for the training `rows`. Raises `ConfigError`."""
         inputs, origin = config.inputs, f"--task {config.task}"
         source = find_column(rows, inputs.text, SOURCES, role="text", origin=origin)
         target = find_column(rows, inputs.label, TARGETS, role="label", origin=origin)
@@ -92,7 +91,6 @@ class Seq2Seq(Task[PairExample, PairFeature]):
 
     @classmethod
     def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary) -> Seq2Seq:
-        """Rebuild the task from `as_json()`."""
         settings = generation_settings(saved)
         return cls(settings, vocabulary, columns=tuple(saved["columns"]), too_long=saved["too_long"])
 
@@ -102,20 +100,14 @@ class Seq2Seq(Task[PairExample, PairFeature]):
     # -------------------------------------------------------------------------------------------------------- examples
 
     def has_labels(self, rows: Sequence[Row]) -> bool:
-        """Return True if any row has a target."""
         return any(row.get(self.columns[1]) for row in rows)
 
     def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[PairExample]:
         """Validate sources and targets of all rows; neither may be empty."""
-        columns, problems, examples = self.columns[: 1 + labeled], [], []
-        raise_if_missing(columns, rows, origin=origin)
-        for number, row in enumerate(rows, start=1):
-            location = f"{origin}, row {number}"
-            texts = [row_text(row, column, location=location, problems=problems) for column in columns]
-            row_number = row_id(row, number - 1, location=location, problems=problems)
-            examples.append(PairExample(row_number, texts[0], texts[1] if labeled else None, location))
-        raise_row_problems(problems)
-        return examples
+        return [
+            PairExample(row.id, row.texts[0], row.texts[1] if labeled else None, row.location)
+            for row in valid_rows(rows, self.columns[: 1 + labeled], label=None, origin=origin)
+        ]
 
     def features(self, examples: Sequence[PairExample], *, training: bool) -> list[PairFeature]:
         """Tokenize; inputs that are too long are counted and later truncated by the layout, or raise `ConfigError`."""
@@ -148,7 +140,6 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         return problems if self.too_long == "raise" else []
 
     def notes(self) -> list[str]:
-        """Return the numbers of truncated sources and targets."""
         return [
             f"{count:,} {'sources' if name == 'max_source' else 'targets'} were truncated to "
             f"{getattr(self.settings, name)} tokens (generation.{name})"
@@ -169,22 +160,18 @@ class Seq2Seq(Task[PairExample, PairFeature]):
 
     def collate(self, features: Sequence[PairFeature], *, ids: Sequence[int], epoch: int, seed: int) -> TaskBatch:
         """Build the layout of `masking/seq2seq_layout.py`; its noise is a function of (seed, epoch, id)."""
+        settings = self.settings
         layout = build_seq2seq_layout(
             [(feature.source, feature.target) for feature in features],
             sample_ids=ids,
             epochs=[epoch] * len(features),
             seed=seed,
-            rule=self._rule,
+            rule=Seq2SeqRule(settings.max_source, settings.max_target, target_mask_prob=settings.target_mask_prob),
             special=self._special,
             trim=True,
         )
         tensors = {name: torch.from_numpy(array) for name, array in layout._asdict().items()}
         return TaskBatch(tensors, int(layout.weights_BM.sum()))
-
-    @property
-    def _rule(self) -> Seq2SeqRule:
-        settings = self.settings
-        return Seq2SeqRule(settings.max_source, settings.max_target, target_mask_prob=settings.target_mask_prob)
 
     def loss(self, engine: nn.Module, batch: TaskBatch) -> Tensor:
         """Return the summed cross entropy of the target tokens with label smoothing."""
@@ -202,10 +189,9 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         nll_B, counts_B = self._reference_nll(engine, batch)
         tokens_BS, valid_BS = (_source_part(batch, name).cpu() for name in ("tokens_BT", "valid_BT"))
         sources = [row[valid].numpy() for row, valid in zip(tokens_BS, valid_BS, strict=True)]
+        search = build_search(replace(self.settings.decoding, num_return_sequences=1), self._special)
         with self._decodable(engine) as model:
-            hypotheses = generate_batch(
-                model, sources, search=build_search(self.decoding, self._special), special=self._special
-            )
+            hypotheses = generate_batch(model, sources, search=search, special=self._special)
         generated = [list(best_first[0].tokens) if best_first else [] for best_first in hypotheses]
         return [GeneratedTarget(*output) for output in zip(generated, nll_B, counts_B, strict=True)]
 
@@ -231,16 +217,9 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         # Imported here: it needs DeepSpeed, which only fine-tuning loads.
         from pmlm_dist.engine.deepspeed_engine import gathered_module
 
-        return gathered_module(engine, self._new_module)
-
-    def _new_module(self) -> nn.Module:
-        assert self._model_config is not None
-        return build_model(self._model_config, padded_vocab_size=self.vocabulary.padded_size())
-
-    @property
-    def decoding(self) -> DecodingConfig:
-        """The decoding settings; evaluation needs the best hypothesis only."""
-        return replace(self.settings.decoding, num_return_sequences=1)
+        config = self._model_config
+        assert config is not None
+        return gathered_module(engine, lambda: build_model(config, padded_vocab_size=self.vocabulary.padded_size()))
 
     # ----------------------------------------------------------------------------------------------------- predictions
 
@@ -265,7 +244,6 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         return {**overlap, "nll": nll / tokens}
 
     def signatures(self, examples: Sequence[PairExample]) -> dict[str, str]:
-        """Return sacrebleu's signature."""
         return {"bleu": bleu_signature(_references(examples))}
 
     def mean_loss(self, features: Sequence[PairFeature], outputs: Sequence[Any]) -> float:

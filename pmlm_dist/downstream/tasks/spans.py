@@ -28,15 +28,13 @@ from pmlm_dist.downstream.settings import FinetuneConfig
 from pmlm_dist.downstream.tasks import scores
 from pmlm_dist.downstream.tasks.inputs import (
     EncodedInput,
+    ValidRow,
     collate,
     find_column,
     join,
     max_input_tokens,
     model_inputs,
-    raise_if_missing,
-    raise_row_problems,
-    row_id,
-    row_text,
+    valid_rows,
 )
 from pmlm_dist.downstream.tasks.task import Row, Task, TaskBatch
 from pmlm_dist.model.task_model import TaskModel
@@ -110,7 +108,6 @@ class Spans(Task[SpanExample, Window]):
 
     @classmethod
     def make(cls, config: FinetuneConfig, rows: Sequence[Row], vocabulary: Vocabulary, model: ModelConfig) -> Spans:
-        """Build the task for the training `rows`. Raises `ConfigError`."""
         inputs, origin = config.inputs, f"--task {config.task}"
         answers = find_column(rows, inputs.label, ("answers",), role="label", origin=origin)
         max_tokens = max_input_tokens(inputs.max_tokens, default=MAX_TOKENS, model=model)
@@ -130,7 +127,6 @@ class Spans(Task[SpanExample, Window]):
 
     @classmethod
     def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary) -> Spans:
-        """Rebuild the task from `as_json()`."""
         return cls(SpanSettings(**saved), vocabulary)
 
     def as_json(self) -> dict[str, Any]:
@@ -147,22 +143,15 @@ class Spans(Task[SpanExample, Window]):
 
     def read(self, rows: Sequence[Row], *, origin: str, labeled: bool = True) -> list[SpanExample]:
         """Validate questions and passages, and that each answer is at its offset in the passage."""
-        settings, problems, examples = self.settings, [], []
-        columns = [settings.question, settings.passage, *([settings.answers] if labeled else [])]
-        raise_if_missing(columns, rows, origin=origin)
-        for number, row in enumerate(rows, start=1):
-            location = f"{origin}, row {number}"
-            question = row_text(row, settings.question, location=location, problems=problems)
-            passage = row_text(row, settings.passage, location=location, problems=problems)
-            answers = (
-                _answers(row.get(settings.answers), passage, location=location, problems=problems) if labeled else []
-            )
+        settings, examples = self.settings, []
+        label = settings.answers if labeled else None
+        for row in valid_rows(rows, (settings.question, settings.passage), label=label, origin=origin):
+            question, passage = row.texts
+            answers = _answers(row, settings.answers, passage) if labeled else []
             texts, starts = zip(*answers, strict=True) if answers else (() if labeled else None, ())
             if labeled and not answers and not settings.has_unanswerable:
-                problems.append(f"{location}: no answer, and every question of the training split had one")
-            row_number = row_id(row, number - 1, location=location, problems=problems)
-            examples.append(SpanExample(row_number, question, passage, texts, starts))
-        raise_row_problems(problems)
+                row.problems.append(f"{row.location}: no answer, and every question of the training split had one")
+            examples.append(SpanExample(row.id, question, passage, texts, starts))
         return examples
 
     def features(self, examples: Sequence[SpanExample], *, training: bool) -> list[Window]:
@@ -193,7 +182,6 @@ class Spans(Task[SpanExample, Window]):
             yield Window(number, encoded, first, tuple(offsets[at : at + size]), start, end)
 
     def notes(self) -> list[str]:
-        """Return the numbers of truncated questions and of answers in no window."""
         truncated, lost = self._num_truncated, self._num_lost
         limit = self.settings.max_question_tokens
         return [
@@ -271,12 +259,10 @@ class Spans(Task[SpanExample, Window]):
         return {**inputs, "prediction": answer, **score, "no_answer_score": null_score}
 
     def scores(self, examples: Sequence[SpanExample], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Return exact match and F1 in percent."""
         references = [example.answers or () for example in examples]
         return scores.squad_scores(references, [prediction["prediction"] for prediction in predictions])
 
     def mean_loss(self, features: Sequence[Window], outputs: Sequence[Any]) -> float:
-        """Return the mean loss of a window."""
         return statistics.fmean(SpanPrediction(*output).loss for output in outputs)
 
 
@@ -321,16 +307,19 @@ def _answer_texts(answers: Any) -> list[str]:
     return list(texts) if texts and _is_list(texts) else []
 
 
-def _answers(value: Any, passage: str, *, location: str, problems: list[str]) -> list[tuple[str, int]]:
-    """Return pairs of text and character offset; invalid ones are added to `problems`."""
+def _answers(row: ValidRow, column: str, passage: str) -> list[tuple[str, int]]:
+    """Return pairs of text and character offset; invalid ones are added to the problems of the row."""
+    value = row.values.get(column)
     if not isinstance(value, Mapping) or not all(_is_list(value.get(name, "")) for name in ("text", "answer_start")):
-        problems.append(f"{location}: answers ({value!r}) must be an object with the lists text and answer_start")
+        row.problems.append(
+            f"{row.location}: answers ({value!r}) must be an object with the lists text and answer_start"
+        )
         return []
     texts, starts = list(value["text"] or []), list(value["answer_start"] or [])
     if len(texts) != len(starts):
-        problems.append(f"{location}: {len(texts)} answers with {len(starts)} offsets")
+        row.problems.append(f"{row.location}: {len(texts)} answers with {len(starts)} offsets")
         return []
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not text or not _is_at(start, text, passage):
-            problems.append(f"{location}: the answer {text!r} is not at character {start} of its passage")
+            row.problems.append(f"{row.location}: the answer {text!r} is not at character {start} of its passage")
     return list(zip(texts, starts, strict=True))

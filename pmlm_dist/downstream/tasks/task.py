@@ -9,29 +9,21 @@
        | task.predictions  one JSON object per example, in the order of the examples
        | task.scores       {metric: value}; task.mean_loss decides between equal values
 
-**Division of labor.** The fine-tuning job (`job.py`) and the training loop own data order, ranks, schedule, engine,
-checkpoints and files; a task is independent of all of them. The job draws the feature order of epoch e from (seed, e),
-shards it over the data-parallel ranks and scales the loss. The gradient of a step is that of sum(loss) / N, where N is
-the sum of `TaskBatch.count` over all micro-batches and data-parallel ranks. Random draws in `collate` (noise in a
-target, for example) depend on (seed, epoch, ids) only, so that they are equal on any topology.
+The fine-tuning job (`job.py`) and the training loop own data order, ranks, schedule, engine, checkpoints and files; a
+task is independent of all of them. The gradient of a step is that of sum(loss) / N, where N is the sum of
+`TaskBatch.count` over all micro-batches and data-parallel ranks. Random draws in `collate` (noise in a target, for
+example) depend on (seed, epoch, ids) only, so that they are equal on any topology.
 
-**Model.** `task.build_model` returns a `PseudoMaskedLM`, or a subclass with a task head (`model/task_model.py`). `loss`
-and `predict` receive the engine and call it like the module, because ZeRO hooks need that. A task may also train the
-language model on layouts with appended slots: `engine(inputs=..., targets_BM=..., objectives=("par",))`. A `predict`
-that decodes step by step uses `engine.module`.
-
-**Collectives.** All ranks call `loss` and `predict` equally often: tensor-parallel ranks with the same batch,
+`loss` and `predict` receive the engine and call it like the module, because ZeRO hooks need that; a `predict` that
+decodes step by step uses `engine.module`. All ranks call both equally often: tensor-parallel ranks with the same batch,
 data-parallel ranks with different batches.
-
-**Serialization.** A task is saved with its model as the JSON object `as_json()`, and rebuilt from it by
-`TaskKind.restore`; `registry.py::TASKS` lists the kinds.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -152,7 +144,5 @@ class TaskKind:
     """Its data set on the Hugging Face hub, NAME or NAME:CONFIG. None: no default data set."""
     preset: str = "glue"
     """Preset of its recipe."""
-    train: str = "train"
-    """Name of the training split."""
-    validation: tuple[str, ...] = field(default=("validation",))
+    validation: tuple[str, ...] = ("validation",)
     """Names of the validation splits; the first selects the best checkpoint."""

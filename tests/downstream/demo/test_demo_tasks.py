@@ -13,8 +13,8 @@ from pmlm_dist.config import ConfigError
 from pmlm_dist.corpus.filters.contamination import read_held_out
 from pmlm_dist.downstream.demo import demo_tasks
 from pmlm_dist.downstream.demo.demo_tasks import DEMO_TASKS, write_data
-from pmlm_dist.downstream.demo.package_task import PackageTaskConfig, write_package_task
-from pmlm_dist.downstream.demo.summary_task import SummaryTaskConfig, write_summary_task
+from pmlm_dist.downstream.demo.package_task import PackageTaskSize, write_package_task
+from pmlm_dist.downstream.demo.summary_task import write_summary_task
 
 SIZES = {"train": 40, "validation": 6, "test": 8}
 
@@ -42,12 +42,8 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.open()]
 
 
-def summary_config(source: Path, folder: Path) -> SummaryTaskConfig:
-    return SummaryTaskConfig(source, folder, **SIZES)
-
-
 def test_summary_splits_share_no_package_and_no_text(source: Path, tmp_path: Path):
-    assert write_summary_task(summary_config(source, tmp_path / "summary")) == SIZES
+    assert write_summary_task(source, tmp_path / "summary", SIZES) == SIZES
     splits = {name: read(tmp_path / "summary" / f"{name}.jsonl") for name in SIZES}
     packages = {name: {row["id"].split(".")[0] for row in rows} for name, rows in splits.items()}
     assert not packages["train"] & (packages["validation"] | packages["test"])
@@ -59,21 +55,21 @@ def test_summary_splits_share_no_package_and_no_text(source: Path, tmp_path: Pat
 
 def test_summary_task_with_too_few_docstrings_raises_and_nothing_is_overwritten(source: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="9999 are required"):
-        write_summary_task(SummaryTaskConfig(source, tmp_path / "summary", train=40, validation=6, test=9999))
+        write_summary_task(source, tmp_path / "summary", {**SIZES, "test": 9999})
     assert not (tmp_path / "summary").exists()
-    write_summary_task(summary_config(source, tmp_path / "summary"))
+    write_summary_task(source, tmp_path / "summary", SIZES)
     with pytest.raises(ConfigError, match="is not overwritten"):
-        write_summary_task(summary_config(source, tmp_path / "summary"))
+        write_summary_task(source, tmp_path / "summary", SIZES)
     with pytest.raises(ConfigError, match="there is no"):
-        write_summary_task(summary_config(tmp_path / "none.jsonl", tmp_path / "new"))
+        write_summary_task(tmp_path / "none.jsonl", tmp_path / "new", SIZES)
 
 
 def test_held_out_file_has_full_docstrings_of_both_tasks(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def package(source: Path, output: Path) -> dict[str, int]:
-        return write_package_task(PackageTaskConfig(source, output, 3, 3, train=4, held_out=1))
+        return write_package_task(source, output, PackageTaskSize(3, 3, train=4, held_out=1))
 
     def summary(source: Path, output: Path) -> dict[str, int]:
-        return write_summary_task(summary_config(source, output))
+        return write_summary_task(source, output, SIZES)
 
     writes = {"package": package, "summary": summary}
     tasks = {name: dataclasses.replace(DEMO_TASKS[name], write=write) for name, write in writes.items()}

@@ -11,13 +11,9 @@ from typing import Any
 import pytest
 
 from pmlm_dist.config import ConfigError
-from pmlm_dist.downstream.demo.package_task import (
-    SPLITS,
-    PackageTaskConfig,
-    baseline_scores,
-    frequent_words,
-    write_package_task,
-)
+from pmlm_dist.downstream.demo.package_task import PackageTaskSize, baseline_scores, frequent_words, write_package_task
+
+SPLITS = ("train", "validation", "test")
 
 PACKAGES = ("numpy", "pandas", "scipy")
 
@@ -40,10 +36,8 @@ def write_docstrings(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("demo")
-    settings = PackageTaskConfig(
-        write_docstrings(root / "docs.jsonl"), root / "package", classes=3, train=60, held_out=12
-    )
-    assert write_package_task(settings) == {"train": 180, "validation": 36, "test": 36}
+    source, size = write_docstrings(root / "docs.jsonl"), PackageTaskSize(classes=3, train=60, held_out=12)
+    assert write_package_task(source, root / "package", size) == {"train": 180, "validation": 36, "test": 36}
     return root / "package"
 
 
@@ -64,10 +58,10 @@ def test_classes_are_balanced_and_splits_share_no_module(folder: Path):
 
 def test_fewer_packages_give_fewer_classes(folder: Path, tmp_path: Path):
     source = folder.parent / "docs.jsonl"
-    few = PackageTaskConfig(source, tmp_path / "few", classes=10, min_classes=3, train=60, held_out=12)
-    assert write_package_task(few) == {"train": 180, "validation": 36, "test": 36}
+    few = PackageTaskSize(classes=10, min_classes=3, train=60, held_out=12)
+    assert write_package_task(source, tmp_path / "few", few) == {"train": 180, "validation": 36, "test": 36}
     with pytest.raises(ConfigError, match="3 packages have enough docstrings"):
-        write_package_task(PackageTaskConfig(source, tmp_path / "none", train=60, held_out=12))
+        write_package_task(source, tmp_path / "none", PackageTaskSize(train=60, held_out=12))
 
 
 def test_texts_have_no_package_names_and_held_out_texts_are_not_in_training(folder: Path):
@@ -90,9 +84,9 @@ def test_baselines_have_expected_scores(folder: Path):
 def test_package_task_with_too_few_docstrings_raises_and_nothing_is_overwritten(folder: Path, tmp_path: Path):
     source = folder.parent / "docs.jsonl"
     with pytest.raises(ConfigError, match="already exists and is not overwritten"):
-        write_package_task(PackageTaskConfig(source, folder))
+        write_package_task(source, folder)
     with pytest.raises(ConfigError, match=r"0 packages have enough docstrings \(150 for .*\), 4 are required"):
-        write_package_task(PackageTaskConfig(source, tmp_path / "new"))
+        write_package_task(source, tmp_path / "new")
     with pytest.raises(ConfigError, match="make it with `pmlm prepare-corpus"):
-        write_package_task(PackageTaskConfig(tmp_path / "none.jsonl", tmp_path / "new"))
+        write_package_task(tmp_path / "none.jsonl", tmp_path / "new")
     assert not (tmp_path / "new").exists()

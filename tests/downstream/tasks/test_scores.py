@@ -37,14 +37,12 @@ def test_classification_metrics_equal_longhand_definitions(seed: int):
     tp = pairs.count(("1", "1"))
     assert scores.accuracy(labels, predicted) == pytest.approx(sum(a == b for a, b in pairs) / 40)
     assert scores.matthews(labels, predicted) == pytest.approx(longhand_matthews(labels, predicted))
-    assert scores.f1_for_class("1")(labels, predicted) == pytest.approx(
-        2 * tp / (labels.count("1") + predicted.count("1"))
-    )
+    assert scores.f1(labels, predicted) == pytest.approx(2 * tp / (labels.count("1") + predicted.count("1")))
 
 
 def test_metrics_when_one_class_is_predicted():
     assert scores.matthews(["0", "1", "1"], ["1", "1", "1"]) == 0.0
-    assert scores.f1_for_class("1")(["0", "0"], ["0", "0"]) == 0.0
+    assert scores.f1(["0", "0"], ["0", "0"]) == 0.0
     assert scores.accuracy(["0", "1"], ["1", "1"]) == 0.5
     assert scores.macro_f1(["a", "b"], ["a", "a"]) == pytest.approx((2 / 3 + 0) / 2)
 
