@@ -6,8 +6,6 @@ deepspeed --num_gpus 2 train.py --preset tiny    the demo
 torchrun, srun and mpirun start it as well. Any setting is overridden by name, for example `--train.steps 1000`.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 

@@ -10,8 +10,6 @@ after its last finished part. `--minutes` stops in time for a machine that is le
 writes what a machine without the data needs as one file, `--packed` reads it.
 """
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import json

@@ -6,8 +6,6 @@ curves   validation losses by step, as the run logged them; FLOPs a step
 losses   held-out losses of MODEL on the same samples for every row: AE, PAR, AR (one token a step), left to right
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

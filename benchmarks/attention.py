@@ -4,13 +4,11 @@ reference, fused, flex              plan, forward and backward; flex on a GPU on
 reference, fused, flex, forward     plan and forward without gradients, as in validation
 """
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from harness import Report, device, interleaved, ratio
@@ -39,7 +37,7 @@ class AttentionOptions:
     repeats: int = 5
     """Measured rounds."""
 
-    def quick(self) -> AttentionOptions:
+    def quick(self) -> Self:
         """A smoke run."""
         return dataclasses.replace(self, lengths=(64, 128), slots=256, repeats=1)
 

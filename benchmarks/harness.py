@@ -1,7 +1,5 @@
 """Shared by all benchmarks: interleaved timing, memory of a fresh process, the report as table and JSON."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import json

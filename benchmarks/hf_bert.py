@@ -7,8 +7,6 @@ the same run of `train.py`; initial weights and masks (`DataCollatorForLanguageM
 process. RUN/model is the trained model, as `pmlm import` writes it; RUN/metrics.jsonl has the held-out losses.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

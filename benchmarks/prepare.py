@@ -8,8 +8,6 @@ Text: the docstrings of the installed packages (real prose, 33 MB); vocabulary: 
 has one core. A small preparation in the same processes precedes the measurement, so that Python's start is excluded.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json
@@ -23,6 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from harness import Report
 
@@ -53,7 +52,7 @@ class PrepareOptions:
     repeats: int = 3
     """Measured rounds."""
 
-    def quick(self) -> PrepareOptions:
+    def quick(self) -> Self:
         """A smoke run."""
         return dataclasses.replace(self, packages=("tyro",), copies=1, repeats=1)
 

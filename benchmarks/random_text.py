@@ -1,7 +1,5 @@
 """A corpus of random tokens, whose content does not affect timings."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -7,8 +7,6 @@ Ranks are forked from a server that has imported torch and DeepSpeed. Each has i
 there are enough. A world that fails or times out is killed.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import socket
@@ -18,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Self
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = ["pmlm_dist.training.run"]
@@ -51,7 +49,7 @@ class World:
             self._processes.append(process)
         self._results()  # of `prepare`
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

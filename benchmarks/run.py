@@ -3,8 +3,6 @@
 python benchmarks/run.py NAME [--json FILE] [--quick] [settings of the benchmark; --help lists them]
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys

@@ -11,8 +11,6 @@ All worlds exist at once and are called in turn. Efficiency: time of one rank ov
 work per rank. With fewer cores than ranks two ranks share a core, and the figures are meaningless.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import tempfile
@@ -21,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from harness import Report, interleaved, ratio
 from ranks import CORES, World
@@ -58,7 +56,7 @@ class ScalingOptions:
     repeats: int = 5
     """Measured rounds."""
 
-    def quick(self) -> ScalingOptions:
+    def quick(self) -> Self:
         """A smoke run."""
         return dataclasses.replace(
             self, hidden_size=128, num_layers=2, vocabulary=500, sequence_length=32, batch=2, accumulation=2, repeats=1

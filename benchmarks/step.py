@@ -13,8 +13,6 @@ All rows but ours are loops of plain torch: forward, backward, fused AdamW (in b
 memory is handled by the C library's default.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -24,7 +22,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -87,7 +85,7 @@ class StepOptions:
     repeats: int = 5
     """Measured rounds."""
 
-    def quick(self) -> StepOptions:
+    def quick(self) -> Self:
         """A smoke run."""
         return dataclasses.replace(self, layers=1, batch=2, sequence_length=64, vocabulary=1000, threads=1, repeats=1)
 

@@ -1,7 +1,5 @@
 """Steps of the real training path, for benchmarks that vary model, engine and ranks."""
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import json

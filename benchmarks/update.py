@@ -9,8 +9,6 @@ The backward pass returns gradients that were drawn before, so that all rows hav
 timed. All rows keep freed memory. A machine without bf16 instructions can run this in bf16, unlike `step`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import statistics
@@ -19,7 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from harness import Report, device, interleaved, ratio, synchronize
@@ -50,7 +48,7 @@ class UpdateOptions:
     repeats: int = 20
     """Measured rounds."""
 
-    def quick(self) -> UpdateOptions:
+    def quick(self) -> Self:
         """A smoke run."""
         return dataclasses.replace(self, layers=1, vocabulary=1000, threads=1, repeats=1)
 

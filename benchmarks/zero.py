@@ -11,8 +11,6 @@ Memory: resident memory of each rank's process beyond that before the model was 
 are real gloo processes; the largest one counts.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import os
@@ -22,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from harness import MemoryMeter, Report
 from ranks import World
@@ -52,7 +50,7 @@ class ZeroOptions:
     offload: bool = True
     """Measure offloading as well; DeepSpeed compiles its CPU Adam for it, once, in one or two minutes."""
 
-    def quick(self) -> ZeroOptions:
+    def quick(self) -> Self:
         """A smoke run."""
         return dataclasses.replace(self, hidden_size=128, num_layers=2, vocabulary=500, ranks=(1, 2), offload=False)
 

@@ -4,8 +4,6 @@ The first line of a command's docstring is its help. What a command needs is imp
 and a mistyped command answer quickly.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import os

@@ -8,8 +8,6 @@ Every field declares its range (`ranges.py`). The docstring below a field is its
 library only.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

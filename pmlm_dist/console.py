@@ -1,7 +1,5 @@
 """Console output that must not end a run: the terminal may be gone, the log's disk full. Standard library only."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io

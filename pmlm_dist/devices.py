@@ -5,8 +5,6 @@ bytes a second; a link's in one direction (data sheets add up both). Sources: NV
 (SXM, PCIe, NVL), H200 and L40S.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

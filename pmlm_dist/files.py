@@ -5,8 +5,6 @@ write_atomically(path, data)    PATH.tmp-XXXXXXXX  --write, fsync-->  rename to 
 A process that is killed leaves at most a `.tmp-` file beside the old contents.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -7,8 +7,6 @@ Beyond the grammar, errors are: nesting deeper than `MAX_NESTING`, a name given 
 float holds (NaN, 1e999, a thousand digits). Code that walks, converts or prints a value needs no checks of its own.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

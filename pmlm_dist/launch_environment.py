@@ -7,8 +7,6 @@
 Standard library only: the entry points import it before torch, which reads OMP_NUM_THREADS on import.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import zlib

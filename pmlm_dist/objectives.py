@@ -10,9 +10,8 @@ equation 6). Pure functions of tensors.
 Legend: B batch, M predictions a sample, K objectives (AE before PAR).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -75,7 +74,7 @@ class LossMeans:
     prefix_accuracy: float | None
 
     @classmethod
-    def from_counts(cls, counts: Tensor, objective: ObjectiveConfig) -> LossMeans:
+    def from_counts(cls, counts: Tensor, objective: ObjectiveConfig) -> Self:
         """Means from `LossSums.counts`, summed over micro-batches and ranks."""
         sums = counts.double().tolist()
         ae, par, ae_correct, par_correct, ae_n, par_n, masked, masked_correct, masked_n, *of_prefix = sums

@@ -1,7 +1,5 @@
 """Single options that are read before the others: --preset, which gives their defaults, --task, --local_rank."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Shapes and training settings follow UniLMv2 (Bao et al., 2020). The training set
 paper reports none. Batch sizes are in `pmlm_dist/ds_configs/<preset>.json`. Standard library only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -10,8 +10,6 @@
 A constraint between two settings is no range: it is checked by a function beside the dataclass (`config.py`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Checks of a run's settings: the range of each (`ranges.py`), and relations between several."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from pmlm_dist.config import MaskingConfig, ModelConfig, MultipleOf4, ObjectiveConfig, RunConfig

@@ -1,7 +1,5 @@
 """Fixtures for all tests: the environment of a rank, a small corpus; which tests are quick, and their order."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter, defaultdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The ablation: its comparator, its table, and what it repeats after an interruption."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import shlex

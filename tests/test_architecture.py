@@ -1,7 +1,5 @@
 """The structure of the package, as docs/design/architecture.md states it: imports, sizes, the tree."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
 import re

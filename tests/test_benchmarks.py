@@ -3,8 +3,6 @@
 The runs are forked from the fork server, so the imports of torch and DeepSpeed are paid once for all of them.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """Settings: every mistake is reported, all of them at once, and every fix that a message suggests is valid."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import json

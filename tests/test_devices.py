@@ -1,7 +1,5 @@
 """The table of devices: lookup by torch's device names, and peak rates recomputed from clock and core counts."""
 
-from __future__ import annotations
-
 import pytest
 
 from pmlm_dist.devices import DEVICES, device_named

@@ -1,7 +1,5 @@
 """A disk that is full, read-only or out of quota: one message with the way out in every command, no traceback."""
 
-from __future__ import annotations
-
 import errno
 import os
 import resource

@@ -1,7 +1,5 @@
 """Every fault of the catalogue has a test, and docs/reliability.md names the tests of every fault."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

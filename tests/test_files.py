@@ -1,7 +1,5 @@
 """Atomic writes: a reader sees the old contents or the new, and an error leaves no temporary file."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

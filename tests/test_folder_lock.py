@@ -1,7 +1,5 @@
 """The lock of a folder: acquisition, take-over, and the fence for older attempts."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

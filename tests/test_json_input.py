@@ -1,7 +1,5 @@
 """JSON of users: what the parser of Python accepts or raises otherwise is one message."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

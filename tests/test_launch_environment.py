@@ -1,7 +1,5 @@
 """The rendezvous variables of every launcher: torchrun, deepspeed, Open MPI, MPICH, srun, none."""
 
-from __future__ import annotations
-
 import os
 import re
 

@@ -1,7 +1,5 @@
 """Losses and accuracies against a loop over all predictions, for every objective of the paper's Table 6."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

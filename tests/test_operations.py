@@ -1,7 +1,5 @@
 """docs/operations.md, the run book, against the code: its messages are in the code, its settings exist."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every option that a message, a help text or a document names exists in one of the parsers."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import io

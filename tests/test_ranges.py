@@ -1,7 +1,5 @@
 """Ranges declared on the fields: how they are checked, and that no numeric setting lacks one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 

@@ -1,7 +1,5 @@
 """Claims of docs/security.md: no code from data, no shell from settings, no writes outside a folder, no secrets."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os

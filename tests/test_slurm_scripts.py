@@ -1,7 +1,5 @@
 """Batch scripts: restarts by exit code and signal. SLURM's commands are replaced by recorders."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """train.py: its command line, its refusals, and one small run through every launcher that it is meant for."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

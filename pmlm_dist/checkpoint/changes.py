@@ -3,8 +3,6 @@
 What must not differ is the run's identity, which is compared before (`resume.differences`).
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

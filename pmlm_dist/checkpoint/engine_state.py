@@ -9,8 +9,6 @@ Each fragment is a contiguous range of a flat fp32 master that the optimizer upd
 state have the same layout. bf16 and fp16 weights are rounded masters: never saved, but cast again after loading.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterator

@@ -13,8 +13,6 @@ tensor exactly once. Imported weights have no moments: a run can start from them
 Nothing is unpickled, and nothing here needs torch.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import itertools

@@ -4,8 +4,6 @@ Checksums verify the files. The fingerprint verifies the computation: it changes
 wrong place, or when the model's code has changed.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -9,8 +9,6 @@ A folder gets its final name after all ranks have written, every byte is on the 
 process ends between any two operations, a valid checkpoint remains and no partial one is committed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -7,8 +7,6 @@ No random state is saved: dropout and masks are functions of seed and samples co
 position is saved: the sample order is elastic and follows from samples consumed.
 """
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path

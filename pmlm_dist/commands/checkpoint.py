@@ -3,8 +3,6 @@
 Needs neither torch nor a GPU, nor as many ranks as wrote the checkpoint.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import time

@@ -1,7 +1,5 @@
 """`pmlm extend-positions`: add position embeddings to a model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

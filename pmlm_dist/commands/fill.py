@@ -3,8 +3,6 @@
 "text with [MASK] and [MASK:3]" --read_masks--> MaskedText --decoding/infilling.py--> FilledMask per token --> console
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass

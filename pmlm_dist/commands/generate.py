@@ -4,8 +4,6 @@ file of sources --all ranks--> rows, token ids --sorted by length, in batches, r
 hypotheses --rank 0 keeps them in OUTPUT.part (downstream/results.py)--> OUTPUT: a JSON object a row, in their order
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace

@@ -4,8 +4,6 @@ pmlm plan --preset large --nodes 8 --gpus-per-node 8 --device h100-80gb --parall
 torchrun --nproc_per_node 2 --no-python pmlm plan --preset tiny --device measure
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

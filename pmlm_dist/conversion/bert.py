@@ -8,8 +8,6 @@
 Weights are renamed and rearranged, not changed. UniLM has the same names (`unilm.py`).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Model card of an export: training data, settings and progress, and limitations of the format."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pmlm_dist.conversion.huggingface import ExportedModel

@@ -5,8 +5,6 @@ checkpoint --open_pretrained--> PretrainedWeights --to_bert | to_mpnet | to_unil
                                     '-- logits, states, token ids --'  compared  --> folder, with a model card
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ model.safetensors | pytorch_model.bin    tensors by name, in one file or in thos
 config.json                              settings
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path

@@ -6,8 +6,6 @@
 `bert.py` and `mpnet.py` hold the two formats. Only this module imports `transformers`, and only to load a folder.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

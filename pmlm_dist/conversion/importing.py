@@ -3,8 +3,6 @@
 config.json, tensors, vocabulary  --read_pretrained: strict names and shapes-->  PretrainedWeights  -->  folder
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable
 from pathlib import Path

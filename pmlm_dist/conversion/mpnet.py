@@ -10,8 +10,6 @@
 Weights are renamed and rearranged; the only arithmetic is the sum of positions and segment 0.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -6,8 +6,6 @@ Inputs: input_ids, attention_mask and, for BERT, token_type_ids [batch, length].
 [batch, length, E].
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import warnings

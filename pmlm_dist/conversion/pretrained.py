@@ -5,8 +5,6 @@ checkpoint of any topology  --open_pretrained-->  PretrainedWeights  --save_pret
                                                   build_pretrained: the module, on one device
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil
@@ -14,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -61,7 +59,7 @@ class PretrainedWeights:
     facts: dict[str, Any] = field(default_factory=dict)
     """Contents of `state.json` and the `folder` of its checkpoint, or the origin of imported weights."""
 
-    def with_vocabulary(self, vocabulary: Vocabulary, *, origin: str) -> PretrainedWeights:
+    def with_vocabulary(self, vocabulary: Vocabulary, *, origin: str) -> Self:
         """Return the model with the token ids of `vocabulary`.
 
         Raises `ConfigError` if the sets of tokens differ, or normalization and added words.

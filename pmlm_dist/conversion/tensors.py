@@ -8,8 +8,6 @@
 Tensors are read by name and shape. All missing, unknown and mismatched ones are reported in one error.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterable, Sequence

@@ -10,8 +10,6 @@ Source: the authors' fine-tuning code (`microsoft/unilm`, folder `s2s-ft`). UniL
 matrices and no relative bias, can be imported too. `transformers` has no such model and cannot load this format.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Arrays on disk."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Hash-based pseudo-random numbers: functions of their arguments, so the result is the same on any number of ranks."""
 
-from __future__ import annotations
-
 import numpy as np
 
 _WORD = (1 << 64) - 1

@@ -9,8 +9,6 @@ The shards are read twice: the digest requires the lengths of all samples. Memor
 bytes for each sample of a split.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterator

@@ -10,8 +10,6 @@ A .part that no process holds was left by a crash, and is evicted like any other
 bytes.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

@@ -9,8 +9,6 @@ Each source is read in its own order (`order.py`), as by a run on that source al
 once per epoch of the source. No counters are kept during training; the position in each source follows from t.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -12,8 +12,6 @@ epoch, by one lane. Excluding an unreadable shard shifts no other sample: its po
 shard that the same lane reads next.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 from collections.abc import Iterator, Set

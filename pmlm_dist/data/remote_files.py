@@ -9,8 +9,6 @@ input is empty. It is killed with its children if it writes nothing for too long
 other than 0 is a failure.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import selectors

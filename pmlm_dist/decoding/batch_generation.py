@@ -9,8 +9,6 @@ Done samples are removed once they are half of the batch, so the remaining ones 
 Legend: B samples, K beams, S context slots, P pseudo masks, Q originals and pseudo masks of a step, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -18,8 +18,6 @@ Scores are log-probabilities over the whole vocabulary. They are not renormalize
 Legend: B samples, K beams, L tokens so far, M maximum length, V vocabulary, N candidates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

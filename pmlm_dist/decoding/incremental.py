@@ -23,8 +23,6 @@ T = S + C keys, X = Q * K and Y queries over all beams, H heads of this rank, D 
 V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 

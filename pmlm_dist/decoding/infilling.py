@@ -13,8 +13,6 @@ Legend: S slots of the text, A originals and P pseudo masks of a step, Q = A + P
 V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

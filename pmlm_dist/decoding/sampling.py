@@ -7,8 +7,6 @@ The draws of a sample are a function of (seed, sample id, step), so they do not 
 Legend: B samples, L tokens so far, M maximum length, V vocabulary, N candidates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Decoding settings of `pmlm generate` and of fine-tuning's evaluations. Standard library only."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -9,8 +9,6 @@ untrained, TF-IDF with the same classifier, and the majority class.
 Legend: N texts, B texts of a forward pass, T tokens, E hidden size.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

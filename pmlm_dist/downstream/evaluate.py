@@ -6,15 +6,13 @@
 Neither needs DeepSpeed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -115,7 +113,7 @@ class _Outputs:
         self._files: dict[str, ResultsFile] = {}
         self._predictions: dict[str, list[dict[str, Any]]] = {}
 
-    def __enter__(self) -> _Outputs:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

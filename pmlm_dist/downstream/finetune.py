@@ -7,8 +7,6 @@
 An interrupted command resumes: complete jobs are read, the others start from their newest checkpoint.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import json

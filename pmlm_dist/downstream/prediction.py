@@ -4,8 +4,6 @@ features --sorted by length, in batches--> task.predict on the data-parallel ran
 outputs of all features --> task.predictions --> task.scores
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

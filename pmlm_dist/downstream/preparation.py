@@ -5,8 +5,6 @@
 Every problem is a `ConfigError`, raised before anything is computed or written.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ The batches do not depend on the number of ranks, nor on what has been computed.
 uninterrupted command on any ranks. The first line of PATH.part identifies the command; results of another are an error.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -10,8 +10,6 @@ irregular lines, which are skipped and counted in one line. `.json` is SQuAD's n
 Hugging Face class labels are replaced by their names.
 """
 
-from __future__ import annotations
-
 import csv
 import os
 from collections import Counter

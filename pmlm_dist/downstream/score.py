@@ -4,8 +4,6 @@ file of texts --all ranks--> token ids --sorted by length, in batches, ranks in 
                              --rank 0 keeps them in OUTPUT.part (results.py)--> OUTPUT: a JSON object a text
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -4,8 +4,6 @@ Batch size and learning rate belong to the recipe, because grids search over the
 (micro-batch, precision, ZeRO, clipping, offload) are in DeepSpeed's JSON. Standard library only.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -3,8 +3,6 @@
 pairs (likelihood/minimal_pairs.py) --distinct sentences, all ranks--> scores --> accuracies; pairs-METHOD.jsonl
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from dataclasses import asdict, dataclass

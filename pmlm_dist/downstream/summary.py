@@ -1,7 +1,5 @@
 """Summary of several fine-tuning runs: mean and deviation over seeds, recipes ordered by validation score."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

@@ -1,7 +1,5 @@
 """Files of texts for `pmlm score` and `pmlm embed`: ids, texts, token ids."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -9,8 +9,6 @@ DeepSpeed itself zeroes the sums twice a step and adds every gradient, the first
 step of one micro-batch this moves 26 bytes per parameter instead of 6.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

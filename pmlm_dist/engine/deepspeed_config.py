@@ -4,8 +4,6 @@ The file sets batch sizes, precision, ZeRO stage, clipping and offload, in DeepS
 DeepSpeed would ignore silently or compute wrongly raise `ConfigError`.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Mapping

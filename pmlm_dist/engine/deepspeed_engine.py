@@ -1,7 +1,5 @@
 """DeepSpeed engine: construction around a model, and one optimizer step. Pre-training and fine-tuning share it."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

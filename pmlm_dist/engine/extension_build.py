@@ -6,8 +6,6 @@ each folder with a stale lock file: the compiler of the killed process may still
 belongs to this project and machine, so no other program's build is removed.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import platform

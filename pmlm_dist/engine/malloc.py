@@ -6,8 +6,6 @@ kept. The cost is fragmentation of the heap (devices.py, `HEAP_SLACK`). With blo
 what its tensors need. Accelerators have their own caching allocators.
 """
 
-from __future__ import annotations
-
 import ctypes
 import platform
 

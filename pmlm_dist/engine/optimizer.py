@@ -1,7 +1,5 @@
 """Optimizer settings of a step: parameter groups, learning rate, gradient norm and clipping."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -5,8 +5,6 @@ FOLDER | ZIP | FILE.jsonl --read_pairs--> MinimalPair --scores of both--> accura
 The files are those of BLiMP (Warstadt et al., 2020), or others with the fields `sentence_good` and `sentence_bad`.
 """
 
-from __future__ import annotations
-
 import codecs
 import zipfile
 import zlib

@@ -3,14 +3,12 @@
 pairs --a sample of each paradigm--> Probe --at every validation, data-parallel ranks share the texts--> accuracies
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -35,7 +33,7 @@ class Probe:
     texts: list[list[int]]
 
     @classmethod
-    def load(cls, source: Path, vocabulary: Vocabulary, *, most: int, max_tokens: int) -> Probe:
+    def load(cls, source: Path, vocabulary: Vocabulary, *, most: int, max_tokens: int) -> Self:
         """Read about `most` pairs, equally many of each paradigm. Raises `ConfigError`, also for a text too long."""
         pairs = read_pairs(source)
         sample = first_of_each(pairs, max(1, most // len({pair.paradigm for pair in pairs})))

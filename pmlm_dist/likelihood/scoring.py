@@ -12,8 +12,6 @@
 Legend: B rows of a forward pass, S context slots, M predictions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal

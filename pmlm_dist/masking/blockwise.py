@@ -9,8 +9,6 @@ of drawing is the factorization order. The random numbers of a sample are a func
 sample; `masking/layout.py` runs them over whole batches.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import lru_cache

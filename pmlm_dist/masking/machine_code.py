@@ -5,8 +5,6 @@
 The first three are numba's own. It fails if none of them can be written to: a container with a read-only home.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 import tempfile

@@ -7,8 +7,6 @@ seeding costs three mixes, so that every sample can have a generator of its own.
 version of NumPy and numba, whereas the streams of NumPy's generators may change between releases.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

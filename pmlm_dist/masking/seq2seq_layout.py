@@ -18,8 +18,6 @@ epoch, sample id).
 Shapes: B samples, S source slots, M target slots, T = S + 2M.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

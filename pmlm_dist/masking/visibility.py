@@ -14,8 +14,6 @@ step t. The functions use operators only, so that they accept NumPy arrays and t
 kernels.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np

@@ -7,8 +7,6 @@ Legend: S context slots, M predictions, T = S + 2M slots, E hidden size, F size 
 rows. Each objective predicts M slots.
 """
 
-from __future__ import annotations
-
 import torch
 
 from pmlm_dist.config import ModelConfig

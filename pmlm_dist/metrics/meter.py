@@ -6,8 +6,6 @@
 Evaluations and checkpoints lie outside of steps and do not count as training time.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

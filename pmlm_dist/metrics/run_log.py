@@ -4,8 +4,6 @@ RUN_DIR/tensorboard/     scalars, and configuration and fill-ins as text
 RUN_DIR/metrics.jsonl    the same scalars, one JSON object a line; after a resume the last line of a step is valid
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import resource

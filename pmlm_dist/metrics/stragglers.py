@@ -5,8 +5,6 @@ loading their own data, and the forward pass. With ZeRO-3 and tensor parallelism
 too; then only a slow group, or slow data, is visible.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median

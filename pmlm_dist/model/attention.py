@@ -15,8 +15,6 @@ Legend: B batch, H heads of this rank, D head size, S context slots, M predictio
 slots, R predicted slots, Q and K queries and keys of a group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -10,8 +10,6 @@ first use. On a CPU torch falls back to an uncompiled implementation without a b
 Legend: B batch, H heads of this rank, D head size, Q queries, T slots (all of them keys), N distances.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache

@@ -13,8 +13,6 @@ products and elementwise functions, so it runs on any device.
 Legend: B batch, H heads, Z = H * B of a part, D head size, T slots, Q queries, K keys of a group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Legend: R predicted slots, B batch, E hidden size, V vocabulary rows of this tensor-parallel rank.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -5,8 +5,6 @@ Distances are differences of *position ids*, so the three slots of one predicted
 Legend: B batch, H heads of this rank, N buckets or distances, S context slots, Q and K query and key slots.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -8,8 +8,6 @@ It contains the whole language model, so checkpoints of both differ in `task_hea
 Legend: B batch, T tokens, E hidden size, C outputs of the head.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

@@ -10,8 +10,6 @@ Legend: B batch, T slots (S context + 2M appended), R predicted slots (K objecti
 E hidden size, H heads of this rank, D head size, V vocabulary rows of this rank.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import replace
 

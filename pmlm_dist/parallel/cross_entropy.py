@@ -10,8 +10,6 @@ overwrites them with the left factor of its backward pass. Its slow reference is
 Legend: N predicted slots, E hidden size, V vocabulary rows of this rank, C rows of a chunk.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

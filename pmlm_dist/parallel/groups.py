@@ -6,8 +6,6 @@ megatron-core owns the groups, and `ModelParallelUnit` passes them to DeepSpeed.
 `Topology` instead of querying ranks.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

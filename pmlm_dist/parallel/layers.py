@@ -7,8 +7,6 @@ between them. `VocabularyEmbedding` splits its rows. Every rank draws the full w
 is the same for every tensor-parallel size.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The lock of an output, held by rank 0 for all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -5,8 +5,6 @@ uninterrupted one. Tensor-parallel peers share the default generator, since they
 `distinct_across_tp` their numbers differ, since they hold different heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -14,8 +14,6 @@ With activation checkpointing a layer saves only its input; the rest exists whil
 `workload.py`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pmlm_dist.planning.workload import Workload

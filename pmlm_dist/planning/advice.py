@@ -1,7 +1,5 @@
 """Warnings of a plan: what does not fit, what has no effect, what costs time, and which setting fixes it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pmlm_dist.engine.deepspeed_config import batch_problems

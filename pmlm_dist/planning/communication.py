@@ -13,8 +13,6 @@ the bytes, in an all-gather or reduce-scatter half of that (Patarasuk and Yuan, 
 every node, one in g of a rank's bytes leaves the node.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -8,8 +8,6 @@
 All ranks measure at the same time, since they share cores, memory and links in training too.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 import time

@@ -8,8 +8,6 @@ linearly, so only the top and the bottom inner layer can be the peak. Only torch
 adds the overhead of the allocator and of the device's libraries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -18,11 +18,9 @@ tests/planning/test_memory.py. It has four optimizer classes:
 Legend: P parameters of this tensor-parallel rank, D data-parallel ranks, w bytes of a weight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pmlm_dist.engine.deepspeed_config import EngineConfig
 from pmlm_dist.planning.parameters import largest_tensor, persistent_numbers, rank_parameters
@@ -58,7 +56,7 @@ class Zero:
     """Elements up to which ZeRO-3 does not partition a parameter."""
 
     @classmethod
-    def from_engine(cls, engine: EngineConfig, *, stage: int | None = None) -> Zero:
+    def from_engine(cls, engine: EngineConfig, *, stage: int | None = None) -> Self:
         """The settings of a validated DeepSpeed JSON; `stage` replaces its stage."""
         stage = engine.zero_stage if stage is None else stage
         zero: Mapping[str, Any] = engine.raw.get("zero_optimization", {})

@@ -1,7 +1,5 @@
 """Parameters of the model: the shape of each, and its elements on a tensor-parallel rank."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace

@@ -3,8 +3,6 @@
 PlanConfig + DeepSpeed's JSON + device  ->  Job  ->  Estimate  ->  Plan
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any

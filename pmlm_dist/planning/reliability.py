@@ -5,8 +5,6 @@ tau = sqrt(2 delta M) (Young, 1974; Daly, 2006, first order). A fraction delta /
 Every M seconds a failure costs half an interval of repeated steps and a restart.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pmlm_dist.supervision.attempts import best_interval

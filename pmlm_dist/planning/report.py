@@ -1,7 +1,5 @@
 """A plan as tables on the console."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from rich.console import Console, Group

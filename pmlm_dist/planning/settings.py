@@ -1,10 +1,8 @@
 """The settings of `pmlm plan`: a preset, changes to it and to DeepSpeed's JSON, and the devices."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pmlm_dist.config import (
     DS_CONFIGS,
@@ -77,7 +75,7 @@ class PlanConfig:
     assume: Assumptions = field(default_factory=Assumptions)
 
     @classmethod
-    def of_preset(cls, name: str) -> PlanConfig:
+    def of_preset(cls, name: str) -> Self:
         """The settings of a preset, with the size of BERT's vocabulary where it has none."""
         run = PRESETS[name]()
         return cls(

@@ -11,8 +11,6 @@ overlaps it with a backward pass; tensor-parallel communication is never hidden.
 The reads and writes of each tensor were counted in the source of `model/` and DeepSpeed, operation by operation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

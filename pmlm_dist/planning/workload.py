@@ -4,8 +4,6 @@ Legend: S context slots, M predictions, A = 2M appended slots, T = S + A slots, 
 size, F inner size, H heads, V padded vocabulary rows, t tensor-parallel size.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

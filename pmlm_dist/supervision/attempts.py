@@ -6,8 +6,6 @@ A step counts once: steps repeated after a failure are lost time, as are saving,
 the formula of planning/reliability.py with the times measured in this run. Without torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

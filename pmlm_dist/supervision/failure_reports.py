@@ -4,8 +4,6 @@ failure.json      the first failure (`Failure`); created once, by the supervisor
 rank-00001.txt    one for each rank: a line of JSON (`RankReport`), its error, the stacks of its threads
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

@@ -6,8 +6,6 @@ A beat is a line of JSON in memory that both processes share since the fork: mic
 The supervisor decides on the reaction to silence. Without a supervisor the memory is private. Standard library only.
 """
 
-from __future__ import annotations
-
 import json
 import mmap
 import struct

@@ -1,7 +1,5 @@
 """Linux processes: orphans and parents, kills by the kernel's out-of-memory killer."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

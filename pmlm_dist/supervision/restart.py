@@ -7,8 +7,6 @@
 of the job, which outlives its processes. Without torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -19,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 from pmlm_dist.checkpoint.folder import CheckpointFolder, step_of
 from pmlm_dist.console import prepare_streams, print_safely
@@ -52,7 +51,7 @@ class RestartHistory:
     """Exit code of the last attempt."""
 
     @classmethod
-    def load(cls, path: Path) -> RestartHistory:
+    def load(cls, path: Path) -> Self:
         """Read the history from `path`; an empty one without that file."""
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else cls()
 

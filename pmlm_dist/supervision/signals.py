@@ -13,8 +13,6 @@ handler. At every end of the process the last committed checkpoint is valid. The
 before torch is loaded.
 """
 
-from __future__ import annotations
-
 import contextlib
 import enum
 import os

@@ -15,8 +15,6 @@ writes its report, ends its rank (TERM, then KILL, with all descendants) and exi
 DeepSpeed: a watchdog thread inside the rank would stall with the interpreter's lock.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import os

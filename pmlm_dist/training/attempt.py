@@ -6,8 +6,6 @@
 A lock names its attempt; an attempt whose lock was taken over can no longer commit a checkpoint (`check_lease`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

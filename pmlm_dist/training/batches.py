@@ -9,8 +9,6 @@ between steps only, on all ranks alike, and is on disk before a step is trained 
 with it. A shard is verified as a whole before any of its samples is used.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator

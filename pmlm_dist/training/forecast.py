@@ -3,8 +3,6 @@
 settings + device (data sheet, or rates measured for a second)  --planning/step_time.py-->  seconds of a step
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 

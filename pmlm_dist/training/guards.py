@@ -9,8 +9,6 @@ Batches and replicas are compared at the first step of an attempt and every `tra
 batch, a pass over the weights and a small gather. The gradient norm of every step shows whether it is finite.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

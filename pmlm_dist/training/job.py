@@ -7,8 +7,6 @@
 A job gives batches, a loss and an evaluation. It owns no loop, no heartbeat, no checkpoint and no exit.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

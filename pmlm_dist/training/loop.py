@@ -5,8 +5,6 @@
 Evaluation comes before the next step, so that a run stopped while it evaluates evaluates again when it resumes.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

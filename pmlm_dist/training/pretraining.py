@@ -3,8 +3,6 @@
 `ResolvedRun` (resolve.py) holds what is fixed; this module computes and logs with it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

@@ -5,8 +5,6 @@
 All problems are reported together, on every rank, before anything is computed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ pretrain    open_attempt -> newest checkpoint -> resolve (all problems at once) 
 train_job   engine -> weights of the checkpoint, or initial ones -> loop.py::train -> the job's conclusion
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

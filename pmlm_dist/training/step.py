@@ -6,8 +6,6 @@ The gradient is that of sum(nll) / N, N = targets of the whole step (`TrainingJo
 not finite changes no weight on any rank.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -6,8 +6,6 @@
 Signals of one process: supervision/signals.py.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Validation: held-out losses over all ranks, and masked texts filled in by the model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -8,8 +8,6 @@ r"""Files of a WordPiece tokenizer, and the one specification that they define t
 Settings beside a vocabulary apply as in `transformers`. Contradictions and what cannot be followed raise ConfigError.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence

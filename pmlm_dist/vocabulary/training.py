@@ -4,8 +4,6 @@ Words that are [UNK] whatever is trained, longer than 100 characters or with a c
 part of the training text. Time is linear in the text, for words of any length.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re
@@ -13,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from pmlm_dist.config import ConfigError
 from pmlm_dist.vocabulary.files import (
@@ -41,7 +39,7 @@ class TrainingText:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, texts: Iterable[str], *, cased: bool, keep_accents: bool) -> TrainingText:
+    def of(cls, texts: Iterable[str], *, cased: bool, keep_accents: bool) -> Self:
         """Normalize `texts`, without accents if neither a setting nor the texts require them."""
         texts, notes = list(texts), []
         if not cased and not keep_accents and (share := _stripped_share(texts)) > _MAX_STRIPPED:

@@ -1,7 +1,5 @@
 """Asynchronous saving: training continues during a save, and the checkpoint is that of the saved step."""
 
-from __future__ import annotations
-
 import threading
 import time
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Settings that differ from a checkpoint's: each is listed once, with its effect."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pmlm_dist.checkpoint.changes import changed_settings

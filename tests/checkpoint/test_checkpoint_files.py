@@ -1,7 +1,5 @@
 """Checkpoint files: tensors are read back exactly, and every corruption is detected."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

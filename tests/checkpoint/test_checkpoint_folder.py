@@ -1,7 +1,5 @@
 """Checkpoint folder: atomic commit, choice of the newest valid checkpoint, retention."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Engine state is saved and restored to the last counter: ZeRO layouts, fp16, offload; other models raise."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fragments: those of any topology tile their tensor, and each can be assembled from those of any other."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """`train.py --init`: step 0 has the given weights on every topology; weights that do not fit raise before."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A checkpoint opens on any topology: every pair of topologies up to 4 ranks, bit for bit, and training continues."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path

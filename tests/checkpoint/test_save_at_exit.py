@@ -1,7 +1,5 @@
 """Saves of runs that are killed or end: the next attempt resumes from the last checkpoint before."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Failures of a save: they cost that checkpoint alone, and are logged and counted."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """A SLURM cluster for all tests of this folder, and an uninterrupted run on it."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Iterator

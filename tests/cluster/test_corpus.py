@@ -1,7 +1,5 @@
 """The batch script prepares a corpus over two nodes, equal byte for byte to that of one process."""
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 import sys

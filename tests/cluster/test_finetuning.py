@@ -1,7 +1,5 @@
 """The batch script fine-tunes over two nodes."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Interruptions of jobs on a cluster: every run resumes, and every step equals that of an uninterrupted run."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """Training over two nodes with other launchers equals that of the batch script."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The batch script trains over two nodes, with tensor parallelism within and across them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Fixtures for the tests of commands; treat them as read-only."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`pmlm checkpoint`: listing, verification, and a checkpoint rewritten as full tensors."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

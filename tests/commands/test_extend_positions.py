@@ -1,7 +1,5 @@
 """`pmlm extend-positions`: the new embeddings, and error messages."""
 
-from __future__ import annotations
-
 import torch
 
 from pmlm_dist.cli import main

@@ -1,7 +1,5 @@
 """`pmlm fill`: parsing of masks, orders of filling, output, error messages."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

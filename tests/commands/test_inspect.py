@@ -1,7 +1,5 @@
 """`pmlm inspect`: slots and visibility matrix against the batch of training and the visibility rule."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from rich.console import Console

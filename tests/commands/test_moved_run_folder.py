@@ -1,7 +1,5 @@
 """Run folders are self-contained: copied elsewhere, without the corpus, every command that reads a model works."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Exports loaded by stock `transformers`: equal outputs and tokens, from a checkpoint of any topology."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

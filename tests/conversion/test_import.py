@@ -1,7 +1,5 @@
 """Imports of models saved by `transformers`: equal outputs, and a note or an error for everything that differs."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import warnings

@@ -1,7 +1,5 @@
 """The ONNX encoder of an export equals torch, for other batch sizes and lengths than it was converted with."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

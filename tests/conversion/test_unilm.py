@@ -1,7 +1,5 @@
 """The format of the UniLM releases: imports compute what the authors' code does, and exports are imported unchanged."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Batches: masks independent of the grouping into batches, and fingerprints that detect every change."""
 
-from __future__ import annotations
-
 import dataclasses
 import pickle
 

@@ -1,7 +1,5 @@
 """Shards from a faulty server, through a bounded cache shared by processes that may be killed."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import multiprocessing

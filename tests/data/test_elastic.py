@@ -1,7 +1,5 @@
 """Elastic determinism: a run that is stopped at any step and resumed under another topology reads the same samples."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

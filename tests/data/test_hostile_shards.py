@@ -1,7 +1,5 @@
 """Malicious tar files with a matching manifest: each raises ShardError, and none touches another file."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io

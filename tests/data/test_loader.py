@@ -1,7 +1,5 @@
 """Batches of the loader against batches built directly, under any number of workers, ranks and restarts."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import signal

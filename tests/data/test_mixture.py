@@ -1,7 +1,5 @@
 """The mixture against counters."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

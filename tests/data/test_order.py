@@ -1,7 +1,5 @@
 """The sample order against a longhand walk through the lanes, and between topologies."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Corpora read from a program (data.allow_pipe), and corpora in object stores."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """Streams against the samples that were written, and the shards they keep open."""
 
-from __future__ import annotations
-
 import pickle
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Loader workers that die, hang or fail raise WorkerError in time, with their position."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

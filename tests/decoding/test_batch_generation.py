@@ -1,7 +1,5 @@
 """Generation in batches against decoding without a cache and against generation for each source alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Beam search and sampling against brute force over every hypothesis of a toy language."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Incremental decoding against one teacher-forced pass over the layout of fine-tuning."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

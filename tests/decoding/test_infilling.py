@@ -1,7 +1,5 @@
 """Infilling in steps against one pass over the layout of pre-training with the same order and predictions."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.batches import SPECIAL, VOCABULARY, model_of

@@ -1,7 +1,5 @@
 """`pmlm embed` against single passes; `pmlm linear-probe` beside its comparators."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The driver of fine-tuning: the same on any topology, every example once an epoch, the best checkpoint, refusals."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """An interrupted fine-tuning resumes: bit for bit on one rank."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

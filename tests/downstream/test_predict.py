@@ -1,7 +1,5 @@
 """`pmlm predict` and the rows of predictions, for every kind of task; neither predict nor evaluate needs DeepSpeed."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Results of `pmlm generate`, `evaluate` and `predict` are kept as they come; the same command computes the others."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

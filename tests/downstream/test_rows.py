@@ -1,7 +1,5 @@
 """Dataset rows from every file format, and error messages for invalid files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`pmlm score` and `pmlm evaluate --suite`: files, ranks, ties, errors; `likelihood/test_scoring.py` has numbers."""
 
-from __future__ import annotations
-
 import json
 import math
 import zipfile

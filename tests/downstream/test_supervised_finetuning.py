@@ -1,7 +1,5 @@
 """`pmlm finetune` below its supervisors: a rank that dies or stands still ends all, with the cause and nothing left."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

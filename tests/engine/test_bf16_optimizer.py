@@ -1,7 +1,5 @@
 """fp32 accumulation of bf16 gradients equals that of DeepSpeed's own optimizer, bit for bit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

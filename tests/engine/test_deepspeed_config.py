@@ -1,7 +1,5 @@
 """DeepSpeed's JSON: shipped files load; settings that DeepSpeed would ignore or compute wrongly raise, all at once."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """Building the engine: settings that only DeepSpeed validates raise like all others; slow bf16 on a CPU warns."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from functools import partial

@@ -1,7 +1,5 @@
 """Build lock: processes compile one at a time, and a killed one blocks no other."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

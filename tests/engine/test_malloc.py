@@ -1,7 +1,5 @@
 """Freed memory is kept in the process or returned to the system; each case in its own process."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Learning rate schedule, weight decay groups, and the gradient norm over several ranks."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Two hundred steps in bf16 give the losses of fp32."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from support.small_runs import run_config, train

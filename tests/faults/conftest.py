@@ -1,7 +1,5 @@
 """An uninterrupted run, the reference of all tests of this folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Two attempts in one run folder: one runs, the other commits nothing."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Ranks that hang or are slow: detected, named and, if they hang, ended."""
 
-from __future__ import annotations
-
 import ctypes
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Faults of the host: ports, stale locks, clock, terminal, shared memory."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

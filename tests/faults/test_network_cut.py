@@ -1,7 +1,5 @@
 """Network cut between two hosts: two network namespaces, and a rank that sets their link down."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """Ranks that die or raise: named, ended on all ranks, restarted or given up."""
 
-from __future__ import annotations
-
 import ctypes
 import signal
 import time

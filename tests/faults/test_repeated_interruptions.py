@@ -1,7 +1,5 @@
 """Repeated kills, and signals during a save: bounded loss, bit-exact resume, correct accounting."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

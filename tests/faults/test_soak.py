@@ -3,8 +3,6 @@
 `SOAK_MINUTES` sets the duration, 30 in `make test-soak`; by default each kind is injected once.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import random

@@ -1,7 +1,5 @@
 """Spikes of the loss, replicas, and runs without any fault."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """All attention backends on a GPU, forward and backward, against `reference` in fp64 on the CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache

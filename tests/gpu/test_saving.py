@@ -1,7 +1,5 @@
 """Checkpoints on a GPU: copied to pinned memory during training, and loaded on the GPU and on the CPU."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 Runs of the small model are compared with the same run on the CPU.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

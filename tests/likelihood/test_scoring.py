@@ -1,7 +1,5 @@
 """Log-likelihoods of texts against step-by-step decoding and against a loop over masked tokens."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

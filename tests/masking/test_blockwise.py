@@ -1,7 +1,5 @@
 """The sampler against the statistics of the paper and a longhand version of Algorithm 1 in plain Python."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 

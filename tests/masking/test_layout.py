@@ -1,7 +1,5 @@
 """The compiled layout against a longhand version in plain Python, slot by slot."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np

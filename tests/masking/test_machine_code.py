@@ -1,7 +1,5 @@
 """The cache of compiled functions: without a writable home, in a temporary folder that only this user can write to."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The random numbers of masks are uniform; their exact values are compared in test_blockwise.py."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

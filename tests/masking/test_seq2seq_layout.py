@@ -1,7 +1,5 @@
 """The layout of source-target pairs, slot by slot, and its noise."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The visibility rule against a longhand table of its cases, and its consequences."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

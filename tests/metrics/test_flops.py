@@ -1,7 +1,5 @@
 """The FLOPs formula against torch's count of the model's matrix products."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """The log of a run can be read again, also after a kill in the middle of a line."""
 
-from __future__ import annotations
-
 import errno
 import os
 import threading

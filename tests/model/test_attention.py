@@ -1,7 +1,5 @@
 """Attention backend `fused` against `reference`: outputs and gradients; activation checkpointing changes neither."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

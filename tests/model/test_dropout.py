@@ -1,7 +1,5 @@
 """Dropout under tensor parallelism: peers drop the same hidden units (copies) and different attention probabilities."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

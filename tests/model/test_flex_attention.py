@@ -5,8 +5,6 @@ implementation would run. The tests of gradients disable that check, so that mas
 the gradient of the table are tested without a GPU. The kernels themselves are tested in tests/gpu.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, get_args, get_type_hints
 

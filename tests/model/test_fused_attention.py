@@ -1,7 +1,5 @@
 """Fused attention against the reference under autograd: outputs and gradients, with and without dropout."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Without appended slots the model equals BERT (relative bias off) or MPNet (on): same weights, same logits."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

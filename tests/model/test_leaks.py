@@ -4,8 +4,6 @@ The slots that can reach a predicted slot over L layers are the closure of the v
 gradients must be exactly zero. Inside, with random weights, they are nonzero, so missing connections are detected too.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.batches import model_of, random_batch

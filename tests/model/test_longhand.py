@@ -1,7 +1,5 @@
 """Loss and gradients against the longhand reference (`support/longhand.py`) for random settings."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st

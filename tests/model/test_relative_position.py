@@ -1,7 +1,5 @@
 """Relative position buckets against a table computed by hand and MPNet's; the bias against a loop over pairs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder

@@ -1,7 +1,5 @@
 """The fused loss against torch's cross entropy of full logits, in loss and gradients, in several precisions."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

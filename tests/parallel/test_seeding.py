@@ -1,7 +1,5 @@
 """Dropout seeds are a function of the position in the run: one for each micro-batch and data-parallel rank."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

@@ -1,7 +1,5 @@
 """Sharded operations against unsharded ones: cross entropy, argmax, label smoothing, dropout, initial weights."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

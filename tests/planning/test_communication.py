@@ -1,7 +1,5 @@
 """Planned collectives against those of the real training path; bytes by link against cases computed by hand."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The measured device: every field is set and has a plausible value."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -6,8 +6,6 @@ each collective lets gloo release first, and the smallest rise of several steps 
 between steps only.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left, bisect_right
 from dataclasses import replace

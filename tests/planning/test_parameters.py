@@ -1,7 +1,5 @@
 """The planned number of parameters against the real model's, by tensor-parallel size."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

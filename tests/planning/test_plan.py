@@ -1,7 +1,5 @@
 """The whole plan: known cases, invalid settings, warnings, and proposed layouts."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from io import StringIO

@@ -1,7 +1,5 @@
 """The best checkpoint interval against a search for it, and Llama 3's failures."""
 
-from __future__ import annotations
-
 import pytest
 
 from pmlm_dist.planning.reliability import Checkpoints, checkpoints

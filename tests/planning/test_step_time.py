@@ -1,7 +1,5 @@
 """Seconds of a step from given rates: properties for any rates, and cases computed by hand."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

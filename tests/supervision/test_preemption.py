@@ -1,7 +1,5 @@
 """Preempted runs: one checkpoint in time, or none, and a bit-exact resume."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """Effective training time, the restart rule, and the restart loop around a launcher."""
 
-from __future__ import annotations
-
 import json
 import math
 import signal

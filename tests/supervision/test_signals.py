@@ -1,7 +1,5 @@
 """Stop signals of one process: requests, the second signal, the grace period, blocked signals in children."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The supervisor of one rank, here a small function: its exit code, its reports and the processes it ends."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

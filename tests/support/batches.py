@@ -1,7 +1,5 @@
 """Random batches and models for tests that need no corpus."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A small synthetic corpus that a model of a few thousand parameters can learn, written in milliseconds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -4,8 +4,6 @@ Tier 1 runs with every change, tier 2 (`nightly`, and tests that need SLURM) by 
 in the tree declare their faults with `@pytest.mark.fault`; every fault has a test.
 """
 
-from __future__ import annotations
-
 FAULTS: dict[str, tuple[int, str, str]] = {
     "F01": (1, "a rank dies", "SIGKILL to itself during a step"),
     "F02": (1, "a rank raises", "an exception during a step"),

@@ -7,8 +7,6 @@ server of support/worlds.py so that a start takes a second. The rule of the batc
 decides on restarts. A fault is injected into one rank's training loop, once, at a step.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -7,8 +7,6 @@ Runs with the same file accumulate (`make test-faults-all` has one for SLURM). A
 `record_property("lost", "2 steps repeated")`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """A file server on the loopback interface that injects faults."""
 
-from __future__ import annotations
-
 import re
 import threading
 import time

@@ -3,8 +3,6 @@
 It uses the weights by their names, but no code of the package's model, attention, masking or objectives. Slow.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

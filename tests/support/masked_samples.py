@@ -1,7 +1,5 @@
 """Masks of one sample, by the compiled functions that mask batches."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

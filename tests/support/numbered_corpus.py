@@ -1,7 +1,5 @@
 """A corpus with shards of different sizes, whose samples are a function of their number."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

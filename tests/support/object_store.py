@@ -1,7 +1,5 @@
 """Object stores for tests: the memory file system of fsspec under another protocol."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A small source of several kinds of files, and its preparation in this process or on MPI ranks."""
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Models with random nonzero weights, and checkpoints and vocabularies in the formats of `transformers`."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

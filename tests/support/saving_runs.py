@@ -1,7 +1,5 @@
 """Runs of one world that save in the background, for tests of asynchronous checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Callable, Iterator

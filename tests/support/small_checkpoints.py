@@ -1,7 +1,5 @@
 """Small valid checkpoints for tests, written by two ranks without an engine, and ways to corrupt them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

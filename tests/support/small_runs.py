@@ -1,7 +1,5 @@
 """Small pre-training runs for tests: their configurations, losses and weights."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from itertools import islice

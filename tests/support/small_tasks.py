@@ -1,7 +1,5 @@
 """A small model with random weights, small data sets, and fine-tuning settings for them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import replace

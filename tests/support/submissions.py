@@ -1,7 +1,5 @@
 """Submission of the batch scripts with small runs, and the comparison of their steps."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@
 Nothing here may start a thread or a process group: neither survives a fork.
 """
 
-from __future__ import annotations
-
 import gc
 from importlib import import_module
 

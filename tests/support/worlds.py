@@ -7,8 +7,6 @@ Each rank is a new process with one thread, so no state passes from one world to
 time is killed, by the ids of its processes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """A corpus that differs from its manifest raises at the start, or names the shard when it is read."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Estimated time of a step before a run starts, and the limit on it."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Guards: ranks that disagree are named; steps that are not finite change no weight and are bounded."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from itertools import islice

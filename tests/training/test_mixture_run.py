@@ -1,7 +1,5 @@
 """Pre-training on a mixture, part of it behind a web server: logs, changes on resume, errors."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from pathlib import Path

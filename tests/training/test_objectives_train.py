@@ -1,7 +1,5 @@
 """The rows of the paper's Table 6 are one override away: what each objective reads, masks and learns from."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`--train.probe`: the accuracy on minimal pairs at every validation, as `pmlm evaluate --suite` gives it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A shard that becomes unreadable is quarantined on every rank alike, also after a resume."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

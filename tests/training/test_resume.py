@@ -1,7 +1,5 @@
 """Resume: N + N steps equal 2N steps bit for bit; a checkpoint belong to another run raises with all differences."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

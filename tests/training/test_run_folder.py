@@ -1,7 +1,5 @@
 """The folder of a run: another program's files in it are kept."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import asdict, replace

@@ -5,8 +5,6 @@ checkpointing x fp32, bf16: every pair of settings is met, not every combination
 (tied embedding, relative position table, LayerNorm) is among the weights that are compared.
 """
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

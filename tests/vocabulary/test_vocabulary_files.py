@@ -1,7 +1,5 @@
 """Files of tokenizers: read as `transformers` reads them, or an error; what is written is read back alike."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Trained vocabularies: every script keeps its text, and words that are always [UNK] are not trained on."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

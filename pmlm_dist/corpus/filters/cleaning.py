@@ -3,8 +3,6 @@
 document -> Unicode normalization -> long enough? -> language wanted? -> no held-out text? -> document | reason to skip
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.util

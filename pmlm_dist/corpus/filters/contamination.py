@@ -7,13 +7,12 @@ A word is a sequence of letters, digits and underscores, in lower case and NFKC.
 text of fewer than N words is a single n-gram: it matches a document of exactly these words, not one that quotes them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 
@@ -38,7 +37,7 @@ class HeldOutNgrams:
     """Words of an n-gram."""
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str], *, words: int) -> HeldOutNgrams:
+    def from_texts(cls, texts: Iterable[str], *, words: int) -> Self:
         """Collect the n-grams of `words` words in `texts`."""
         hashes = [np.empty(0, np.uint64), *(_ngrams(text, words) for text in texts)]
         return cls(np.unique(np.concatenate(hashes)), words)

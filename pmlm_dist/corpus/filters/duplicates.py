@@ -9,8 +9,6 @@ with a common band are compared by their whole signatures; one that is near an e
 a group is that of the lowest (unit, number), so the result does not depend on the number of ranks or partitions.
 """
 
-from __future__ import annotations
-
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator

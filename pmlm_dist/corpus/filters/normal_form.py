@@ -3,8 +3,6 @@
 Python sorts the combining marks after a letter by insertion: quadratic in their number, minutes for a hundred thousand.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from typing import Literal

@@ -1,7 +1,5 @@
 """Decompression of .gz, .bz2, .xz and .zst files, and one kind of error for corrupt files."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import io

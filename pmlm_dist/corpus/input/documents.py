@@ -10,8 +10,6 @@ length of a record: a document of more than `PART_BYTES` (characters, unless it 
 each a document of its own. A .jsonl line of more than `MAX_LINE_BYTES` is skipped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO

@@ -6,8 +6,6 @@ A range owns the records that begin in it and reads its last record to the end. 
 record: a long paragraph is cut into parts, and a long JSON line is rejected.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import BinaryIO
 

@@ -6,8 +6,6 @@ No code is imported or executed. Fields of a line: `text` (the dedented docstrin
 and `name` (the dotted name of the module, class or function).
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import multiprocessing

@@ -1,7 +1,5 @@
 """Cut points of a text: after a sentence, else before a space, else anywhere."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

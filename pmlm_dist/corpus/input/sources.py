@@ -9,8 +9,6 @@ for S3, or `FSSPEC_<PROTOCOL>_<OPTION>` in the environment for any of them. `dat
 cache. Ranks on other nodes need access to this cache, or fill their own.
 """
 
-from __future__ import annotations
-
 import glob
 import io
 import os

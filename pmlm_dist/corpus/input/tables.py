@@ -1,7 +1,5 @@
 """Raw records of tables: parquet files (extra `parquet`) and data sets of Hugging Face's `datasets`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 

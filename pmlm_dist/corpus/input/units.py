@@ -5,8 +5,6 @@
 Units depend on the files and on `unit_bytes` only, not on the number of ranks. The corpus is a function of its units.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast

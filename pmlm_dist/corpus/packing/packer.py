@@ -10,8 +10,6 @@ Every token of every document is in exactly one sample, in order. A sample has a
 segments have text. If a single token remained for the last sample, the sample before it is one token shorter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal

@@ -8,8 +8,6 @@ A key is a pure function of the seed, unit and number of the sample, so the orde
 buckets. Memory: `BUFFER_BYTES` twice while writing, about twice a bucket while reading. The ranks share the folder.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

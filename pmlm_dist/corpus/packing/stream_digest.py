@@ -9,8 +9,6 @@ The stream position of a sample follows from its position in the corpus. Samples
 number), so the number of samples of each unit (`unit_samples.npy`, int64 [units, splits]) determines all of them.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from pmlm_dist.corpus.hashing import FOR_DIGEST, FOR_ORDER, extend_hash64, hash64, hash64_each

@@ -6,8 +6,6 @@ WordPiece tokenizes each word independently of its neighbors. `CachedEncoder` th
 calls the tokenizer for new words only.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence

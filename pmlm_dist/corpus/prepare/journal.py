@@ -12,8 +12,6 @@ A .json file is written atomically, after the data it describes. Data without su
 again. The names are those of units, runs and shards, so any number of ranks can resume.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable

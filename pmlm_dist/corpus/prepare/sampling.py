@@ -8,13 +8,12 @@ the validation split, and whether the vocabulary is trained on it. It is recompu
 piece. Long ones are cut at the ends of sentences, so that few long documents still give the share that was asked for.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -59,7 +58,7 @@ class Pieces:
     """Characters, before cuts move to the next end of a sentence."""
 
     @classmethod
-    def of(cls, rows: np.ndarray, *, size: int, purpose: int, seed: int, unit: int) -> Pieces:
+    def of(cls, rows: np.ndarray, *, size: int, purpose: int, seed: int, unit: int) -> Self:
         """Cut documents into pieces of `size` characters, the last of each with less than twice as many."""
         lengths = rows["length"].astype(np.int64)
         counts = np.maximum(1, lengths // size)

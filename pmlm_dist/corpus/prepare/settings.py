@@ -1,7 +1,5 @@
 """Settings of `pmlm prepare-corpus`, their checks, and the comparison with an existing corpus."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

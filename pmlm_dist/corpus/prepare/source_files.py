@@ -1,7 +1,5 @@
 """Input files of a preparation: their list, its comparison with that of an interrupted run, and warnings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ pmlm finetune, twice per task (pre-trained, --untrained; see the Makefile)  --> 
 write_table  -->  a table on the console
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -14,8 +14,6 @@ The label is the package, so the split is by modules. Pre-training reads other d
 labels, but none of validation and test (demo_tasks.py, `held-out.jsonl`).
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence

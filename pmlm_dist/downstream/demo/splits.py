@@ -1,7 +1,5 @@
 """Files of the demo tasks: docstrings in, one file of examples for each split out."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence

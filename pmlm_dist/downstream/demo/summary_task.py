@@ -11,8 +11,6 @@ Extractive baselines, scored like a model (`overlap.py`): the first sentence of 
 most frequent words; both are truncated to the length of a target.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence

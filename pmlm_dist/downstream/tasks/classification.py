@@ -8,12 +8,10 @@ the fixed ones of a GLUE task. A regression target is a number.
 Legend: B batch, C classes (1 for regression).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -135,7 +133,7 @@ class Classification(Task[TextExample, TextFeature]):
         rows: Sequence[Row],
         vocabulary: Vocabulary,
         model: ModelConfig,
-    ) -> Classification:
+    ) -> Self:
         """Build the task for training `rows` in the format `dataset`. Raises `ConfigError`."""
         inputs, origin = config.inputs, f"--task {config.task}"
         text = find_column(rows, inputs.text, dataset.text, role="text", origin=origin)
@@ -164,9 +162,7 @@ class Classification(Task[TextExample, TextFeature]):
         return cls(settings, vocabulary, hidden_labels=dataset.hidden_labels)
 
     @classmethod
-    def restore(
-        cls, saved: dict[str, Any], vocabulary: Vocabulary, *, hidden_labels: tuple[str, ...] = ()
-    ) -> Classification:
+    def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary, *, hidden_labels: tuple[str, ...] = ()) -> Self:
         lists = {name: tuple(saved[name]) for name in ("labels", "metrics", "averaged")}
         return cls(ClassificationSettings(**{**saved, **lists}), vocabulary, hidden_labels=hidden_labels)
 

@@ -9,8 +9,6 @@ script that is written without spaces (Chinese, Japanese, Thai, ...) is a word o
 those of rouge-score.
 """
 
-from __future__ import annotations
-
 import functools
 import statistics
 import unicodedata

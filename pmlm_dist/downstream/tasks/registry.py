@@ -5,8 +5,6 @@ the best checkpoint; GLUE averages them in the same way. The Hugging Face hub an
 and classes differently; both forms are supported.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any

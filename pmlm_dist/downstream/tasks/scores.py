@@ -5,8 +5,6 @@ its evaluation script. Answers are compared in lower case, without punctuation, 
 A prediction scores the maximum over the reference answers. An unanswerable question is correct if the answer is empty.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import string

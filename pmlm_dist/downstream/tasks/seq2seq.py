@@ -11,13 +11,11 @@ The language model is trained without a head. Pre-training, fine-tuning and deco
 Legend: B batch, S source slots, M target slots, T = S + 2M.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -81,7 +79,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         self._model_config: ModelConfig | None = None
 
     @classmethod
-    def make(cls, config: FinetuneConfig, rows: Sequence[Row], vocabulary: Vocabulary, model: ModelConfig) -> Seq2Seq:
+    def make(cls, config: FinetuneConfig, rows: Sequence[Row], vocabulary: Vocabulary, model: ModelConfig) -> Self:
         inputs, origin = config.inputs, f"--task {config.task}"
         source = find_column(rows, inputs.text, SOURCES, role="text", origin=origin)
         target = find_column(rows, inputs.label, TARGETS, role="label", origin=origin)
@@ -90,7 +88,7 @@ class Seq2Seq(Task[PairExample, PairFeature]):
         return cls(config.generation, vocabulary, columns=(source, target), too_long=inputs.too_long)
 
     @classmethod
-    def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary) -> Seq2Seq:
+    def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary) -> Self:
         settings = generation_settings(saved)
         return cls(settings, vocabulary, columns=tuple(saved["columns"]), too_long=saved["too_long"])
 

@@ -12,12 +12,10 @@ exceeds the span's score (the rule of Devlin et al., 2019).
 Legend: B batch, T tokens, P passage tokens of a window.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +105,7 @@ class Spans(Task[SpanExample, Window]):
         self._num_truncated = self._num_lost = 0
 
     @classmethod
-    def make(cls, config: FinetuneConfig, rows: Sequence[Row], vocabulary: Vocabulary, model: ModelConfig) -> Spans:
+    def make(cls, config: FinetuneConfig, rows: Sequence[Row], vocabulary: Vocabulary, model: ModelConfig) -> Self:
         inputs, origin = config.inputs, f"--task {config.task}"
         answers = find_column(rows, inputs.label, ("answers",), role="label", origin=origin)
         max_tokens = max_input_tokens(inputs.max_tokens, default=MAX_TOKENS, model=model)
@@ -126,7 +124,7 @@ class Spans(Task[SpanExample, Window]):
         return cls(settings, vocabulary)
 
     @classmethod
-    def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary) -> Spans:
+    def restore(cls, saved: dict[str, Any], vocabulary: Vocabulary) -> Self:
         return cls(SpanSettings(**saved), vocabulary)
 
     def as_json(self) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Documents that share a word n-gram with held-out texts, compared with sets of n-grams."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import random

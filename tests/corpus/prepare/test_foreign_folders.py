@@ -1,7 +1,5 @@
 """Folders that others use: foreign files are kept, one preparation at a time, all ranks in one file system."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Validation split and vocabulary sample: shares of the text, the same on any number of ranks."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

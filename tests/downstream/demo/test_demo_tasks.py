@@ -1,7 +1,5 @@
 """Demo tasks: splits of the summary task, and the held-out texts of both tasks."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import random

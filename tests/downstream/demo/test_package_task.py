@@ -1,7 +1,5 @@
 """Demo classification task: no overlap of held-out texts with training, no package names in texts."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

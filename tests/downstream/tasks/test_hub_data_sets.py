@@ -4,8 +4,6 @@
 configurations of README.md, parquet files with the hub's columns and class labels, and hidden test sets (-1).
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """ROUGE and BLEU in every script: equal texts score 100, ASCII words are those of rouge-score."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Metrics against longhand definitions and known values."""
 
-from __future__ import annotations
-
 import math
 import random
 

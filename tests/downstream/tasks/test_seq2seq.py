@@ -1,7 +1,5 @@
 """Task seq2seq and `pmlm generate`: learning, equality over topologies, error messages, nothing overwritten."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

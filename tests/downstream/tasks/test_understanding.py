@@ -1,7 +1,5 @@
 """Classification, regression and spans: dataset formats, truncation, windows, error messages, learning."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 from pathlib import Path
