@@ -14,7 +14,7 @@ from support.worlds import run_world
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-ablation: Any = importlib.import_module("ablation")
+ablation: Any = importlib.import_module("ablation.run")
 
 TRAIN = shlex.split("""
     --preset tiny --batch.global 4 --batch.micro 2 --data.workers 0 --objective.kind ae --model.no-relative-bias
@@ -33,7 +33,7 @@ def trained_bert(arguments: list[str], interrupted_at: int | None) -> dict[str, 
     sys.path.insert(0, str(ROOT / "benchmarks"))
     hf_bert: Any
     losses: Any
-    hf_bert, losses = importlib.import_module("hf_bert"), importlib.import_module("ablation_losses")
+    hf_bert, losses = importlib.import_module("ablation.hf_bert"), importlib.import_module("ablation.losses")
     if interrupted_at is not None:
         original, calls = hf_bert.learning_rate, []
 
@@ -143,9 +143,9 @@ def test_settings_of_all_rows_are_valid(scale: str):
     from shlex import split
 
     from pmlm_dist.cli import run_config
-    from pmlm_dist.training.resolve import check
+    from pmlm_dist.relations import problems
 
     sizes = json.loads((ablation.RECIPES / f"scale-{scale}.json").read_text())
     for row in ablation.ROWS:
         recipe = json.loads((ablation.RECIPES / f"{row}.json").read_text())
-        check(run_config([*split(sizes["train"]), *split(recipe["train"])]))
+        assert problems(run_config([*split(sizes["train"]), *split(recipe["train"])])) == []

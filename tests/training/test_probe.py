@@ -32,7 +32,7 @@ def suite(model: Path, data: Path) -> dict[str, dict[str, Any]]:
 def pairs(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of three paradigms; sentences of 2 to 9 tokens, of which one is in another order."""
     vocabulary = Vocabulary.load(small_corpus)
-    words = [token for token in map(vocabulary.token, range(5, vocabulary.size)) if token.startswith("w")]
+    words = [token for token in vocabulary.tokens[5:] if token.startswith("w")]
     rows = []
     for number in range(30):
         sentence = words[number : number + 2 + number % 8]

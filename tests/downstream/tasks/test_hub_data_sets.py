@@ -115,11 +115,11 @@ def test_every_split_is_read_with_the_columns_of_the_hub(name: str, tmp_path: Pa
     kind, model = TASKS[name], find_pretrained(write_model(tmp_path / "model"))
     assert kind.hub is not None
     settings = FinetuneConfig(name, Path("model"), Path("out"), inputs=InputConfig(max_tokens=32, stride=8))
-    rows = read_rows(kind.hub, kind.train)
+    rows = read_rows(kind.hub, "train")
     task: Any = kind.make(
         settings, rows, model.vocabulary, ModelConfig(vocab_size=model.vocabulary.size, max_positions=64)
     )
-    for split in (kind.train, *kind.validation):
+    for split in ("train", *kind.validation):
         labeled = read_rows(kind.hub, split)
         assert task.has_labels(labeled)
         examples = task.read(labeled, origin=split)

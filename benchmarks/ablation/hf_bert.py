@@ -1,6 +1,6 @@
 """Comparator: `BertForMaskedLM` of transformers, trained on a corpus of this project as a masked language model.
 
-    python benchmarks/hf_bert.py --preset tiny --corpus data/demo --run-dir runs/hf-bert
+    python benchmarks/ablation/hf_bert.py --preset tiny --corpus data/demo --run-dir runs/hf-bert
 
 The arguments are those of `train.py`. Samples, their order, batch, schedule, dropout and AdamW's settings are those of
 the same run of `train.py`; initial weights and masks (`DataCollatorForLanguageModeling`) are those of transformers. One

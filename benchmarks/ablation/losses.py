@@ -1,6 +1,6 @@
-"""A part of `ablation.py`, in a process of its own: what a trained model or its run says of losses and FLOPs.
+"""A part of `run.py`, in a process of its own: what a trained model or its run says of losses and FLOPs.
 
-    python benchmarks/ablation_losses.py curves|losses MODEL OUTPUT.json ARGUMENTS_OF_TRAIN
+    python benchmarks/ablation/losses.py curves|losses MODEL OUTPUT.json ARGUMENTS_OF_TRAIN
 
 curves   validation losses by step, as the run logged them; FLOPs a step
 losses   held-out losses of MODEL on the same samples for every row: AE, PAR, AR (one token a step), left to right

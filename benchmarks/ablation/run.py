@@ -2,7 +2,7 @@
 
     recipes/ablation/scale-SCALE.json   corpus, model, training, evaluation
     recipes/ablation/ROW.json           what differs in one row of the table
-        --> OUTPUT/ROW-SEED/...         a run of `train.py` (or of benchmarks/hf_bert.py), and its evaluation
+        --> OUTPUT/ROW-SEED/...         a run of `train.py` (or of hf_bert.py), and its evaluation
         --> RESULTS/ROW-SEED.json       its figures; RESULTS/table.md: means, deviations, differences from the first row
 
 A run whose results are there is not repeated, an interrupted one resumes: training from its checkpoint, evaluation
@@ -31,7 +31,8 @@ from typing import Any
 
 from pmlm_dist.files import write_atomically
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
+HERE = Path(__file__).parent
 RECIPES = ROOT / "recipes" / "ablation"
 PYTHON = sys.executable
 FIRST_ROW = "ae-par"
@@ -122,16 +123,16 @@ class Run:
 def train(run: Run) -> dict[str, Any]:
     """Train; return the validation curves of the run, and its FLOPs a step."""
     if run.is_comparator:
-        run.call(PYTHON, str(ROOT / "benchmarks" / "hf_bert.py"), *run.arguments)
+        run.call(PYTHON, str(HERE / "hf_bert.py"), *run.arguments)
     else:
         run.call(PYTHON, str(ROOT / "train.py"), *run.arguments)
     return measured(run, "curves")
 
 
 def measured(run: Run, what: str) -> dict[str, Any]:
-    """Return the result of benchmarks/ablation_losses.py, which reads corpus and model in a process of its own."""
+    """Return the result of losses.py, which reads corpus and model in a process of its own."""
     output = run.folder / f"{what}.json"
-    run.call(PYTHON, str(ROOT / "benchmarks" / "ablation_losses.py"), what, str(run.model), str(output), *run.arguments)
+    run.call(PYTHON, str(HERE / "losses.py"), what, str(run.model), str(output), *run.arguments)
     return json.loads(output.read_text())
 
 
