@@ -65,7 +65,7 @@ finetune = test -f runs/demo-$(1)$(3)/scores.json || $(BIN)/torchrun --standalon
 	    --output runs/demo-$(1)$(3) $(if $(3),--untrained)
 
 PACKED := build/ablation-data.tar.xz
-ABLATION = $(BIN)/python benchmarks/ablation/run.py
+ABLATION = $(BIN)/python benchmarks/ablation/ablation.py
 
 ablation: $(VENV)/.dev
 	$(ABLATION) --data $(DATA) $(ARGS)

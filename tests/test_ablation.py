@@ -13,8 +13,8 @@ import pytest
 from support.worlds import run_world
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-ablation: Any = importlib.import_module("ablation.run")
+sys.path.insert(0, str(ROOT / "benchmarks" / "ablation"))
+ablation: Any = importlib.import_module("ablation")
 
 TRAIN = shlex.split("""
     --preset tiny --batch.global 4 --batch.micro 2 --data.workers 0 --objective.kind ae --model.no-relative-bias
@@ -30,10 +30,10 @@ class Interrupted(Exception):
 
 def trained_bert(arguments: list[str], interrupted_at: int | None) -> dict[str, Any]:
     """Train the comparator, perhaps in two attempts; return its curve, and the losses of the imported model."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+    sys.path.insert(0, str(ROOT / "benchmarks" / "ablation"))
     hf_bert: Any
     losses: Any
-    hf_bert, losses = importlib.import_module("ablation.hf_bert"), importlib.import_module("ablation.losses")
+    hf_bert, losses = importlib.import_module("hf_bert"), importlib.import_module("losses")
     if interrupted_at is not None:
         original, calls = hf_bert.learning_rate, []
 

@@ -1,4 +1,4 @@
-"""A part of `run.py`, in a process of its own: what a trained model or its run says of losses and FLOPs.
+"""A part of `ablation.py`, in a process of its own: what a trained model or its run says of losses and FLOPs.
 
     python benchmarks/ablation/losses.py curves|losses MODEL OUTPUT.json ARGUMENTS_OF_TRAIN
 

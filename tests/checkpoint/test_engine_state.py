@@ -14,7 +14,7 @@ from support.worlds import run_world
 from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
 from pmlm_dist.checkpoint.engine_state import EngineState
 from pmlm_dist.checkpoint.files import CheckpointReader, read_state
-from pmlm_dist.checkpoint.fingerprint import TOLERANCES, fingerprint_differences
+from pmlm_dist.checkpoint.fingerprint import ROUNDING, TOLERANCES, fingerprint_differences
 from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import RunState, load_checkpoint
 from pmlm_dist.config import ConfigError, RunConfig
@@ -183,6 +183,8 @@ def test_offloaded_moments_are_saved_and_restored(small_corpus: Path, tmp_path: 
     if shutil.which("g++") is None:
         pytest.skip("DeepSpeed's CPU Adam is compiled with g++, which is not installed")
     config = run_config(small_corpus, tmp_path, steps=4, zero=zero, precision=precision, offload=True)
+    # A bias of -5 in bf16 has steps of 0.03, which a last bit can decide.
+    config = with_model(config, initial_head_bias="zeros")
     for first, second in run_world(train_and_resume, 2, config, timeout_s=400.0):
         assert first["counters"] == second["counters"]
         assert first["counters"]["adam_step"] == 4
@@ -263,7 +265,7 @@ def test_fingerprint_detects_exchanged_layers_within_the_tolerance_of_another_to
     config, path = saved
     ((was, same),) = run_world(fingerprints, 1, config, path, None)
     assert was == same
-    names = ("layers.0.attention.query.weight", "layers.1.attention.query.weight")
+    names = ("layers.0.ffn_in.weight", "layers.1.ffn_in.weight")
     ((_, other),) = run_world(fingerprints, 1, config, path, names)
     for topology in ({}, {"tp": 2}):
         moved = {**other, "computed_on": {**other["computed_on"], **topology}}
@@ -284,7 +286,8 @@ def test_fingerprint_tolerance_by_precision():
     statistics = {"mean": 0.0, "std": 1.0, "max": 3.0}
     was = {"statistics": {"ae": statistics, "par": statistics}, "computed_on": {"tp": 1}}
     for precision, tolerance in TOLERANCES.items():
-        for change, is_reported in ((0.9 * tolerance, False), (1.1 * tolerance, True), (float("nan"), True)):
+        allowed = tolerance + 3.0 * ROUNDING[precision]
+        for change, is_reported in ((0.9 * allowed, False), (1.1 * allowed, True), (float("nan"), True)):
             moved = {**statistics, "max": 3.0 + change}
             now = {"statistics": {"ae": statistics, "par": moved}, "computed_on": {"tp": 2}}
             problems = fingerprint_differences(was, now, precision=precision)

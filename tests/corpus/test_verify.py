@@ -176,5 +176,5 @@ def test_verify_detects_another_vocabulary(corpus: Path):
 def test_verify_raises_for_another_version(corpus: Path):
     plain = json.loads((corpus / "manifest.json").read_text())
     (corpus / "manifest.json").write_text(json.dumps({**plain, "version": 99}))
-    with pytest.raises(ConfigError, match="has version 99, this program reads 1: remove"):
+    with pytest.raises(ConfigError, match="has version 99, this program reads 2: remove"):
         verify(corpus)

@@ -133,7 +133,7 @@ def test_equal_metrics_keep_the_lower_loss_and_say_so(
     split = SimpleNamespace(name="validation")
     job.data = SimpleNamespace(task=SimpleNamespace(metric="score"), scored=[split])
     job.progress, lines = FinetuneProgress(), []
-    session: Any = SimpleNamespace(log=SimpleNamespace(scores=lambda *_, **__: None, info=lines.append))
+    session: Any = SimpleNamespace(log=SimpleNamespace(scalars=lambda *_, **__: None, info=lines.append))
     for step, (value, loss) in enumerate(zip(values, losses, strict=True), start=1):
         job._evaluate = lambda *_, value=value, loss=loss: Evaluation([], {"score": value}, loss)
         job.evaluate(session, SimpleNamespace(step=step))

@@ -18,16 +18,16 @@ import math
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from table import table
 
 from pmlm_dist.files import write_atomically
 
@@ -35,10 +35,9 @@ ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
 RECIPES = ROOT / "recipes" / "ablation"
 PYTHON = sys.executable
-FIRST_ROW = "ae-par"
 UNFINISHED = 75
 """Exit code for a stop by `--minutes`: the same call continues."""
-ROWS = (FIRST_ROW, "ae", "par", "ar", "no-relative-bias", "prefix", "hf-bert")
+ROWS = ("ae-par", "ae", "par", "ar", "no-relative-bias", "prefix", "hf-bert")
 
 
 class OutOfTime(Exception):
@@ -255,82 +254,6 @@ def continuation(source: Path, folder: Path, *, examples: int) -> None:
         step = max(1, len(rows[split]) // most)
         chosen = rows[split][::step][:most]
         (folder / f"{split}.jsonl").write_text("".join(f"{row}\n" for row in chosen), encoding="utf-8")
-
-
-# --------------------------------------------------------------------------------------------------------------- table
-
-
-def figures(result: dict[str, Any], *, budget: float) -> dict[str, float]:
-    """Return the figures of a run's results by the title of their column."""
-    found: dict[str, float] = {}
-    found |= {f"loss {name}": value for name, value in result.get("losses", {}).items()}
-    found |= {f"BLiMP {method}": 100 * of["accuracy"] for method, of in result.get("blimp", {}).items()}
-    for name, of in result.items():
-        if name.startswith("finetune/"):
-            is_loss = of["metric"] == "nll"
-            mean = statistics.mean(of["values"])
-            found[f"{name.removeprefix('finetune/')} {of['metric']}"] = mean if is_loss else 100 * mean
-    if "curves" in result:
-        found |= {f"{name} at equal FLOPs": value for name, value in at_budget(result["curves"], budget).items()}
-    return found
-
-
-def at_budget(curves: dict[str, Any], budget: float) -> dict[str, float]:
-    """Return each validation loss after `budget` FLOPs, interpolated between the validations around it."""
-    found = {}
-    for name, points in curves["validation"].items():
-        flops = [step * curves["flops_per_step"] for step, _ in points]
-        after = next((i for i, spent in enumerate(flops) if spent >= budget * (1 - 1e-9)), None)
-        if after is None:
-            continue
-        if after == 0:
-            found[name] = points[0][1]
-            continue
-        share = (budget - flops[after - 1]) / (flops[after] - flops[after - 1])
-        found[name] = points[after - 1][1] + share * (points[after][1] - points[after - 1][1])
-    return found
-
-
-def table(results: Sequence[dict[str, Any]], titles: dict[str, str]) -> str:
-    """Return Markdown: a table of means and deviations, and one of paired differences from the first row."""
-    totals = [r["curves"]["flops_per_step"] * r["curves"]["steps"] for r in results if "curves" in r]
-    budget = min(totals, default=0.0)
-    by_row: dict[str, dict[int, dict[str, float]]] = {}
-    for result in results:
-        by_row.setdefault(result["row"], {})[result["seed"]] = figures(result, budget=budget)
-    columns = list(dict.fromkeys(name for seeds in by_row.values() for of in seeds.values() for name in of))
-    rows = [row for row in ROWS if row in by_row]
-    lines = ["## Means ± sample standard deviation over pre-training seeds", ""]
-    lines += ["| | " + " | ".join(titles[row] for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
-    lines.append("| seeds | " + " | ".join(str(len(by_row[row])) for row in rows) + " |")
-    for column in columns:
-        cells = [_mean([of[column] for of in by_row[row].values() if column in of]) for row in rows]
-        lines.append(f"| {column} | " + " | ".join(cells) + " |")
-    lines += ["", f"## Differences from {titles[FIRST_ROW]}, paired by seed: mean ± standard error", ""]
-    others = [row for row in rows if row != FIRST_ROW]
-    lines += ["| | " + " | ".join(titles[row] for row in others) + " |", "|---" * (len(others) + 1) + "|"]
-    base = by_row.get(FIRST_ROW, {})
-    for column in columns:
-        cells = []
-        for row in others:
-            both = [seed for seed, of in by_row[row].items() if column in of and column in base.get(seed, {})]
-            cells.append(_difference([by_row[row][seed][column] - base[seed][column] for seed in both]))
-        lines.append(f"| {column} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
-
-
-def _mean(values: list[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
-
-
-def _difference(values: list[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):+.3f}{spread}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
