@@ -22,7 +22,7 @@ _MAX_UNKNOWN = 0.01
 
 @dataclass
 class UnitCounts:
-    """Counts of one or more units; a counter is by split where nothing else is said."""
+    """Counts of one or more units; counters are by split unless noted."""
 
     documents: Counter[str] = field(default_factory=Counter)
     content_tokens: Counter[str] = field(default_factory=Counter)
