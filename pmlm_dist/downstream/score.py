@@ -21,6 +21,7 @@ from pmlm_dist.console import print_safely
 from pmlm_dist.conversion.pretrained import Precision, PretrainedWeights, load_model, open_pretrained
 from pmlm_dist.downstream.results import ResultsFile, compute_batches, digest_of, open_results
 from pmlm_dist.downstream.texts import encode_texts, read_texts
+from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.files import json_line
 from pmlm_dist.likelihood.scoring import Method, batches_of_texts, score_texts
 from pmlm_dist.parallel import groups
@@ -139,6 +140,8 @@ def score_on_all_ranks(
             raise ConfigError(["the model's weights give log-likelihoods that are not finite: use another checkpoint"])
         return totals
 
+    if topology.device.type == "cpu":
+        keep_freed_memory()  # every batch allocates the same sizes again
     batches = batches_of_texts([len(text) for text in texts], method, slots=slots)
     return compute_batches(batches, sums, topology, file=file)
 
