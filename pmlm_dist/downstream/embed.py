@@ -39,6 +39,7 @@ from pmlm_dist.downstream.tasks.inputs import find_column, join, raise_row_probl
 from pmlm_dist.downstream.texts import COLUMNS, encode_texts, read_texts
 from pmlm_dist.files import open_atomically
 from pmlm_dist.folder_lock import FolderLock
+from pmlm_dist.model.task_model import mean_of_valid
 from pmlm_dist.model.transformer import PseudoMaskedLM
 from pmlm_dist.parallel import groups
 from pmlm_dist.ranges import NotNegative, Positive, range_problems
@@ -104,10 +105,8 @@ def embed(
             ids_BT[row, : len(ids)] = torch.tensor(ids)
         valid_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
         tensors = {"segments_BT": torch.zeros_like(ids_BT).to(device), "valid_BT": valid_BT.to(device)}
-        states_BTE = hidden_states(model, ids_BT.to(device), **tensors).float().cpu()
-        if pooling == "cls":
-            return list(states_BTE[:, 0].numpy())
-        return list(((states_BTE * valid_BT[..., None]).sum(1) / lengths_B[:, None]).numpy())
+        states_TBE = hidden_states(model, ids_BT.to(device), **tensors).float().cpu().transpose(0, 1)
+        return list((states_TBE[0] if pooling == "cls" else mean_of_valid(states_TBE, valid_BT)).numpy())
 
     batches = list(batches_by_length([len(text) for text in texts], batch=batch))
     return np.stack(compute_batches(batches, of_batch, groups.init_process_groups()))
