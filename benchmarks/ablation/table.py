@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 
 def figures(result: dict[str, Any], *, budget: float) -> dict[str, float]:
     """Return the figures of a run's results by the title of their column."""
@@ -24,15 +26,8 @@ def at_budget(curves: dict[str, Any], budget: float) -> dict[str, float]:
     """Return each validation loss after `budget` FLOPs, interpolated between the validations around it."""
     found = {}
     for name, points in curves["validation"].items():
-        flops = [step * curves["flops_per_step"] for step, _ in points]
-        after = next((i for i, spent in enumerate(flops) if spent >= budget * (1 - 1e-9)), None)
-        if after is None:
-            continue
-        if after == 0:
-            found[name] = points[0][1]
-            continue
-        share = (budget - flops[after - 1]) / (flops[after] - flops[after - 1])
-        found[name] = points[after - 1][1] + share * (points[after][1] - points[after - 1][1])
+        steps, values = zip(*points, strict=True)
+        found[name] = float(np.interp(budget / curves["flops_per_step"], steps, values))
     return found
 
 
