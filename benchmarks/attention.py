@@ -1,7 +1,7 @@
 """Attention backends over context lengths: one layer of each.
 
-reference, fused, flex              plan, forward and backward; flex on a GPU only, where it has a backward pass
-reference, fused, flex, forward     plan and forward without gradients, as in validation
+reference, fused, triton              plan, forward and backward; triton on a GPU only, where it has a backward pass
+reference, fused, triton, forward     plan and forward without gradients, as in validation
 """
 
 import dataclasses
@@ -52,21 +52,19 @@ def run(options: AttentionOptions) -> Report:
     torch.set_num_threads(options.threads)
     groups.init_process_groups()
     keep_freed_memory()
-    trained = [name for name in ATTENTION_BACKENDS if name != "flex" or device().type == "cuda"]
+    backends = [name for name in ATTENTION_BACKENDS if name != "triton" or device().type == "cuda"]
     rows: dict[str, dict[str, float]] = {}
     figures: dict[str, float] = {}
     for length in options.lengths:
-        torch.compiler.reset()  # otherwise all lengths count towards torch's limit of compiled shapes
-        steps = {name: _step(name, length, options) for name in trained}
-        steps |= {f"{name}, forward": _step(name, length, options, forward_only=True) for name in ATTENTION_BACKENDS}
+        steps = {name: _step(name, length, options) for name in backends}
+        steps |= {f"{name}, forward": _step(name, length, options, forward_only=True) for name in backends}
         seconds = interleaved(steps, repeats=options.repeats)
         for name, times in seconds.items():
             rows.setdefault(name, {})[f"S={length} ms"] = 1e3 * statistics.median(times)
         figures[f"fused_vs_reference_{length}"] = ratio(seconds, "fused", "reference")
-        for other in ("reference", "fused"):
-            figures[f"flex_vs_{other}_forward_{length}"] = ratio(seconds, "flex, forward", f"{other}, forward")
-        if "flex" in trained:
-            figures[f"flex_vs_fused_{length}"] = ratio(seconds, "flex", "fused")
+        if "triton" in backends:
+            figures[f"triton_vs_fused_{length}"] = ratio(seconds, "triton", "fused")
+            figures[f"triton_vs_fused_forward_{length}"] = ratio(seconds, "triton, forward", "fused, forward")
     return Report("attention", dataclasses.asdict(options), rows, figures)
 
 

@@ -1,7 +1,7 @@
 """Training steps (forward, backward, optimizer) compared, each in a process of its own, in interleaved rounds.
 
 ours                    the real training path: corpus, loader, DeepSpeed engine, `train_step`
-ours, flex              the same with FlexAttention, on a GPU only
+ours, triton              the same with the Triton kernel, on a GPU only
 two passes              an AE pass and a PAR pass with nothing shared, one optimizer step
 one pass                the same loop with both objectives in one pass: ours without DeepSpeed
 naive                   one dense mask over all T slots, the head on every slot
@@ -59,7 +59,7 @@ from pmlm_dist.training.validation import forward_losses, weights_of
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 
 OURS = {"ours, AE+PAR": "ae+par", "ours, AE only": "ae", "ours, PAR only": "par"}
-FLEX = "ours, AE+PAR, flex"
+TRITON = "ours, AE+PAR, triton"
 KEPT = ", memory kept"
 LIMIT = "limit"
 
@@ -135,7 +135,7 @@ def run(options: StepOptions) -> Report:
         )
         # Memory first, while no other process uses the accelerator.
         memory = {name: memory_of(_prepare_for_memory, name, options, corpus) for name in ("ours, AE+PAR", "naive")}
-        skipped = KEPT if device().type == "cuda" else FLEX
+        skipped = KEPT if device().type == "cuda" else TRITON
         worlds = {
             name: stack.enter_context(World(prepare, name, options, corpus, ranks=1, threads=options.threads))
             for name in ROWS
@@ -147,7 +147,7 @@ def run(options: StepOptions) -> Report:
 
 def _report(options: StepOptions, seconds: dict[str, list[float]], memory: dict[str, float]) -> Report:
     ours, ae, par = OURS
-    flops = {name: options.batch * _flops(options, _kind(name)) for name in (*OURS, FLEX) if name in seconds}
+    flops = {name: options.batch * _flops(options, _kind(name)) for name in (*OURS, TRITON) if name in seconds}
     rows: dict[str, dict[str, float]] = {name: {"seconds": statistics.median(s)} for name, s in seconds.items()}
     for name, count in {**flops, LIMIT: flops[ours]}.items():
         rows[name] |= {"TFLOP": count / 1e12, "mfu": count / flops[ours] * ratio(seconds, LIMIT, name)}
@@ -159,7 +159,7 @@ def _report(options: StepOptions, seconds: dict[str, list[float]], memory: dict[
     pairs |= {f"vs_{short}_memory_kept": (ours, name + KEPT) for short, name in baselines.items()}
     pairs |= {"one_pass_vs_two": ("one pass", "two passes")}
     pairs |= {"one_pass_vs_two_memory_kept": ("one pass" + KEPT, "two passes" + KEPT)}
-    pairs |= {"vs_ae_only": (ours, ae), "vs_flex": (ours, FLEX)}
+    pairs |= {"vs_ae_only": (ours, ae), "vs_triton": (ours, TRITON)}
     figures = {name: ratio(seconds, *pair) for name, pair in pairs.items() if seconds.keys() >= set(pair)}
     figures["flops_vs_ae_only"] = flops[ours] / flops[ae]
     figures["flops_vs_two_passes"] = flops[ours] / (flops[ae] + flops[par])
@@ -193,7 +193,7 @@ def _prepare_for_memory(row: str, options: StepOptions, corpus: Path) -> Callabl
 
 def _ours(options: StepOptions, corpus: Path, row: str) -> Callable[[], object]:
     topology = groups.init_process_groups()
-    attention = "flex" if row == FLEX else "fused"
+    attention = "triton" if row == TRITON else "fused"
     run = resolve(_run_config(options, corpus, _kind(row), attention=attention), topology)
     engine = build_engine(run)
     batches = training_batches(
@@ -309,7 +309,7 @@ def _products(options: StepOptions, *_: object) -> Callable[[], object]:
 
 
 ROWS: dict[str, Callable[[StepOptions, Path, str], Callable[[], object]]] = {
-    **dict.fromkeys((*OURS, FLEX), _ours),
+    **dict.fromkeys((*OURS, TRITON), _ours),
     **dict.fromkeys(("two passes", "two passes" + KEPT, "one pass", "one pass" + KEPT), _passes),
     **dict.fromkeys(("naive", "naive" + KEPT), _naive),
     **dict.fromkeys(("Hugging Face BERT", "Hugging Face BERT" + KEPT, "Hugging Face MPNet"), _hugging_face),
@@ -318,7 +318,7 @@ ROWS: dict[str, Callable[[StepOptions, Path, str], Callable[[], object]]] = {
 
 
 def _kind(row: str) -> str:
-    return OURS[row.removesuffix(", flex")]
+    return OURS[row.removesuffix(", triton")]
 
 
 def _run_config(options: StepOptions, corpus: Path, kind: Any, *, attention: Any = "fused") -> RunConfig:

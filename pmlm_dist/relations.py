@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pmlm_dist.config import MaskingConfig, ModelConfig, MultipleOf4, ObjectiveConfig, RunConfig
+from pmlm_dist.config import KERNEL_HEAD_SIZES, MaskingConfig, ModelConfig, MultipleOf4, ObjectiveConfig, RunConfig
 from pmlm_dist.ranges import range_problems
 
 
@@ -46,10 +46,10 @@ def _model_relations(model: ModelConfig) -> list[str]:
             f"model.relative_max_distance ({model.relative_max_distance}) must exceed a quarter of "
             f"model.relative_buckets ({model.relative_buckets // 4}): use 128"
         )
-    if model.attention == "flex" and model.attention_dropout > 0:
+    if model.attention == "triton" and model.head_dim not in KERNEL_HEAD_SIZES:
         problems.append(
-            f"model.attention_dropout ({model.attention_dropout}) must be 0 with model.attention flex, whose kernel "
-            "drops no attention probabilities: use --model.attention-dropout 0, or --model.attention fused"
+            f"model.hidden_size / model.num_heads ({model.head_dim}) must be one of {KERNEL_HEAD_SIZES} with "
+            "model.attention triton: use another number of heads, or --model.attention auto"
         )
     return problems
 

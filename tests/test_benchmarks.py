@@ -27,11 +27,7 @@ FIGURES = {
     "update": {"vs_plain", "vs_deepspeed"},
     "loader": {"vs_hf_collator", "vs_hf_whole_word", "workers_for_300k_tokens", "data_wait_share"},
     "prepare": {"vs_tokenizer", "two_ranks", "memory_at_twice_the_text"},
-    "attention": {
-        f"{figure}_{length}"
-        for figure in ("fused_vs_reference", "flex_vs_reference_forward", "flex_vs_fused_forward")
-        for length in (64, 128)
-    },
+    "attention": {f"fused_vs_reference_{length}" for length in (64, 128)},
 }
 
 

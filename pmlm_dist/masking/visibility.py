@@ -10,8 +10,7 @@ step k (`masking/layout.py`):
 
 Hence the context never depends on appended slots, originals never attend to a pseudo mask, and a pseudo mask attends to
 the originals of earlier steps only. Fine-tuning and decoding use the same rule: source = order 0, target token t =
-step t. The functions use operators only, so that they accept NumPy arrays and torch tensors and can be compiled into
-kernels.
+step t. The functions use operators only, so that they accept NumPy arrays and torch tensors.
 """
 
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +25,6 @@ Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 
 def visible(q_order: Array, k_order: Array) -> Array:
     """True where a query of order `q_order` attends to a key of order `k_order` (both broadcastable integers)."""
-    # Boolean operators instead of branches: FlexAttention compiles this function for every pair of slots.
     is_text_key = k_order >= 0
     from_text = (q_order >= 0) & is_text_key & (k_order <= q_order)
     from_pseudo = (q_order < 0) & ((is_text_key & (k_order < -q_order)) | (k_order == q_order))

@@ -7,7 +7,7 @@ a layer, built once per step and shared by all layers. The attention backends di
     reference   all T slots against all T slots: the specification
     fused       context queries against the S context keys, appended queries against all T keys: pairs of a context
                 query and an appended key, which the rule always forbids, are never computed
-    flex        all against all in blocks, skipping those without a visible pair (`flex_attention.py`)
+    triton      all against all in blocks, skipping those without a visible pair (`triton_attention.py`)
 
 The last layer has queries for the predicted slots only: AE slots first, then PAR slots.
 
@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pmlm_dist.config import ModelConfig
 from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.masking.visibility import visible
-from pmlm_dist.model.flex_attention import BlockGroup, attention_flex, block_group
 from pmlm_dist.model.fused_attention import GroupedAttention, Pairs
 from pmlm_dist.model.relative_position import RelativeBias
+from pmlm_dist.model.triton_attention import BlockGroup, attention_triton, block_group
 
 
 @dataclass(frozen=True)
@@ -179,21 +180,13 @@ def _appended_bias(slots: Slots, relative_bias: RelativeBias | None, dtype: torc
     return (bias_HBMT[:, :, None] + forbidden_1BAT.unflatten(2, (2, -1))).flatten(2, 3)
 
 
-def plan_flex(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.dtype) -> AttentionPlan:
-    """One group of blocks: all slots against all slots. The bias stays in fp32 for any `dtype` of the activations.
-
-    The bias is indexed by distance, not by bucket. In the backward pass all pairs add to their cell by atomic
-    operations, and with few buckets these would wait for each other.
-    """
-    bias_HN = None
-    if relative_bias is not None:
-        # At least T cells on each side: distances beyond `max_distance` share a bucket, but not a cell.
-        bias_HN = relative_bias.by_distance(max(slots.num_slots, relative_bias.max_distance))
-    inner = (block_group(slots.inputs, rows_BQ=None, bias_HN=bias_HN),)
+def plan_triton(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.dtype) -> AttentionPlan:
+    """One group of blocks: all slots against all slots. The bias stays in fp32 for any `dtype` of the activations."""
+    inner = (block_group(slots.inputs, rows_BQ=None, relative_bias=relative_bias),)
     rows_BR = slots.predicted_slots_BR()
     if rows_BR is None:
         return AttentionPlan(inner=inner, last=inner)
-    return AttentionPlan(inner=inner, last=(block_group(slots.inputs, rows_BQ=rows_BR, bias_HN=bias_HN),))
+    return AttentionPlan(inner=inner, last=(block_group(slots.inputs, rows_BQ=rows_BR, relative_bias=relative_bias),))
 
 
 def attention_reference(q_QBHD: Tensor, kv_TBH2D: Tensor, groups: tuple[QueryGroup, ...], *, dropout: float) -> Tensor:
@@ -236,8 +229,13 @@ class AttentionBackend:
 ATTENTION_BACKENDS = {
     "reference": AttentionBackend(plan_reference, attention_reference),
     "fused": AttentionBackend(plan_fused, attention_fused),
-    "flex": AttentionBackend(plan_flex, attention_flex),
+    "triton": AttentionBackend(plan_triton, attention_triton),
 }
+
+
+def attention_backend(config: ModelConfig, device: torch.device) -> AttentionBackend:
+    """Backend of a model on `device`."""
+    return ATTENTION_BACKENDS[config.attention_on(accelerator=device.type != "cpu")]
 
 
 def _take_rows(bias_HSS: Tensor, rows_BM: Tensor) -> Tensor:

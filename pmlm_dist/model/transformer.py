@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pmlm_dist.config import ModelConfig
 from pmlm_dist.masking.layout import SlotInputs
-from pmlm_dist.model.attention import ATTENTION_BACKENDS, Groups, Slots
+from pmlm_dist.model.attention import Groups, Slots, attention_backend
 from pmlm_dist.model.lm_head import TiedHead
 from pmlm_dist.model.relative_position import RelativeBias
 from pmlm_dist.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding, tp_size
@@ -53,9 +53,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         size, std = config.hidden_size, config.initializer_range
-        self.head_dim = config.head_dim
-        self.attention_dropout = config.attention_dropout
-        self.attend = ATTENTION_BACKENDS[config.attention].attend
+        self.config, self.head_dim = config, config.head_dim
         self.query = ColumnLinear(size, size, std=std)
         # Rows ordered [heads, key | value, head size]: a slice over tensor-parallel ranks then holds whole heads.
         self.key_value = ColumnLinear(size, 2 * size, std=std)
@@ -65,10 +63,11 @@ class SelfAttention(nn.Module):
         """Keys and values from `x` [T, B, E], queries from [Q, B, E] -> [Q, B, E]."""
         q_QBHD = self.query(queries_QBE).unflatten(-1, (-1, self.head_dim))
         kv_TBH2D = self.key_value(x_TBE).unflatten(-1, (-1, 2, self.head_dim))
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attend = attention_backend(self.config, x_TBE.device).attend
         # Ranks hold different heads, so they must not drop the same probabilities.
         with distinct_across_tp() if dropout else nullcontext():
-            mixed_QBHD = self.attend(q_QBHD, kv_TBH2D, groups, dropout=dropout)
+            mixed_QBHD = attend(q_QBHD, kv_TBH2D, groups, dropout=dropout)
         return self.output(mixed_QBHD.flatten(2))
 
 
@@ -126,7 +125,7 @@ class PseudoMaskedLM(nn.Module):
             inputs = _first_slots(inputs, num_context)
         slots = Slots(inputs, num_context=num_context, objectives=objectives)
         x_TBE = self.embeddings(inputs.tokens_BT.t(), inputs.positions_BT.t(), inputs.segments_BT.t())
-        plan = ATTENTION_BACKENDS[self.config.attention].plan(slots, self.relative_bias, x_TBE.dtype)
+        plan = attention_backend(self.config, x_TBE.device).plan(slots, self.relative_bias, x_TBE.dtype)
         *inner, last = self.layers
         for layer in inner:
             x_TBE = self._run(layer, x_TBE, x_TBE, plan.inner)

@@ -128,12 +128,12 @@ class _Layer:
 
     @property
     def probabilities(self) -> float:
-        """Bytes that attention saves of its probabilities; FlexAttention saves one fp32 number a query instead."""
-        if self.work.model.attention == "flex":
+        """Bytes that attention saves of its probabilities; the Triton kernel saves one fp32 number a query instead."""
+        if self.work.attention == "triton":
             return _FULL * self.tokens * self.work.heads
         bytes_per_pair = self.work.element
         if self.work.model.attention_dropout:
-            bytes_per_pair += _FLAG if self.work.model.attention == "fused" else 2 * self.work.element
+            bytes_per_pair += _FLAG if self.work.attention == "fused" else 2 * self.work.element
         return bytes_per_pair * self.pairs
 
     @property
@@ -159,10 +159,10 @@ def _scores_work(work: Workload, pairs: int) -> float:
 
     An accelerator processes a whole group of queries, the larger of two; a CPU a part that fits its cache.
     """
-    if work.model.attention == "flex":
+    if work.attention == "triton":
         return 0.0
     copies = 2 if work.model.attention_dropout else 1
-    if work.model.attention == "reference":
+    if work.attention == "reference":
         return work.element * 2 * pairs
     part = max(pairs * work.appended * work.slots / (work.context**2 + work.appended * work.slots), pairs / 2)
     return work.element * copies * (part if work.on_accelerator else min(part, _PART_ON_CPU))
@@ -170,18 +170,18 @@ def _scores_work(work: Workload, pairs: int) -> float:
 
 def bias_numbers(work: Workload) -> tuple[float, float]:
     """Elements of the attention biases that require a gradient: (shared by all samples, one for each sample)."""
-    if work.model.attention == "flex" or not work.model.relative_bias:
+    if work.attention == "triton" or not work.model.relative_bias:
         return 0.0, 0.0
-    if work.model.attention == "reference":
+    if work.attention == "reference":
         return 0.0, work.heads * work.micro_batch * work.slots**2
     return work.heads * work.context**2, work.heads * work.micro_batch * work.appended * work.slots
 
 
 def _bias(work: Workload) -> float:
     """Bytes of all attention biases; without relative positions only the mask, which all heads share."""
-    if work.model.attention == "flex":
+    if work.attention == "triton":
         return 0.0
-    is_reference = work.model.attention == "reference"
+    is_reference = work.attention == "reference"
     if not work.model.relative_bias:
         return work.element * work.micro_batch * (work.slots if is_reference else work.appended) * work.slots
     rows = work.last_pairs if is_reference else work.heads * work.micro_batch * work.predictions * work.context
@@ -190,9 +190,9 @@ def _bias(work: Workload) -> float:
 
 def _bias_indices(work: Workload) -> float:
     """Bytes of the indices into the bias table."""
-    if work.model.attention == "flex" or not work.model.relative_bias:
+    if work.attention == "triton" or not work.model.relative_bias:
         return 0.0
-    is_reference = work.model.attention == "reference"
+    is_reference = work.attention == "reference"
     keys = work.slots**2 if is_reference else work.predictions * (work.context + work.predictions)
     return _INDEX * work.micro_batch * keys
 
@@ -203,7 +203,7 @@ def _bias_gradient(work: Workload) -> float:
 
 
 def _last_bias_gradient(work: Workload) -> float:
-    if work.model.attention == "flex" or not work.model.relative_bias:
+    if work.attention == "triton" or not work.model.relative_bias:
         return 0.0
     return _gradient_element(work) * work.last_pairs
 

@@ -109,7 +109,7 @@ def _layer_bytes(work: Workload, tokens: int, pairs: int) -> float:
     wide = _WIDE + (_WIDE_DROPOUT if model.hidden_dropout else 0)
     own, hidden = _OWN / work.tp, _HIDDEN * model.ffn_size / work.tp
     numbers = tokens * ((wide + own) * model.hidden_size + hidden)
-    scored = 0 if model.attention == "flex" else _PAIRS + (_PAIRS_DROPOUT if model.attention_dropout else 0)
+    scored = 0 if work.attention == "triton" else _PAIRS + (_PAIRS_DROPOUT if model.attention_dropout else 0)
     return work.element * (numbers + scored * pairs) + _BIAS * sum(bias_numbers(work))
 
 

@@ -30,6 +30,11 @@ class Workload:
     on_accelerator: bool = True
 
     @property
+    def attention(self) -> str:
+        """Attention backend on this device."""
+        return self.model.attention_on(accelerator=self.on_accelerator)
+
+    @property
     def element(self) -> int:
         """Bytes of a weight or an activation."""
         return ELEMENT[self.precision]
@@ -79,12 +84,12 @@ class Workload:
     def inner_pairs(self) -> int:
         """Query-key pairs of an inner layer, over the micro-batch and this rank's heads."""
         pairs = self.context**2 + self.appended * self.slots
-        return self.heads * self.micro_batch * (self.slots**2 if self.model.attention == "reference" else pairs)
+        return self.heads * self.micro_batch * (self.slots**2 if self.attention == "reference" else pairs)
 
     @property
     def last_pairs(self) -> int:
         """Query-key pairs of the last layer, whose queries are the predicted slots only."""
-        keys = {"ae": self.slots if self.model.attention == "reference" else self.context, "par": self.slots}
+        keys = {"ae": self.slots if self.attention == "reference" else self.context, "par": self.slots}
         return self.heads * self.micro_batch * self.predictions * sum(keys[name] for name in self.objectives)
 
     @property

@@ -34,8 +34,6 @@ from pmlm_dist.vocabulary.vocabulary import Vocabulary
 # Settings that may change on resume: they change how the model is computed, not what is learned.
 _FREE_SETTINGS = ("model.attention", "model.activation_checkpointing")
 
-_SMALLEST_FLEX_HEAD = 16  # the smallest matrix product that Triton supports
-
 
 @dataclass(frozen=True)
 class ResolvedRun:
@@ -309,18 +307,8 @@ def _collect_problems(problems: list[str], read: Any) -> Any:
 
 
 def _device_problems(model: ModelConfig, device: torch.device) -> list[str]:
-    if model.attention != "flex":
-        return []
-    if device.type == "cpu":
-        return [
-            "model.attention flex cannot train on a CPU, where FlexAttention has no backward pass: "
-            "use --model.attention fused"
-        ]
-    if model.head_dim < _SMALLEST_FLEX_HEAD:
-        return [
-            f"model.hidden_size / model.num_heads ({model.head_dim}) must be at least {_SMALLEST_FLEX_HEAD} with "
-            "model.attention flex on a GPU: use fewer heads, or --model.attention fused"
-        ]
+    if model.attention == "triton" and device.type == "cpu":
+        return ["model.attention triton needs a GPU, and this rank runs on a CPU: use --model.attention auto"]
     return []
 
 

@@ -81,15 +81,15 @@ def test_bf16_error_is_comparable_to_reference(attention):
         assert error < 3.0 * reference[name] + 1e-3, name
 
 
-def test_flex_error_with_activation_checkpointing_is_that_of_rounding():
-    for name, error in errors("flex", torch.float32, relative_bias=True, checkpointing=True).items():
+def test_triton_error_with_activation_checkpointing_is_that_of_rounding():
+    for name, error in errors("triton", torch.float32, relative_bias=True, checkpointing=True).items():
         assert error < 5e-5, name
 
 
 @pytest.mark.parametrize("objectives", [("ae", "par"), ("ae",), ("par",)], ids=str)
-def test_flex_evaluation_equals_training(objectives):
+def test_triton_evaluation_equals_training(objectives):
     """Without gradients torch may choose another kernel, in particular for few queries."""
-    model = model_of(SHAPE, dtype=torch.float32, attention="flex").to(DEVICE)
+    model = model_of(SHAPE, dtype=torch.float32, attention="triton").to(DEVICE)
     inputs = batch().to(DEVICE).inputs
     trained = model(inputs=inputs, objectives=objectives)[..., : SHAPE.vocab_size].detach()
     with torch.no_grad():

@@ -79,10 +79,10 @@ def base_run(corpus: Path, run_dir: Path, *, steps: int, **model: Any) -> RunCon
     [
         {},
         {"activation_checkpointing": True},
-        {"attention": "flex", "attention_dropout": 0.0},
-        {"attention": "flex", "attention_dropout": 0.0, "activation_checkpointing": True},
+        {"attention_dropout": 0.1},
+        {"attention": "fused", "attention_dropout": 0.1, "activation_checkpointing": True},
     ],
-    ids=lambda model: "-".join(map(str, model.values())) or "fused",
+    ids=lambda model: "-".join(map(str, model.values())) or "triton",
 )
 def test_base_preset_in_bf16_reduces_loss(long_samples, tmp_path, model):
     """The first steps learn the frequencies of tokens: on a CPU the loss of two layers falls from 9.94 to 9.50."""
@@ -151,11 +151,11 @@ def test_two_gpus_equal_cpu(small_corpus, tmp_path, cpu_run, tp, zero):
 
 
 @needs_two_gpus
-def test_flex_with_tensor_parallelism_equals_fused(small_corpus, tmp_path):
+def test_triton_with_tensor_parallelism_equals_fused(small_corpus, tmp_path):
     """bf16, head size 16; the losses differ by rounding only."""
     runs = {}
-    for attention in ("fused", "flex"):
+    for attention in ("fused", "triton"):
         config = run_config(small_corpus, tmp_path / attention, tp=2, precision="bf16")
         config = with_model(config, hidden_size=64, attention=attention)
         runs[attention] = run_world(train, 2, config, timeout_s=600)[0]
-    torch.testing.assert_close(runs["flex"].losses, runs["fused"].losses, rtol=1e-3, atol=0)
+    torch.testing.assert_close(runs["triton"].losses, runs["fused"].losses, rtol=1e-3, atol=0)

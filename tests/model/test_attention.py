@@ -22,8 +22,8 @@ def outputs_and_gradients(attention: str, *, relative_bias: bool, masking: Maski
 @pytest.mark.parametrize("relative_bias", [True, False])
 @pytest.mark.parametrize("stop", ["exact", "paper"])
 @pytest.mark.parametrize(
-    "attention", sorted(set(ATTENTION_BACKENDS) - {"reference", "flex"})
-)  # flex: test_flex_attention.py
+    "attention", sorted(set(ATTENTION_BACKENDS) - {"reference", "triton"})
+)  # triton: test_triton_attention.py
 def test_outputs_and_gradients_equal_reference(attention, stop, relative_bias):
     masking = MaskingConfig(rate=0.3, stop=stop)
     logits, gradients = outputs_and_gradients(attention, relative_bias=relative_bias, masking=masking)

@@ -213,10 +213,10 @@ def test_memory_depends_on_batch_and_parallelism_as_expected():
     def needed(work: Workload, stage: int = 1, dp: int = 8) -> float:
         return memory(work, zero_settings(stage), dp=dp, accumulation=1, device=CPU).allocated
 
-    wide = replace(BASE, micro_batch=64)
+    wide = replace(BASE, micro_batch=64, model=replace(BASE.model, attention="fused"))
     assert needed(wide) > needed(BASE)
     assert needed(replace(wide, tp=2)) < needed(wide)
     assert needed(replace(wide, model=replace(wide.model, activation_checkpointing=True))) < needed(wide)
     assert needed(wide, stage=3) < needed(wide, stage=1) < needed(wide, stage=1, dp=1)
-    assert needed(replace(wide, model=replace(wide.model, attention="flex"))) < needed(wide)
+    assert needed(replace(wide, model=replace(wide.model, attention="triton"))) < needed(wide)
     assert needed(wide) < needed(replace(wide, model=replace(wide.model, attention="reference")))

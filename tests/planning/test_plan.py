@@ -60,7 +60,7 @@ def test_indivisible_batch_is_rounded_up_with_a_warning():
 
 
 def test_layout_that_does_not_fit_warns_with_one_that_does():
-    plan = plan_of(nodes=8, batch=BatchConfig(micro=120))
+    plan = plan_of(nodes=8, batch=BatchConfig(micro=240))
     assert not plan.estimate.fits
     (warning,) = (warning for warning in plan.warnings if warning.startswith("does not fit"))
     same = next(other for other in plan.alternatives if other.layout.zero == 1)

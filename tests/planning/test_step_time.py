@@ -13,7 +13,7 @@ from pmlm_dist.planning.model_states import Zero
 from pmlm_dist.planning.step_time import StepTime, executed_flops, moved_bytes, step_time
 from pmlm_dist.planning.workload import Workload
 
-MODEL = ModelConfig(vocab_size=30_522, hidden_dropout=0.0, attention_dropout=0.0)
+MODEL = ModelConfig(vocab_size=30_522, hidden_dropout=0.0, attention="fused")
 WORK = Workload(MODEL, context=512, predictions=77, micro_batch=32)
 H100 = DEVICES["h100-80gb"]
 
@@ -66,7 +66,7 @@ def test_accumulation_repeats_micro_batches_but_not_the_update():
 
 def test_moved_bytes_follow_pairs_dropouts_and_precision():
     less = [
-        replace(WORK, model=replace(MODEL, attention="flex")),
+        replace(WORK, model=replace(MODEL, attention="triton")),
         replace(WORK, tp=2),
         replace(WORK, micro_batch=16),
         replace(WORK, objectives=("ae",)),
