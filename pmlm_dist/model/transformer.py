@@ -12,6 +12,7 @@ E hidden size, H heads of this rank, D head size, V vocabulary rows of this rank
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.model.attention import Groups, Slots, attention_backend
 from pmlm_dist.model.lm_head import TiedHead
 from pmlm_dist.model.relative_position import RelativeBias
+from pmlm_dist.model.residual_norm import ResidualNorm
 from pmlm_dist.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding, tp_size
 from pmlm_dist.parallel.seeding import distinct_across_tp
 
@@ -78,11 +80,11 @@ class Layer(nn.Module):
         super().__init__()
         std = config.initializer_range
         self.attention = SelfAttention(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        norm = partial(ResidualNorm, config.hidden_size, eps=config.layer_norm_eps, dropout=config.hidden_dropout)
+        self.attention_norm = norm()
         self.ffn_in = ColumnLinear(config.hidden_size, config.ffn_size, std=std)
         self.ffn_out = RowLinear(config.ffn_size, config.hidden_size, std=config.residual_range)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.ffn_norm = norm()
 
     def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
         """New states [Q, B, E] of the slots `queries`, which attend to `x` [T, B, E]."""
@@ -90,8 +92,8 @@ class Layer(nn.Module):
 
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         """Rest of the layer, for each slot: states [..., E] and attention outputs [..., E] -> new states."""
-        y = self.attention_norm(x + self.dropout(attended))
-        return self.ffn_norm(y + self.dropout(self.ffn_out(F.gelu(self.ffn_in(y)))))
+        y = self.attention_norm(x, attended)
+        return self.ffn_norm(y, self.ffn_out(F.gelu(self.ffn_in(y))))
 
 
 class PseudoMaskedLM(nn.Module):
