@@ -19,7 +19,8 @@ _OBJECTIVES = ("ae", "par")
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
 """Tolerance, in standard deviations of the logits, where sums may be rounded differently: another tensor-parallel
-size, ZeRO-3 or not, another device or release of torch. bf16 keeps 8 bits, and every layer rounds again."""
+size or attention backend, ZeRO-3 or not, another device or release of torch. bf16 keeps 8 bits, and every layer rounds
+again."""
 ROUNDING = {"fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
 """Distance of neighboring numbers at most, as a share of their magnitude: a logit may be rounded to either of two."""
 SAME_SETUP_TOLERANCE = 1e-5
@@ -44,6 +45,7 @@ def fingerprint(state: EngineState) -> dict[str, Any]:
         "statistics": dict(zip(_OBJECTIVES, statistics, strict=True)),
         "computed_on": {
             "tp": topology.tp,
+            "attention": model.attention,
             "zero3": engine.zero_optimization_stage() == 3,  # its own linear layer adds the bias after rounding
             "device": _device_name(topology.device),
             "torch": torch.__version__,

@@ -79,6 +79,7 @@ class EngineConfig:
         # soon as they are ready, as engine/bf16_optimizer.py expects.
         clipping = self.gradient_clipping if self.zero_stage else 0.0
         settings = {"steps_per_print": 2**31, **self.raw, "gradient_clipping": clipping}
+        settings["timers"] = {"throughput": {"enabled": False}}  # it synchronizes the device twice a micro-batch
         if self.precision == "bf16":
             settings["bf16"] = {**self.raw["bf16"], "immediate_grad_update": True}
         return settings

@@ -21,14 +21,6 @@ def relative_bucket(distance: Tensor, *, buckets: int = 32, max_distance: int = 
     """
     half = buckets // 2
     exact = half // 2
-    table = _bucket_of_magnitude(half, exact, max_distance).to(distance.device)
-    # A table instead of the logarithm of every pair: exact, and cheaper than a transcendental function.
-    magnitude = distance.abs().clamp(max=max_distance)
-    return table[magnitude] + half * (distance > 0)
-
-
-def _bucket_of_magnitude(half: int, exact: int, max_distance: int) -> Tensor:
-    """Buckets of the distances 0..max_distance: int64."""
 
     def bucket(a: int) -> int:
         if a < exact:
@@ -37,16 +29,26 @@ def _bucket_of_magnitude(half: int, exact: int, max_distance: int) -> Tensor:
         # Distances on a boundary (16, 32, 64 with the defaults) give a whole number, which may be rounded down.
         return min(half - 1, exact + math.floor(growth + 1e-9))
 
-    return torch.tensor([bucket(a) for a in range(max_distance + 1)])
+    # A table instead of the logarithm of every pair: exact, and cheaper than a transcendental function.
+    table = torch.tensor([bucket(a) for a in range(max_distance + 1)], device=distance.device)
+    return table[distance.abs().clamp(max=max_distance)] + half * (distance > 0)
 
 
 class RelativeBias(nn.Module):
     """Table [H, N] of biases, split over tensor-parallel ranks by head."""
 
+    bucket_N: Tensor
+    """Bucket of each distance -max_distance .. max_distance."""
+
     def __init__(self, num_heads: int, *, buckets: int, max_distance: int, std: float):
         super().__init__()
-        self.buckets, self.max_distance = buckets, max_distance
+        self.max_distance = max_distance
         self.weight = sharded(torch.empty(num_heads, buckets).normal_(0.0, std))  # [H, N]
+        # On the device with the model: a table made in every step would be copied from the host, which waits for it.
+        bucket_N = relative_bucket(
+            torch.arange(-max_distance, max_distance + 1), buckets=buckets, max_distance=max_distance
+        )
+        self.register_buffer("bucket_N", bucket_N, persistent=False)
 
     def by_distance(self, reach: int) -> Tensor:
         """Bias [H, 2 * reach + 1] of the distances (key position - query position) -reach .. reach, at least in fp32.
@@ -55,7 +57,8 @@ class RelativeBias(nn.Module):
         its addends.
         """
         distance_N = torch.arange(-reach, reach + 1, device=self.weight.device)
-        bucket_N = relative_bucket(distance_N, buckets=self.buckets, max_distance=self.max_distance)
+        # All distances beyond `max_distance` share a bucket.
+        bucket_N = self.bucket_N[distance_N.clamp_(-self.max_distance, self.max_distance).add_(self.max_distance)]
         return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).index_select(1, bucket_N)
 
     def forward(self, q_positions_BQ: Tensor, k_positions_BK: Tensor) -> Tensor:

@@ -7,9 +7,10 @@
 The logits are the largest tensor of a step. `tied_cross_entropy` processes them once while they are in the cache and
 overwrites them with the left factor of its backward pass. Its slow reference is `tied_logits` with any cross entropy.
 
-Legend: N predicted slots, E hidden size, V vocabulary rows of this rank, C rows of a chunk.
+Legend: N predicted slots, E hidden size, V vocabulary rows of this rank, C rows of a chunk or block, B blocks.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from pmlm_dist.parallel.layers import tp_group, tp_rank, tp_size
 
 # Logits of a chunk: on a CPU 2 MiB in fp32, which stay in the cache; on an accelerator few large launches are faster.
 _CHUNK_ON_CPU, _CHUNK_ON_ACCELERATOR = 2**19, 2**27
+_BLOCK = 128  # rows that one product of `_sums_by_target` sums
 
 
 def tied_logits(x_NE: Tensor, weight_VE: Tensor, bias_V: Tensor) -> Tensor:
@@ -133,10 +135,47 @@ class _TiedCrossEntropy(torch.autograd.Function):
         x_gradient_NE = (exponentials_NV @ weight_VE) * scale_N[:, None]
         x_gradient_NE -= target_scale_N[:, None] * weight_VE[own_N]
         weight_gradient_VE = exponentials_NV.t() @ (scale_N[:, None] * x_NE).to(x_NE.dtype)
-        weight_gradient_VE.index_add_(0, own_N, (-target_scale_N[:, None] * x_NE).to(x_NE.dtype))
         bias_gradient_V = scale_N.to(x_NE.dtype) @ exponentials_NV
-        bias_gradient_V.index_add_(0, own_N, -target_scale_N.to(x_NE.dtype))
+        _subtract_target_terms(weight_gradient_VE, bias_gradient_V, own_N, target_scale_N, x_NE)
         return x_gradient_NE.to(x_NE.dtype), weight_gradient_VE, bias_gradient_V, None
+
+
+def _subtract_target_terms(
+    weight_gradient_VE: Tensor, bias_gradient_V: Tensor, own_N: Tensor, scale_N: Tensor, x_NE: Tensor
+) -> None:
+    """Subtract `scale` x from the target's row, and `scale` from its bias; scales are at least fp32."""
+    if x_NE.device.type == "cpu" and x_NE.dtype == scale_N.dtype:  # here index_add_ is precise and adds in order
+        weight_gradient_VE.index_add_(0, own_N, -scale_N[:, None] * x_NE)
+        bias_gradient_V.index_add_(0, own_N, -scale_N)
+        return
+    ones_N1 = torch.ones_like(x_NE[:, :1])
+    targets_N, sums_NE = _sums_by_target(own_N, scale_N[:, None] * torch.cat([x_NE, ones_N1], dim=1))
+    for gradient, sums in ((weight_gradient_VE, sums_NE[:, :-1]), (bias_gradient_V, sums_NE[:, -1])):
+        # Every row of a target has its whole sum, so it does not matter which one is written last.
+        gradient[targets_N] = (gradient[targets_N] - sums).to(gradient.dtype)
+
+
+def _sums_by_target(targets_N: Tensor, addends_NE: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the targets in ascending order, and for each of them the sum of all addends of its target.
+
+    The sums have a fixed order and the precision of the addends. `index_add_` into a gradient in low precision rounds
+    every addend, and on a GPU it adds them in no fixed order. No size here depends on the targets, which would need a
+    synchronization with the host. Rows are sorted, so matrices of zeros and ones sum the rows of a target: first within
+    each of B blocks of C rows, then over the blocks that a target spans.
+    """
+    sorted_N, order_N = targets_N.sort(stable=True)
+    num_rows = len(sorted_N)
+    blocks = math.ceil(num_rows / _BLOCK)
+    padding = blocks * _BLOCK - num_rows
+    targets_BC = F.pad(sorted_N, (0, padding), value=-1).view(blocks, _BLOCK)
+    addends_BCE = addends_NE[F.pad(order_N, (0, padding))].view(blocks, _BLOCK, -1)  # padding: a target of its own
+    sums_BCE = (targets_BC[:, :, None] == targets_BC[:, None, :]).to(addends_BCE.dtype) @ addends_BCE
+    # The last row of a target is in its last block. The earlier blocks of the target end with it.
+    starts_B, ends_B = targets_BC[:, 0], targets_BC[:, -1]
+    earlier_BE = (starts_B[:, None] == ends_B).tril(-1).to(sums_BCE.dtype) @ sums_BCE[:, -1]
+    sums_BCE += (targets_BC == starts_B[:, None])[:, :, None] * earlier_BE[:, None]
+    last_N = torch.searchsorted(sorted_N, sorted_N, right=True) - 1
+    return sorted_N, sums_BCE.flatten(0, 1)[last_N]
 
 
 def _exponentiate(logits_NV: Tensor, bias_V: Tensor, own_N: Tensor, elsewhere_N: Tensor) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -72,7 +73,7 @@ class Topology:
         """Rank 0's `value` (picklable, small) on every rank."""
         box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))  # by gloo, as all other objects
         return box[0]
 
     def barrier(self) -> None:
@@ -127,14 +128,16 @@ def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
     A process without a launcher is a world of size 1. Collective operations raise after `timeout_s` seconds. Raises
     `ConfigError` if `tp` does not divide the world size, on every rank and before any communication.
     """
-    variables = rendezvous(os.environ)
+    variables = _launcher_variables()
     rank, world_size, local_rank = (int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if world_size % tp:
         usable = divisors(world_size)
         raise ConfigError([f"parallel.tp ({tp}) must divide the number of ranks ({world_size}): use one of {usable}"])
     os.environ.update(variables)
-    # One hardware queue: megatron-core relies on it to start the all-reduce of a gradient before the next product.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if tp > 1:
+        # One hardware queue: megatron-core relies on it to start the all-reduce of a gradient before the next product.
+        # Without tensor parallelism it would only delay copies and reductions that overlap with computation.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _device(local_rank)
     if not dist.is_initialized():
         _join_world(rank, world_size, device=device, timeout_s=timeout_s)
@@ -156,11 +159,21 @@ def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
     )
 
 
+@cache
+def _launcher_variables() -> dict[str, str]:
+    """Return `rendezvous` of this process, from before `_device` changes LOCAL_RANK."""
+    return rendezvous(os.environ)
+
+
 def _device(local_rank: int) -> torch.device:
+    """Select this rank's device. Where each rank sees its own GPU alone (`--gpus-per-task=1`), it is number 0."""
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    # DeepSpeed takes LOCAL_RANK for the number of the device, and compares it with Open MPI's variable.
+    names = {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys()
+    os.environ.update(dict.fromkeys(names, str(device.index)))
     return device
 
 

@@ -283,6 +283,28 @@ def test_fingerprints_of_other_topologies_agree(saved: tuple[RunConfig, Path]):
             assert fingerprint_differences(was, now, precision="fp32") == []
 
 
+def with_scores_in_fp32(config: RunConfig, path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Fingerprints and problems of loading where the backend rounds as FlexAttention, which needs a GPU, does."""
+    from pmlm_dist.model import attention
+
+    def attend(q: torch.Tensor, kv: torch.Tensor, groups: Any, *, dropout: float) -> torch.Tensor:
+        return attention.attention_reference(q.float(), kv.float(), groups, dropout=dropout).to(q.dtype)
+
+    backend = replace(attention.ATTENTION_BACKENDS["reference"], attend=attend)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(attention.ATTENTION_BACKENDS, "reference", backend)
+        return fingerprints(config, path, None), load_problems(config, path)
+
+
+def test_bf16_checkpoint_loads_with_another_attention_backend(small_corpus: Path, tmp_path: Path):
+    config = run_config(small_corpus, tmp_path, precision="bf16", micro_batch=8)
+    config = with_model(config, initializer="normal", initial_head_bias="zeros", attention="fused")
+    (path,) = run_world(saved_after_a_step, 1, config)
+    (((was, now), problems),) = run_world(with_scores_in_fp32, 1, with_model(config, attention="reference"), path)
+    assert was["statistics"] != now["statistics"]
+    assert problems == []
+
+
 def test_fingerprint_tolerance_by_precision():
     statistics = {"mean": 0.0, "std": 1.0, "max": 3.0}
     was = {"statistics": {"ae": statistics, "par": statistics}, "computed_on": {"tp": 1}}

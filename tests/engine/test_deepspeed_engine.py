@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.small_runs import run_config, start_run
+from support.small_runs import run_config, start_run, take_steps
 from support.worlds import run_world
 
 from pmlm_dist.config import ConfigError, RunConfig
@@ -86,3 +86,23 @@ def test_bf16_on_a_cpu_without_fast_products_warns(small_corpus: Path, tmp_path:
     printed = run_world(partial(printed_with_cpu, is_fast=is_fast), 1, config)[0]
     assert "complete: step 3" in printed
     assert ("no bf16 matrix products" in printed) == (precision == "bf16" and not is_fast)
+
+
+def device_synchronizations(config: RunConfig) -> int:
+    """How often DeepSpeed waits for the device in the steps of `config`."""
+    from deepspeed.accelerator import get_accelerator
+
+    from pmlm_dist.checkpoint.resume import RunState
+    from pmlm_dist.training.pretraining import build_engine
+
+    run, waits = start_run(config), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_accelerator(), "synchronize", lambda *_: waits.append(1))
+        take_steps(run, build_engine(run), RunState(), steps=config.train.steps)
+    return len(waits)
+
+
+def test_steps_do_not_synchronize_the_device(small_corpus: Path, tmp_path: Path):
+    """By default DeepSpeed's throughput timer does so twice a micro-batch, from the third step on."""
+    config = run_config(small_corpus, tmp_path, precision="bf16", micro_batch=4)
+    assert run_world(device_synchronizations, 1, config) == [0]

@@ -12,6 +12,8 @@ from torch import Tensor
 from pmlm_dist.config import MaskingConfig
 from pmlm_dist.data.batch import Batch
 from pmlm_dist.model.attention import ATTENTION_BACKENDS
+from pmlm_dist.parallel import groups
+from pmlm_dist.parallel.cross_entropy import tied_cross_entropy
 
 pytestmark = pytest.mark.gpu
 
@@ -95,3 +97,16 @@ def test_triton_evaluation_equals_training(objectives):
     with torch.no_grad():
         evaluated = model(inputs=inputs, objectives=objectives)[..., : SHAPE.vocab_size]
     torch.testing.assert_close(evaluated, trained, rtol=0, atol=1e-4)
+
+
+def test_gradients_of_the_loss_repeat_bit_for_bit():
+    """Targets repeat as in text; the gradient of a frequent one has many addends."""
+    groups.init_process_groups()
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=random).to(DEVICE, torch.bfloat16) for shape in ((3000, 64), (500, 64)))
+    bias = torch.zeros(500, dtype=torch.bfloat16, device=DEVICE)
+    targets = (torch.rand(3000, generator=random) ** 4 * 500).long().to(DEVICE)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    runs = [torch.autograd.grad(tied_cross_entropy(x, weight, bias, targets)[0].sum(), inputs) for _ in range(3)]
+    for other in runs[1:]:
+        assert all(torch.equal(gradient, again) for gradient, again in zip(runs[0], other, strict=True))

@@ -55,6 +55,16 @@ def test_for_contiguous_equals_bias_of_positions():
     assert torch.equal(bias.for_contiguous(20), bias(positions, positions)[:, 0])
 
 
+def test_bias_copies_nothing_from_the_host(monkeypatch):
+    """The table of buckets is made once, with the model, and is no part of a checkpoint."""
+    groups.init_process_groups()
+    bias = RelativeBias(3, buckets=8, max_distance=6, std=1.0)
+    assert set(bias.state_dict()) == {"weight"}
+    monkeypatch.setattr(torch, "tensor", None)
+    bias = bias.to("meta")  # raises where a tensor of the host is used
+    assert bias.for_contiguous(20).device.type == "meta"
+
+
 def test_bf16_table_gets_gradient_summed_in_fp32():
     """In bf16 a sum of ones stops growing at 256."""
     groups.init_process_groups()

@@ -44,6 +44,33 @@ def test_loss_and_gradients_equal_reference(monkeypatch, dtype, tolerance, sprea
         assert (gradient.double() - expected_gradient).norm() <= tolerance * max(1.0, expected_gradient.norm())
 
 
+def test_gradient_of_a_frequent_target_is_rounded_once():
+    """In bf16 a sum of equal addends stops growing at 256 times its addends."""
+    groups.init_process_groups()
+    x, weight = torch.full((1000, 4), 1.0).to(torch.bfloat16), torch.zeros(50, 4).to(torch.bfloat16)
+    targets = torch.full((1000,), 3)
+    targets[::10] = torch.arange(100) % 50
+    bias = torch.zeros(50, dtype=torch.bfloat16)
+    nll, _ = tied_cross_entropy(x, weight.requires_grad_(), bias.requires_grad_(), targets)
+    actual = torch.autograd.grad(nll.sum(), (weight, bias))
+    expected = 1000 / 50 - torch.bincount(targets, minlength=50).float()
+    for gradient in (*actual[0].unbind(1), actual[1]):
+        torch.testing.assert_close(gradient.float(), expected, rtol=2**-8, atol=2**-4)
+
+
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("targets", [1, 3, 200])
+def test_sums_by_target_equal_index_add(rows, targets):
+    """Targets within a block of 128 rows, at its edges, and over several blocks."""
+    random = torch.Generator().manual_seed(rows)
+    targets_N = torch.randint(targets, (rows,), generator=random)
+    addends_NE = torch.randn(rows, 3, generator=random, dtype=torch.float64)
+    sorted_N, sums_NE = cross_entropy._sums_by_target(targets_N, addends_NE)
+    expected = torch.zeros(targets, 3, dtype=torch.float64).index_add_(0, targets_N, addends_NE)
+    assert torch.equal(sorted_N, targets_N.sort().values)
+    torch.testing.assert_close(sums_NE, expected[sorted_N], rtol=0, atol=1e-12)
+
+
 def test_leading_dimensions_are_kept_and_padding_has_no_gradient():
     groups.init_process_groups()
     x, weight, bias = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True), torch.zeros(7)
