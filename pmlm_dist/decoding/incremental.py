@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.masking.visibility import visible
-from pmlm_dist.model.attention import ATTENTION_BACKENDS, Slots
+from pmlm_dist.model.attention import Slots, attention_backend
 from pmlm_dist.model.relative_position import look_up
 from pmlm_dist.model.transformer import Layer, PseudoMaskedLM
 from pmlm_dist.parallel.cross_entropy import gather_logits
@@ -197,7 +197,8 @@ def _encode(model: PseudoMaskedLM, context: Context, *, room: int) -> list[Tenso
     )
     slots = Slots(inputs, num_context=context.tokens_BS.shape[1])
     x_SBE = model.embeddings(context.tokens_BS.t(), context.positions_BS.t(), context.segments_BS.t())
-    groups = ATTENTION_BACKENDS[model.config.attention].plan(slots, model.relative_bias, x_SBE.dtype).inner
+    backend = attention_backend(model.config, x_SBE.device)
+    groups = backend.plan(slots, model.relative_bias, x_SBE.dtype).inner
     caches = []
     for number, layer in enumerate(model.layers, start=1):
         assert isinstance(layer, Layer)
@@ -209,8 +210,8 @@ def _encode(model: PseudoMaskedLM, context: Context, *, room: int) -> list[Tenso
         caches.append(cache_2BHTD)
         if number < len(model.layers):  # no slot depends on the context's output of the last layer
             q_SBHD = attention.query(x_SBE).unflatten(-1, (-1, attention.head_dim))
-            mixed_SBHD = attention.attend(q_SBHD, kv_SBH2D, groups, dropout=0.0)
-            x_SBE = layer.after_attention(x_SBE, attention.output(mixed_SBHD.flatten(2)))
+            mixed_SBHD = backend.attend(q_SBHD, kv_SBH2D, groups, dropout=0.0)
+            x_SBE = layer.after_attention(x_SBE, mixed_SBHD.flatten(2))
     return caches
 
 
@@ -224,4 +225,4 @@ def _run_layer(
     q_BHYD = attention.query(queries_BYE).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     k_BHTD, v_BHTD = cache_2BHTD[..., :end, :]
     mixed_BHYD = F.scaled_dot_product_attention(q_BHYD, k_BHTD, v_BHTD, attn_mask=bias)
-    return layer.after_attention(queries_BYE, attention.output(mixed_BHYD.transpose(1, 2).flatten(2)))
+    return layer.after_attention(queries_BYE, mixed_BHYD.transpose(1, 2).flatten(2))

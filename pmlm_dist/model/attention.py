@@ -186,7 +186,8 @@ def plan_triton(slots: Slots, relative_bias: RelativeBias | None, dtype: torch.d
     rows_BR = slots.predicted_slots_BR()
     if rows_BR is None:
         return AttentionPlan(inner=inner, last=inner)
-    return AttentionPlan(inner=inner, last=(block_group(slots.inputs, rows_BQ=rows_BR, relative_bias=relative_bias),))
+    last = block_group(slots.inputs, rows_BQ=rows_BR, relative_bias=relative_bias)
+    return AttentionPlan(inner=inner, last=(last,))
 
 
 def attention_reference(q_QBHD: Tensor, kv_TBH2D: Tensor, groups: tuple[QueryGroup, ...], *, dropout: float) -> Tensor:

@@ -1,6 +1,6 @@
-"""Triton kernels of residual connection and LayerNorm (`residual_norm.py`).
+"""Triton kernels of the slot-by-slot parts of a layer (`elementwise.py`).
 
-Legend: N rows, E hidden size, P programs; `WIDTH` is E rounded up to a power of two.
+Legend: N rows, E hidden size, F width of a GELU, P programs; `WIDTH` is E rounded up to a power of two.
 """
 
 # pyright: reportUnknownMemberType=false, reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
@@ -9,63 +9,109 @@ Legend: N rows, E hidden size, P programs; `WIDTH` is E rounded up to a power of
 import triton
 import triton.language as tl
 
+BLOCK = 1024
+"""Columns that a program of a GELU holds."""
+
 
 @triton.jit
-def _kept(values, seed_ptr, row, size, dropout, WIDTH: tl.constexpr):
+def _kept(values, seed, row, dropout, WIDTH: tl.constexpr):
     """`values` of a row after dropout: zero, or divided by 1 - `dropout`."""
-    drawn = tl.rand(tl.load(seed_ptr) + row, tl.arange(0, WIDTH))
-    return tl.where(drawn >= dropout, values / (1.0 - dropout), 0.0)
+    return tl.where(tl.rand(seed + row, tl.arange(0, WIDTH)) >= dropout, values / (1.0 - dropout), 0.0)
 
 
 @triton.jit
+def _loaded(pointer, cells, inside):
+    """Values in fp32; zero outside."""
+    return tl.load(pointer + cells, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, cells, values, inside):
+    tl.store(pointer + cells, values.to(pointer.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["seed"])
 def residual_norm(
-    x_ptr, update_ptr, weight_ptr, bias_ptr, seed_ptr, out_ptr, z_ptr, statistics_ptr, rows, size, eps, dropout,
-    HAS_DROPOUT: tl.constexpr, WIDTH: tl.constexpr,
+    x_ptr, update_ptr, update_bias_ptr, weight_ptr, bias_ptr, seed, out_ptr, z_ptr, statistics_ptr, rows, size, eps,
+    dropout, HAS_DROPOUT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One row: z = x + dropout(update), its LayerNorm, and mean and 1 / deviation into `statistics` [2, N]."""
+    """One row: z = x + dropout(update + its bias), its LayerNorm; mean and 1 / deviation into `statistics` [2, N]."""
     row, columns = tl.program_id(0), tl.arange(0, WIDTH)
     inside, cells = columns < size, tl.program_id(0).to(tl.int64) * size + columns
-    update = tl.load(update_ptr + cells, inside, other=0.0).to(tl.float32)
+    update = _loaded(update_ptr, cells, inside) + _loaded(update_bias_ptr, columns, inside)
     if HAS_DROPOUT:
-        update = _kept(update, seed_ptr, row, size, dropout, WIDTH)
-    z = tl.load(x_ptr + cells, inside, other=0.0).to(tl.float32) + update
-    z = z.to(z_ptr.dtype.element_ty)  # rounded as it is saved, so that both directions see the same
+        update = _kept(update, seed, row, dropout, WIDTH)
+    # Rounded as it is saved, so that both directions see the same.
+    z = (_loaded(x_ptr, cells, inside) + update).to(z_ptr.dtype.element_ty)
     tl.store(z_ptr + cells, z, inside)
     z = z.to(tl.float32)
     mean = tl.sum(z, 0) / size
     centred = tl.where(inside, z - mean, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / size + eps)
-    weight = tl.load(weight_ptr + columns, inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + columns, inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + cells, (centred * scale * weight + bias).to(out_ptr.dtype.element_ty), inside)
+    out = centred * scale * _loaded(weight_ptr, columns, inside) + _loaded(bias_ptr, columns, inside)
+    _store(out_ptr, cells, out, inside)
     tl.store(statistics_ptr + row, mean)
     tl.store(statistics_ptr + rows + row, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def residual_norm_gradients(
-    gradient_ptr, z_ptr, weight_ptr, statistics_ptr, seed_ptr, z_gradient_ptr, update_gradient_ptr, sums_ptr, rows,
-    size, dropout, HAS_DROPOUT: tl.constexpr, WIDTH: tl.constexpr,
+    gradient_ptr, z_ptr, weight_ptr, statistics_ptr, seed, z_gradient_ptr, update_gradient_ptr, sums_ptr, rows, size,
+    dropout, HAS_DROPOUT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one program: gradients of z and the update; sums of those of weight and bias into `sums` [2, P, E]."""
+    """Gradients of the rows of one program; sums of those of weight, bias and update bias into `sums` [3, P, E]."""
     program, programs, columns = tl.program_id(0), tl.num_programs(0), tl.arange(0, WIDTH)
     inside = columns < size
-    weight = tl.load(weight_ptr + columns, inside, other=0.0).to(tl.float32)
+    weight = _loaded(weight_ptr, columns, inside)
     weight_sum, bias_sum = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    update_sum = tl.zeros([WIDTH], tl.float32)
     for row in range(program, rows, programs):
         cells = tl.cast(row, tl.int64) * size + columns
-        gradient = tl.load(gradient_ptr + cells, inside, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + cells, inside, other=0.0).to(tl.float32)
+        gradient, z = _loaded(gradient_ptr, cells, inside), _loaded(z_ptr, cells, inside)
         scale = tl.load(statistics_ptr + rows + row)
         normalized = tl.where(inside, (z - tl.load(statistics_ptr + row)) * scale, 0.0)
         weight_sum += gradient * normalized
         bias_sum += gradient
         gradient *= weight
         mean, projection = tl.sum(gradient, 0) / size, tl.sum(gradient * normalized, 0) / size
-        gradient = scale * (gradient - mean - normalized * projection)
-        tl.store(z_gradient_ptr + cells, gradient.to(z_gradient_ptr.dtype.element_ty), inside)
+        gradient = tl.where(inside, scale * (gradient - mean - normalized * projection), 0.0)
+        _store(z_gradient_ptr, cells, gradient, inside)
         if HAS_DROPOUT:
-            gradient = _kept(gradient, seed_ptr, row, size, dropout, WIDTH)
-            tl.store(update_gradient_ptr + cells, gradient.to(update_gradient_ptr.dtype.element_ty), inside)
+            gradient = _kept(gradient, seed, row, dropout, WIDTH)
+            _store(update_gradient_ptr, cells, gradient, inside)
+        update_sum += gradient
     tl.store(sums_ptr + program * size + columns, weight_sum, inside)
     tl.store(sums_ptr + (programs + program) * size + columns, bias_sum, inside)
+    tl.store(sums_ptr + (2 * programs + program) * size + columns, update_sum, inside)
+
+
+@triton.jit
+def _normal_distribution(x):
+    """Probability that a standard normal variable is below x."""
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def bias_gelu(x_ptr, bias_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """gelu(x + bias) of a block of columns of one row."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, cells = columns < size, tl.program_id(0).to(tl.int64) * size + columns
+    x = _loaded(x_ptr, cells, inside) + _loaded(bias_ptr, columns, inside)
+    _store(out_ptr, cells, x * _normal_distribution(x), inside)
+
+
+@triton.jit
+def bias_gelu_gradients(gradient_ptr, x_ptr, bias_ptr, x_gradient_ptr, sums_ptr, rows, size, BLOCK: tl.constexpr):
+    """Gradients of a block of columns of one program's rows, and their sums into `sums` [P, F]."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    bias, sums = _loaded(bias_ptr, columns, inside), tl.zeros([BLOCK], tl.float32)
+    for row in range(program, rows, programs):
+        cells = tl.cast(row, tl.int64) * size + columns
+        x = _loaded(x_ptr, cells, inside) + bias
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        gradient = _loaded(gradient_ptr, cells, inside) * (_normal_distribution(x) + x * density)
+        _store(x_gradient_ptr, cells, gradient, inside)
+        sums += gradient
+    tl.store(sums_ptr + program * size + columns, sums, inside)

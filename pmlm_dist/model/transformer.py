@@ -15,17 +15,17 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pmlm_dist.config import ModelConfig
 from pmlm_dist.masking.layout import SlotInputs
 from pmlm_dist.model.attention import Groups, Slots, attention_backend
+from pmlm_dist.model.elementwise import ResidualNorm, linear_gelu
 from pmlm_dist.model.lm_head import TiedHead
 from pmlm_dist.model.relative_position import RelativeBias
-from pmlm_dist.model.residual_norm import ResidualNorm
-from pmlm_dist.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding, tp_size
+from pmlm_dist.model.triton_attention import BlockGroup
+from pmlm_dist.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding, joint_linear, tp_size
 from pmlm_dist.parallel.seeding import distinct_across_tp
 
 
@@ -62,15 +62,22 @@ class SelfAttention(nn.Module):
         self.output = RowLinear(size, size, std=config.residual_range)
 
     def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
-        """Keys and values from `x` [T, B, E], queries from [Q, B, E] -> [Q, B, E]."""
-        q_QBHD = self.query(queries_QBE).unflatten(-1, (-1, self.head_dim))
-        kv_TBH2D = self.key_value(x_TBE).unflatten(-1, (-1, 2, self.head_dim))
+        """Keys and values from `x` [T, B, E], queries from [Q, B, E] -> input of the output projection [Q, B, E/tp]."""
+        if isinstance(groups[0], BlockGroup) and queries_QBE is x_TBE:
+            # The kernels take one tensor, and return one gradient.
+            q_QBHD, kv_TBH2D = (
+                joint_linear((self.query, self.key_value), x_TBE).unflatten(-1, (-1, self.head_dim)),
+                None,
+            )
+        else:
+            q_QBHD = self.query(queries_QBE).unflatten(-1, (-1, self.head_dim))
+            kv_TBH2D = self.key_value(x_TBE).unflatten(-1, (-1, 2, self.head_dim))
         dropout = self.config.attention_dropout if self.training else 0.0
         attend = attention_backend(self.config, x_TBE.device).attend
         # Ranks hold different heads, so they must not drop the same probabilities.
         with distinct_across_tp() if dropout else nullcontext():
             mixed_QBHD = attend(q_QBHD, kv_TBH2D, groups, dropout=dropout)
-        return self.output(mixed_QBHD.flatten(2))
+        return mixed_QBHD.flatten(2)
 
 
 class Layer(nn.Module):
@@ -90,10 +97,10 @@ class Layer(nn.Module):
         """New states [Q, B, E] of the slots `queries`, which attend to `x` [T, B, E]."""
         return self.after_attention(queries_QBE, self.attention(x_TBE, queries_QBE, groups))
 
-    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Rest of the layer, for each slot: states [..., E] and attention outputs [..., E] -> new states."""
-        y = self.attention_norm(x, attended)
-        return self.ffn_norm(y, self.ffn_out(F.gelu(self.ffn_in(y))))
+    def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Rest of the layer, for each slot: states [..., E] and mixed values of all heads [..., E/tp] -> new states."""
+        y = self.attention_norm(x, self.attention.output, mixed)
+        return self.ffn_norm(y, self.ffn_out, linear_gelu(self.ffn_in, y))
 
 
 class PseudoMaskedLM(nn.Module):

@@ -6,7 +6,7 @@
 Built once per step and shared by all layers. On a CPU the kernels run in Triton's interpreter, for tests.
 
 Legend: B batch, H heads of this rank, D head size, Q queries, T slots (all of them keys), U buckets, N distances,
-R runs of distances with one bucket.
+R runs of distances with one bucket, rounded up to a power of two.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class BlockGroup:
     of_queries: BlockList
     of_keys: BlockList
     bias: Tensor | None
-    """By head and bucket [H, U], in fp32: the tensor that the gradient is of. None without relative bias."""
+    """By head and run [H, R], in fp32: the tensor that the gradient is of. None without relative bias."""
     bias_HN: Tensor | None
     """The same by distance, for the kernels."""
     runs: "Runs | None"
@@ -84,11 +84,11 @@ def block_group(
     q_order_BQ, q_positions_BQ = order_BT, positions_BT
     if rows_BQ is not None:
         q_order_BQ, q_positions_BQ = order_BT.gather(1, rows_BQ), positions_BT.gather(1, rows_BQ)
-    weight_HU, bias_HN, runs = None, None, None
+    bias_HR, bias_HN, runs = None, None, None
     if relative_bias is not None:
-        weight_HU = relative_bias.weight.float()
         bias_HN = relative_bias.by_distance(relative_bias.max_distance).detach().float().contiguous()
-        runs = distance_runs(relative_bias.buckets, relative_bias.max_distance, order_BT.device)
+        runs = distance_runs(relative_bias.weight.shape[1], relative_bias.max_distance, order_BT.device)
+        bias_HR = relative_bias.weight.float() @ runs.one_hot_RU.t()
     return BlockGroup(
         q_order_BQ=q_order_BQ,
         k_order_BT=k_order_BT,
@@ -96,17 +96,18 @@ def block_group(
         k_positions_BT=positions_BT,
         of_queries=_block_list(q_order_BQ, k_order_BT, of_keys=False),
         of_keys=_block_list(q_order_BQ, k_order_BT, of_keys=True),
-        bias=weight_HU,
+        bias=bias_HR,
         bias_HN=bias_HN,
         runs=runs,
     )
 
 
-def attention_triton(q_QBHD: Tensor, kv_TBH2D: Tensor, groups: tuple[BlockGroup], *, dropout: float) -> Tensor:
+def attention_triton(q_QBHD: Tensor, kv_TBH2D: Tensor | None, groups: tuple[BlockGroup], *, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v over the visible pairs: queries [Q, B, H, D], keys and values [T, B, H, 2, D].
 
-    Return the mixed values [Q, B, H, D]. `dropout`: probability that a weight is dropped; the numbers are drawn by pair
-    from a seed of torch's generator, and drawn again in the backward pass.
+    Or both in one tensor [T, B, 3H, D], queries first. Return the mixed values [Q, B, H, D]. `dropout`:
+    probability that a weight is dropped; the numbers are drawn by pair, again in the backward pass, from a seed of
+    torch's generator on the host.
     """
     (group,) = groups
     return _Attention.apply(q_QBHD, kv_TBH2D, group, dropout, group.bias)  # pyright: ignore[reportReturnType]
@@ -117,51 +118,59 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_QBHD: Tensor, kv_TBH2D: Tensor, group: BlockGroup, dropout: float, _bias: Tensor | None
+        ctx: Any, q_QBHD: Tensor, kv_TBH2D: Tensor | None, group: BlockGroup, dropout: float, _bias: Tensor | None
     ) -> Tensor:
         """See `attention_triton`; `_bias` is `group.bias`, an argument because autograd tracks arguments only."""
-        q_QBHD, kv_TBH2D = q_QBHD.contiguous(), kv_TBH2D.contiguous()
-        queries, batch, heads, _ = q_QBHD.shape
-        seed = torch.randint(2**31, (1,), device=q_QBHD.device) if dropout else None
-        out_QBHD = torch.empty_like(q_QBHD)
-        lse_BHQ = torch.empty(batch, heads, queries, dtype=torch.float32, device=q_QBHD.device)
-        grid = (-(-queries // Q_BLOCK), batch * heads)
-        _kernels().attend[grid](
-            q_QBHD, kv_TBH2D, out_QBHD, lse_BHQ, *_pairs(group), seed, group.of_queries.lists, group.of_queries.counts,
-            *_sizes(q_QBHD, kv_TBH2D, group), dropout, **_constants(q_QBHD, group, dropout), num_warps=4, num_stages=2,
-        )  # fmt: skip
-        ctx.save_for_backward(q_QBHD, kv_TBH2D, out_QBHD, lse_BHQ, *([] if seed is None else [seed]))
+        ctx.is_joint = kv_TBH2D is None
         ctx.group, ctx.dropout = group, dropout
+        ctx.seed = int(torch.randint(2**30, ())) if dropout else 0
+        tensors = [t.contiguous() for t in (q_QBHD, kv_TBH2D) if t is not None]
+        q_QBHD, kv_TBH2D = _separate(tensors)
+        queries, batch, heads, _ = q_QBHD.shape
+        out_QBHD = torch.empty(q_QBHD.shape, dtype=q_QBHD.dtype, device=q_QBHD.device)
+        lse_BHQ = torch.empty(batch, heads, queries, dtype=torch.float32, device=q_QBHD.device)
+        _kernels().attend[-(-queries // Q_BLOCK), batch * heads](
+            q_QBHD, kv_TBH2D, out_QBHD, lse_BHQ, *_pairs(group), ctx.seed, group.of_queries.lists,
+            group.of_queries.counts, *_sizes(q_QBHD, kv_TBH2D, group), dropout, **_constants(q_QBHD, group, dropout),
+        )  # fmt: skip
+        ctx.save_for_backward(out_QBHD, lse_BHQ, *tensors)
         return out_QBHD
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of queries, keys and values, and the bias."""
-        q_QBHD, kv_TBH2D, out_QBHD, lse_BHQ, *seeds = ctx.saved_tensors
+        out_QBHD, lse_BHQ, *tensors = ctx.saved_tensors
         out_gradient_QBHD = gradients[0].contiguous()
         group, dropout, kernels = ctx.group, ctx.dropout, _kernels()
+        q_QBHD, kv_TBH2D = _separate(tensors)
+        of_tensors = [torch.empty_like(tensor) for tensor in tensors]
+        q_gradient, kv_gradient = _separate(of_tensors)
         queries, batch, heads, _ = q_QBHD.shape
-        seed, device = (seeds[0] if seeds else None), q_QBHD.device
         blocks, runs = -(-queries // Q_BLOCK), group.runs
         num_runs = 1 if runs is None else len(runs.one_hot_RU)
-        sums_BHR = None if runs is None else torch.empty(batch, heads, blocks, num_runs, device=device)
-        delta_BHQ, q_gradient_QBHD = torch.empty_like(lse_BHQ), torch.empty_like(q_QBHD)
+        sums_BHR = None if runs is None else torch.empty(batch, heads, blocks, num_runs, device=q_QBHD.device)
+        delta_BHQ = torch.empty_like(lse_BHQ)
         sizes, constants = _sizes(q_QBHD, kv_TBH2D, group), _constants(q_QBHD, group, dropout)
         tables = (None, None) if runs is None else (runs.run_N, runs.start_R)
         kernels.query_gradients[blocks, batch * heads](
-            q_QBHD, kv_TBH2D, out_QBHD, out_gradient_QBHD, lse_BHQ, delta_BHQ, q_gradient_QBHD, sums_BHR,
-            *_pairs(group), *tables, seed, group.of_queries.lists, group.of_queries.counts, *sizes, dropout,
-            RUNS=num_runs, **constants, num_warps=4, num_stages=2,
+            q_QBHD, kv_TBH2D, out_QBHD, out_gradient_QBHD, lse_BHQ, delta_BHQ, q_gradient, sums_BHR, *_pairs(group),
+            *tables, ctx.seed, group.of_queries.lists, group.of_queries.counts, *sizes, dropout, RUNS=num_runs,
+            **constants,
         )  # fmt: skip
-        kv_gradient_TBH2D = torch.empty_like(kv_TBH2D)
         kernels.key_gradients[-(-len(kv_TBH2D) // K_BLOCK), batch * heads](
-            q_QBHD, kv_TBH2D, out_gradient_QBHD, lse_BHQ, delta_BHQ, kv_gradient_TBH2D, *_pairs(group), seed,
-            group.of_keys.lists, group.of_keys.counts, *sizes, dropout, **constants, num_warps=4, num_stages=2,
+            q_QBHD, kv_TBH2D, out_gradient_QBHD, lse_BHQ, delta_BHQ, kv_gradient, *_pairs(group), ctx.seed,
+            group.of_keys.lists, group.of_keys.counts, *sizes, dropout, **constants,
         )  # fmt: skip
-        bias_gradient_HU = None
-        if runs is not None and sums_BHR is not None:
-            bias_gradient_HU = sums_BHR.sum(dim=(0, 2)) @ runs.one_hot_RU
-        return q_gradient_QBHD, kv_gradient_TBH2D, None, None, bias_gradient_HU
+        bias_gradient_HR = None if sums_BHR is None else sums_BHR.sum(dim=(0, 2))
+        return of_tensors[0], None if ctx.is_joint else of_tensors[1], None, None, bias_gradient_HR
+
+
+def _separate(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Queries [Q, B, H, D], keys and values [T, B, H, 2, D]: as they are, or views of one tensor [T, B, 3H, D]."""
+    if len(tensors) == 2:
+        return tensors[0], tensors[1]
+    heads = tensors[0].shape[2] // 3
+    return tensors[0][:, :, :heads], tensors[0][:, :, heads:].unflatten(2, (heads, 2))
 
 
 def _pairs(group: BlockGroup) -> tuple[Tensor | None, ...]:
@@ -188,6 +197,8 @@ def _constants(q_QBHD: Tensor, group: BlockGroup, dropout: float) -> dict[str, A
         "HAS_DROPOUT": dropout > 0,
         # fp32 is computed as fp32, not rounded to TF32.
         "PRECISION": "ieee" if q_QBHD.dtype == torch.float32 else "tf32",
+        "num_warps": 4,
+        "num_stages": 2,
     }
 
 

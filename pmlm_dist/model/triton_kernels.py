@@ -5,8 +5,9 @@
     query_gradients  gradient of a block of queries; sums of the score gradients by run of distances
     key_gradients    gradients of a block of keys and values
 
-No matrix over all pairs exists, and every sum has one order: equal inputs give equal bits. A *run* is an interval of
-distances with one bias, that is one bucket. Scores are in units of log 2, since the hardware computes powers of two.
+No matrix over all pairs exists, and every sum has one order: equal inputs give equal bits. Gradients have the strides
+of queries, keys and values. A *run* is an interval of distances with one bias, that is one bucket. Scores are in units
+of log 2, since the hardware computes powers of two.
 
 Legend: B batch, H heads of this rank, D head size, Q queries, T keys, N distances, R runs, QB and KB blocks of queries
 and of keys; `_BLOCK` the size of a block.
@@ -114,9 +115,9 @@ def _kept(values, seed, first_row, first_column, num_keys, dropout, Q_BLOCK: tl.
     return tl.where(drawn >= dropout, values / (1.0 - dropout), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def attend(
-    q_ptr, kv_ptr, out_ptr, lse_ptr, q_order_ptr, k_order_ptr, q_position_ptr, k_position_ptr, bias_ptr, seed_ptr,
+    q_ptr, kv_ptr, out_ptr, lse_ptr, q_order_ptr, k_order_ptr, q_position_ptr, k_position_ptr, bias_ptr, seed,
     lists_ptr, counts_ptr, num_queries, num_keys, num_heads, q_row, q_sample, q_head, kv_row, kv_sample, kv_head,
     reach, scale, dropout, HEAD_DIM: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -130,7 +131,7 @@ def attend(
     k_ptr = kv_ptr + sample * kv_sample + head * kv_head
     if HAS_BIAS:
         bias_ptr += head * (2 * reach + 1)
-    seed = tl.load(seed_ptr) + tl.program_id(1) if HAS_DROPOUT else 0
+    seed += tl.program_id(1)
     row = sample * tl.num_programs(0) + block
     counts_ptr += 2 * row
     lists_ptr += row * key_blocks
@@ -175,10 +176,10 @@ def _by_run(gradients, distance, run_ptr, start_ptr, nearest, farthest, reach, R
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def query_gradients(
     q_ptr, kv_ptr, out_ptr, out_gradient_ptr, lse_ptr, delta_ptr, q_gradient_ptr, run_sums_ptr, q_order_ptr,
-    k_order_ptr, q_position_ptr, k_position_ptr, bias_ptr, run_ptr, start_ptr, seed_ptr, lists_ptr, counts_ptr,
+    k_order_ptr, q_position_ptr, k_position_ptr, bias_ptr, run_ptr, start_ptr, seed, lists_ptr, counts_ptr,
     num_queries, num_keys, num_heads, q_row, q_sample, q_head, kv_row, kv_sample, kv_head, reach, scale, dropout,
     HEAD_DIM: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, RUNS: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -202,7 +203,7 @@ def query_gradients(
     k_ptr = kv_ptr + sample * kv_sample + head * kv_head
     if HAS_BIAS:
         bias_ptr += head * (2 * reach + 1)
-    seed = tl.load(seed_ptr) + tl.program_id(1) if HAS_DROPOUT else 0
+    seed += tl.program_id(1)
     row = sample * tl.num_programs(0) + block
     counts_ptr += 2 * row
     lists_ptr += row * key_blocks
@@ -229,20 +230,21 @@ def query_gradients(
                     tl.max(k_position, 0) - tl.min(q_position, 0),
                 )
                 run_sums += _by_run(gradients, distance, run_ptr, start_ptr, nearest, farthest, reach, RUNS)
-    _store_rows(q_gradient_ptr + offset, q_gradient * scale, first, num_queries, row_stride, HEAD_DIM, Q_BLOCK)
+    q_gradient_ptr += sample * q_sample + head * q_head
+    _store_rows(q_gradient_ptr, q_gradient * scale, first, num_queries, q_row, HEAD_DIM, Q_BLOCK)
     if HAS_BIAS:
         sums_row = tl.program_id(1) * tl.num_programs(0) + block
         tl.store(run_sums_ptr + sums_row * RUNS + tl.arange(0, RUNS), run_sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def key_gradients(
     q_ptr, kv_ptr, out_gradient_ptr, lse_ptr, delta_ptr, kv_gradient_ptr, q_order_ptr, k_order_ptr, q_position_ptr,
-    k_position_ptr, bias_ptr, seed_ptr, lists_ptr, counts_ptr, num_queries, num_keys, num_heads, q_row, q_sample,
+    k_position_ptr, bias_ptr, seed, lists_ptr, counts_ptr, num_queries, num_keys, num_heads, q_row, q_sample,
     q_head, kv_row, kv_sample, kv_head, reach, scale, dropout, HEAD_DIM: tl.constexpr, Q_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values into `kv_gradient` [T, B, H, 2, D]; needs `query_gradients`' delta."""
+    """Gradients of a block of keys and values; needs `query_gradients`' delta."""
     block, sample, head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
     first, query_blocks = block * K_BLOCK, tl.cdiv(num_queries, Q_BLOCK)
     row_stride, offset = tl.num_programs(1) * HEAD_DIM, tl.program_id(1) * HEAD_DIM
@@ -253,7 +255,7 @@ def key_gradients(
     k_position = _slots(k_position_ptr + sample * num_keys, first, num_keys, K_BLOCK, 0)
     if HAS_BIAS:
         bias_ptr += head * (2 * reach + 1)
-    seed = tl.load(seed_ptr) + tl.program_id(1) if HAS_DROPOUT else 0
+    seed += tl.program_id(1)
     row = sample * tl.num_programs(0) + block
     counts_ptr += 2 * row
     lists_ptr += row * query_blocks
@@ -279,6 +281,6 @@ def key_gradients(
             v_gradient = tl.dot(tl.trans(kept).to(q.dtype), out_gradient, v_gradient, input_precision=PRECISION)
             gradients = weights * (gradients - delta[:, None])
             k_gradient = tl.dot(tl.trans(gradients).to(q.dtype), q, k_gradient, input_precision=PRECISION)
-    kv_gradient_ptr += 2 * offset
-    _store_rows(kv_gradient_ptr, k_gradient * scale, first, num_keys, 2 * row_stride, HEAD_DIM, K_BLOCK)
-    _store_rows(kv_gradient_ptr + HEAD_DIM, v_gradient, first, num_keys, 2 * row_stride, HEAD_DIM, K_BLOCK)
+    kv_gradient_ptr += sample * kv_sample + head * kv_head
+    _store_rows(kv_gradient_ptr, k_gradient * scale, first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
+    _store_rows(kv_gradient_ptr + HEAD_DIM, v_gradient, first, num_keys, kv_row, HEAD_DIM, K_BLOCK)

@@ -184,6 +184,10 @@ def _exponentiate(logits_NV: Tensor, bias_V: Tensor, own_N: Tensor, elsewhere_N:
     Return, in the precision of the bias: the target's logit [N] (minus infinity where `elsewhere_N`), m [N], and the
     row sums [N].
     """
+    if logits_NV.device.type == "cuda" and bias_V.dtype == torch.float32:
+        from pmlm_dist.parallel.cross_entropy_kernel import exponentiate
+
+        return exponentiate(logits_NV, bias_V, own_N, elsewhere_N)
     target_N, others_N, sums_N = (bias_V.new_empty(len(logits_NV)) for _ in range(3))
     budget = _CHUNK_ON_CPU if logits_NV.device.type == "cpu" else _CHUNK_ON_ACCELERATOR
     size = max(1, budget // logits_NV.shape[1])

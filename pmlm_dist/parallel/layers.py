@@ -7,6 +7,7 @@ between them. `VocabularyEmbedding` splits its rows. Every rank draws the full w
 is the same for every tensor-parallel size.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    linear_with_grad_accumulation_and_async_allreduce,
     set_tensor_model_parallel_attributes,
 )
 from torch import Tensor, nn
@@ -74,8 +76,9 @@ class ColumnLinear(_NoExtraState, ColumnParallelLinear):
             return F.linear(input, weight, bias)
         return super()._forward_impl(input, weight, *args, bias=bias, **kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
         """[..., in], equal on every rank -> [..., out/tp] of this rank."""
+        self.skip_bias_add = not add_bias
         return super().forward(x)[0]
 
 
@@ -94,11 +97,28 @@ class RowLinear(_NoExtraState, RowParallelLinear):
             tp_group=tp_group(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
         """[..., in/tp] of this rank -> [..., out], equal on every rank."""
         if tp_size() == 1:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, self.bias if add_bias else None)
+        self.skip_bias_add = not add_bias
         return super().forward(x)[0]
+
+
+def joint_linear(layers: Sequence[ColumnLinear], x: Tensor) -> Tensor:
+    """Outputs of several layers of one input, side by side, by one product: [..., in] -> [..., sum of out/tp]."""
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    if tp_size() == 1:
+        return F.linear(x, weight, bias)
+    return linear_with_grad_accumulation_and_async_allreduce(
+        x,
+        weight,
+        bias,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=True,
+        sequence_parallel=False,
+        tp_group=tp_group(),
+    )
 
 
 class VocabularyEmbedding(VocabParallelEmbedding):

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.batches import MODEL, PADDED, logits_of, random_batch
 from support.worlds import run_world
-from torch import Tensor, nn
+from torch import Tensor
 
 pytestmark = pytest.mark.distributed
 
@@ -25,12 +26,14 @@ def dropped(tp: int) -> tuple[list[Tensor], list[Tensor]]:
     units: list[Tensor] = []
     heads: list[Tensor] = []
 
-    def record_units(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        units.append((output != 0) | (inputs[0] == 0))
+    drop = F.dropout
 
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.register_forward_hook(record_units)
+    def record_units(states: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        output = drop(states, *arguments, **settings)
+        units.append((output != 0) | (states == 0))
+        return output
+
+    F.dropout = record_units
     attend = fused_attention._attend
 
     def record_heads(*operands: Any, **settings: Any) -> list[Tensor]:
@@ -43,7 +46,7 @@ def dropped(tp: int) -> tuple[list[Tensor], list[Tensor]]:
         seeding.seed_dropout(3, micro_step=0, dp_rank=topology.dp_rank)
         logits_of(model, random_batch())
     finally:
-        fused_attention._attend = attend
+        fused_attention._attend, F.dropout = attend, drop
     return units, heads
 
 

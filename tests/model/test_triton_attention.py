@@ -158,6 +158,13 @@ def group_of(case: Case) -> triton_attention.BlockGroup:
     return block_group(case.inputs, rows_BQ=case.rows_BQ, relative_bias=case.bias)
 
 
+def test_one_tensor_equals_separate_ones():
+    case = random_case(3, batch=2, queries=40, slots=40, steps=2)
+    separate = attention_triton(case.q_QBHD, case.kv_TBH2D, (group_of(case),), dropout=0.0)
+    joint = torch.cat([case.q_QBHD, case.kv_TBH2D.flatten(2, 3)], dim=2)
+    close(case.gradients(attention_triton(joint, None, (group_of(case),), dropout=0.0)), case.gradients(separate))
+
+
 def close(actual: list[Tensor], expected: list[Tensor]) -> None:
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-4, atol=1e-4)
@@ -178,10 +185,10 @@ def test_any_slots_equal_longhand(seed, batch, queries, slots, steps):
 
 
 @triton.jit
-def _factors(out_ptr, seed_ptr, num_keys, dropout, BLOCK: tl.constexpr):
+def _factors(out_ptr, seed, num_keys, dropout, BLOCK: tl.constexpr):
     """Factors of dropout of the pairs of a sample's head."""
     rows = tl.arange(0, BLOCK)
-    seed = tl.load(seed_ptr) + tl.program_id(0)
+    seed += tl.program_id(0)
     kept = triton_kernels._kept(tl.full([BLOCK, BLOCK], 1.0, tl.float32), seed, 0, 0, num_keys, dropout, BLOCK, BLOCK)
     tl.store(out_ptr + tl.program_id(0) * BLOCK * BLOCK + rows[:, None] * BLOCK + rows[None, :], kept)
 
@@ -191,7 +198,7 @@ def test_dropout_equals_longhand_with_the_same_numbers():
     torch.manual_seed(5)
     mixed = attention_triton(case.q_QBHD, case.kv_TBH2D, (group_of(case),), dropout=dropout)
     torch.manual_seed(5)
-    seed, factors = torch.randint(2**31, (1,)), torch.empty(4, 32, 32)
+    seed, factors = int(torch.randint(2**30, ())), torch.empty(4, 32, 32)
     _factors[(4,)](factors, seed, 29, dropout, BLOCK=32)  # pyright: ignore[reportArgumentType]
     kept_BHQT = factors[:, :30, :29].view(2, 2, 30, 29)
     assert 0.2 < float((kept_BHQT == 0).float().mean()) < 0.4

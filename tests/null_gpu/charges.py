@@ -20,9 +20,40 @@ from torch.utils.flop_counter import flop_registry
 
 # What is only another view, or only takes memory.
 VIEWS = set(
-    "view t transpose permute expand slice select unsqueeze squeeze detach alias unfold as_strided split unbind narrow "
-    "split_with_sizes _unsafe_view empty empty_like new_empty reshape _reshape_alias empty_strided diagonal lift_fresh "
-    "resize_ set_ record_stream is_pinned _pin_memory new_empty_strided".split()
+    [
+        "view",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "detach",
+        "alias",
+        "unfold",
+        "as_strided",
+        "split",
+        "unbind",
+        "narrow",
+        "split_with_sizes",
+        "_unsafe_view",
+        "empty",
+        "empty_like",
+        "new_empty",
+        "reshape",
+        "_reshape_alias",
+        "empty_strided",
+        "diagonal",
+        "lift_fresh",
+        "resize_",
+        "set_",
+        "record_stream",
+        "is_pinned",
+        "_pin_memory",
+        "new_empty_strided",
+    ]
 )
 WRITES_ONLY = {"copy_", "zero_", "fill_", "bernoulli_", "normal_", "uniform_"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}

@@ -97,10 +97,7 @@ def configured(options: argparse.Namespace, scratch: Path) -> Any:
     random_corpus(corpus, vocabulary_size=30522, samples=samples, sequence_length=options.sequence_length)
     config = PRESETS[options.preset]()
     engine = json.loads(config.ds_config.read_text())
-    engine |= {
-        "train_batch_size": 2 * options.micro_batch,
-        "train_micro_batch_size_per_gpu": options.micro_batch,
-    }
+    engine |= {"train_batch_size": 2 * options.micro_batch, "train_micro_batch_size_per_gpu": options.micro_batch}
     (scratch / "ds.json").write_text(json.dumps(engine))
     changes: dict[str, Any] = {"attention": options.attention}
     if options.attention_dropout is not None:
@@ -220,7 +217,9 @@ def report(found: dict[str, Any]) -> None:
         f"waits in that step: {found['waits_of_step']}; memory at its highest: {found['peak_gib']:.1f} GiB"
     )
     for kind, name, row in found["operations"]:
-        print(f"  {kind:24}{name[:40]:41}{row['operations']:5}{row['bytes'] / 1e9:9.2f} GB{1e3 * row['seconds']:9.2f} ms")
+        print(
+            f"  {kind:24}{name[:40]:41}{row['operations']:5}{row['bytes'] / 1e9:9.2f} GB{1e3 * row['seconds']:9.2f} ms"
+        )
     for what, where, count in found["waits"]:
         print(f"  {count:4} {what}\n       {where}")
 

@@ -29,7 +29,7 @@ def resources(kernel: Any, capability: int, *, blocks: tuple[int, int], warps: i
     """Registers, spilled bytes a thread, shared memory, products and atomic operations of a kernel for bf16."""
     constants: dict[str, Any] = {
         "HEAD_DIM": 64, "Q_BLOCK": blocks[0], "K_BLOCK": blocks[1], "RUNS": 32, "HAS_BIAS": True, "HAS_DROPOUT": False,
-        "PRECISION": "tf32", "seed_ptr": None,
+        "PRECISION": "tf32",
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: _type(name, constants) for name in kernel.arg_names}
