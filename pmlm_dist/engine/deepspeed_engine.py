@@ -53,7 +53,7 @@ def initialize_engine(
     _check_groups(engine, topology)
     optimizer: Any = engine.optimizer
     if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
-        optimizer.__class__ = SummingBF16Optimizer  # DeepSpeed has no setting for the class
+        SummingBF16Optimizer.replace(engine, topology)
     if config.zero_stage == 0 or isinstance(optimizer, SummingBF16Optimizer):
         engine.enable_backward_allreduce = topology.dp > 1  # a single rank would only copy its gradients
     return engine

@@ -1,10 +1,11 @@
 """Optimizer settings of a step: parameter groups, learning rate, gradient norm and clipping."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pmlm_dist.config import OptimConfig
 from pmlm_dist.parallel.groups import Topology
@@ -38,28 +39,37 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 @torch.no_grad()
 def gradient_norm(model: nn.Module, topology: Topology) -> float:
-    """Return the 2-norm of the model's gradient; gradients must already be reduced over data-parallel ranks.
+    """Return the 2-norm of the model's gradient; gradients must already be reduced over data-parallel ranks."""
+    own = [(parameter.grad, is_sharded(parameter)) for parameter in model.parameters() if parameter.grad is not None]
+    return norm_over_ranks(own, topology, copies=topology.dp)
 
-    Squares of sharded parameters are summed over tensor-parallel ranks; replicated ones are counted once.
+
+def norm_over_ranks(own: Sequence[tuple[Tensor, bool]], topology: Topology, *, copies: int = 1) -> float:
+    """Return the 2-norm of a gradient that all ranks hold together, the same on all ranks; every rank must call.
+
+    `own`: gradients on this rank, and whether its tensor-parallel peers hold different ones instead of copies.
+    `copies`: data-parallel ranks that hold the same gradients. If a value of any rank is not finite, the norm is not:
+    ranks that decided by a norm of their own could disagree, for example after an error in the memory of one.
     """
-    gradients: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            gradients[is_sharded(parameter)].append(parameter.grad)
-    own, shared = (nn.utils.get_total_norm(gradients[sharded]).double().square() for sharded in (True, False))
-    return float((topology.all_reduce_tp(own.to(topology.device)) + shared.to(topology.device)).sqrt())
+    different, copied = (
+        nn.utils.get_total_norm([values for values, is_sharded in own if is_sharded == kind]).double().square()
+        for kind in (True, False)
+    )
+    square = different.to(topology.device) / copies + copied.to(topology.device) / (copies * topology.tp)
+    return float(topology.all_reduce_dp(topology.all_reduce_tp(square)).sqrt())
+
+
+def clip_coefficient(norm: float, max_norm: float) -> float:
+    """Return the factor that reduces gradients of 2-norm `norm` to `max_norm` at most; `max_norm` 0: no clipping."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0  # the epsilon of torch and DeepSpeed
 
 
 @torch.no_grad()
 def clip_or_drop_gradients(model: nn.Module, *, norm: float, max_norm: float) -> None:
-    """Scale gradients of 2-norm `norm` down to `max_norm` (0: no clipping); drop them when they are not finite.
-
-    DeepSpeed does the same by itself from ZeRO-1 on.
-    """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    if not math.isfinite(norm):
-        for parameter in model.parameters():
+    """Clip gradients of 2-norm `norm`; drop them when they are not finite. From ZeRO-1 on the engine does both."""
+    scale = clip_coefficient(norm, max_norm)
+    for parameter in model.parameters():
+        if not math.isfinite(norm):
             parameter.grad = None  # AdamW skips it: neither weights nor moments nor its step change
-    elif 0 < max_norm < norm:
-        for gradient in gradients:
-            gradient.mul_(max_norm / (norm + 1e-6))  # the epsilon of torch and DeepSpeed
+        elif scale < 1.0 and parameter.grad is not None:
+            parameter.grad.mul_(scale)

@@ -173,6 +173,74 @@ def test_nonfinite_step_is_skipped_on_all_ranks_and_diagnosed(small_corpus, tmp_
             assert "everything is finite" in cause
 
 
+def break_reduced_gradients(engine: Any, patch: pytest.MonkeyPatch) -> None:
+    """Make one number NaN before the next update, after gradients were averaged: as an error of this rank's memory."""
+    from pmlm_dist.training import step
+
+    def poison(*_: Any) -> None:
+        optimizer: Any = engine.optimizer
+        if engine.zero_optimization_stage() == 0:
+            held = next(engine.module.parameters()).grad
+        elif hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
+            held = optimizer.fp32_groups_gradient_flat_partition[0]
+        else:
+            held = optimizer.averaged_gradients[0][0]
+        held.view(-1)[0] = math.nan
+
+    if engine.zero_optimization_stage() == 0:
+        patch.setattr(step, "_fill_gradients", poison)
+    else:
+        take_step = engine.step
+        patch.setattr(engine, "step", lambda: (poison(), take_step()))
+
+
+def train_with_broken_memory(config: RunConfig) -> list[tuple[bool, tuple[str, ...]]]:
+    """Whether each step was skipped, and why, where the last rank's averaged gradient is wrong at the second one."""
+    from pmlm_dist.checkpoint.resume import RunState
+    from pmlm_dist.data.loader import training_batches
+    from pmlm_dist.metrics.meter import Stopwatch
+    from pmlm_dist.training.pretraining import PretrainJob
+    from pmlm_dist.training.step import train_step
+
+    run, engine = engine_of(config)
+    job, state, results = PretrainJob(run), RunState(), []
+    batches = training_batches(run.source, lanes=run.lanes, share=run.share, loading=config.data)
+    for step in range(config.train.steps):
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 1 and run.topology.rank == run.topology.world_size - 1:
+                break_reduced_gradients(engine, patch)
+            result = train_step(job, engine, [next(batches)], state, Stopwatch(run.topology.device))
+        results.append((result.skipped, result.causes))
+        state = job.advance(state)
+    return results
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tp", "zero", "precision"),
+    [
+        (2, 1, 0, "fp32"),
+        (4, 2, 0, "fp32"),
+        (2, 1, 1, "bf16"),
+        (4, 2, 1, "bf16"),
+        (2, 1, 1, "fp32"),
+        (2, 1, 2, "fp32"),
+        (2, 1, 3, "fp32"),
+    ],
+)
+@pytest.mark.fault("F71")
+def test_gradient_wrong_on_one_rank_after_averaging_skips_the_step_on_all(
+    small_corpus, tmp_path, *, ranks, tp, zero, precision
+):
+    """Ranks that decide by a norm of their own wait for each other in different collectives."""
+    config = run_config(
+        small_corpus, tmp_path, steps=3, zero=zero, precision=precision, tp=tp, micro_batch=8 * tp // ranks
+    )
+    config = with_train(config, collective_timeout_s=20)
+    for steps in run_world(train_with_broken_memory, ranks, config):
+        assert [skipped for skipped, _ in steps] == [False, True, False]
+        assert steps[1][1] == ("computed again, everything is finite: a hardware or communication error",)
+
+
 def test_nonfinite_step_with_activation_checkpointing_names_the_loss(small_corpus, tmp_path):
     config = with_model(run_config(small_corpus, tmp_path, steps=3), activation_checkpointing=True)
     (answer,) = run_world(train_with_fault, 1, config, 1, "loss")
