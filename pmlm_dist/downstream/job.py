@@ -233,8 +233,11 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
     # ----------------------------------------------------------------------------------------------------- the loop
 
     def next_micro_batches(self, session: TrainingSession, state: RunState) -> list[FinetuneBatch]:
-        session.attempt.stop.check()
+        session.attempt.stop.check_begun()
         return self.micro_batches(state.step)
+
+    def begin_next_step(self, session: TrainingSession) -> None:
+        session.attempt.stop.begin()
 
     def micro_batches(self, step: int) -> list[FinetuneBatch]:
         """Return this rank's micro-batches after `step` steps; where no feature is left, a placeholder of count 0."""

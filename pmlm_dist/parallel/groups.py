@@ -25,6 +25,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class PendingMaxima:
+    """Maxima over all ranks that are being computed."""
+
+    maxima: torch.Tensor
+    work: dist.Work | None
+    """The collective operation; None in a world of one rank."""
+
+    def wait(self) -> list[int]:
+        """Return the maxima once every rank has contributed."""
+        if self.work is not None:
+            self.work.wait()
+        return self.maxima.tolist()
+
+
+@dataclass(frozen=True)
 class Topology:
     """Ranks of this process, sizes of its groups, and its device."""
 
@@ -56,10 +71,14 @@ class Topology:
 
     def all_reduce_max(self, *values: int) -> list[int]:
         """Elementwise maximum of `values` over all ranks."""
+        return self.start_all_reduce_max(*values).wait()
+
+    def start_all_reduce_max(self, *values: int) -> PendingMaxima:
+        """Start the elementwise maximum of `values` over all ranks, without waiting for any of them."""
         maxima = torch.tensor(values)  # on the host: an accelerator would have to finish its queue first
-        if self.world_size > 1:
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        return maxima.tolist()
+        if self.world_size == 1:
+            return PendingMaxima(maxima, None)
+        return PendingMaxima(maxima, dist.all_reduce(maxima, op=dist.ReduceOp.MAX, async_op=True))
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """`value` (picklable, small) of every rank, in order of rank, on every rank."""
