@@ -7,7 +7,9 @@ megatron-core owns the groups, and `ModelParallelUnit` passes them to DeepSpeed.
 """
 
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -158,11 +160,12 @@ def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
     if not dist.is_initialized():
         _join_world(rank, world_size, device=device, timeout_s=timeout_s)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp,
-            create_gloo_process_groups=False,
-            distributed_timeout_minutes=max(1, timeout_s // 60),
-        )
+        with _one_group_for_equal_ranks(backend="nccl" if device.type == "cuda" else None):
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=tp,
+                create_gloo_process_groups=False,
+                distributed_timeout_minutes=max(1, timeout_s // 60),
+            )
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -175,6 +178,33 @@ def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
     )
 
 
+@contextmanager
+def _one_group_for_equal_ranks(*, backend: str | None) -> Iterator[None]:
+    """Let megatron-core create one process group for equal lists of ranks, with `backend` (None: that of the world).
+
+    megatron-core creates 17 kinds of groups, six of them over all data-parallel ranks or more. By default each would
+    have the world's gloo as well, which connects every rank with every other: 5,600 sockets a rank at 1,024 ranks.
+    """
+    create, created = parallel_state.create_group, {}
+
+    def create_once(ranks: Sequence[int], **options: Any) -> Any:
+        if tuple(ranks) not in created:
+            created[tuple(ranks)] = create(ranks, **{**options, "backend": backend})
+        return created[tuple(ranks)]
+
+    parallel_state.create_group = create_once
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create
+
+
+def _raise_limit_of_open_files() -> None:
+    """Raise the soft limit of open files, often 1,024, to the hard one: gloo has a socket for every rank."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
@@ -184,6 +214,7 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _join_world(rank: int, world_size: int, *, device: torch.device, timeout_s: int) -> None:
+    _raise_limit_of_open_files()
     timeout = timedelta(seconds=timeout_s)
     # gloo beside NCCL: small values are exchanged on the host without synchronizing the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
