@@ -14,37 +14,41 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pmlm_dist.checkpoint.engine_state import EngineState, OwnedFragment
-from pmlm_dist.checkpoint.files import (
+from pmlm_dist.checkpoint.files import write_numbers
+from pmlm_dist.checkpoint.folder import CheckpointFolder
+from pmlm_dist.checkpoint.manifest import (
     STATE,
     CorruptCheckpoint,
     FileDigest,
+    as_document,
+    from_document,
     rank_file,
     read_json,
     write_json,
-    write_numbers,
 )
-from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.resume import RunState, progress_metadata
+from pmlm_dist.checkpoint.staging import StagingBuffer
 from pmlm_dist.config import raise_if_any
 from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.supervision.exit_codes import ExitCode
 
-_CHUNK_BYTES = 2**24
 _POLL_S = 0.05
+_LONGEST_POLL_S = 1.0
+"""Interval of the listings of a folder by rank 0 once they have found nothing new for a while."""
 _GRACE_S = 5.0
 _BUSY = "busy"
 _LATE = "it took longer than --train.save-timeout-s, or than a signal to stop left time"
@@ -225,7 +229,14 @@ class SaveRequest:
 
     def is_late(self, *, slack_s: float = 0.0) -> bool:
         """Whether either limit passed more than `slack_s` seconds ago."""
-        return time.monotonic() > min(self.timeout_at, self.deadline()) + slack_s
+        return self._limit() < time.monotonic() - slack_s
+
+    def remaining_s(self) -> float:
+        """Seconds until the first limit; a little more than none after it."""
+        return max(_POLL_S, self._limit() - time.monotonic())
+
+    def _limit(self) -> float:
+        return min(self.timeout_at, self.deadline())
 
 
 class SaveThread(threading.Thread):
@@ -280,19 +291,22 @@ class SaveThread(threading.Thread):
         request = self.request
         request.temporary.mkdir(parents=True, exist_ok=True)
         fragments = [part.fragment for part in owned]
-        written = write_numbers(request.temporary / rank_file(self._topology.rank), fragments, self._memory.chunks())
+        written: dict[str, FileDigest] = {}
+        if fragments or self._topology.is_rank_zero:
+            name = rank_file(self._topology.rank)
+            written[name] = write_numbers(request.temporary / name, fragments, self._memory.chunks())
         if self._topology.is_rank_zero:
             self._commit(written)
         else:
-            self._report_to_rank_zero("done", asdict(written))
+            self._report_to_rank_zero("done", as_document(written))
 
-    def _commit(self, written: FileDigest) -> None:
+    def _commit(self, files: dict[str, FileDigest]) -> None:
         request = self.request
-        files = {rank_file(0): written, STATE: write_json(request.temporary / STATE, request.document)}
+        files[STATE] = write_json(request.temporary / STATE, request.document)
         for rank, report in self._wait_for_all_ranks().items():
-            if "sha256" not in report:
+            if "problem" in report:
                 raise OSError(f"rank {rank}: {report['problem']}")
-            files[rank_file(rank)] = FileDigest(**report)
+            files |= from_document(report)
             (request.temporary / f"{rank_file(rank)}.done").unlink()
         if self.abandoned:  # training has reported a failure meanwhile: committing now would contradict it
             raise OSError(_LATE)
@@ -318,68 +332,29 @@ class SaveThread(threading.Thread):
         # Atomic, not durable: rank 0 must not read half of it, but no later process reads it. An fsync of the folder
         # would race with rank 0, which renames the folder as soon as it has all reports.
         name = f"{rank_file(self._topology.rank)}.{outcome}"
-        write_json(self.request.temporary / name, report, durable=False)
+        write_json(self.request.temporary / name, report, durable=False, indent=None)
 
     def _wait_for_all_ranks(self) -> dict[int, dict[str, Any]]:
         """Return the report of every other rank by rank; for one that failed or is late, its problem."""
         received: dict[int, dict[str, Any]] = {}
-        while len(received) < self._topology.world_size - 1:
+        others, pause_s = set(range(1, self._topology.world_size)), _POLL_S
+        while True:
             is_late = self.request.is_late()  # before the files are read: a report in time always counts
-            for rank in set(range(1, self._topology.world_size)) - received.keys():
-                report = self._report_of(rank)
-                if report is None and (is_late or rank in self._failed_ranks):
-                    report = {"problem": self._failed_ranks.get(rank, _LATE)}
-                if report is not None:
-                    received[rank] = report
-            if len(received) < self._topology.world_size - 1:
-                time.sleep(_POLL_S)
-        return received
+            received |= self._new_reports(others - received.keys())
+            for rank in others - received.keys():
+                if is_late or rank in self._failed_ranks:
+                    received[rank] = {"problem": self._failed_ranks.get(rank, _LATE)}
+            if len(received) == len(others):
+                return received
+            time.sleep(min(pause_s, self.request.remaining_s()))
+            pause_s = min(2 * pause_s, _LONGEST_POLL_S)
 
-    def _report_of(self, rank: int) -> dict[str, Any] | None:
-        for outcome in ("done", "failed"):
-            path = self.request.temporary / f"{rank_file(rank)}.{outcome}"
-            if path.exists():
-                return read_json(path)
-        return None
-
-
-class StagingBuffer:
-    """Host memory for the copy of a checkpoint, reused by every save; page-locked if the device is an accelerator."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._block = torch.empty(0)
-
-    def take(self, owned: list[OwnedFragment], ready: torch.cuda.Event | None) -> None:
-        """Copy the tensors of `owned` into one block, fragment by fragment, each with its kinds in order."""
-        sources = [tensor for part in owned for tensor in part.tensors.values()]
-        size = sum(source.numel() for source in sources)
-        if self._block.numel() != size:
-            self._block = _allocate(size, pinned=self._device.type == "cuda")
-        targets = self._block.split([source.numel() for source in sources])
-        if ready is None:
-            _copy(sources, targets)
-            return
-        # A side stream: the copy starts after the work queued at `save`, and overlaps the work queued since.
-        torch.cuda.set_device(self._device)
-        stream = torch.cuda.Stream()
-        stream.wait_event(ready)
-        with torch.cuda.stream(stream):
-            _copy(sources, targets)
-        stream.synchronize()
-
-    def chunks(self) -> Iterator[memoryview]:
-        data = self._block.view(torch.uint8).numpy().data
-        return (data[start : start + _CHUNK_BYTES] for start in range(0, data.nbytes, _CHUNK_BYTES))
-
-
-def _allocate(size: int, *, pinned: bool) -> Tensor:
-    try:
-        return torch.empty(size, pin_memory=pinned)
-    except RuntimeError as error:  # torch has no exception of its own for missing host memory
-        raise OSError(f"no host memory for a copy of {size * 4:,} bytes ({error})") from error
-
-
-def _copy(sources: list[Tensor], targets: tuple[Tensor, ...]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source, non_blocking=True)
+    def _new_reports(self, ranks: set[int]) -> dict[int, dict[str, Any]]:
+        """Return the reports of `ranks` that are there: one listing, however many ranks there are."""
+        folder = self.request.temporary
+        try:
+            names = set(os.listdir(folder))
+        except FileNotFoundError:  # a newer attempt has removed it
+            return {}
+        reports = [(rank, f"{rank_file(rank)}.{outcome}") for rank in ranks for outcome in ("failed", "done")]
+        return {rank: read_json(folder / name) for rank, name in reports if name in names}

@@ -85,7 +85,7 @@ class EngineState:
         return [
             self._owned(master, part, share)
             for master, part in self._ranges()
-            if (share := self._fragment(part).share(*self._replica(part.parameter))) is not None
+            if (share := self._fragment(part).share_of_replica(*self._replica(part.parameter))) is not None
         ]
 
     def counters(self) -> dict[str, Any]:

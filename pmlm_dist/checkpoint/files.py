@@ -1,17 +1,20 @@
 """Files of one checkpoint: format, integrity checks, and reading of any part of any tensor.
 
     step-00000400/
-        manifest.json              format version; sha256 and size of every other file
+        manifest.json              sha256, size and fragments of every other file (checkpoint/manifest.py)
         state.json                 progress, identity and configuration of the run, counters, loss scale, fingerprint
         rank-00000.safetensors     fragments written by rank 0: fp32 weights and both Adam moments
         rank-00001.safetensors     ...
 
 A rank file is plain safetensors with tensors `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`. Its metadata holds the
 `Fragment` of each NAME: the place of its elements in the full tensor. Together the files hold every element of every
-tensor exactly once. Imported weights have no moments: a run can start from them but not resume.
+tensor exactly once. A rank that writes nothing (MAX_WRITERS in fragments.py) has no file. Imported weights have no
+moments: a run can start from them but not resume.
 
 Nothing is unpickled, and nothing here needs torch.
 """
+
+from __future__ import annotations
 
 import errno
 import hashlib
@@ -19,41 +22,34 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pmlm_dist.checkpoint.fragments import Fragment, coverage_problems, overlaps
-from pmlm_dist.files import write_atomically
+from pmlm_dist.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    CorruptCheckpoint,
+    FileDigest,
+    is_rank_file,
+    read_json,
+    read_manifest,
+)
 
-VERSION = 3
-MANIFEST, STATE = "manifest.json", "state.json"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 BYTES_PER_NUMBER = 4
 _FRAGMENTS = "fragments"
 _STATE_FIELDS = ("step", "samples_consumed", "tokens_seen", "identity", "configuration")
 
-
-class CorruptCheckpoint(ValueError):
-    """A checkpoint that cannot be read; the message is one sentence."""
-
-
-@dataclass(frozen=True)
-class FileDigest:
-    """Size and checksum of a file, as listed in the manifest."""
-
-    bytes: int
-    sha256: str
-
-
-def rank_file(rank: int) -> str:
-    """Name of the file that `rank` writes."""
-    return f"rank-{rank:05d}.safetensors"
+Check = Literal["names", "sizes", "checksums"]
+"""What is compared with the manifest: names by one listing of the folder; sizes by one `stat` a file; every byte."""
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -68,7 +64,8 @@ def write_numbers(
     are arbitrary. Raises OSError when the disk rejects the bytes or returns different ones.
     """
     digest, size = hashlib.sha256(), 0
-    header, expected = _header(list(fragments), kinds)
+    fragments = list(fragments)
+    header, expected = _header(fragments, kinds)
     with path.open("wb") as file:
         for chunk in itertools.chain([header], chunks):
             file.write(chunk)
@@ -80,7 +77,7 @@ def write_numbers(
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if size != expected:
         raise ValueError(f"{path} got {size} bytes, its fragments need {expected}")
-    written = FileDigest(bytes=size, sha256=digest.hexdigest())
+    written = FileDigest(size, digest.hexdigest(), kinds, tuple(fragments))
     if sha256_of(path) != written.sha256:
         raise OSError(errno.EIO, "reads back with another checksum than was written", str(path))
     return written
@@ -102,39 +99,41 @@ def _header(fragments: list[Fragment], kinds: tuple[str, ...]) -> tuple[bytes, i
     return len(text).to_bytes(8, "little") + text, 8 + len(text) + offset
 
 
-def write_json(path: Path, value: dict[str, Any], *, durable: bool = True) -> FileDigest:
-    """Write `value` atomically; `durable` as for `write_atomically`."""
-    data = (json.dumps(value, indent=2) + "\n").encode()
-    write_atomically(path, data, durable=durable)
-    return FileDigest(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def write_manifest(folder: Path, files: dict[str, FileDigest]) -> None:
-    """Write the manifest of `folder`, which lists `files` by name."""
-    listed = {name: asdict(written) for name, written in sorted(files.items())}
-    write_json(folder / MANIFEST, {"version": VERSION, "files": listed})
-
-
 # ----------------------------------------------------------------------------------------------------------- checking
 
 
-def checkpoint_problems(folder: Path, *, thorough: bool = True) -> list[str]:
+def checkpoint_problems(folder: Path, *, check: Check = "checksums", part: int = 0, parts: int = 1) -> list[str]:
     """Return what is wrong with a checkpoint, one sentence each; empty when it is valid.
 
-    `thorough`: also compare checksums, which reads every byte.
+    Ranks can divide the work into `parts`: each returns the problems of its share of the files, part 0 also those of
+    the checkpoint as a whole.
     """
     try:
-        listed = _read_manifest(folder)
+        listed = read_manifest(folder)
+        names = _names(folder) if part == 0 else dict.fromkeys(listed, True)
     except CorruptCheckpoint as error:
         return [str(error)]
-    problems = [
-        problem
-        for name, written in listed.items()
-        for problem in _file_problems(folder / name, written, thorough=thorough)
-    ]
-    unknown = {path.name for path in folder.iterdir()} - {MANIFEST, *listed}
-    problems += [f"{name} is not in the manifest" for name in sorted(unknown)]
-    return problems or _content_problems(folder)
+    share = sorted(listed, key=lambda name: (-listed[name].bytes, name))[part::parts]
+    problems = [f"{name} is missing" for name in share if not names.get(name)]
+    if check != "names":
+        problems += [
+            problem
+            for name in share
+            if names.get(name)
+            for problem in _file_problems(folder / name, listed[name], thorough=check == "checksums")
+        ]
+    if part == 0:
+        problems += [f"{name} is not in the manifest" for name in sorted(names.keys() - {MANIFEST, *listed})]
+    return problems or (_content_problems(folder) if part == 0 else [])
+
+
+def _names(folder: Path) -> dict[str, bool]:
+    """Names in a folder, by one listing; True for files, which links and folders are not."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+    except OSError as error:
+        raise CorruptCheckpoint(f"{folder.name} cannot be read ({error})") from error
 
 
 def _content_problems(folder: Path) -> list[str]:
@@ -142,48 +141,36 @@ def _content_problems(folder: Path) -> list[str]:
     try:
         read_state(folder)
         with CheckpointReader(folder) as reader:
-            fragments = [fragment for _, fragment in reader.sources()]
+            fragments = list(reader.fragments())
     except CorruptCheckpoint as error:
         return [str(error)]
     return coverage_problems(fragments) or ([] if fragments else ["it holds no tensors"])
 
 
-def _read_manifest(folder: Path) -> dict[str, FileDigest]:
-    manifest = read_json(folder / MANIFEST)
-    version = manifest.get("version")
-    if version != VERSION:
-        raise CorruptCheckpoint(
-            f"{MANIFEST} is of format {version!r}, this program reads {VERSION}: use the one that wrote it"
-        )
-    try:
-        files = {name: FileDigest(**listed) for name, listed in manifest["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:  # valid JSON of any other structure
-        raise CorruptCheckpoint(f"{MANIFEST} cannot be read ({error!r})") from error
-    if STATE not in files or rank_file(0) not in files:
-        raise CorruptCheckpoint(f"{MANIFEST} does not list {STATE} and {rank_file(0)}")
-    unexpected = [name for name in files if name != STATE and not _is_rank_file(name)]
-    if unexpected:  # a name such as ../latest would make the checks read outside the folder
-        raise CorruptCheckpoint(f"{MANIFEST} lists {unexpected[0]!r}, which is no file of a checkpoint")
-    return files
-
-
-def _is_rank_file(name: str) -> bool:
-    digits = name.removeprefix("rank-").removesuffix(".safetensors")
-    return digits.isdecimal() and name == rank_file(int(digits))
-
-
 def _file_problems(path: Path, expected: FileDigest, *, thorough: bool) -> list[str]:
     try:
-        if path.is_symlink() or not path.is_file():
-            return [f"{path.name} is missing"]
-        size = path.stat().st_size
-        if size != expected.bytes:
-            return [f"{path.name} has {size} bytes, expected {expected.bytes}"]
-        if thorough and sha256_of(path) != expected.sha256:
-            return [f"{path.name} has another checksum than when it was written"]
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise FileNotFoundError
+        if found.st_size != expected.bytes:
+            return [f"{path.name} has {found.st_size} bytes, expected {expected.bytes}"]
+        if thorough:
+            _verify_content(path, expected)
+    except FileNotFoundError:
+        return [f"{path.name} is missing"]
     except OSError as error:
         return [f"{path.name} cannot be read ({error})"]
+    except CorruptCheckpoint as error:
+        return [str(error)]
     return []
+
+
+def _verify_content(path: Path, expected: FileDigest) -> None:
+    if sha256_of(path) != expected.sha256:
+        raise CorruptCheckpoint(f"{path.name} has another checksum than when it was written")
+    if expected.fragments is not None:
+        with ExitStack() as files:
+            _RankFile.open(path, expected, files)
 
 
 def sha256_of(path: Path) -> str:
@@ -220,16 +207,18 @@ def read_weights(folder: Path | str) -> dict[str, np.ndarray]:
 class CheckpointReader:
     """Reads tensors of a valid checkpoint, or any fragment of them; only the requested elements are read.
 
-    A context manager. Raises `CorruptCheckpoint` when an index cannot be read.
+    A context manager. A file is opened when one of its fragments is first needed; without an index in the manifest all
+    are, at once. Raises `CorruptCheckpoint` when an index cannot be read.
     """
 
     def __init__(self, folder: Path):
-        self._files = ExitStack()
-        self._sources: dict[str, list[tuple[Any, Fragment]]] = {}
-        for path in _rank_files(folder):
-            file = self._files.enter_context(_open(path))
-            for fragment in _indexed_fragments(file, path):
-                self._sources.setdefault(fragment.name, []).append((file, fragment))
+        self._folder, self._files = folder, ExitStack()
+        self._listed: Mapping[str, FileDigest] = {n: d for n, d in read_manifest(folder).items() if is_rank_file(n)}
+        self._opened: dict[str, _RankFile] = {}
+        self._sources: dict[str, list[tuple[str, Fragment]]] = {}
+        for name, digest in self._listed.items():
+            for fragment in self._open(name).fragments if digest.fragments is None else digest.fragments:
+                self._sources.setdefault(fragment.name, []).append((name, fragment))
 
     def __enter__(self) -> Self:
         return self
@@ -240,11 +229,16 @@ class CheckpointReader:
     @property
     def has_moments(self) -> bool:
         """Whether the checkpoint holds Adam's moments besides weights."""
-        return all(f"{KINDS[1]}/{source.name}" in file.keys() for file, source in self.sources())  # noqa: SIM118
+        kinds = [
+            file.kinds
+            for file in (self._opened.get(name, digest) for name, digest in self._listed.items())
+            if file.fragments
+        ]
+        return all(set(KINDS) <= set(of_file) for of_file in kinds)
 
-    def sources(self) -> Iterator[tuple[Any, Fragment]]:
-        """Yield every fragment with the opened file that holds it."""
-        return itertools.chain.from_iterable(self._sources.values())
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield every fragment of the checkpoint."""
+        return (fragment for sources in self._sources.values() for _, fragment in sources)
 
     @property
     def tensors(self) -> dict[str, Fragment]:
@@ -252,6 +246,11 @@ class CheckpointReader:
         return {
             part.name: Fragment.whole(part.name, part.shape, used_rows=part.used_rows, dim=part.dim) for part in first
         }
+
+    def _open(self, name: str) -> _RankFile:
+        if name not in self._opened:
+            self._opened[name] = _RankFile.open(self._folder / name, self._listed[name], self._files)
+        return self._opened[name]
 
     def read(self, whole: Fragment, kind: str) -> np.ndarray:
         """Return a full tensor in its shape, fp32."""
@@ -264,8 +263,9 @@ class CheckpointReader:
 
         Padding rows that the checkpoint does not have stay unchanged.
         """
-        for file, source in self._sources[fragment.name]:
+        for name, source in self._sources[fragment.name]:
             for part in overlaps(source, fragment):
+                file = self._open(name).file
                 # One contiguous read per overlap: it spans the gaps between rows, which strides then skip.
                 span = (part.rows - 1) * part.source_stride + part.columns
                 block = _read_range(file, f"{kind}/{source.name}", part.source_offset, part.source_offset + span)
@@ -287,40 +287,39 @@ def _matrix(values: np.ndarray, rows: int, columns: int, stride: int) -> np.ndar
     return np.lib.stride_tricks.as_strided(values, (rows, columns), (stride * step, step))
 
 
-def _rank_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if _is_rank_file(path.name))
+@dataclass(frozen=True)
+class _RankFile:
+    """An opened rank file, and its index."""
+
+    file: Any
+    kinds: tuple[str, ...]
+    fragments: tuple[Fragment, ...]
+
+    @classmethod
+    def open(cls, path: Path, listed: FileDigest, files: ExitStack) -> Self:
+        """Open a file until `files` is closed. Raises `CorruptCheckpoint` if it holds other fragments than `listed`."""
+        try:
+            file: Any = files.enter_context(safe_open(path, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise CorruptCheckpoint(f"{path.name} cannot be read ({error})") from error
+        opened = cls(file, *_index(file, path))
+        if listed.fragments is not None and (listed.kinds, listed.fragments) != (opened.kinds, opened.fragments):
+            raise CorruptCheckpoint(f"{path.name} holds other fragments than {MANIFEST} lists")
+        return opened
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise CorruptCheckpoint(f"{path.name} cannot be read ({error})") from error
-
-
-def _indexed_fragments(file: Any, path: Path) -> list[Fragment]:
-    """Return the index of an opened rank file, checked against its tensors."""
+def _index(file: Any, path: Path) -> tuple[tuple[str, ...], tuple[Fragment, ...]]:
+    """Return kinds and fragments of an opened rank file, checked against its tensors."""
     try:
         index = json.loads((file.metadata() or {})[_FRAGMENTS])
-        fragments = [Fragment.from_json(entry) for entry in index]
+        fragments = tuple(Fragment.from_json(entry) for entry in index)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path.name} has no readable index of its tensors ({error!r})") from error
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     sizes = {name: math.prod(tensor.get_shape()) for name, tensor in slices.items() if tensor.get_dtype() == "F32"}
-    kinds = KINDS if any(name.startswith(KINDS[1:]) for name in sizes) else KINDS[:1]
+    kinds = KINDS if any(name.startswith(KINDS[1:]) for name in sizes) or not fragments else KINDS[:1]
     expected = {f"{kind}/{fragment.name}": fragment.numel for fragment in fragments for kind in kinds}
     # The two length checks catch tensors of another dtype and names that the index lists twice.
     if sizes != expected or len(slices) != len(sizes) or len(expected) != len(fragments) * len(kinds):
         raise CorruptCheckpoint(f"{path.name} holds other tensors than its index lists")
-    return fragments
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises `CorruptCheckpoint` for any other content."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: brackets nested a million deep
-        raise CorruptCheckpoint(f"{path.name} cannot be read ({error!r})") from error
-    if not isinstance(value, dict):
-        raise CorruptCheckpoint(f"{path.name} cannot be read (it holds no object)")
-    return value
+    return kinds, fragments

@@ -14,18 +14,17 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pmlm_dist.checkpoint.files import (
+from pmlm_dist.checkpoint.files import checkpoint_problems, sha256_of
+from pmlm_dist.checkpoint.manifest import (
     MANIFEST,
     STATE,
     CorruptCheckpoint,
     FileDigest,
-    checkpoint_problems,
     read_json,
-    sha256_of,
     write_json,
     write_manifest,
 )
@@ -53,17 +52,26 @@ class CheckpointFolder:
     keep: int
     fence: Callable[[], None] = lambda: None
     keeps: Callable[[int], bool] = lambda step: False
+    _verified: set[Path] = field(default_factory=set)
+    """Checkpoints that retention need not look into again: committed or verified by this process."""
 
     def newest_valid(self) -> tuple[Path | None, list[str]]:
         """Return the newest valid checkpoint (None if there are no checkpoints) and the problems of newer ones.
 
         Raises `ConfigError` when there are checkpoints but none is valid: restarting from step 0 would lose them.
         """
+        newest, skipped = self.newest_valid_of(self.steps(), checkpoint_problems)
+        return newest, [*skipped, *self.pointer_problems()] if newest else []
+
+    def newest_valid_of(
+        self, folders: Sequence[Path], problems_of: Callable[[Path], list[str]]
+    ) -> tuple[Path | None, list[str]]:
+        """Return the last of `folders` without problems, and the problems of those after it; see `newest_valid`."""
         skipped: list[str] = []
-        for folder in reversed(self.steps()):
-            problems = checkpoint_problems(folder)
+        for folder in reversed(folders):
+            problems = problems_of(folder)
             if not problems:
-                return folder, [*skipped, *self._pointer_problems()]
+                return folder, skipped
             skipped += [f"checkpoint {folder} is corrupt: {problem}" for problem in problems]
         if skipped:
             raise ConfigError(
@@ -110,7 +118,7 @@ class CheckpointFolder:
         when the files do not form a complete checkpoint.
         """
         write_manifest(temporary, dict(files))
-        problems = checkpoint_problems(temporary, thorough=False)
+        problems = checkpoint_problems(temporary, check="names")  # their writers have read them back
         if problems:
             raise CorruptCheckpoint(f"{temporary} is not complete: {problems[0]}")
         fsync_folder(temporary)
@@ -121,6 +129,7 @@ class CheckpointFolder:
             if final.exists():  # it holds files of others
                 final.rename(f"{final}.kept-{secrets.token_hex(4)}")
         temporary.rename(final)
+        self._verified.add(final)
         fsync_folder(self.root)
         self._point_to(final)
         return final
@@ -139,7 +148,9 @@ class CheckpointFolder:
         checkpoint just written must outlive them. Corrupt checkpoints do not count either.
         """
         candidates = [folder for folder in self.steps() if step_of(folder) <= step_of(newest)]
-        valid = [folder for folder in candidates if folder == newest or not checkpoint_problems(folder, thorough=False)]
+        unknown = set(candidates) - self._verified - {newest}
+        self._verified.update(folder for folder in unknown if not checkpoint_problems(folder, check="sizes"))
+        valid = [folder for folder in candidates if folder == newest or folder in self._verified]
         oldest_kept = step_of(valid[-self.keep :][0])
         for folder in candidates:
             if step_of(folder) < oldest_kept and not self.keeps(step_of(folder)):
@@ -150,6 +161,7 @@ class CheckpointFolder:
 
         A folder that holds other files, too, is kept.
         """
+        self._verified.discard(folder)
         if _holds_only_own_files(folder):
             doomed = self.temporary(step_of(folder), attempt=f"removed-{secrets.token_hex(4)}")
             folder.rename(doomed)
@@ -159,7 +171,7 @@ class CheckpointFolder:
         pointer = {"checkpoint": folder.name, "manifest_sha256": sha256_of(folder / MANIFEST)}
         write_json(self.root / _LATEST, pointer)
 
-    def _pointer_problems(self) -> list[str]:
+    def pointer_problems(self) -> list[str]:
         """Return what is wrong with `latest`. One step behind is valid: the process may end before it moves."""
         path = self.root / _LATEST
         try:
@@ -170,7 +182,10 @@ class CheckpointFolder:
 
 
 def _holds_only_own_files(folder: Path) -> bool:
-    return folder.is_dir() and all(_OWN_FILE.fullmatch(path.name) and path.is_file() for path in folder.iterdir())
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:  # one listing: a `stat` of each of a thousand files takes long
+        return all(_OWN_FILE.fullmatch(entry.name) and entry.is_file() for entry in entries)
 
 
 def checkpoints_at(path: Path | str) -> list[Path]:

@@ -15,6 +15,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+MAX_WRITERS = 32
+"""Ranks that write a replicated value, at most: a rank that needs all of it opens as many files when it resumes."""
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -88,6 +91,14 @@ class Fragment:
         start, stop = (self.start + self.numel * number // parts for number in (part, part + 1))
         return replace(self, start=start, stop=stop) if start < stop else None
 
+    def share_of_replica(self, replica: int, replicas: int) -> Fragment | None:
+        """Return the part that one of the `replicas` of this fragment writes; None if the others write all of it."""
+        writers = min(replicas, MAX_WRITERS)
+        writer = -(-replica * writers // replicas)
+        # Writer w is replica w * replicas // writers: they are spread evenly, and so over the nodes.
+        is_writer = writer < writers and writer * replicas // writers == replica
+        return self.share(writer, writers) if is_writer else None
+
 
 @dataclass(frozen=True)
 class Overlap:
@@ -120,6 +131,9 @@ class _Rectangle:
 
 def overlaps(source: Fragment, target: Fragment) -> Iterator[Overlap]:
     """Yield the elements that two fragments of the same tensor share. Padding rows may differ in number."""
+    slices = [(part.dim, part.first_row, part.last_row) for part in (source, target)]
+    if slices[0] == slices[1] and (source.stop <= target.start or target.stop <= source.start):
+        return  # the usual case: with a thousand ranks a tensor has a thousand fragments
     dim = target.dim if source.dim != target.dim and source.spans_dim else source.dim
     assert dim == target.dim or target.spans_dim, f"{source} and {target} are cut along two dimensions"
     for a, b in itertools.product(_rectangles(source, dim), _rectangles(target, dim)):

@@ -12,8 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmlm_dist.checkpoint.files import CheckpointReader, CorruptCheckpoint, read_state
+from pmlm_dist.checkpoint.files import CheckpointReader, read_state
 from pmlm_dist.checkpoint.folder import newest_valid_at
+from pmlm_dist.checkpoint.manifest import CorruptCheckpoint
 from pmlm_dist.config import ConfigError, ModelConfig
 from pmlm_dist.vocabulary.vocabulary import Vocabulary
 

@@ -12,19 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from pmlm_dist.checkpoint.files import (
-    KINDS,
-    STATE,
-    CheckpointReader,
-    CorruptCheckpoint,
-    FileDigest,
-    checkpoint_problems,
-    rank_file,
-    read_state,
-    write_json,
-    write_numbers,
-)
+from pmlm_dist.checkpoint.files import KINDS, CheckpointReader, checkpoint_problems, read_state, write_numbers
 from pmlm_dist.checkpoint.folder import TOKENIZER, CheckpointFolder, checkpoints_at, newest_valid_at, vocabulary_folder
+from pmlm_dist.checkpoint.manifest import STATE, CorruptCheckpoint, FileDigest, rank_file, write_json
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.files import name_in_errors
 from pmlm_dist.folder_lock import FolderLock
@@ -84,7 +74,7 @@ def _write_full_tensors(path: Path, file: Path) -> FileDigest:
 
 
 def _row(path: Path) -> Iterator[str]:
-    problems = checkpoint_problems(path, thorough=False)
+    problems = checkpoint_problems(path, check="sizes")
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     try:
         state: dict[str, Any] = read_state(path)

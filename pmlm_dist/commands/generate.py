@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from pmlm_dist.checkpoint.files import MANIFEST, sha256_of
+from pmlm_dist.checkpoint.files import sha256_of
+from pmlm_dist.checkpoint.manifest import MANIFEST
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.console import print_safely
 from pmlm_dist.conversion.pretrained import Precision, PretrainedWeights, find_pretrained, load_model, open_pretrained

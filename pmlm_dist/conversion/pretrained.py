@@ -18,18 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pmlm_dist.checkpoint.files import (
-    STATE,
-    CorruptCheckpoint,
-    rank_file,
-    read_state,
-    read_weights,
-    write_json,
-    write_numbers,
-)
+from pmlm_dist.checkpoint.files import read_state, read_weights, write_numbers
 from pmlm_dist.checkpoint.folder import IMPORTED, TOKENIZER, CheckpointFolder, newest_valid_at, vocabulary_folder
 from pmlm_dist.checkpoint.fragments import Fragment
 from pmlm_dist.checkpoint.initial_weights import ARCHITECTURE_SETTINGS
+from pmlm_dist.checkpoint.manifest import STATE, CorruptCheckpoint, rank_file, write_json
 from pmlm_dist.config import ConfigError, ModelConfig, raise_if_any
 from pmlm_dist.conversion.tensors import Tensors, short_list
 from pmlm_dist.files import name_in_errors

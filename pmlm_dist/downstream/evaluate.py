@@ -16,7 +16,8 @@ from typing import Any, Self
 
 import torch
 
-from pmlm_dist.checkpoint.files import MANIFEST, CorruptCheckpoint, read_weights, sha256_of
+from pmlm_dist.checkpoint.files import read_weights, sha256_of
+from pmlm_dist.checkpoint.manifest import MANIFEST, CorruptCheckpoint
 from pmlm_dist.config import ConfigError, raise_if_any
 from pmlm_dist.console import print_safely
 from pmlm_dist.conversion.pretrained import PretrainedModel, fill_weights, find_pretrained

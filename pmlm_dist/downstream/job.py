@@ -23,8 +23,9 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
-from pmlm_dist.checkpoint.files import MANIFEST, CheckpointReader, checkpoint_problems, read_state, sha256_of
+from pmlm_dist.checkpoint.files import CheckpointReader, checkpoint_problems, read_state, sha256_of
 from pmlm_dist.checkpoint.folder import CheckpointFolder
+from pmlm_dist.checkpoint.manifest import MANIFEST
 from pmlm_dist.checkpoint.resume import RunState, differences
 from pmlm_dist.config import ModelConfig, as_dict, raise_if_any
 from pmlm_dist.data.order import BatchShare, micro_batch_samples, permutation
@@ -88,7 +89,7 @@ class FinetuneProgress:
             self.best_value = -math.inf if value is None else value
             self.best_loss = math.inf if loss is None else loss
             best = CheckpointFolder(checkpoint.parent, keep=1).folder(self.best_step)
-            problems = checkpoint_problems(best, thorough=False)
+            problems = checkpoint_problems(best, check="sizes")
             raise_if_any([f"{best}, the best checkpoint so far, is not valid: {problem}" for problem in problems])
 
 
@@ -233,8 +234,11 @@ class FinetuneJob(TrainingJob[FinetuneBatch]):
     # ----------------------------------------------------------------------------------------------------- the loop
 
     def next_micro_batches(self, session: TrainingSession, state: RunState) -> list[FinetuneBatch]:
-        session.attempt.stop.check()
+        session.attempt.stop.check_begun()
         return self.micro_batches(state.step)
+
+    def begin_next_step(self, session: TrainingSession) -> None:
+        session.attempt.stop.begin()
 
     def micro_batches(self, step: int) -> list[FinetuneBatch]:
         """Return this rank's micro-batches after `step` steps; where no feature is left, a placeholder of count 0."""

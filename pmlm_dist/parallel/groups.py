@@ -7,7 +7,9 @@ megatron-core owns the groups, and `ModelParallelUnit` passes them to DeepSpeed.
 """
 
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -23,6 +25,21 @@ from pmlm_dist.launch_environment import rendezvous
 from pmlm_dist.relations import divisors
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PendingMaxima:
+    """Maxima over all ranks that are being computed."""
+
+    maxima: torch.Tensor
+    work: dist.Work | None
+    """The collective operation; None in a world of one rank."""
+
+    def wait(self) -> list[int]:
+        """Return the maxima once every rank has contributed."""
+        if self.work is not None:
+            self.work.wait()
+        return self.maxima.tolist()
 
 
 @dataclass(frozen=True)
@@ -57,10 +74,14 @@ class Topology:
 
     def all_reduce_max(self, *values: int) -> list[int]:
         """Elementwise maximum of `values` over all ranks."""
+        return self.start_all_reduce_max(*values).wait()
+
+    def start_all_reduce_max(self, *values: int) -> PendingMaxima:
+        """Start the elementwise maximum of `values` over all ranks, without waiting for any of them."""
         maxima = torch.tensor(values)  # on the host: an accelerator would have to finish its queue first
-        if self.world_size > 1:
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        return maxima.tolist()
+        if self.world_size == 1:
+            return PendingMaxima(maxima, None)
+        return PendingMaxima(maxima, dist.all_reduce(maxima, op=dist.ReduceOp.MAX, async_op=True))
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """`value` (picklable, small) of every rank, in order of rank, on every rank."""
@@ -142,11 +163,12 @@ def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
     if not dist.is_initialized():
         _join_world(rank, world_size, device=device, timeout_s=timeout_s)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp,
-            create_gloo_process_groups=False,
-            distributed_timeout_minutes=max(1, timeout_s // 60),
-        )
+        with _one_group_for_equal_ranks(backend="nccl" if device.type == "cuda" else None):
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=tp,
+                create_gloo_process_groups=False,
+                distributed_timeout_minutes=max(1, timeout_s // 60),
+            )
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -165,6 +187,33 @@ def _launcher_variables() -> dict[str, str]:
     return rendezvous(os.environ)
 
 
+@contextmanager
+def _one_group_for_equal_ranks(*, backend: str | None) -> Iterator[None]:
+    """Let megatron-core create one process group for equal lists of ranks, with `backend` (None: that of the world).
+
+    megatron-core creates 17 kinds of groups, six of them over all data-parallel ranks or more. By default each would
+    have the world's gloo as well, which connects every rank with every other: 5,600 sockets a rank at 1,024 ranks.
+    """
+    create, created = parallel_state.create_group, {}
+
+    def create_once(ranks: Sequence[int], **options: Any) -> Any:
+        if tuple(ranks) not in created:
+            created[tuple(ranks)] = create(ranks, **{**options, "backend": backend})
+        return created[tuple(ranks)]
+
+    parallel_state.create_group = create_once
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create
+
+
+def _raise_limit_of_open_files() -> None:
+    """Raise the soft limit of open files, often 1,024, to the hard one: gloo has a socket for every rank."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _device(local_rank: int) -> torch.device:
     """Select this rank's device. Where each rank sees its own GPU alone (`--gpus-per-task=1`), it is number 0."""
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
@@ -178,6 +227,7 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _join_world(rank: int, world_size: int, *, device: torch.device, timeout_s: int) -> None:
+    _raise_limit_of_open_files()
     timeout = timedelta(seconds=timeout_s)
     # gloo beside NCCL: small values are exchanged on the host without synchronizing the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

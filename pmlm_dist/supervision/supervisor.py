@@ -9,7 +9,7 @@
                        the first failure, the state of every rank (failure_reports.py)
 
 `train.py` forks by itself, so every launcher starts supervised ranks; `PMLM_SUPERVISOR=off` skips it for a debugger.
-Supervisors do not communicate: each records the failure of its own rank, and polls for the failure of others. Then it
+Supervisors do not communicate: each records the failure of its own rank, and looks for the failure of others. Then it
 writes its report, ends its rank (TERM, then KILL, with all descendants) and exits with the code of the first failure
 (`exit_codes.py`), the same on every rank. It dies with its launcher, and its rank with it. Imports neither torch nor
 DeepSpeed: a watchdog thread inside the rank would stall with the interpreter's lock.
@@ -35,8 +35,9 @@ from pmlm_dist.supervision.exit_codes import COLLECTIVE_ENDS, SIGNALLED, ExitCod
 from pmlm_dist.supervision.failure_reports import (
     LOGS,
     Failure,
+    FailureWatch,
     RankReport,
-    read_failure,
+    count_reports,
     read_reports,
     summary,
     write_failure,
@@ -56,7 +57,7 @@ class SupervisorTimes:
 
     poll_s: float = 0.25
     failure_poll_s: float = 1.0
-    """Interval of reads of `failure.json`, which is on a shared file system."""
+    """Interval of reads of `failure.json` by a node: it is on a shared file system."""
     root_cause_s: float = 3.0
     """Longest wait for another rank's failure when this rank's error is a failed communication."""
     reports_s: float = 3.0
@@ -122,7 +123,7 @@ class Supervisor:
         self._last_beat = Beat(0, 0, "start-up", float("inf"), time.monotonic())
         self._silence_s = 0.0
         self._last_read = time.monotonic()
-        self._last_failure_poll = 0.0
+        self._failure_watch: FailureWatch | None = None
         self._place, self._place_time, self._progress_lines = (0, START_UP), time.monotonic(), 0
 
     def watch(self) -> int:
@@ -143,6 +144,8 @@ class Supervisor:
         code = self._code if failure is None else failure.code
         processes.end_children(grace_s=self._times.orphans_s, kill_s=self._times.term_s)
         self._print_summary(failure, code)
+        if self._failure_watch is not None:
+            self._failure_watch.close()
         return code
 
     # ----------------------------------------------------------------------------------------------------- the rank
@@ -229,15 +232,14 @@ class Supervisor:
         return Path(status.run_dir) / LOGS / status.attempt if status.run_dir and status.attempt else None
 
     def _failure_of_other_rank(self) -> Failure | None:
-        if time.monotonic() < self._last_failure_poll + self._times.failure_poll_s:
-            return None
-        self._last_failure_poll = time.monotonic()
-        return read_failure(self._folder) if self._folder else None
+        if self._failure_watch is None and self._folder is not None:
+            self._failure_watch = FailureWatch(self._folder, interval_s=self._times.failure_poll_s)
+        return self._failure_watch.read() if self._failure_watch else None
 
     def _wait_for_failure(self, within_s: float) -> Failure | None:
         deadline = time.monotonic() + within_s
         while self._folder is not None and time.monotonic() < deadline:
-            if failure := read_failure(self._folder):
+            if failure := self._failure_of_other_rank():
                 return failure
             time.sleep(self._times.poll_s / 5)
         return None
@@ -299,11 +301,10 @@ class Supervisor:
     def _collect_reports(self, count: int) -> list[RankReport]:
         """Return the reports of `count` ranks, or those that are there when the time is over."""
         assert self._folder is not None
-        deadline, reports = time.monotonic() + self._times.reports_s, []
-        while len(reports) < count and time.monotonic() < deadline:
-            reports = read_reports(self._folder)
+        deadline = time.monotonic() + self._times.reports_s
+        while count_reports(self._folder) < count and time.monotonic() < deadline:
             time.sleep(self._times.poll_s / 5)
-        return reports
+        return read_reports(self._folder)
 
 
 def _print(text: str) -> None:

@@ -49,7 +49,7 @@ class Attempt:
         folder = CheckpointFolder(output / "checkpoints", keep=keep, fence=self.check_lease, keeps=is_kept)
         if self.topology.is_rank_zero:
             folder.remove_temporary()
-        return folder, find_checkpoint(folder, self.topology)
+        return folder, find_checkpoint(folder, self.topology, self.heartbeat.beat)
 
 
 @contextmanager

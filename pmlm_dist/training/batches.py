@@ -30,7 +30,7 @@ from pmlm_dist.metrics.run_log import RunLog
 from pmlm_dist.parallel.groups import Topology
 from pmlm_dist.supervision.signals import stop_signals_blocked
 from pmlm_dist.training.resolve import ResolvedRun
-from pmlm_dist.training.stopping import Prefetcher, StopAgreement
+from pmlm_dist.training.stopping import Prefetcher, Readiness, StopAgreement
 
 QUARANTINE = "quarantine.json"
 _READ_ERRORS = (ShardError, CacheError, WorkerError)
@@ -66,19 +66,23 @@ class TrainBatches:
         self._check_limit()
         self._prefetcher = self._start()
 
-    def next_micro_batches(self, stop: StopAgreement) -> list[Batch]:
-        """Return this rank's micro-batches of the next step; every rank calls.
+    def next_micro_batches(self, stop: StopAgreement, *, is_last: bool) -> list[Batch]:
+        """Return this rank's micro-batches of the next step, and start to read the step after it; every rank calls.
 
         Raises `Stopped`; ShardError on every rank above `data.quarantine_limit`; any other read error on its own rank,
         and CorpusReadError on the others.
         """
-        while True:
-            batches, error = self._read(stop)
-            (is_failed,) = self._run.topology.all_reduce_max(int(error is not None))
-            if not is_failed:
-                self._samples_consumed += self._run.engine.global_batch
-                return batches
-            self._agree_on_quarantine(error)
+        while not stop.wait_for(self._prefetcher):
+            self._agree_on_quarantine(self._error())
+        self._samples_consumed += self._run.engine.global_batch
+        batches = self._prefetcher.take()
+        if not is_last:
+            self._prefetcher.start()
+        return batches
+
+    def begin_next(self, stop: StopAgreement) -> None:
+        """Begin the agreement on the batches of the next step, which are being read; every rank calls."""
+        stop.begin(self._prefetcher.readiness())
 
     def log_progress(self, step: int) -> None:
         """Log samples and epochs read of each source, and the quarantine."""
@@ -110,11 +114,15 @@ class TrainBatches:
             )
         return Prefetcher(batches, count=run.engine.accumulation(run.topology.dp))
 
-    def _read(self, stop: StopAgreement) -> tuple[list[Batch], Exception | None]:
+    def _error(self) -> Exception | None:
+        """Return the error of reading this rank's batches; None if there is none."""
+        if self._prefetcher.readiness() is not Readiness.FAILED:
+            return None
         try:
-            return stop.wait_for(self._prefetcher), None
-        except _READ_ERRORS as error:
-            return [], error
+            self._prefetcher.take()
+        except Exception as error:
+            return error
+        return None
 
     def _agree_on_quarantine(self, error: Exception | None) -> None:
         """Quarantine the shards that ranks could not read and restart the step's data; every rank calls."""

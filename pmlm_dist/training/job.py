@@ -131,6 +131,10 @@ class TrainingJob(ABC, Generic[BatchT]):
     def next_micro_batches(self, session: TrainingSession, state: RunState) -> list[BatchT]:
         """Return this rank's micro-batches of the step after `state`. Raises `Stopped` on all ranks alike."""
 
+    @abstractmethod
+    def begin_next_step(self, session: TrainingSession) -> None:
+        """Begin the agreement of all ranks on the next step; called beside the last backward pass of this one."""
+
     def check_micro_batches(self, micro_batches: Sequence[BatchT]) -> None:
         """Compare the batches of a step over ranks; every rank calls. Raises `GuardError`."""
 

@@ -6,6 +6,7 @@ Evaluation comes before the next step, so that a run stopped while it evaluates 
 """
 
 import sys
+from functools import partial
 from typing import Any
 
 from pmlm_dist.checkpoint.async_save import AsyncCheckpointer
@@ -84,7 +85,10 @@ class _Loop:
             micro_batches = job.next_micro_batches(session, self.state)
         if guarded:
             job.check_micro_batches(micro_batches)
-        result = train_step(job, session.engine, micro_batches, self.state, self.stopwatch)
+        begin_next = (lambda: None) if number == settings.last_step else partial(job.begin_next_step, session)
+        result = train_step(
+            job, session.engine, micro_batches, self.state, self.stopwatch, before_last_backward=begin_next
+        )
         self.state, self.is_sound = job.advance(self.state), not result.skipped
         for cause in result.causes:
             session.log.info(f"step {number} was skipped, its gradient was not finite: {cause}")

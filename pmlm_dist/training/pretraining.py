@@ -154,7 +154,12 @@ class PretrainJob(TrainingJob[Batch]):
 
     def next_micro_batches(self, session: TrainingSession, state: RunState) -> list[Batch]:
         assert self._batches is not None
-        return self._batches.next_micro_batches(session.attempt.stop)
+        is_last = state.step + 1 == self.settings.last_step
+        return self._batches.next_micro_batches(session.attempt.stop, is_last=is_last)
+
+    def begin_next_step(self, session: TrainingSession) -> None:
+        assert self._batches is not None
+        self._batches.begin_next(session.attempt.stop)
 
     def check_micro_batches(self, micro_batches: Sequence[Batch]) -> None:
         check_batches(micro_batches, self.topology)

@@ -7,7 +7,7 @@ not finite changes no weight on any rank.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,13 @@ def train_step(
     micro_batches: Sequence[BatchT],
     state: RunState,
     stopwatch: Stopwatch,
+    *,
+    before_last_backward: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Make the update `state.step + 1` from this rank's `micro_batches`; every rank calls."""
+    """Make the update `state.step + 1` from this rank's `micro_batches`; every rank calls.
+
+    `before_last_backward` starts what is to run beside the last backward pass.
+    """
     topology, settings = job.topology, job.settings
     with stopwatch.phase("forward"):
         micro_batches = [batch.to(topology.device) for batch in micro_batches]
@@ -46,10 +51,12 @@ def train_step(
         with stopwatch.phase("forward"):
             loss, batch_counts = job.loss(engine, batch, scale)
             counts = counts + batch_counts.double()  # fp32 would round the sums of the log
+        is_boundary = number == len(micro_batches) - 1
+        if is_boundary:
+            before_last_backward()
         with stopwatch.phase("backward"):
             engine.backward(loss)
         with stopwatch.phase("step"):
-            is_boundary = number == len(micro_batches) - 1
             norm = optimizer_step(engine, job.engine_config, topology, is_boundary=is_boundary)
     if math.isfinite(norm):
         return StepResult(counts, norm)

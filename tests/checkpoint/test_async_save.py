@@ -1,17 +1,20 @@
 """Asynchronous saving: training continues during a save, and the checkpoint is that of the saved step."""
 
+import itertools
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.saving_runs import SavingRun, check_equal, patched
 from support.small_runs import run_config, with_train
 from support.worlds import run_world
 
 from pmlm_dist.checkpoint import async_save
+from pmlm_dist.checkpoint.files import KINDS, CheckpointReader
 from pmlm_dist.config import RunConfig
 
 pytestmark = pytest.mark.distributed
@@ -51,6 +54,33 @@ def save_at(config: RunConfig, step: int) -> None:
     saving.take_steps(step)
     saving.save()
     saving.checkpointer.close()
+
+
+def save_by_few_writers(config: RunConfig, writers: int) -> list[str]:
+    """Save after step 2, replicated values by `writers` ranks at most; return the files."""
+    from pmlm_dist.checkpoint import fragments
+
+    fragments.MAX_WRITERS = writers
+    save_at(config, 2)
+    return sorted(path.name for path in (config.run_dir / "checkpoints/step-00000002").glob("rank-*"))
+
+
+@pytest.mark.parametrize(("ranks", "settings"), [(2, {"tp": 2}), (4, {"zero": 0})], ids=["tp2", "dp4"])
+def test_checkpoint_by_few_writers_holds_what_that_of_all_ranks_holds(
+    small_corpus: Path, tmp_path: Path, ranks: int, settings: dict[str, Any]
+):
+    config = run_config(small_corpus, tmp_path / "all", steps=9, micro_batch=2, **settings)
+    few = replace(config, run_dir=tmp_path / "few")
+    assert len(run_world(save_by_few_writers, ranks, config, 32)[0]) == ranks
+    files = run_world(save_by_few_writers, ranks, few, 1)[0]
+    assert len(files) == (1 if settings.get("zero") == 0 else ranks)
+    with (
+        CheckpointReader(config.run_dir / "checkpoints/step-00000002") as expected,
+        CheckpointReader(few.run_dir / "checkpoints/step-00000002") as found,
+    ):
+        assert found.tensors.keys() == expected.tensors.keys()
+        for whole, kind in itertools.product(expected.tensors.values(), KINDS):
+            assert np.array_equal(found.read(whole, kind), expected.read(whole, kind))
 
 
 def step_during_a_copy(config: RunConfig) -> float:

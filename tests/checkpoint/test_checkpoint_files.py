@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from support.small_checkpoints import FILES, HALVES, WHOLE, truncate, values, write_checkpoint, write_parts, write_three
 
-from pmlm_dist.checkpoint.files import (
-    KINDS,
-    CheckpointReader,
-    CorruptCheckpoint,
-    checkpoint_problems,
-    rank_file,
-    read_weights,
-    write_numbers,
-)
+from pmlm_dist.checkpoint.files import KINDS, CheckpointReader, checkpoint_problems, read_weights, write_numbers
 from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.fragments import Fragment
+from pmlm_dist.checkpoint.manifest import CorruptCheckpoint, rank_file, read_manifest, write_manifest
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -42,6 +36,58 @@ def test_reader_assembles_full_tensors_from_fragments(tmp_path: Path):
         assert reader.tensors == {WHOLE.name: WHOLE}
         for kind in KINDS:
             assert np.array_equal(reader.read(WHOLE, kind), values(10, kind))
+
+
+def to_format_3(path: Path) -> None:
+    """Rewrite the manifest of a checkpoint as the release before its index did."""
+
+    def without_index(manifest: dict[str, Any]) -> None:
+        manifest.pop("tensors")
+        manifest["version"] = 3
+        for entry in manifest["files"].values():
+            entry.pop("kinds", None)
+            entry.pop("fragments", None)
+
+    edit_manifest(path, without_index)
+
+
+def test_checkpoint_without_an_index_is_read_like_one_with_it(tmp_path: Path):
+    with_index, without = (write_checkpoint(CheckpointFolder(tmp_path, keep=2), step) for step in (10, 11))
+    to_format_3(without)
+    assert checkpoint_problems(without) == []
+    with CheckpointReader(with_index) as reader, CheckpointReader(without) as older:
+        assert older.tensors == reader.tensors
+        assert older.has_moments
+        assert sorted(older.fragments(), key=str) == sorted(reader.fragments(), key=str)
+        for kind in KINDS:
+            assert np.array_equal(older.read(WHOLE, kind), values(11, kind))
+    forge_tensors(without, OWN, [INDEX | {"start": 1, "stop": 11}])
+    assert "do not hold each of its elements exactly once" in checkpoint_problems(without)[0]
+
+
+@pytest.mark.parametrize("stop", [10, 11])
+def test_reader_opens_only_the_files_that_hold_what_it_fills(tmp_path: Path, stop: int):
+    path = write_checkpoint(CheckpointFolder(tmp_path, keep=1), 10)
+    part, filled = replace(WHOLE, stop=stop), np.empty(stop, np.float32)
+    if stop == HALVES[0].stop:  # the other file is not even there
+        (path / FILES[2]).unlink()
+    with CheckpointReader(path) as reader:
+        for kind in KINDS:
+            reader.fill(filled, part, kind)
+            assert np.array_equal(filled, values(10, kind).ravel()[:stop])
+        assert list(reader._opened) == list(FILES[1:2] if stop == HALVES[0].stop else FILES[1:])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_problems_found_in_parts_are_those_of_the_whole(tmp_path: Path, parts: int):
+    write_three(tmp_path)
+    path = tmp_path / "step-00000030"
+    truncate(path / FILES[2])
+    forge(path, FILES[0], b'{"step": 30}')
+    (path / "evil.pt").touch()
+    found = [problem for part in range(parts) for problem in checkpoint_problems(path, part=part, parts=parts)]
+    assert len(checkpoint_problems(path)) == 2
+    assert set(found) >= set(checkpoint_problems(path))
 
 
 def test_fill_leaves_additional_padding_rows_unchanged(tmp_path: Path):
@@ -86,15 +132,19 @@ def forge(path: Path, name: str, content: bytes) -> None:
     """Replace a file of a checkpoint by `content`, with its checksum in the manifest."""
     (path / name).write_bytes(content)
     listed = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    edit_manifest(path, lambda manifest: manifest["files"].update({name: listed}))
+    edit_manifest(path, lambda manifest: manifest["files"][name].update(listed))
 
 
-def forge_tensors(path: Path, tensors: dict[str, np.ndarray], index: Any) -> None:
-    """Replace tensors and index of the file of rank 0."""
+def forge_tensors(path: Path, tensors: dict[str, np.ndarray], index: Any, *, listed: bool = False) -> None:
+    """Replace tensors and index of the file of rank 0; `listed`: in the manifest as well."""
     save_file(tensors, path / "forged", metadata={"fragments": index if isinstance(index, str) else json.dumps(index)})
     content = (path / "forged").read_bytes()
     (path / "forged").unlink()
     forge(path, rank_file(0), content)
+    if listed and isinstance(index, list):
+        files = read_manifest(path)
+        fragments = tuple(Fragment.from_json(entry) for entry in index)
+        write_manifest(path, files | {rank_file(0): replace(files[rank_file(0)], fragments=fragments)})
 
 
 class MaliciousPickle:
@@ -147,11 +197,11 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "manifest.json",
     ),
     "entry outside the folder": (
-        lambda path: edit_manifest(path, lambda m: m["files"].update({"../latest": m["files"][FILES[0]]})),
+        lambda path: edit_manifest(path, lambda m: m["files"].update({"../latest": m["files"][FILES[1]]})),
         "which is no file of a checkpoint",
     ),
     "older format": (lambda path: edit_manifest(path, lambda m: m.update(version=2)), "is of format 2, this program"),
-    "newer format": (lambda path: edit_manifest(path, lambda m: m.update(version=4)), "is of format 4, this program"),
+    "newer format": (lambda path: edit_manifest(path, lambda m: m.update(version=5)), "is of format 5, this program"),
     "missing format": (lambda path: edit_manifest(path, lambda m: m.pop("version")), "is of format None"),
     "no files": (lambda path: [file.unlink() for file in path.rglob("*") if file.is_file()], "manifest.json"),
     "state without identity": (lambda path: forge(path, FILES[0], b'{"step": 30}'), "state.json lacks"),
@@ -175,13 +225,26 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "other tensors than its index",
     ),
     "fragment at another place": (
-        lambda path: forge_tensors(path, OWN, [INDEX | {"start": 1, "stop": 11}]),
+        lambda path: forge_tensors(path, OWN, [INDEX | {"start": 1, "stop": 11}], listed=True),
         "do not hold each of its elements exactly once",
     ),
     "fragment of another shape": (
-        lambda path: forge_tensors(path, OWN, [INDEX | {"shape": [6, 4]}]),
+        lambda path: forge_tensors(path, OWN, [INDEX | {"shape": [6, 4]}], listed=True),
         "disagree about its shape",
     ),
+    "fragments that the manifest does not list": (
+        lambda path: forge_tensors(path, OWN, [INDEX | {"start": 1, "stop": 11}]),
+        "holds other fragments than manifest.json lists",
+    ),
+    "manifest with fragments of another file": (
+        lambda path: edit_manifest(path, lambda m: m["files"][FILES[1]].update(fragments=[[0, 0, 4, 10, 24]])),
+        "holds other fragments than manifest.json lists",
+    ),
+    "manifest with a fragment of an unknown tensor": (
+        lambda path: edit_manifest(path, lambda m: m["files"][FILES[1]].update(fragments=[[1, 0, 4, 0, 10]])),
+        "manifest.json cannot be read",
+    ),
+    "manifest without tensors": (lambda path: edit_manifest(path, lambda m: m.pop("tensors")), "manifest.json"),
     "missing second moment": (
         lambda path: forge_tensors(path, {name: OWN[name] for name in list(OWN)[:2]}, [INDEX]),
         "other tensors than its index",

@@ -13,8 +13,9 @@ import pytest
 from support.small_checkpoints import FILES, is_intact, steps_in, truncate, write_checkpoint, write_parts, write_three
 from support.worlds import run_world
 
-from pmlm_dist.checkpoint.files import CorruptCheckpoint, rank_file, sha256_of
+from pmlm_dist.checkpoint.files import sha256_of
 from pmlm_dist.checkpoint.folder import CheckpointFolder
+from pmlm_dist.checkpoint.manifest import CorruptCheckpoint, rank_file
 from pmlm_dist.checkpoint.resume import differences, find_checkpoint
 from pmlm_dist.config import ConfigError
 
@@ -284,6 +285,31 @@ def test_find_checkpoint_returns_the_same_on_all_ranks_and_rank_0_warns(tmp_path
     assert f"{tmp_path / 'step-00000030'} is corrupt" in warnings[0]
     assert f"resuming from {tmp_path / 'step-00000020'}" in warnings[0]
     assert none == []
+
+
+def find_and_record_on_rank(root: Path) -> tuple[str, list[str]]:
+    """Return what `find_checkpoint` returns on this rank, and the files of which this rank computed checksums."""
+    from pmlm_dist.checkpoint import files
+    from pmlm_dist.parallel import groups
+
+    hashed, sha256 = [], files.sha256_of
+    files.sha256_of = lambda path: (hashed.append(f"{path.parent.name}/{path.name}"), sha256(path))[1]
+    topology = groups.init_process_groups()
+    return str(find_checkpoint(CheckpointFolder(root, keep=3), topology)), hashed
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "corrupt"), [(2, FILES[1]), (2, FILES[2]), (4, FILES[0])])
+def test_ranks_verify_a_share_each_and_agree_on_the_checkpoint(tmp_path: Path, ranks: int, corrupt: str):
+    write_three(tmp_path)
+    content = bytearray((tmp_path / "step-00000030" / corrupt).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "step-00000030" / corrupt).write_bytes(content)
+    answers = run_world(find_and_record_on_rank, ranks, tmp_path)
+    assert {path for path, _ in answers} == {str(tmp_path / "step-00000020")}
+    hashed = [name for _, names in answers for name in names]
+    assert sorted(hashed) == sorted(f"step-000000{step}/{name}" for step in (20, 30) for name in FILES)
+    assert max(len(names) for _, names in answers) == 2 * -(-len(FILES) // ranks)
 
 
 @pytest.mark.distributed

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmlm_dist.checkpoint.fragments import Fragment, coverage_problems, overlaps
+from pmlm_dist.checkpoint.fragments import MAX_WRITERS, Fragment, coverage_problems, overlaps
 
 
 @st.composite
@@ -150,3 +150,16 @@ def test_from_json_with_a_missing_field_raises():
     for name in VALID:
         with pytest.raises(ValueError, match="describes no part of a tensor"):
             Fragment.from_json({key: value for key, value in VALID.items() if key != name})
+
+
+@given(st.integers(1, 3000), st.integers(1, 200))
+@settings(max_examples=200, deadline=None)
+def test_replicas_write_each_element_once_by_few_ranks(replicas: int, numel: int):
+    whole = Fragment.whole("w", (numel,))
+    shares = {r: share for r in range(replicas) if (share := whole.share_of_replica(r, replicas)) is not None}
+    assert coverage_problems(shares.values()) == []
+    assert len(shares) == min(replicas, MAX_WRITERS, numel)
+    assert 0 in shares or numel < MAX_WRITERS
+    if numel >= MAX_WRITERS:  # evenly over the ranks: no gap is wider than the widest of an even division
+        gaps = [b - a for a, b in itertools.pairwise([*shares, replicas])]
+        assert max(gaps) <= -(-replicas // len(shares))

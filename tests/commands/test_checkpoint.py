@@ -14,9 +14,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from pmlm_dist import cli
-from pmlm_dist.checkpoint.files import KINDS, checkpoint_problems, rank_file, read_weights, write_json, write_numbers
+from pmlm_dist.checkpoint.files import KINDS, checkpoint_problems, read_weights, write_numbers
 from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.fragments import Fragment
+from pmlm_dist.checkpoint.manifest import rank_file, write_json
 from pmlm_dist.commands import checkpoint
 
 ROWS, COLUMNS = Fragment.whole("a.weight", (4, 6), used_rows=3), Fragment.whole("b.weight", (6, 4), dim=1)

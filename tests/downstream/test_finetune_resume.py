@@ -138,11 +138,11 @@ def killed(wanted: FinetuneConfig, step: int) -> None:
 
     original: Callable[..., Any] = loop.train_step
 
-    def train_step(job: Any, engine: Any, micro_batches: Any, state: Any, stopwatch: Any) -> Any:
+    def train_step(job: Any, engine: Any, micro_batches: Any, state: Any, stopwatch: Any, **begin: Any) -> Any:
         if state.step + 1 == step:
             time.sleep(1.0)  # the checkpoint of the evaluation before is written meanwhile
             os._exit(9)
-        return original(job, engine, micro_batches, state, stopwatch)
+        return original(job, engine, micro_batches, state, stopwatch, **begin)
 
     loop.train_step = train_step
     finetune(wanted)

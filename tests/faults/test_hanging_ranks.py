@@ -59,16 +59,18 @@ def test_rank_holding_the_interpreter_lock_is_detected(small_corpus: Path, tmp_p
 
 
 def skip_one_collective() -> None:
-    """Skip the next collective of this rank: it gets its own values back."""
-    from pmlm_dist.parallel.groups import Topology
+    """Skip the next agreement of this rank: it gets its own values back."""
+    import torch
 
-    all_reduce_max = Topology.all_reduce_max
+    from pmlm_dist.parallel.groups import PendingMaxima, Topology
 
-    def skip(self: Topology, *values: int) -> list[int]:
-        Topology.all_reduce_max = all_reduce_max
-        return list(values)
+    start_all_reduce_max = Topology.start_all_reduce_max
 
-    Topology.all_reduce_max = skip
+    def skip(self: Topology, *values: int) -> PendingMaxima:
+        Topology.start_all_reduce_max = start_all_reduce_max
+        return PendingMaxima(torch.tensor(values), None)
+
+    Topology.start_all_reduce_max = skip
 
 
 @pytest.mark.fault("F06")
@@ -119,13 +121,13 @@ def test_no_straggler_is_named_in_200_even_steps(small_corpus: Path, tmp_path: P
 
 def never_ready() -> None:
     """Let this rank wait for its data forever, as for a hung disk."""
-    from pmlm_dist.training.stopping import Prefetcher
+    from pmlm_dist.training.stopping import Prefetcher, Readiness
 
-    def is_ready(self: Any, *, within_s: float) -> bool:
+    def readiness(self: Any, *, within_s: float = 0.0) -> Readiness:
         time.sleep(within_s)
-        return False
+        return Readiness.MISSING
 
-    Prefetcher.is_ready = is_ready
+    Prefetcher.readiness = readiness
 
 
 @pytest.mark.fault("F03")

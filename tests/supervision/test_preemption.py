@@ -125,6 +125,53 @@ def test_stop_file_saves_and_stops_until_it_is_removed(uninterrupted: RunConfig,
     assert train_scalars(config) == train_scalars(uninterrupted)
 
 
+def agreements_of_run(config: RunConfig, are_begun: bool) -> list[tuple[int, bool]]:
+    """Pre-train; return (step, read at once) of every agreement. Not `are_begun`: in every step all wait for one."""
+    from pmlm_dist.metrics.meter import Meter
+    from pmlm_dist.parallel.groups import PendingMaxima, Topology
+    from pmlm_dist.training.run import pretrain
+    from pmlm_dist.training.stopping import StopAgreement
+
+    start, wait, start_step = Topology.start_all_reduce_max, PendingMaxima.wait, Meter.start_step
+    step, started, agreements = 0, {}, []
+
+    def start_recorded(*args: Any) -> PendingMaxima:
+        pending = start(*args)
+        started[id(pending)] = pending, step
+        return pending
+
+    def wait_recorded(pending: PendingMaxima) -> list[int]:
+        agreements.append((step, started[id(pending)][1] == step))
+        return wait(pending)
+
+    def start_step_recorded(meter: Meter, number: int) -> None:
+        nonlocal step
+        step = number
+        start_step(meter, number)
+
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Topology, "start_all_reduce_max", start_recorded)
+        patch.setattr(PendingMaxima, "wait", wait_recorded)
+        patch.setattr(Meter, "start_step", start_step_recorded)
+        if not are_begun:
+            patch.setattr(StopAgreement, "begin", lambda *_: None)
+        pretrain(config)
+    return agreements
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_agreements_begun_a_step_ahead_give_the_run_of_agreements_waited_for(
+    uninterrupted: RunConfig, tmp_path: Path, ranks: int
+):
+    reference, config = (with_train(replace(uninterrupted, run_dir=tmp_path / name), steps=5) for name in ("r", "run"))
+    waited_for = run_world(agreements_of_run, ranks, reference, False)[0]
+    begun = run_world(agreements_of_run, ranks, config, True)[0]
+    assert {step for step, at_once in waited_for if at_once} >= set(range(1, 6))
+    assert {step for step, at_once in begun if not at_once} == set(range(2, 6))
+    assert train_scalars(config) == train_scalars(reference)
+
+
 def pretrain_stopped_by_file(config: RunConfig, step: int) -> tuple[int, str]:
     """Pre-train; the file is written in step `step`."""
     return pretrain_with(config, lambda calls: (config.run_dir / STOP_FILE).touch() if calls == step else None)

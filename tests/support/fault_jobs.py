@@ -88,10 +88,10 @@ def _train(config: RunConfig, faults: Sequence[Fault], heartbeat: Any) -> None:
     signals.install()
     _inject_due(config, pending, step=0)
 
-    def step_with_faults(job: Any, engine: Any, micro_batches: Any, state: Any, stopwatch: Any) -> Any:
+    def step_with_faults(job: Any, engine: Any, micro_batches: Any, state: Any, stopwatch: Any, **begin: Any) -> Any:
         _write_ids(config, rank, state.step + 1, micro_batches)
         _inject_due(config, pending, step=state.step + 1)
-        return step(job, engine, micro_batches, state, stopwatch)
+        return step(job, engine, micro_batches, state, stopwatch, **begin)
 
     loop.train_step = step_with_faults
     pretrain(config, signals, heartbeat)

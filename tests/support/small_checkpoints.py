@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from pmlm_dist.checkpoint.files import KINDS, FileDigest, rank_file, write_json, write_numbers
+from pmlm_dist.checkpoint.files import KINDS, write_numbers
 from pmlm_dist.checkpoint.folder import CheckpointFolder
 from pmlm_dist.checkpoint.fragments import Fragment
+from pmlm_dist.checkpoint.manifest import FileDigest, rank_file, write_json
 
 FILES = ("state.json", rank_file(0), rank_file(1))
 WHOLE = Fragment.whole("layers.0.weight", (4, 6), used_rows=3)

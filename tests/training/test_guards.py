@@ -271,10 +271,10 @@ def pretrain_with_broken_weights(config: RunConfig, step: int) -> tuple[str, lis
 
     RunLog.info = info
 
-    def broken(job: Any, engine: Any, micro_batches: Any, state: Any, stopwatch: Any) -> Any:
+    def broken(job: Any, engine: Any, micro_batches: Any, state: Any, stopwatch: Any, **begin: Any) -> Any:
         if state.step + 1 == step:
             engine.module.layers[0].ffn_in.weight.data[0, 0] = math.inf
-        return train_step(job, engine, micro_batches, state, stopwatch)
+        return train_step(job, engine, micro_batches, state, stopwatch, **begin)
 
     loop.train_step = broken
     try:
