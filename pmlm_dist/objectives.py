@@ -39,9 +39,10 @@ def target_weights(objective: ObjectiveConfig, weights_BM: Tensor, *, kept_BM: T
 def loss_scales(objective: ObjectiveConfig, targets_K: Tensor) -> Tensor:
     """Factor [K] of each objective's summed negative log-likelihood: its weight / its number of targets `targets_K`."""
     by_name = {"ae": objective.ae_weight, "par": objective.par_weight}
-    weights_K = torch.tensor([by_name[name] for name in OBJECTIVES[objective.kind]], device=targets_K.device)
-    # A step without targets has a sum of 0; dividing by 0 would make it NaN.
-    return weights_K / targets_K.clamp(min=1.0)
+    weights = [by_name[name] for name in OBJECTIVES[objective.kind]]
+    # A step without targets has a sum of 0; dividing by 0 would make it NaN. Weights stay numbers of the host: copying
+    # them to a device would wait for it.
+    return torch.stack([weight / targets for weight, targets in zip(weights, targets_K.clamp(min=1.0), strict=True)])
 
 
 @dataclass(frozen=True)

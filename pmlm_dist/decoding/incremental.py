@@ -211,7 +211,7 @@ def _encode(model: PseudoMaskedLM, context: Context, *, room: int) -> list[Tenso
         if number < len(model.layers):  # no slot depends on the context's output of the last layer
             q_SBHD = attention.query(x_SBE).unflatten(-1, (-1, attention.head_dim))
             mixed_SBHD = backend.attend(q_SBHD, kv_SBH2D, groups, dropout=0.0)
-            x_SBE = layer.after_attention(x_SBE, mixed_SBHD.flatten(2))
+            x_SBE, _ = layer.after_attention(x_SBE, mixed_SBHD.flatten(2))
     return caches
 
 
@@ -225,4 +225,4 @@ def _run_layer(
     q_BHYD = attention.query(queries_BYE).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     k_BHTD, v_BHTD = cache_2BHTD[..., :end, :]
     mixed_BHYD = F.scaled_dot_product_attention(q_BHYD, k_BHTD, v_BHTD, attn_mask=bias)
-    return layer.after_attention(queries_BYE, mixed_BHYD.transpose(1, 2).flatten(2))
+    return layer.after_attention(queries_BYE, mixed_BHYD.transpose(1, 2).flatten(2))[0]

@@ -52,6 +52,8 @@ class SummingBF16Optimizer(BF16_Optimizer):
     _topology: Topology
     _buckets: list[_Bucket]
     """In the order of their all-reduces, which must be the same on all ranks."""
+    _vectors: list[tuple[Tensor, Tensor, bool]]
+    """Sums, gradients of this backward pass that are not accumulated yet, and whether they are the step's first."""
     _num_reduced: int
     """Buckets whose all-reduce has started in this step."""
     _overlaps: bool
@@ -64,7 +66,7 @@ class SummingBF16Optimizer(BF16_Optimizer):
         optimizer.__class__ = cls
         optimizer._engine, optimizer._topology = engine, topology
         optimizer._buckets = list(optimizer._new_buckets(engine.zero_reduce_bucket_size()))
-        optimizer._num_reduced = 0
+        optimizer._num_reduced, optimizer._vectors = 0, []
         optimizer._overlaps = engine.zero_overlap_comm() and topology.dp > 1
 
     def _new_buckets(self, size: int) -> Iterator[_Bucket]:
@@ -84,13 +86,30 @@ class SummingBF16Optimizer(BF16_Optimizer):
         """Accumulate the gradient of `lp`; called by DeepSpeed's hook, which frees the gradient afterwards."""
         are_written = self.fp32_groups_has_gradients[group_idx]
         total = self.fp32_groups_gradients[group_idx][param_idx].view(lp.shape)
-        if are_written[param_idx]:
-            total.add_(lp.grad)
-        else:
+        is_first, are_written[param_idx] = not are_written[param_idx], True
+        if lp.ndim == 1:
+            self._vectors.append((total, lp.grad, is_first))
+        elif is_first:
             total.copy_(lp.grad)
-        are_written[param_idx] = True
+        else:
+            total.add_(lp.grad)
         if self._overlaps and self._engine.is_gradient_accumulation_boundary():
             self._mark_final((group_idx, param_idx))
+
+    def _accumulate_vectors(self) -> None:
+        """Accumulate the gradients of biases and norms, of all layers in a few launches."""
+        first = [(total, gradient) for total, gradient, is_first in self._vectors if is_first]
+        later = [(total, gradient) for total, gradient, is_first in self._vectors if not is_first]
+        if first:
+            torch._foreach_copy_(*map(list, zip(*first, strict=True)))
+        if later:
+            totals, gradients = map(list, zip(*later, strict=True))
+            exact = [torch.empty_like(total) for total in totals]
+            torch._foreach_copy_(
+                exact, gradients
+            )  # one launch for tensors of different precision, as an addition is not
+            torch._foreach_add_(totals, exact)
+        self._vectors.clear()
 
     def _mark_final(self, parameter: tuple[int, int]) -> None:
         """Note that a sum is final, and start the all-reduces of the buckets that are complete and next in order."""
@@ -106,6 +125,7 @@ class SummingBF16Optimizer(BF16_Optimizer):
 
     def _start_reduction(self) -> None:
         """Start the all-reduce of the next bucket: on its own stream on a GPU, in a thread of gloo on a CPU."""
+        self._accumulate_vectors()
         bucket, self._num_reduced = self._next, self._num_reduced + 1
         bucket.reduced = bucket.sums.to(self._engine.communication_data_type)
         if (scale := self._scales()[0]) != 1.0:
@@ -139,6 +159,7 @@ class SummingBF16Optimizer(BF16_Optimizer):
     def backward_epilogue(self, *args: Any, **kwargs: Any) -> None:
         """Zero the sums that this step has not written, before sums are averaged over ranks."""
         super().backward_epilogue(*args, **kwargs)
+        self._accumulate_vectors()
         # `clear_hp_grads` does not zero, so a parameter out of the loss would contribute the sum of an earlier step.
         for sums, are_written in zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True):
             for total, is_written in zip(sums, are_written, strict=True):

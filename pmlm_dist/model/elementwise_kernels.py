@@ -30,6 +30,19 @@ def _store(pointer, cells, values, inside):
     tl.store(pointer + cells, values.to(pointer.dtype.element_ty), inside)
 
 
+@triton.jit
+def sum_parts(parts_ptr, out_ptr, programs, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums [.., size] of `parts` [.., P, size] in the precision of `out`: a block of columns of one vector."""
+    parts_ptr += tl.program_id(0) * programs * size
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside, sums = columns < size, tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, programs, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        cells = rows[:, None] * size + columns[None, :]
+        sums += tl.sum(_loaded(parts_ptr, cells, (rows < programs)[:, None] & inside[None, :]), 0)
+    _store(out_ptr + tl.program_id(0) * size, columns, sums, inside)
+
+
 @triton.jit(do_not_specialize=["seed"])
 def residual_norm(
     x_ptr, update_ptr, update_bias_ptr, weight_ptr, bias_ptr, seed, out_ptr, z_ptr, statistics_ptr, rows, size, eps,
@@ -56,10 +69,10 @@ def residual_norm(
 
 @triton.jit(do_not_specialize=["seed"])
 def residual_norm_gradients(
-    gradient_ptr, z_ptr, weight_ptr, statistics_ptr, seed, z_gradient_ptr, update_gradient_ptr, sums_ptr, rows, size,
-    dropout, HAS_DROPOUT: tl.constexpr, WIDTH: tl.constexpr,
+    gradient_ptr, other_gradient_ptr, z_ptr, weight_ptr, statistics_ptr, seed, z_gradient_ptr, update_gradient_ptr,
+    sums_ptr, rows, size, dropout, HAS_DROPOUT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the rows of one program; sums of those of weight, bias and update bias into `sums` [3, P, E]."""
+    """Gradients of the rows of one program; sums of those of update bias, weight and bias into `sums` [3, P, E]."""
     program, programs, columns = tl.program_id(0), tl.num_programs(0), tl.arange(0, WIDTH)
     inside = columns < size
     weight = _loaded(weight_ptr, columns, inside)
@@ -68,6 +81,8 @@ def residual_norm_gradients(
     for row in range(program, rows, programs):
         cells = tl.cast(row, tl.int64) * size + columns
         gradient, z = _loaded(gradient_ptr, cells, inside), _loaded(z_ptr, cells, inside)
+        if other_gradient_ptr is not None:
+            gradient += _loaded(other_gradient_ptr, cells, inside)
         scale = tl.load(statistics_ptr + rows + row)
         normalized = tl.where(inside, (z - tl.load(statistics_ptr + row)) * scale, 0.0)
         weight_sum += gradient * normalized
@@ -80,9 +95,9 @@ def residual_norm_gradients(
             gradient = _kept(gradient, seed, row, dropout, WIDTH)
             _store(update_gradient_ptr, cells, gradient, inside)
         update_sum += gradient
-    tl.store(sums_ptr + program * size + columns, weight_sum, inside)
-    tl.store(sums_ptr + (programs + program) * size + columns, bias_sum, inside)
-    tl.store(sums_ptr + (2 * programs + program) * size + columns, update_sum, inside)
+    tl.store(sums_ptr + program * size + columns, update_sum, inside)
+    tl.store(sums_ptr + (programs + program) * size + columns, weight_sum, inside)
+    tl.store(sums_ptr + (2 * programs + program) * size + columns, bias_sum, inside)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ E hidden size, H heads of this rank, D head size, V vocabulary rows of this rank
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,19 +62,19 @@ class SelfAttention(nn.Module):
         self.key_value = ColumnLinear(size, 2 * size, std=std)
         self.output = RowLinear(size, size, std=config.residual_range)
 
-    def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
-        """Keys and values from `x` [T, B, E], queries from [Q, B, E] -> input of the output projection [Q, B, E/tp]."""
-        if isinstance(groups[0], BlockGroup) and queries_QBE is x_TBE:
-            # The kernels take one tensor, and return one gradient.
-            q_QBHD, kv_TBH2D = (
-                joint_linear((self.query, self.key_value), x_TBE).unflatten(-1, (-1, self.head_dim)),
-                None,
-            )
-        else:
-            q_QBHD = self.query(queries_QBE).unflatten(-1, (-1, self.head_dim))
-            kv_TBH2D = self.key_value(x_TBE).unflatten(-1, (-1, 2, self.head_dim))
+    def forward(self, x_TBE: Tensor, queries_QBE: Tensor | None, groups: Groups) -> Tensor:
+        """Keys and values from `x` [T, B, E], queries from [Q, B, E] (None: `x`) -> mixed values [Q, B, E/tp]."""
         dropout = self.config.attention_dropout if self.training else 0.0
-        attend = attention_backend(self.config, x_TBE.device).attend
+        attend, by_kernels = attention_backend(self.config, x_TBE.device).attend, isinstance(groups[0], BlockGroup)
+        if by_kernels:  # they add the biases, and sum their gradients
+            attend = partial(attend, q_bias=self.query.bias, kv_bias=self.key_value.bias)
+        if by_kernels and queries_QBE is None:
+            q_QBHD = joint_linear((self.query, self.key_value), x_TBE).unflatten(-1, (-1, self.head_dim))
+            kv_TBH2D = None
+        else:
+            queries_QBE = x_TBE if queries_QBE is None else queries_QBE
+            q_QBHD = self.query(queries_QBE, add_bias=not by_kernels).unflatten(-1, (-1, self.head_dim))
+            kv_TBH2D = self.key_value(x_TBE, add_bias=not by_kernels).unflatten(-1, (-1, 2, self.head_dim))
         # Ranks hold different heads, so they must not drop the same probabilities.
         with distinct_across_tp() if dropout else nullcontext():
             mixed_QBHD = attend(q_QBHD, kv_TBH2D, groups, dropout=dropout)
@@ -93,14 +94,18 @@ class Layer(nn.Module):
         self.ffn_out = RowLinear(config.ffn_size, config.hidden_size, std=config.residual_range)
         self.ffn_norm = norm()
 
-    def forward(self, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
-        """New states [Q, B, E] of the slots `queries`, which attend to `x` [T, B, E]."""
-        return self.after_attention(queries_QBE, self.attention(x_TBE, queries_QBE, groups))
+    def forward(self, x_TBE: Tensor, residual_QBE: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+        """New states [Q, B, E] of some slots, or of all, which attend to `x` [T, B, E]; twice, as `ResidualNorm`.
 
-    def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        `residual`: states of these slots, to be added to.
+        """
+        is_all = len(residual_QBE) == len(x_TBE)
+        return self.after_attention(residual_QBE, self.attention(x_TBE, None if is_all else residual_QBE, groups))
+
+    def after_attention(self, residual: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
         """Rest of the layer, for each slot: states [..., E] and mixed values of all heads [..., E/tp] -> new states."""
-        y = self.attention_norm(x, self.attention.output, mixed)
-        return self.ffn_norm(y, self.ffn_out, linear_gelu(self.ffn_in, y))
+        y, residual = self.attention_norm(residual, self.attention.output, mixed)
+        return self.ffn_norm(residual, self.ffn_out, linear_gelu(self.ffn_in, y))
 
 
 class PseudoMaskedLM(nn.Module):
@@ -135,10 +140,11 @@ class PseudoMaskedLM(nn.Module):
         slots = Slots(inputs, num_context=num_context, objectives=objectives)
         x_TBE = self.embeddings(inputs.tokens_BT.t(), inputs.positions_BT.t(), inputs.segments_BT.t())
         plan = attention_backend(self.config, x_TBE.device).plan(slots, self.relative_bias, x_TBE.dtype)
+        residual_TBE = x_TBE
         *inner, last = self.layers
         for layer in inner:
-            x_TBE = self._run(layer, x_TBE, x_TBE, plan.inner)
-        return self._run(last, x_TBE, _take_slots(x_TBE, slots.predicted_slots_BR()), plan.last)
+            x_TBE, residual_TBE = self._run(layer, x_TBE, residual_TBE, plan.inner)
+        return self._run(last, x_TBE, _take_slots(residual_TBE, slots.predicted_slots_BR()), plan.last)[0]
 
     def forward(
         self,
@@ -162,18 +168,19 @@ class PseudoMaskedLM(nn.Module):
         nll_RB, correct_RB = self.head(x_RBE, embedding_VE, targets_RB, label_smoothing=label_smoothing)
         return nll_RB.unflatten(0, shape), correct_RB.unflatten(0, shape)
 
-    def _run(self, layer: nn.Module, x_TBE: Tensor, queries_QBE: Tensor, groups: Groups) -> Tensor:
+    def _run(self, layer: nn.Module, x_TBE: Tensor, residual_QBE: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
         if not (self.config.activation_checkpointing and self.training and torch.is_grad_enabled()):
-            return layer(x_TBE, queries_QBE, groups)
+            return layer(x_TBE, residual_QBE, groups)
 
-        def run_layer(x_TBE: Tensor, queries_QBE: Tensor, *biases: Tensor | None) -> Tensor:
+        def run_layer(x_TBE: Tensor, residual_QBE: Tensor, *biases: Tensor | None) -> Tensor:
             with_biases = (replace(group, bias=bias) for group, bias in zip(groups, biases, strict=True))
-            return layer(x_TBE, queries_QBE, tuple(with_biases))
+            return layer(x_TBE, residual_QBE, tuple(with_biases))[0]
 
         # Checkpointing returns gradients for arguments only, so the biases (from the shared table) are arguments.
         # Reentrant: ZeRO-3 gathers parameters in hooks, and the non-reentrant form rejects the change of shape.
         biases = (group.bias for group in groups)
-        return checkpoint(run_layer, x_TBE, queries_QBE, *biases, use_reentrant=True)  # pyright: ignore[reportReturnType]
+        y_QBE: Any = checkpoint(run_layer, x_TBE, residual_QBE, *biases, use_reentrant=True)
+        return y_QBE, y_QBE
 
 
 def context_inputs(tokens_BT: Tensor, *, segments_BT: Tensor, valid_BT: Tensor) -> SlotInputs[Tensor]:

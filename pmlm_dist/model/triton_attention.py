@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pmlm_dist.masking.layout import SlotInputs
+from pmlm_dist.model.elementwise import sum_parts
 from pmlm_dist.model.relative_position import RelativeBias, relative_bucket
 
 Q_BLOCK, K_BLOCK = 64, 64
@@ -102,25 +103,33 @@ def block_group(
     )
 
 
-def attention_triton(q_QBHD: Tensor, kv_TBH2D: Tensor | None, groups: tuple[BlockGroup], *, dropout: float) -> Tensor:
+def attention_triton(
+    q_QBHD: Tensor,
+    kv_TBH2D: Tensor | None,
+    groups: tuple[BlockGroup],
+    *,
+    dropout: float,
+    q_bias: Tensor | None = None,
+    kv_bias: Tensor | None = None,
+) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v over the visible pairs: queries [Q, B, H, D], keys and values [T, B, H, 2, D].
 
-    Or both in one tensor [T, B, 3H, D], queries first. Return the mixed values [Q, B, H, D]. `dropout`:
+    Or both in one tensor [T, B, 3H, D], queries first. `q_bias` [HD] and `kv_bias` [2HD] are
+    added to them, if they are products without. Return the mixed values [Q, B, H, D]. `dropout`:
     probability that a weight is dropped; the numbers are drawn by pair, again in the backward pass, from a seed of
     torch's generator on the host.
     """
     (group,) = groups
-    return _Attention.apply(q_QBHD, kv_TBH2D, group, dropout, group.bias)  # pyright: ignore[reportReturnType]
+    return _Attention.apply(q_QBHD, kv_TBH2D, q_bias, kv_bias, group.bias, group, dropout)  # pyright: ignore[reportReturnType]
 
 
 class _Attention(torch.autograd.Function):
     """Saves queries, keys, values, output and one number per query; weights are computed again in the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q_QBHD: Tensor, kv_TBH2D: Tensor | None, group: BlockGroup, dropout: float, _bias: Tensor | None
-    ) -> Tensor:
-        """See `attention_triton`; `_bias` is `group.bias`, an argument because autograd tracks arguments only."""
+    def forward(ctx: Any, q_QBHD: Tensor, kv_TBH2D: Tensor | None, *others: Any) -> Tensor:
+        """See `attention_triton`. `others`: biases, `group.bias` (autograd tracks arguments only), group, dropout."""
+        q_bias, kv_bias, _, group, dropout = others
         ctx.is_joint = kv_TBH2D is None
         ctx.group, ctx.dropout = group, dropout
         ctx.seed = int(torch.randint(2**30, ())) if dropout else 0
@@ -130,39 +139,48 @@ class _Attention(torch.autograd.Function):
         out_QBHD = torch.empty(q_QBHD.shape, dtype=q_QBHD.dtype, device=q_QBHD.device)
         lse_BHQ = torch.empty(batch, heads, queries, dtype=torch.float32, device=q_QBHD.device)
         _kernels().attend[-(-queries // Q_BLOCK), batch * heads](
-            q_QBHD, kv_TBH2D, out_QBHD, lse_BHQ, *_pairs(group), ctx.seed, group.of_queries.lists,
+            q_QBHD, kv_TBH2D, q_bias, kv_bias, out_QBHD, lse_BHQ, *_pairs(group), ctx.seed, group.of_queries.lists,
             group.of_queries.counts, *_sizes(q_QBHD, kv_TBH2D, group), dropout, **_constants(q_QBHD, group, dropout),
         )  # fmt: skip
-        ctx.save_for_backward(out_QBHD, lse_BHQ, *tensors)
+        ctx.save_for_backward(out_QBHD, lse_BHQ, q_bias, kv_bias, *tensors)
         return out_QBHD
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Gradients of queries, keys and values, and the bias."""
-        out_QBHD, lse_BHQ, *tensors = ctx.saved_tensors
+        """Gradients of queries, keys and values, their biases, and the bias of scores."""
+        out_QBHD, lse_BHQ, q_bias, kv_bias, *tensors = ctx.saved_tensors
         out_gradient_QBHD = gradients[0].contiguous()
         group, dropout, kernels = ctx.group, ctx.dropout, _kernels()
         q_QBHD, kv_TBH2D = _separate(tensors)
         of_tensors = [torch.empty_like(tensor) for tensor in tensors]
         q_gradient, kv_gradient = _separate(of_tensors)
-        queries, batch, heads, _ = q_QBHD.shape
-        blocks, runs = -(-queries // Q_BLOCK), group.runs
+        queries, batch, heads, head_dim = q_QBHD.shape
+        q_blocks, k_blocks = -(-queries // Q_BLOCK), -(-len(kv_TBH2D) // K_BLOCK)
+        runs = group.runs
         num_runs = 1 if runs is None else len(runs.one_hot_RU)
-        sums_BHR = None if runs is None else torch.empty(batch, heads, blocks, num_runs, device=q_QBHD.device)
+
+        def parts(blocks: int, width: int, *, needed: bool) -> Tensor | None:
+            """Sums of each program, to be added up over samples and blocks."""
+            return lse_BHQ.new_empty(heads, batch * blocks, width) if needed else None
+
+        run_sums = parts(q_blocks, num_runs, needed=runs is not None)
+        q_sums = parts(q_blocks, head_dim, needed=q_bias is not None)
+        kv_sums = parts(k_blocks, 2 * head_dim, needed=kv_bias is not None)
         delta_BHQ = torch.empty_like(lse_BHQ)
         sizes, constants = _sizes(q_QBHD, kv_TBH2D, group), _constants(q_QBHD, group, dropout)
         tables = (None, None) if runs is None else (runs.run_N, runs.start_R)
-        kernels.query_gradients[blocks, batch * heads](
-            q_QBHD, kv_TBH2D, out_QBHD, out_gradient_QBHD, lse_BHQ, delta_BHQ, q_gradient, sums_BHR, *_pairs(group),
-            *tables, ctx.seed, group.of_queries.lists, group.of_queries.counts, *sizes, dropout, RUNS=num_runs,
-            **constants,
+        kernels.query_gradients[q_blocks, batch * heads](
+            q_QBHD, kv_TBH2D, q_bias, kv_bias, out_QBHD, out_gradient_QBHD, lse_BHQ, delta_BHQ, q_gradient, q_sums,
+            run_sums, *_pairs(group), *tables, ctx.seed, group.of_queries.lists, group.of_queries.counts, *sizes,
+            dropout, RUNS=num_runs, **constants,
         )  # fmt: skip
-        kernels.key_gradients[-(-len(kv_TBH2D) // K_BLOCK), batch * heads](
-            q_QBHD, kv_TBH2D, out_gradient_QBHD, lse_BHQ, delta_BHQ, kv_gradient, *_pairs(group), ctx.seed,
-            group.of_keys.lists, group.of_keys.counts, *sizes, dropout, **constants,
+        kernels.key_gradients[k_blocks, batch * heads](
+            q_QBHD, kv_TBH2D, q_bias, kv_bias, out_gradient_QBHD, lse_BHQ, delta_BHQ, kv_gradient, kv_sums,
+            *_pairs(group), ctx.seed, group.of_keys.lists, group.of_keys.counts, *sizes, dropout, **constants,
         )  # fmt: skip
-        bias_gradient_HR = None if sums_BHR is None else sums_BHR.sum(dim=(0, 2))
-        return of_tensors[0], None if ctx.is_joint else of_tensors[1], None, None, bias_gradient_HR
+        of_biases = [part if part is None else sum_parts(part, out_QBHD.dtype).flatten() for part in (q_sums, kv_sums)]
+        of_scores = None if run_sums is None else sum_parts(run_sums, torch.float32)
+        return of_tensors[0], None if ctx.is_joint else of_tensors[1], *of_biases, of_scores, None, None
 
 
 def _separate(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:

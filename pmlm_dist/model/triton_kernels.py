@@ -71,11 +71,19 @@ def block_lists(
 
 
 @triton.jit
-def _rows(pointer, first, count, stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows `first`.. of a tensor of `count` rows of HEAD_DIM values: [BLOCK, HEAD_DIM]; zero beyond the last."""
-    rows, columns = first + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
+def _rows(
+    pointer, bias_ptr, first, count, stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr = 0
+):
+    """Rows `first`.. of a tensor of `count` rows of HEAD_DIM values, from `OFFSET` on, plus a bias: [BLOCK, HEAD_DIM].
+
+    `bias_ptr` None: no bias. Beyond the last row they are zero.
+    """
+    rows, columns = first + tl.arange(0, BLOCK), OFFSET + tl.arange(0, HEAD_DIM)
     address = pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(address, (rows < count)[:, None], other=0.0)
+    values = tl.load(address, (rows < count)[:, None], other=0.0)
+    if bias_ptr is not None:
+        values = tl.where((rows < count)[:, None], values + tl.load(bias_ptr + columns)[None, :], 0.0).to(values.dtype)
+    return values
 
 
 @triton.jit
@@ -117,15 +125,19 @@ def _kept(values, seed, first_row, first_column, num_keys, dropout, Q_BLOCK: tl.
 
 @triton.jit(do_not_specialize=["seed"])
 def attend(
-    q_ptr, kv_ptr, out_ptr, lse_ptr, q_order_ptr, k_order_ptr, q_position_ptr, k_position_ptr, bias_ptr, seed,
-    lists_ptr, counts_ptr, num_queries, num_keys, num_heads, q_row, q_sample, q_head, kv_row, kv_sample, kv_head,
+    q_ptr, kv_ptr, q_bias_ptr, kv_bias_ptr, out_ptr, lse_ptr, q_order_ptr, k_order_ptr, q_position_ptr,
+    k_position_ptr, bias_ptr, seed, lists_ptr, counts_ptr, num_queries, num_keys, num_heads, q_row, q_sample, q_head,
+    kv_row, kv_sample, kv_head,
     reach, scale, dropout, HEAD_DIM: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Mixed values of a block of queries into `out` [Q, B, H, D], log2 of the sum of their exponentials into `lse`."""
     block, sample, head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    if q_bias_ptr is not None:
+        q_bias_ptr += head * HEAD_DIM
+        kv_bias_ptr += 2 * head * HEAD_DIM
     first, key_blocks = block * Q_BLOCK, tl.cdiv(num_keys, K_BLOCK)
-    q = _rows(q_ptr + sample * q_sample + head * q_head, first, num_queries, q_row, HEAD_DIM, Q_BLOCK)
+    q = _rows(q_ptr + sample * q_sample + head * q_head, q_bias_ptr, first, num_queries, q_row, HEAD_DIM, Q_BLOCK)
     q_order = _slots(q_order_ptr + sample * num_queries, first, num_queries, Q_BLOCK, 0)
     q_position = _slots(q_position_ptr + sample * num_queries, first, num_queries, Q_BLOCK, 0)
     k_ptr = kv_ptr + sample * kv_sample + head * kv_head
@@ -141,7 +153,7 @@ def attend(
     for RULE in tl.static_range(2):
         for number in range(tl.load(counts_ptr + RULE)):
             k_first = tl.load(lists_ptr + (key_blocks - 1 - number if RULE else number)) * K_BLOCK
-            k = _rows(k_ptr, k_first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
+            k = _rows(k_ptr, kv_bias_ptr, k_first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
             k_order = _slots(k_order_ptr + sample * num_keys, k_first, num_keys, K_BLOCK, _INVISIBLE)
             k_position = _slots(k_position_ptr + sample * num_keys, k_first, num_keys, K_BLOCK, 0)
             distance = k_position[None, :] - q_position[:, None]
@@ -152,13 +164,20 @@ def attend(
             highest, total = new_highest, total * factor + tl.sum(weights, 1)
             if HAS_DROPOUT:
                 weights = _kept(weights, seed, first, k_first, num_keys, dropout, Q_BLOCK, K_BLOCK)
-            v = _rows(k_ptr + HEAD_DIM, k_first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
+            v = _rows(k_ptr, kv_bias_ptr, k_first, num_keys, kv_row, HEAD_DIM, K_BLOCK, HEAD_DIM)
             mixed = tl.dot(weights.to(v.dtype), v, mixed * factor[:, None], input_precision=PRECISION)
     mixed /= total[:, None]
     row_stride = tl.num_programs(1) * HEAD_DIM  # B * H * D: `out` is contiguous
     _store_rows(out_ptr + tl.program_id(1) * HEAD_DIM, mixed, first, num_queries, row_stride, HEAD_DIM, Q_BLOCK)
     rows = first + tl.arange(0, Q_BLOCK)
     tl.store(lse_ptr + tl.program_id(1) * num_queries + rows, highest + tl.log2(total), rows < num_queries)
+
+
+@triton.jit
+def _part(sample, head, num_heads):
+    """Row of this program's sums in [H, B, blocks, ...]."""
+    samples = tl.num_programs(1) // num_heads
+    return (head * samples + sample) * tl.num_programs(0) + tl.program_id(0)
 
 
 @triton.jit
@@ -178,22 +197,26 @@ def _by_run(gradients, distance, run_ptr, start_ptr, nearest, farthest, reach, R
 
 @triton.jit(do_not_specialize=["seed"])
 def query_gradients(
-    q_ptr, kv_ptr, out_ptr, out_gradient_ptr, lse_ptr, delta_ptr, q_gradient_ptr, run_sums_ptr, q_order_ptr,
-    k_order_ptr, q_position_ptr, k_position_ptr, bias_ptr, run_ptr, start_ptr, seed, lists_ptr, counts_ptr,
+    q_ptr, kv_ptr, q_bias_ptr, kv_bias_ptr, out_ptr, out_gradient_ptr, lse_ptr, delta_ptr, q_gradient_ptr,
+    q_bias_sums_ptr, run_sums_ptr, q_order_ptr, k_order_ptr, q_position_ptr, k_position_ptr, bias_ptr, run_ptr,
+    start_ptr, seed, lists_ptr, counts_ptr,
     num_queries, num_keys, num_heads, q_row, q_sample, q_head, kv_row, kv_sample, kv_head, reach, scale, dropout,
     HEAD_DIM: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, RUNS: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a block of queries, the sums `run_sums` [B, H, QB, R], and `delta` [B, H, Q] for `key_gradients`.
+    """Gradient of a block of queries, the sums `run_sums` [H, B, QB, R], and `delta` [B, H, Q] for `key_gradients`.
 
     delta = sum(out * gradient of out); the gradient of a score is weight * (gradient of the weight - delta).
     """
     block, sample, head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    if q_bias_ptr is not None:
+        q_bias_ptr += head * HEAD_DIM
+        kv_bias_ptr += 2 * head * HEAD_DIM
     first, key_blocks = block * Q_BLOCK, tl.cdiv(num_keys, K_BLOCK)
     row_stride, offset = tl.num_programs(1) * HEAD_DIM, tl.program_id(1) * HEAD_DIM
-    q = _rows(q_ptr + sample * q_sample + head * q_head, first, num_queries, q_row, HEAD_DIM, Q_BLOCK)
-    out = _rows(out_ptr + offset, first, num_queries, row_stride, HEAD_DIM, Q_BLOCK)
-    out_gradient = _rows(out_gradient_ptr + offset, first, num_queries, row_stride, HEAD_DIM, Q_BLOCK)
+    q = _rows(q_ptr + sample * q_sample + head * q_head, q_bias_ptr, first, num_queries, q_row, HEAD_DIM, Q_BLOCK)
+    out = _rows(out_ptr + offset, None, first, num_queries, row_stride, HEAD_DIM, Q_BLOCK)
+    out_gradient = _rows(out_gradient_ptr + offset, None, first, num_queries, row_stride, HEAD_DIM, Q_BLOCK)
     delta = tl.sum(out.to(tl.float32) * out_gradient.to(tl.float32), 1)
     rows = first + tl.arange(0, Q_BLOCK)
     tl.store(delta_ptr + tl.program_id(1) * num_queries + rows, delta, rows < num_queries)
@@ -212,45 +235,48 @@ def query_gradients(
     for RULE in tl.static_range(2):
         for number in range(tl.load(counts_ptr + RULE)):
             k_first = tl.load(lists_ptr + (key_blocks - 1 - number if RULE else number)) * K_BLOCK
-            k = _rows(k_ptr, k_first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
+            k = _rows(k_ptr, kv_bias_ptr, k_first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
             k_order = _slots(k_order_ptr + sample * num_keys, k_first, num_keys, K_BLOCK, _INVISIBLE)
             k_position = _slots(k_position_ptr + sample * num_keys, k_first, num_keys, K_BLOCK, 0)
             distance = k_position[None, :] - q_position[:, None]
             scores = _scores(q, k, distance, bias_ptr, reach, q_order, k_order, scale, HAS_BIAS, RULE, PRECISION)
             weights = tl.exp2(scores - lse[:, None])
-            v = _rows(k_ptr + HEAD_DIM, k_first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
+            v = _rows(k_ptr, kv_bias_ptr, k_first, num_keys, kv_row, HEAD_DIM, K_BLOCK, HEAD_DIM)
             gradients = tl.dot(out_gradient, tl.trans(v), input_precision=PRECISION)
             if HAS_DROPOUT:
                 gradients = _kept(gradients, seed, first, k_first, num_keys, dropout, Q_BLOCK, K_BLOCK)
             gradients = weights * (gradients - delta[:, None])
             q_gradient = tl.dot(gradients.to(k.dtype), k, q_gradient, input_precision=PRECISION)
             if HAS_BIAS:
-                nearest, farthest = (
-                    tl.min(k_position, 0) - tl.max(q_position, 0),
-                    tl.max(k_position, 0) - tl.min(q_position, 0),
-                )
+                nearest = tl.min(k_position, 0) - tl.max(q_position, 0)
+                farthest = tl.max(k_position, 0) - tl.min(q_position, 0)
                 run_sums += _by_run(gradients, distance, run_ptr, start_ptr, nearest, farthest, reach, RUNS)
+    if q_bias_ptr is not None:
+        sums_ptr = q_bias_sums_ptr + _part(sample, head, num_heads) * HEAD_DIM
+        tl.store(sums_ptr + tl.arange(0, HEAD_DIM), tl.sum(q_gradient, 0) * scale)
     q_gradient_ptr += sample * q_sample + head * q_head
     _store_rows(q_gradient_ptr, q_gradient * scale, first, num_queries, q_row, HEAD_DIM, Q_BLOCK)
     if HAS_BIAS:
-        sums_row = tl.program_id(1) * tl.num_programs(0) + block
-        tl.store(run_sums_ptr + sums_row * RUNS + tl.arange(0, RUNS), run_sums)
+        tl.store(run_sums_ptr + _part(sample, head, num_heads) * RUNS + tl.arange(0, RUNS), run_sums)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def key_gradients(
-    q_ptr, kv_ptr, out_gradient_ptr, lse_ptr, delta_ptr, kv_gradient_ptr, q_order_ptr, k_order_ptr, q_position_ptr,
-    k_position_ptr, bias_ptr, seed, lists_ptr, counts_ptr, num_queries, num_keys, num_heads, q_row, q_sample,
-    q_head, kv_row, kv_sample, kv_head, reach, scale, dropout, HEAD_DIM: tl.constexpr, Q_BLOCK: tl.constexpr,
+    q_ptr, kv_ptr, q_bias_ptr, kv_bias_ptr, out_gradient_ptr, lse_ptr, delta_ptr, kv_gradient_ptr, kv_bias_sums_ptr,
+    q_order_ptr, k_order_ptr, q_position_ptr, k_position_ptr, bias_ptr, seed, lists_ptr, counts_ptr, num_queries,
+    num_keys, num_heads, q_row, q_sample, q_head, kv_row, kv_sample, kv_head, reach, scale, dropout, HEAD_DIM: tl.constexpr, Q_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values; needs `query_gradients`' delta."""
     block, sample, head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    if q_bias_ptr is not None:
+        q_bias_ptr += head * HEAD_DIM
+        kv_bias_ptr += 2 * head * HEAD_DIM
     first, query_blocks = block * K_BLOCK, tl.cdiv(num_queries, Q_BLOCK)
     row_stride, offset = tl.num_programs(1) * HEAD_DIM, tl.program_id(1) * HEAD_DIM
     k_ptr = kv_ptr + sample * kv_sample + head * kv_head
-    k = _rows(k_ptr, first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
-    v = _rows(k_ptr + HEAD_DIM, first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
+    k = _rows(k_ptr, kv_bias_ptr, first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
+    v = _rows(k_ptr, kv_bias_ptr, first, num_keys, kv_row, HEAD_DIM, K_BLOCK, HEAD_DIM)
     k_order = _slots(k_order_ptr + sample * num_keys, first, num_keys, K_BLOCK, _INVISIBLE)
     k_position = _slots(k_position_ptr + sample * num_keys, first, num_keys, K_BLOCK, 0)
     if HAS_BIAS:
@@ -264,8 +290,10 @@ def key_gradients(
     for RULE in tl.static_range(2):
         for number in range(tl.load(counts_ptr + RULE)):
             q_first = tl.load(lists_ptr + (query_blocks - 1 - number if RULE else number)) * Q_BLOCK
-            q = _rows(q_ptr + sample * q_sample + head * q_head, q_first, num_queries, q_row, HEAD_DIM, Q_BLOCK)
-            out_gradient = _rows(out_gradient_ptr + offset, q_first, num_queries, row_stride, HEAD_DIM, Q_BLOCK)
+            q = _rows(
+                q_ptr + sample * q_sample + head * q_head, q_bias_ptr, q_first, num_queries, q_row, HEAD_DIM, Q_BLOCK
+            )
+            out_gradient = _rows(out_gradient_ptr + offset, None, q_first, num_queries, row_stride, HEAD_DIM, Q_BLOCK)
             lse = _slots(lse_ptr + tl.program_id(1) * num_queries, q_first, num_queries, Q_BLOCK, float("inf"))
             delta = _slots(delta_ptr + tl.program_id(1) * num_queries, q_first, num_queries, Q_BLOCK, 0.0)
             q_order = _slots(q_order_ptr + sample * num_queries, q_first, num_queries, Q_BLOCK, 0)
@@ -281,6 +309,10 @@ def key_gradients(
             v_gradient = tl.dot(tl.trans(kept).to(q.dtype), out_gradient, v_gradient, input_precision=PRECISION)
             gradients = weights * (gradients - delta[:, None])
             k_gradient = tl.dot(tl.trans(gradients).to(q.dtype), q, k_gradient, input_precision=PRECISION)
+    if kv_bias_ptr is not None:
+        sums_ptr = kv_bias_sums_ptr + _part(sample, head, num_heads) * 2 * HEAD_DIM
+        tl.store(sums_ptr + tl.arange(0, HEAD_DIM), tl.sum(k_gradient, 0) * scale)
+        tl.store(sums_ptr + HEAD_DIM + tl.arange(0, HEAD_DIM), tl.sum(v_gradient, 0))
     kv_gradient_ptr += sample * kv_sample + head * kv_head
     _store_rows(kv_gradient_ptr, k_gradient * scale, first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
     _store_rows(kv_gradient_ptr + HEAD_DIM, v_gradient, first, num_keys, kv_row, HEAD_DIM, K_BLOCK)

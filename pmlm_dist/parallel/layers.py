@@ -106,14 +106,14 @@ class RowLinear(_NoExtraState, RowParallelLinear):
 
 
 def joint_linear(layers: Sequence[ColumnLinear], x: Tensor) -> Tensor:
-    """Outputs of several layers of one input, side by side, by one product: [..., in] -> [..., sum of out/tp]."""
-    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    """Products of several layers with one input, without biases, side by side: [..., in] -> [..., sum of out/tp]."""
+    weight = torch.cat([layer.weight for layer in layers])
     if tp_size() == 1:
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight)
     return linear_with_grad_accumulation_and_async_allreduce(
         x,
         weight,
-        bias,
+        None,
         gradient_accumulation_fusion=False,
         allreduce_dgrad=True,
         sequence_parallel=False,

@@ -299,6 +299,6 @@ def test_compiled_kernels_spill_little_and_have_no_atomics(capability):
     resources = json.loads(result.stdout)
     assert resources.keys() == {"attend", "query_gradients", "key_gradients"}
     for name, of_kernel in resources.items():
-        assert of_kernel["spilled_bytes"] <= (40 if capability == 80 else 0), (name, of_kernel)
+        assert of_kernel["spilled_bytes"] <= (40 if capability == 80 else 16), (name, of_kernel)
         assert of_kernel["atomics"] == 0, (name, of_kernel)
         assert of_kernel["shared_bytes"] <= 100 * 1024, (name, of_kernel)  # two blocks of threads fit a multiprocessor

@@ -58,6 +58,8 @@ VIEWS = set(
 WRITES_ONLY = {"copy_", "zero_", "fill_", "bernoulli_", "normal_", "uniform_"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 LAUNCH_S = 2e-6
+IN_PLACE = {"_exponentiate"}
+"""Kernels that write the tensor they read."""
 ATTENTION_FLOPS = {"attend": 4, "query_gradients": 4, "key_gradients": 6}
 """Necessary FLOPs for each computed pair and unit of the head size, as published rates of kernels count them. The two
 backward kernels compute 14 in place of 10, since both need the scores."""
@@ -240,7 +242,9 @@ def charged_kernels(table: Table, places: Places, pairs_of: dict[int, int]) -> A
             flops = ATTENTION_FLOPS[name] * width * heads * pairs_of[queries]
             rate = table.rates.attention_forward if name == "attend" else table.rates.attention_backward
         kind = "attention" if name in ATTENTION_FLOPS else places.here()
-        table.charge(kind, name, moved=sum(map(size_of, tensors)), flops=flops, rate=rate)
+        moved = sum(map(size_of, tensors))
+        moved *= 2 if name in IN_PLACE else 1
+        table.charge(kind, name, moved=moved, flops=flops, rate=rate)
         return launch(self, *args, **kwargs)
 
     def run_generated(self: Any, *args: Any, **kwargs: Any) -> Any:

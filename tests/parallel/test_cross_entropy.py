@@ -91,3 +91,23 @@ def test_tie_is_not_correct():
     assert not correct.any()
     _, correct = tied_cross_entropy(torch.full((1, 1), -1.0), weight, torch.zeros(3), torch.tensor([2]))
     assert correct.all()
+
+
+def test_kernel_of_the_exponentials_equals_torch(monkeypatch: pytest.MonkeyPatch):
+    """In Triton's interpreter: a target elsewhere, rows that pad the vocabulary, a rank that holds padding only."""
+    from pmlm_dist.parallel import cross_entropy_kernel
+    from pmlm_dist.parallel.cross_entropy import _exponentiate
+
+    monkeypatch.setattr(cross_entropy_kernel, "BLOCK", 32)
+    torch.manual_seed(0)
+    logits, bias, own = torch.randn(6, 100), torch.randn(100), torch.randint(0, 90, (6,))
+    elsewhere = torch.tensor([False, False, True, False, True, False])
+    bias[-9:] = float("-inf")
+    for used in (bias, torch.full_like(bias, float("-inf"))):
+        if used is not bias:
+            elsewhere[:] = True
+        ours, theirs = logits.clone(), logits.clone()
+        actual = cross_entropy_kernel.exponentiate(ours, used, own, elsewhere)
+        expected = _exponentiate(theirs, used, own, elsewhere)
+        for one, other in zip((*actual, ours), (*expected, theirs), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
