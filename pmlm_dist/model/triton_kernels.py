@@ -264,8 +264,9 @@ def query_gradients(
 def key_gradients(
     q_ptr, kv_ptr, q_bias_ptr, kv_bias_ptr, out_gradient_ptr, lse_ptr, delta_ptr, kv_gradient_ptr, kv_bias_sums_ptr,
     q_order_ptr, k_order_ptr, q_position_ptr, k_position_ptr, bias_ptr, seed, lists_ptr, counts_ptr, num_queries,
-    num_keys, num_heads, q_row, q_sample, q_head, kv_row, kv_sample, kv_head, reach, scale, dropout, HEAD_DIM: tl.constexpr, Q_BLOCK: tl.constexpr,
-    K_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    num_keys, num_heads, q_row, q_sample, q_head, kv_row, kv_sample, kv_head, reach, scale, dropout,
+    HEAD_DIM: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values; needs `query_gradients`' delta."""
     block, sample, head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
