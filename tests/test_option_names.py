@@ -22,18 +22,8 @@ SUBCOMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
 EXTERNAL = {
     *("--num_gpus", "--nproc_per_node", "--no-python", "--launcher", "--no_ssh_check", "--master_addr", "--hostfile"),
     *("--local_rank", "--local-rank", "--log_level", "--allow-run-as-root", "--oversubscribe", "--mpi", "--pty"),
-    *(
-        "--nodes",
-        "--ntasks-per-node",
-        "--gpus-per-node",
-        "--gpus-per-task",
-        "--time",
-        "--array",
-        "--dependency",
-        "--requeue",
-        "--signal",
-    ),
-    *("--exclude", "--logdir", "--version", "--help", "--module", "--layers", "--quiet", "--rows"),
+    *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--time", "--array", "--dependency", "--requeue", "--signal"),
+    *("--gpus-per-task", "--exclude", "--logdir", "--version", "--help", "--module", "--layers", "--quiet", "--rows"),
 }
 """Options of launchers, SLURM, TensorBoard, of every command (--help) and of benchmarks (--layers, --rows)."""
 RESTART = {"--key", "--code", "--max-failures", "--max-preemptions-without-progress"}

@@ -42,10 +42,10 @@ class _Bucket:
 
 
 class SummingBF16Optimizer(BF16_Optimizer):
-    """DeepSpeed's optimizer with the accumulation above; the averages are bit for bit the same.
+    """DeepSpeed's optimizer with the accumulation above; on two ranks the averages are bit for bit the same.
 
-    After a backward pass, parameters that never had a gradient in this step have a sum of zero. A gradient whose norm
-    is not finite on any rank changes no weight on all ranks.
+    After a backward pass, parameters that never had a gradient in this step have a sum of zero. All ranks skip the
+    update if the gradient of one is not finite.
     """
 
     _engine: DeepSpeedEngine
@@ -168,7 +168,7 @@ class SummingBF16Optimizer(BF16_Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update the weights, unless the norm of the gradient is not finite."""
+        """Update this rank's partition and gather the weights, unless the norm of the gradient is not finite."""
         del closure  # of torch's interface
         partitions = self.fp32_groups_gradient_flat_partition
         sums = [part for group in range(len(partitions)) for part in self._own_sums(group)]

@@ -56,10 +56,14 @@ def _engine(estimate: Estimate) -> list[str]:
     section = engine.raw.get("zero_optimization", {})
     numbers = rank_parameters(estimate.work)
     warnings = []
-    if section.get("overlap_comm") and zero.optimizer_class in ("plain", "bf16"):
+    if zero.optimizer_class == "bf16" and not zero.overlaps:
         warnings.append(
-            "zero_optimization.overlap_comm has no effect: with stage 1, bf16 and fp32 accumulation DeepSpeed averages "
-            "gradients after the backward pass"
+            "gradients are averaged after the backward pass: set zero_optimization.overlap_comm to do it meanwhile"
+        )
+    if zero.optimizer_class == "bf16" and zero.overlaps and zero.reduce_bucket > numbers:
+        warnings.append(
+            f"zero_optimization.reduce_bucket_size ({zero.reduce_bucket:,}) exceeds the parameters of a rank "
+            f"({numbers:,}): one bucket is averaged after the backward pass; use 14000000"
         )
     if zero.optimizer_class in ("stage 1 and 2", "stage 3") and zero.reduce_bucket > numbers:
         wasted = (2 if zero.overlaps and zero.stage < 3 else 1) * (zero.reduce_bucket - numbers) * zero.communicated

@@ -79,7 +79,7 @@ def collectives(work: Workload, zero: Zero, *, dp: int, accumulation: int) -> It
 def _data_parallel(work: Workload, zero: Zero, accumulation: int) -> Iterator[Collective]:
     numbers, w = rank_parameters(work), work.element
     gradients = zero.communicated * numbers
-    bucket = _BUCKET if zero.optimizer_class in ("plain", "bf16") else zero.reduce_bucket
+    bucket = _BUCKET if zero.optimizer_class == "plain" else zero.reduce_bucket
     calls = max(1, math.ceil(numbers / bucket))
     if zero.optimizer_class == "stage 3":
         persistent = persistent_numbers(work, threshold=zero.persistence_threshold)
@@ -96,7 +96,13 @@ def _data_parallel(work: Workload, zero: Zero, accumulation: int) -> Iterator[Co
         )
         return
     times = accumulation if zero.stage == 2 else 1
-    yield Collective("gradients", "data parallel", "all-reduce", gradients, times, calls, is_hidden=zero.overlaps)
+    if zero.optimizer_class == "bf16" and zero.overlaps:
+        # The gradient of the tied matrix is complete at the end of the backward pass.
+        last = gradients * min(1.0, max(bucket, rank_parameters(work, "embeddings.")) / numbers)
+        yield Collective("last gradients", "data parallel", "all-reduce", last, 1)
+        gradients, calls = gradients - last, max(1, math.ceil((gradients - last) / zero.communicated / bucket))
+    if gradients:
+        yield Collective("gradients", "data parallel", "all-reduce", gradients, times, calls, is_hidden=zero.overlaps)
     if zero.stage:
         yield Collective("weights", "data parallel", "all-gather", w * numbers, 1)
 

@@ -9,8 +9,8 @@ tests/planning/test_memory.py. It has four optimizer classes:
 
     plain           stage 0, fp32: torch's AdamW; gradients are averaged through a flat copy
     bf16            stage 1 in bf16 with fp32 accumulation: keeps fp32 sums of *all* gradients between steps. A gradient
-                    is added to its sum as soon as it is computed. With D > 1 the sums are flattened after the backward
-                    pass and rounded to the precision of the communication to average them
+                    is added to its sum as soon as it is computed. With D > 1 the sums are rounded to the precision of
+                    the communication to average them (engine/bf16_optimizer.py)
     stage 1 and 2   all other cases of these stages: a master copy even in fp32; two buckets with `overlap_comm`
     stage 3         weights are gathered layer by layer, but a model below `stage3_max_live_parameters` stays gathered
                     from its first use to the end of the backward pass
@@ -88,8 +88,8 @@ class Zero:
 
     @property
     def overlaps(self) -> bool:
-        """True if gradients are averaged during the backward pass; the other classes ignore `overlap_comm`."""
-        return self.overlap and self.optimizer_class in ("stage 1 and 2", "stage 3")
+        """True if gradients are averaged during the backward pass; the plain class ignores `overlap_comm`."""
+        return self.overlap and self.optimizer_class != "plain"
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,8 @@ def _plain(work: Workload, zero: Zero, dp: int) -> ModelStates:
 
 def _bf16(work: Workload, zero: Zero, dp: int) -> ModelStates:
     numbers = rank_parameters(work)
-    rounded = zero.communicated if zero.communicated != FULL else 0
-    # All sums are flattened together, unless the matrices alone fill a bucket, which is then averaged in place.
-    flattened = (rounded + (FULL if numbers <= _FLATTENED else 0)) * numbers if dp > 1 else 0
+    # fp32 sums are averaged in place, others as a rounded copy.
+    rounded = zero.communicated * numbers if dp > 1 and zero.communicated != FULL else 0
     # The gradient of the tied matrix from the head is kept until the embedding's is computed.
     tied = work.element * work.vocabulary * work.model.hidden_size
     return ModelStates(
@@ -153,7 +152,7 @@ def _bf16(work: Workload, zero: Zero, dp: int) -> ModelStates:
         optimizer=3 * FULL * numbers / dp,
         gradients=FULL * numbers,
         buckets=tied,
-        averaging=max(0, flattened - tied),
+        averaging=max(0, rounded - tied),
         updating=_copied_to_gather(work, work.element * numbers, dp),
     )
 

@@ -58,7 +58,7 @@ def train_step(
             engine.backward(loss)
         with stopwatch.phase("step"):
             norm = optimizer_step(engine, job.engine_config, topology, is_boundary=is_boundary)
-    if math.isfinite(norm):
+    if math.isfinite(norm):  # for all ranks or for none: the norm is reduced over all, at every ZeRO stage
         return StepResult(counts, norm)
     causes = _diagnose(job, engine, micro_batches, scale, state=state, stopwatch=stopwatch)
     return StepResult(torch.zeros_like(counts), None, skipped=True, causes=tuple(causes))

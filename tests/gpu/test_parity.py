@@ -1,12 +1,12 @@
 """All attention backends on a GPU, forward and backward, against `reference` in fp64 on the CPU."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from support.batches import MODEL, logits_of, model_of, random_batch
+from support.long_rows import errors_of_fused
 from torch import Tensor
 
 from pmlm_dist.config import MaskingConfig
@@ -19,14 +19,6 @@ pytestmark = pytest.mark.gpu
 
 SHAPE = replace(MODEL, hidden_size=128, num_heads=2, ffn_size=256, max_positions=300, initializer_range=0.1)
 DEVICE = torch.device("cuda", 0)
-
-
-@pytest.fixture(autouse=True)
-def reset_compiler() -> Iterator[None]:
-    """Reset the compiler: kernels of earlier tests must not count towards torch's limit of compiled shapes."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @cache
@@ -81,6 +73,14 @@ def test_bf16_error_is_comparable_to_reference(attention):
     assert max(reference.values()) < 0.2
     for name, error in errors(attention, torch.bfloat16, relative_bias=True).items():
         assert error < 3.0 * reference[name] + 1e-3, name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+@pytest.mark.parametrize("length", [1024, 2048])
+def test_fused_error_on_long_rows_is_that_of_rounding(length, dtype, tolerance):
+    """Its softmax is in place, and torch has another kernel for rows longer than 1,024. On a CPU: 1e-6 and 0.01."""
+    for name, error in errors_of_fused(length, dtype, DEVICE).items():
+        assert error < tolerance, name
 
 
 def test_triton_error_with_activation_checkpointing_is_that_of_rounding():

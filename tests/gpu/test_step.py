@@ -58,7 +58,7 @@ def base_run(corpus: Path, run_dir: Path, *, steps: int, **model: Any) -> RunCon
         zero_optimization={
             "stage": 1,
             "overlap_comm": True,
-            "reduce_bucket_size": 200_000_000,
+            "reduce_bucket_size": 14_000_000,
             "allgather_bucket_size": 200_000_000,
         },
     )
@@ -148,6 +148,20 @@ def test_two_gpus_equal_cpu(small_corpus, tmp_path, cpu_run, tp, zero):
     results = run_world(train, 2, config, timeout_s=300)
     assert results[0].losses == results[1].losses
     check_near(results[0], cpu_run)
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_averaged_during_the_backward_pass_equal_those_averaged_after_it(small_corpus, tmp_path, precision):
+    """NCCL averages bf16 sums on a stream of its own, as a copy in bf16 or in place in fp32."""
+    runs = []
+    for overlap in (True, False):
+        zero = {"stage": 1, "overlap_comm": overlap, "reduce_bucket_size": 2000, "allgather_bucket_size": 50_000}
+        settings: dict[str, Any] = {"communication_data_type": precision, "zero_optimization": zero}
+        config = run_config(small_corpus, tmp_path / str(overlap), precision="bf16", micro_batch=2, **settings)
+        runs.append(run_world(train, 2, config, timeout_s=300)[0])
+    torch.testing.assert_close(runs[0].losses, runs[1].losses, rtol=1e-4, atol=0)
+    torch.testing.assert_close(runs[0].norms, runs[1].norms, rtol=1e-2, atol=0)
 
 
 @needs_two_gpus

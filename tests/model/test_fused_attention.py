@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.long_rows import errors_of_fused
 
 from pmlm_dist.model import fused_attention
 from pmlm_dist.model.attention import QueryGroup, attention_fused, attention_reference
@@ -68,6 +69,12 @@ def test_dropout_keeps_mean_and_has_variance():
     assert draws.std(dim=0).min() > 0.01
     error = (draws.mean(dim=0) - expected) / (draws.std(dim=0) / 20)
     assert error.abs().max() < 6  # standard errors, of 1,536 values
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+def test_error_on_rows_of_2048_is_that_of_rounding(dtype, tolerance):
+    for name, error in errors_of_fused(2048, dtype, torch.device("cpu")).items():
+        assert error < tolerance, name
 
 
 def test_bf16_error_is_that_of_rounding():

@@ -12,6 +12,7 @@ from support.worlds import run_world
 from pmlm_dist.config import RunConfig
 from pmlm_dist.devices import DEVICES
 from pmlm_dist.planning.communication import Cluster, Collective, collectives, traffic
+from pmlm_dist.planning.parameters import rank_parameters
 from pmlm_dist.planning.workload import Workload
 
 H100 = replace(DEVICES["h100-80gb"], link_share=1.0, network_share=1.0, latency=0.0)
@@ -155,15 +156,25 @@ def test_one_rank_sends_nothing():
     ("stage", "accumulated", "hidden"),
     [
         (1, 2, ["gradients"]),
-        (1, 4, []),  # DeepSpeed's bf16 optimizer averages after the backward pass
+        (1, 4, ["gradients"]),
         (2, 2, ["gradients"]),
         (2, 4, ["gradients"]),
         (3, 2, ["weights", "gradients"]),
     ],
 )
-def test_collectives_are_hidden_where_deepspeed_overlaps_them(stage: int, accumulated: int, hidden: list[str]):
+def test_collectives_are_hidden_where_they_overlap_the_backward_pass(stage: int, accumulated: int, hidden: list[str]):
     engine = zero_settings(stage, overlap=True, accumulated=accumulated, max_live=10**9)
     assert [c.purpose for c in collectives(ALONE, engine, dp=2, accumulation=1) if c.is_hidden] == hidden
+
+
+@pytest.mark.parametrize("bucket", [1, 500_000, 10**9])
+def test_last_bucket_of_bf16_sums_is_exposed(bucket: int):
+    """It has the embeddings at least: with one bucket for all, nothing overlaps."""
+    engine = zero_settings(1, overlap=True, accumulated=4, reduce_bucket=bucket)
+    sent = [c for c in collectives(ALONE, engine, dp=2, accumulation=2) if c.kind == "all-reduce"]
+    numbers, embeddings = rank_parameters(ALONE), rank_parameters(ALONE, "embeddings.")
+    assert sum(c.times * c.bytes for c in sent) == pytest.approx(2 * numbers)
+    assert sum(c.bytes for c in sent if not c.is_hidden) == pytest.approx(2 * min(numbers, max(embeddings, bucket)))
 
 
 def test_weights_above_max_live_are_gathered_twice():

@@ -135,7 +135,12 @@ def test_all_problems_are_raised_at_once():
 
 
 def test_settings_without_effect_and_wasted_buckets_warn(tmp_path: Path):
-    assert any("overlap_comm has no effect" in warning for warning in plan_of(nodes=8).warnings)
+    assert not any("overlap_comm" in warning or "bucket" in warning for warning in plan_of(nodes=8).warnings)
+    for settings, expected in (({"overlap_comm": False}, "set zero_optimization.overlap_comm"), ({}, "one bucket")):
+        raw = json.loads((DS_CONFIGS / "base.json").read_text())
+        raw["zero_optimization"] |= {"reduce_bucket_size": 500_000_000, **settings}
+        (changed := tmp_path / "bf16.json").write_text(json.dumps(raw))
+        assert any(expected in warning for warning in plan_of(nodes=8, ds_config=changed).warnings)
     raw = json.loads(fp16().read_text())
     raw["zero_optimization"] |= {"reduce_bucket_size": 1_000_000_000, "offload_param": {"device": "cpu"}}
     changed = tmp_path / "engine.json"
@@ -176,7 +181,7 @@ def test_assumptions_replace_rates_of_the_device():
 
 
 def test_plan_is_printed_and_written_as_json():
-    plan = plan_of(nodes=8)
+    plan = plan_of(nodes=8, assume=Assumptions(failure_hours=500.0))  # warns of the checkpoint interval
     again = json.loads(json.dumps(plan.as_dict()))
     assert again["parameters"] == plan.parameters
     assert again["memory"]["device"] == plan.estimate.memory.device
