@@ -155,7 +155,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 bench: $(VENV)/.dev $(DEMO)/manifest.json
-	for name in step update loader attention checkpoint generate plan prepare scaling zero; do $(BIN)/python benchmarks/run.py $$name --json benchmarks/results/$$name.json; done
+	for name in step update loader attention checkpoint generate plan prepare scale scaling zero; do $(BIN)/python benchmarks/run.py $$name --json benchmarks/results/$$name.json; done
 
 bench-gpu: export DS_ACCELERATOR := cuda
 bench-gpu: gpu

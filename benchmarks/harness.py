@@ -42,7 +42,7 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        console, plain = Console(width=120), self.as_dict()
+        console, plain = Console(width=140), self.as_dict()
         console.print(f"[bold]{self.benchmark}[/]  {plain['machine']}")
         console.print(f"shapes {plain['shapes']}\nversions {plain['versions']}")
         columns = list(dict.fromkeys(column for row in self.rows.values() for column in row))

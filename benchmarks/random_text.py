@@ -11,8 +11,10 @@ SHARDS = 8
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def random_corpus(folder: Path, *, vocabulary_size: int, samples: int, sequence_length: int) -> Path:
-    """Write `samples` full-length training samples in 8 shards and one shard of validation samples to `folder`."""
+def random_corpus(
+    folder: Path, *, vocabulary_size: int, samples: int, sequence_length: int, shards: int = SHARDS
+) -> Path:
+    """Write `samples` full-length training samples in `shards` shards, and one validation shard, to `folder`."""
     vocabulary = Vocabulary.from_tokens([*_SPECIAL, *(f"w{i}" for i in range(vocabulary_size - len(_SPECIAL)))])
     random = np.random.default_rng(0)
 
@@ -21,15 +23,15 @@ def random_corpus(folder: Path, *, vocabulary_size: int, samples: int, sequence_
         ids[[0, sequence_length // 2, sequence_length - 1]] = vocabulary.cls_id, vocabulary.sep_id, vocabulary.sep_id
         return ids
 
-    splits, per_shard = {}, -(-samples // SHARDS)
-    for name, count in (("train", SHARDS), ("validation", 1)):
-        shards = tuple(
+    splits, per_shard = {}, -(-samples // shards)
+    for name, count in (("train", shards), ("validation", 1)):
+        written = tuple(
             write_shard(
                 folder, shard_name(name, i), [sample() for _ in range(per_shard)], first=i * per_shard, dtype="uint16"
             )
             for i in range(count)
         )
-        splits[name] = Split(shards, count * per_shard, count * per_shard * sequence_length)
+        splits[name] = Split(written, count * per_shard, count * per_shard * sequence_length)
     vocabulary.save(folder)
     Manifest(
         sequence_length=sequence_length,

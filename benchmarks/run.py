@@ -17,6 +17,7 @@ BENCHMARKS = {
     "loader": "LoaderOptions",
     "plan": "PlanOptions",
     "prepare": "PrepareOptions",
+    "scale": "ScaleOptions",
     "scaling": "ScalingOptions",
     "step": "StepOptions",
     "update": "UpdateOptions",

@@ -16,7 +16,7 @@ from pmlm_dist.planning.advice import advice
 from pmlm_dist.planning.communication import Cluster
 from pmlm_dist.planning.estimate import Estimate, Job, Layout
 from pmlm_dist.planning.parameters import total_parameters
-from pmlm_dist.planning.reliability import Checkpoints, checkpoints
+from pmlm_dist.planning.reliability import Checkpoints, checkpoints, writers
 from pmlm_dist.planning.settings import PlanConfig
 
 DAY = 86_400
@@ -125,6 +125,7 @@ def make_plan(config: PlanConfig, *, measured: Device | None = None) -> Plan:
     saving = checkpoints(
         parameters,
         gpus=config.gpus,
+        writers=writers(zero_stage=layout.zero, tp=layout.tp, dp=config.gpus // layout.tp),
         gpu_hours=config.assume.failure_hours,
         bytes_per_s=1e9 * config.assume.storage_gb_per_s,
         restart_s=60 * config.assume.restart_minutes,

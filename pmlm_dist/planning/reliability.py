@@ -7,6 +7,7 @@ Every M seconds a failure costs half an interval of repeated steps and a restart
 
 from dataclasses import dataclass
 
+from pmlm_dist.checkpoint.fragments import MAX_WRITERS
 from pmlm_dist.supervision.attempts import best_interval
 
 BYTES_OF_PARAMETER = 12
@@ -19,8 +20,10 @@ class Checkpoints:
 
     bytes: float
     """Of one checkpoint, over all ranks."""
+    writers: int
+    """Ranks that write a part of it."""
     seconds: float
-    """To write one checkpoint, every rank its part. An upper bound of the lost time: training continues meanwhile."""
+    """To write one checkpoint, every writer its part. An upper bound of the lost time: training continues meanwhile."""
     between_failures: float
     """Mean time between failures of the whole job."""
     restart: float
@@ -38,13 +41,18 @@ class Checkpoints:
         return 1.0 - self.lost(self.interval)
 
 
+def writers(*, zero_stage: int, tp: int, dp: int) -> int:
+    """Number of ranks that write a checkpoint: every rank its partition, at stage 0 a few of the replicas."""
+    return tp * (min(dp, MAX_WRITERS) if zero_stage == 0 else dp)
+
+
 def checkpoints(
-    parameters: int, *, gpus: int, gpu_hours: float, bytes_per_s: float, restart_s: float, step_s: float
+    parameters: int, *, gpus: int, writers: int, gpu_hours: float, bytes_per_s: float, restart_s: float, step_s: float
 ) -> Checkpoints:
     """Checkpoints of a run of `parameters` on `gpus` devices. The interval is at least one step.
 
     `gpu_hours`: mean hours between failures of one device. `bytes_per_s`: write rate of one rank.
     """
     size = float(BYTES_OF_PARAMETER * parameters)
-    delta, between = size / gpus / bytes_per_s, 3600 * gpu_hours / gpus
-    return Checkpoints(size, delta, between, restart_s, interval=max(step_s, best_interval(delta, between)))
+    delta, between = size / writers / bytes_per_s, 3600 * gpu_hours / gpus
+    return Checkpoints(size, writers, delta, between, restart_s, interval=max(step_s, best_interval(delta, between)))

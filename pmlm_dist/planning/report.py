@@ -61,8 +61,10 @@ def _memory(plan: Plan) -> Rows:
     device = plan.cluster.device
     fits = "fits" if plan.estimate.fits else "DOES NOT FIT"
     yield "total", _gigabytes(memory.device), f"of {device.memory / 1e9:.1f}: {fits}; peak: {memory.moment}"
-    host = memory.host + plan.checkpoints.bytes / plan.cluster.gpus
-    per_node = f"{_gigabytes(host * plan.cluster.gpus_per_node)} per node, for offloading and checkpoint staging"
+    cluster, saving = plan.cluster, plan.checkpoints
+    host = memory.host + saving.bytes / saving.writers
+    of_node = memory.host * cluster.gpus_per_node + saving.bytes / min(saving.writers, cluster.nodes)
+    per_node = f"{_gigabytes(of_node)} per node, for offloading and checkpoint staging"
     yield "host memory", _gigabytes(host), per_node
 
 

@@ -2,12 +2,20 @@
 
 import pytest
 
-from pmlm_dist.planning.reliability import Checkpoints, checkpoints
+from pmlm_dist.checkpoint.fragments import Fragment
+from pmlm_dist.planning.reliability import Checkpoints, checkpoints, writers
 from pmlm_dist.supervision.attempts import LLAMA_3_HOURS
 
 
 def planned(**changes: float) -> Checkpoints:
-    settings = {"gpus": 1024, "gpu_hours": LLAMA_3_HOURS, "bytes_per_s": 5e6, "restart_s": 600.0, "step_s": 0.1}
+    settings = {
+        "gpus": 1024,
+        "writers": changes.get("gpus", 1024),
+        "gpu_hours": LLAMA_3_HOURS,
+        "bytes_per_s": 5e6,
+        "restart_s": 600.0,
+        "step_s": 0.1,
+    }
     return checkpoints(10**10, **{**settings, **changes})  # pyright: ignore[reportArgumentType]
 
 
@@ -32,6 +40,14 @@ def test_checkpoint_is_twelve_bytes_a_parameter_and_every_rank_writes_a_part():
     plan = planned()
     assert plan.bytes == 12e10
     assert plan.seconds == pytest.approx(12e10 / 1024 / 5e6)
+
+
+@pytest.mark.parametrize("dp", [1, 4, 32, 33, 1000])
+def test_writers_are_the_ranks_that_write_a_share(dp: int):
+    whole = Fragment.whole("w", (10_000,))
+    assert writers(zero_stage=0, tp=1, dp=dp) == sum(whole.share_of_replica(rank, dp) is not None for rank in range(dp))
+    assert writers(zero_stage=1, tp=2, dp=dp) == 2 * dp
+    assert planned(writers=writers(zero_stage=0, tp=2, dp=512)).seconds == pytest.approx(12e10 / 64 / 5e6)
 
 
 def test_interval_is_at_least_one_step():
