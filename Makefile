@@ -25,7 +25,7 @@ DEMO   := data/demo
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train corpus demo-tasks ablation gpu-ablation-pack gpu-ablation test test-quick test-cluster test-faults test-faults-all test-soak test-docker checks bench format clean gpu test-gpu bench-gpu
+.PHONY: train corpus demo-tasks ablation gpu-ablation-pack gpu-ablation test test-quick test-cluster test-faults test-faults-all test-soak test-null-gpu test-docker checks bench format clean gpu test-gpu bench-gpu
 
 train: $(DEMO)/manifest.json
 	$(call pretrain,$(DEMO)) $(ARGS)
@@ -83,9 +83,9 @@ WORKERS ?= 2
 # ends with code 5, which counts only if both do.
 define run_tests
 	first=0; second=0; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/faults -m "$(1) and not serial" $(ARGS) || first=$$?; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/faults --ignore tests/null_gpu -m "$(1) and not serial" $(ARGS) || first=$$?; \
 	[ $$first != 2 ] || exit 2; \
-	$(BIN)/python -m pytest --ignore tests/faults -m "$(1) and serial" $(ARGS) || second=$$?; \
+	$(BIN)/python -m pytest --ignore tests/faults --ignore tests/null_gpu -m "$(1) and serial" $(ARGS) || second=$$?; \
 	[ $$first != 5 ] || first=$$second; \
 	[ $$second != 5 ] || second=$$first; \
 	exit $$(( first ? first : second ))
@@ -119,6 +119,13 @@ test-faults-all: $(VENV)/.dev
 
 test-soak: $(VENV)/.dev
 	SOAK_MINUTES=30 $(BIN)/python -m pytest -m nightly tests/faults/test_soak.py $(ARGS)
+
+# An environment of its own, with the CUDA build of torch.
+NULL_GPU := build/null-gpu
+
+test-null-gpu: $(VENV)/.dev
+	PYTHON=$(PYTHON) tests/null_gpu/install.sh $(NULL_GPU)
+	NULL_GPU_PYTHON=$(CURDIR)/$(NULL_GPU)/bin/python $(BIN)/python -m pytest -n $(WORKERS) -m null_gpu tests/null_gpu $(ARGS)
 
 test-docker:
 	docker/test.sh

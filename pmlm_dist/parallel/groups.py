@@ -169,6 +169,8 @@ def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
                 create_gloo_process_groups=False,
                 distributed_timeout_minutes=max(1, timeout_s // 60),
             )
+        # No rank goes on, and may end, while another still needs its store: rank 0 is the host of it.
+        dist.all_reduce(torch.zeros(()))
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

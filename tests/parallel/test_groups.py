@@ -29,13 +29,14 @@ def join_with_one_visible_device(launcher: dict[str, str]) -> list[tuple[int, in
     import torch.distributed as dist
 
     os.environ.update(launcher, DS_ACCELERATOR="cuda")
-    init = dist.init_process_group
+    init, new_group = dist.init_process_group, dist.new_group
     results = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(dist, "init_process_group", lambda backend, **settings: init("gloo", **settings))
+        patch.setattr(dist, "new_group", lambda ranks, **settings: new_group(ranks, **{**settings, "backend": "gloo"}))
         for _ in range(2):
             topology = groups.init_process_groups()
             variables = os.environ["LOCAL_RANK"], os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
