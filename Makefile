@@ -4,6 +4,8 @@
 # make test-cluster   set up, install SLURM from Debian if need be (as root), run the tests that submit jobs to it
 # make test-faults   inject the faults of docs/reliability.md that take seconds; make test-faults-all: all, and write its table
 # make test-soak   half an hour of faults of seven kinds, one every 20 to 40 seconds
+# make test-null-gpu   the GPU path on a CUDA device that runs nothing: budgets of launches, waits, bytes, memory; topologies
+# make test-versions   the quick tests with Python 3.11 to 3.13 and torch 2.11 and 2.13, an hour and 30 GB
 # make test-docker    build the image with buildah and train in it (as root on Debian: installs what it needs)
 # make checks  format, lint (Python, shell, Dockerfile), types
 # make demo-tasks   the job of `make train`, longer; fine-tune its model on two tasks, and the same network untrained; scores
@@ -12,6 +14,8 @@
 #              docs/reports/ablation-cpu/table.md
 # make gpu-ablation-pack DATA=FOLDER, make gpu-ablation   the same with 30 M parameters: pack the data, then, on a machine with a GPU
 #              and that file, call the second until it says that it is complete; each call takes at most ten minutes
+# make gpu-day-pack, make gpu-day   half an hour on one GPU without a network: pack beforehand; there, call the second until it says
+#              that it is complete; docs/reports/gpu.md
 # make bench   every benchmark; reports in benchmarks/results
 # make test-gpu, make bench-gpu   what needs a GPU: its tests, and both training benchmarks at the size of the base model
 
@@ -25,7 +29,7 @@ DEMO   := data/demo
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train corpus demo-tasks ablation gpu-ablation-pack gpu-ablation test test-quick test-cluster test-faults test-faults-all test-soak test-null-gpu test-docker checks bench format clean gpu test-gpu bench-gpu
+.PHONY: train corpus demo-tasks ablation gpu-ablation-pack gpu-ablation test test-quick test-cluster test-faults test-faults-all test-soak test-null-gpu test-versions test-docker checks bench format clean gpu gpu-day gpu-day-pack test-gpu bench-gpu
 
 train: $(DEMO)/manifest.json
 	$(call pretrain,$(DEMO)) $(ARGS)
@@ -127,6 +131,11 @@ test-null-gpu: $(VENV)/.dev
 	PYTHON=$(PYTHON) tests/null_gpu/install.sh $(NULL_GPU)
 	NULL_GPU_PYTHON=$(CURDIR)/$(NULL_GPU)/bin/python $(BIN)/python -m pytest -n $(WORKERS) -m null_gpu tests/null_gpu $(ARGS)
 
+VERSIONS ?= 3.11:2.11.0 3.11:2.13.0 3.12:2.11.0 3.12:2.13.0 3.13:2.11.0 3.13:2.13.0
+
+test-versions:
+	WORKERS=$(WORKERS) tests/versions/run.sh build/versions $(VERSIONS) -- $(ARGS)
+
 test-docker:
 	docker/test.sh
 
@@ -136,12 +145,23 @@ gpu: $(VENV)/.dev
 test-gpu: gpu
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu $(ARGS)
 
+# On the machine with the GPU: GPU_PYTHON has torch with CUDA; the rest comes from the packed wheels.
+GPU_PYTHON ?= python3
+
+gpu-day-pack: $(VENV)/.dev
+	benchmarks/gpu_day/pack.sh 3.12
+
+gpu-day:
+	test -e build/gpu-day/venv || $(GPU_PYTHON) -m venv --system-site-packages build/gpu-day/venv
+	build/gpu-day/venv/bin/pip install --quiet --no-index --no-deps --find-links build/gpu-day/wheels build/gpu-day/wheels/*.whl
+	build/gpu-day/venv/bin/python benchmarks/gpu_day/gpu_day.py $(ARGS)
+
 checks: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
 	.ci/check_words
-	$(BIN)/shellcheck -x .ci/run slurm/*.sh tests/cluster/install.sh docker/test.sh
+	$(BIN)/shellcheck -x .ci/run slurm/*.sh tests/cluster/install.sh tests/null_gpu/*.sh tests/versions/run.sh docker/test.sh
 	$(BIN)/hadolint docker/Dockerfile
 
 format: $(VENV)/.dev

@@ -22,7 +22,7 @@ from pmlm_dist.engine.deepspeed_config import EngineConfig
 from pmlm_dist.engine.extension_build import build_lock
 from pmlm_dist.engine.malloc import keep_freed_memory
 from pmlm_dist.engine.optimizer import parameter_groups
-from pmlm_dist.model.transformer import PseudoMaskedLM
+from pmlm_dist.model.transformer import Layer, PseudoMaskedLM
 from pmlm_dist.parallel.groups import ModelParallelUnit, Topology
 
 
@@ -40,6 +40,9 @@ def initialize_engine(
     bf16_optimizer.see_memory_usage = lambda *_, **__: None  # prints 18 lines at every start; there is no setting
     if topology.device.type == "cpu":
         keep_freed_memory(keep=keep_memory)
+    if config.zero_stage == 3:
+        # A layer is gathered as a whole: its kernels take parameters of several of its modules at once.
+        deepspeed.utils.set_z3_leaf_modules(model, [Layer])
     try:
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -50,6 +53,12 @@ def initialize_engine(
         )
     except ValidationError as error:
         raise ConfigError(_setting_problems(error, config.raw)) from error
+    if config.zero_stage == 3:
+        # Used outside of their modules. DeepSpeed notices that only while they are partitioned: a run that resumes with
+        # them gathered would record another order of gathers than it needs afterwards, and end.
+        outside = [model.embeddings.token, *([] if model.relative_bias is None else [model.relative_bias])]
+        for module in outside:
+            deepspeed.zero.register_external_parameter(model, module.weight)
     _check_groups(engine, topology)
     optimizer: Any = engine.optimizer
     if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):

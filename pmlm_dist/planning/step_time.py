@@ -33,6 +33,9 @@ _WIDE_DROPOUT, _PAIRS_DROPOUT = 12, 10
 _LOGITS, _LOGITS_FULL = 6, 8  # reads and writes of the logits, and of their fp32 chunks
 _ADAM = 28  # bytes of a parameter: reads weight, gradient and both moments, writes all but the gradient
 _OPERATIONS_OF_LAYER, _OTHER_OPERATIONS = 130, 250  # forward and backward pass
+# The same with the kernels of a GPU, which read and write every tensor once: model/elementwise.py, triton_attention.py.
+_KERNEL_WIDE, _KERNEL_WIDE_DROPOUT, _KERNEL_OWN, _KERNEL_HIDDEN, _KERNEL_LOGITS = 16, 2, 16, 5, 2
+_KERNEL_OPERATIONS_OF_LAYER = 34
 _OPERATIONS_OF_PARAMETER = 4  # DeepSpeed's hooks, in every backward pass
 
 
@@ -98,7 +101,8 @@ def moved_bytes(work: Workload) -> float:
     layers = (model.num_layers - 1) * inner + last
     if model.activation_checkpointing:
         layers *= 4 / 3  # a second forward pass, about a third of the whole
-    logits = work.predicted_tokens * work.vocabulary * (_LOGITS * a + _LOGITS_FULL * FULL)
+    of_logits = _KERNEL_LOGITS * a if work.on_accelerator else _LOGITS * a + _LOGITS_FULL * FULL
+    logits = work.predicted_tokens * work.vocabulary * of_logits
     ends = a * model.hidden_size * (_EMBEDDING * work.tokens + _HEAD * work.predicted_tokens)
     tables = 3 * a * work.vocabulary * model.hidden_size
     return layers + logits + ends + tables
@@ -106,8 +110,11 @@ def moved_bytes(work: Workload) -> float:
 
 def _layer_bytes(work: Workload, tokens: int, pairs: int) -> float:
     model = work.model
-    wide = _WIDE + (_WIDE_DROPOUT if model.hidden_dropout else 0)
-    own, hidden = _OWN / work.tp, _HIDDEN * model.ffn_size / work.tp
+    wide, dropped, own, hidden = _WIDE, _WIDE_DROPOUT, _OWN, _HIDDEN
+    if work.on_accelerator:
+        wide, dropped, own, hidden = _KERNEL_WIDE, _KERNEL_WIDE_DROPOUT, _KERNEL_OWN, _KERNEL_HIDDEN
+    wide += dropped if model.hidden_dropout else 0
+    own, hidden = own / work.tp, hidden * model.ffn_size / work.tp
     numbers = tokens * ((wide + own) * model.hidden_size + hidden)
     scored = 0 if work.attention == "triton" else _PAIRS + (_PAIRS_DROPOUT if model.attention_dropout else 0)
     return work.element * (numbers + scored * pairs) + _BIAS * sum(bias_numbers(work))
@@ -115,7 +122,8 @@ def _layer_bytes(work: Workload, tokens: int, pairs: int) -> float:
 
 def _operations(work: Workload) -> float:
     parameters = 16 * work.model.num_layers + 11
-    return _OPERATIONS_OF_LAYER * work.model.num_layers + _OTHER_OPERATIONS + _OPERATIONS_OF_PARAMETER * parameters
+    of_layer = _KERNEL_OPERATIONS_OF_LAYER if work.on_accelerator else _OPERATIONS_OF_LAYER
+    return of_layer * work.model.num_layers + _OTHER_OPERATIONS + _OPERATIONS_OF_PARAMETER * parameters
 
 
 def _update(work: Workload, zero: Zero, device: Device, *, dp: int, accumulation: int) -> float:

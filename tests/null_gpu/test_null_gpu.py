@@ -40,7 +40,7 @@ def run_on_null_gpu(*arguments: str, ranks: int = 1) -> str:
         processes.append(
             subprocess.Popen(
                 [str(HERE / "run.sh"), str(PYTHON), *arguments],
-                env=environment(**(world | address if ranks > 1 else {})),
+                env=environment(**world, **address),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
