@@ -124,17 +124,18 @@ class StopAgreement:
         Ranks keep agreeing while data are missing, so a rank whose data never come does not block a stop.
         """
         self.data_wait_s, start = 0.0, time.monotonic()
-        own, of_all = Readiness.MISSING, self._result_of_begun()
-        while of_all is Readiness.MISSING:
+        own = prefetcher.readiness()
+        while True:
+            if own is not Readiness.MISSING:  # from here on this rank waits for others, which still beat "data"
+                self.heartbeat.enter(STEP)
+            of_all = self._result_of_begun(otherwise=own)
+            if of_all is not Readiness.MISSING:
+                return of_all is Readiness.READY
             if own is Readiness.MISSING:
                 own = prefetcher.readiness(within_s=_POLL_S)
                 self.data_wait_s = time.monotonic() - start
-            if own is not Readiness.MISSING:  # from here on this rank waits for others, which still beat "data"
-                self.heartbeat.enter(STEP)
-            of_all = self._agree(own)
-        return of_all is Readiness.READY
 
-    def _result_of_begun(self, *, otherwise: Readiness = Readiness.MISSING) -> Readiness:
+    def _result_of_begun(self, *, otherwise: Readiness) -> Readiness:
         """Result of the agreement that was begun in the step before; without one, an agreement on `otherwise`."""
         pending, self._pending = self._pending, None
         return self._agree(otherwise) if pending is None else self._conclude(pending)
