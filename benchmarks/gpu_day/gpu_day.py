@@ -39,7 +39,7 @@ class Piece:
 
 def pieces(python: str, *, rehearse: bool) -> list[Piece]:
     """All pieces, the most telling first."""
-    small = ["--layers", "2", "--micro-batch", "4", "--steps", "2"] if rehearse else []
+    small = ["--layers", "2", "--micro-batch", "4", "--steps", "2", "--no-profile"] if rehearse else []
 
     def timed(setting: str, preset: str = "base", micro_batch: int = 60) -> Piece:
         result = DAY / "results" / f"measure-{preset}-{setting.replace(' ', '-')}.figures"
