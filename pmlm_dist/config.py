@@ -83,6 +83,10 @@ class ModelConfig:
     initial_head_bias: Literal["unigram", "zeros"] = "unigram"
     """Initial bias of the output. `unigram`: the log of each token's frequency in the training corpus, so that the
     first steps need not learn it. `zeros`: as BERT."""
+    initial_relative_bias: Literal["local", "normal"] = "local"
+    """Initial relative position bias. `local`: half of the heads begin looking at one neighbor each, at distances -1,
+    1, -2, 2 and so on, so that masked tokens have their context from the first step on. `normal`: no head does, as in
+    the paper; then small models stay at the loss of token frequencies for millions of tokens."""
     attention: Literal["auto", "fused", "triton", "reference"] = "auto"
     """Attention backend. `triton`: one kernel, on a GPU, for heads of 16, 32, 64 or 128. `fused`: fast on a CPU, works
     on any device. `reference`: one matrix over all pairs of slots, the specification. `auto`: `triton` where it works,

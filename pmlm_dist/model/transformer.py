@@ -123,6 +123,7 @@ class PseudoMaskedLM(nn.Module):
                 buckets=config.relative_buckets,
                 max_distance=config.relative_max_distance,
                 std=config.initializer_range,
+                local=config.initial_relative_bias == "local",
             )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.head = TiedHead(config, padded_vocab_size=padded_vocab_size)

@@ -73,3 +73,17 @@ def test_bf16_table_gets_gradient_summed_in_fp32():
     for actual in (bias.for_contiguous(300), bias(positions, positions)):
         (gradient,) = torch.autograd.grad(actual.to(torch.bfloat16).sum(), bias.weight)
         assert abs(float(gradient.float().sum()) - 300 * 300) < 0.01 * 300 * 300
+
+
+def test_half_of_the_heads_begin_looking_at_one_neighbor_each():
+    """With many equal keys a head has most of its attention at its own distance, and the others none at any."""
+    groups.init_process_groups()
+    bias = RelativeBias(5, buckets=32, max_distance=128, std=0.0, local=True)
+    attention_HT = bias.by_distance(40).softmax(dim=1)
+    distances = torch.arange(-40, 41)
+    assert distances[attention_HT[:3].argmax(dim=1)].tolist() == [-1, 1, -2]
+    assert (attention_HT[:3].amax(dim=1) > 0.9).all()
+    assert torch.equal(attention_HT[3:], torch.full((2, 81), 1 / 81))
+    assert not RelativeBias(
+        5, buckets=4, max_distance=128, std=0.0, local=True
+    ).weight.any()  # no bucket of one distance
