@@ -47,7 +47,7 @@ def neighbor_bias(num_heads: int, *, buckets: int, max_distance: int) -> Tensor:
     distances = [sign * size for size in range(1, buckets // 4) for sign in (-1, 1)]  # with a bucket of their own
     bias_HN = torch.zeros(num_heads, buckets)
     for head, distance in zip(range((num_heads + 1) // 2), itertools.cycle(distances), strict=False):
-        bucket = relative_bucket(torch.tensor(distance), buckets=buckets, max_distance=max_distance)
+        bucket = relative_bucket(torch.tensor(distance, device="cpu"), buckets=buckets, max_distance=max_distance)
         bias_HN[head, bucket] = NEIGHBOR_BIAS
     return bias_HN
 
