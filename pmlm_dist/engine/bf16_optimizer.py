@@ -98,17 +98,17 @@ class SummingBF16Optimizer(BF16_Optimizer):
 
     def _accumulate_vectors(self) -> None:
         """Accumulate the gradients of biases and norms, of all layers in a few launches."""
-        first = [(total, gradient) for total, gradient, is_first in self._vectors if is_first]
-        later = [(total, gradient) for total, gradient, is_first in self._vectors if not is_first]
-        if first:
-            torch._foreach_copy_(*map(list, zip(*first, strict=True)))
-        if later:
-            totals, gradients = map(list, zip(*later, strict=True))
-            exact = [torch.empty_like(total) for total in totals]
-            torch._foreach_copy_(
-                exact, gradients
-            )  # one launch for tensors of different precision, as an addition is not
-            torch._foreach_add_(totals, exact)
+        copy, add = torch._foreach_copy_, torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+        for is_first in (True, False):
+            chosen = [vector for vector in self._vectors if vector[2] == is_first]
+            if not chosen:
+                continue
+            totals, gradients = [total for total, _, _ in chosen], [gradient for _, gradient, _ in chosen]
+            # A copy between precisions is one launch for all; an addition would be one each.
+            exact = totals if is_first else [torch.empty_like(total) for total in totals]
+            copy(exact, gradients)
+            if not is_first:
+                add(totals, exact)
         self._vectors.clear()
 
     def _mark_final(self, parameter: tuple[int, int]) -> None:

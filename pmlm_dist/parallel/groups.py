@@ -169,7 +169,7 @@ def init_process_groups(*, tp: int = 1, timeout_s: int = 600) -> Topology:
                 create_gloo_process_groups=False,
                 distributed_timeout_minutes=max(1, timeout_s // 60),
             )
-        # No rank goes on, and may end, while another still needs its store: rank 0 is the host of it.
+        # Wait for all: another rank may still need the store, which ends with rank 0.
         dist.all_reduce(torch.zeros(()))
     return Topology(
         rank=dist.get_rank(),

@@ -107,7 +107,8 @@ class RowLinear(_NoExtraState, RowParallelLinear):
 
 def joint_linear(layers: Sequence[ColumnLinear], x: Tensor) -> Tensor:
     """Products of several layers with one input, without biases, side by side: [..., in] -> [..., sum of out/tp]."""
-    weight = torch.cat([layer.weight for layer in layers])
+    weights: list[Any] = [layer.weight for layer in layers]
+    weight = torch.cat(weights)
     if tp_size() == 1:
         return F.linear(x, weight)
     return linear_with_grad_accumulation_and_async_allreduce(

@@ -56,6 +56,8 @@ VIEWS = {
 WRITES_ONLY = {"copy_", "zero_", "fill_", "bernoulli_", "normal_", "uniform_"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 LAUNCH_S = 2e-6
+sequence_number: Any = vars(torch.autograd)["_get_sequence_nr"]
+"""Number that the next operation which autograd records will have."""
 IN_PLACE = {"_exponentiate"}
 """Kernels that write the tensor they read."""
 ATTENTION_FLOPS = {"attend": 4, "query_gradients": 4, "key_gradients": 6}
@@ -135,7 +137,7 @@ class Places:
     def begin(self) -> None:
         """Begin a micro-batch."""
         self.stack, self.of_sequence = ["attention plan"], []
-        self.first = self.seen = torch.autograd._get_sequence_nr()
+        self.first = self.seen = sequence_number()
 
     @staticmethod
     def kind(name: str, module: torch.nn.Module) -> str | None:
@@ -157,7 +159,7 @@ class Places:
         return None
 
     def note(self) -> None:
-        now = torch.autograd._get_sequence_nr()
+        now = sequence_number()
         self.of_sequence += [self.stack[-1]] * (now - self.seen)
         self.seen = max(now, self.seen)
 

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 import deepspeed.runtime.bf16_optimizer as deepspeed_bf16
 import torch
 from charges import Charged, Places, Rates, Row, Table, charged_kernels
-from random_text import random_corpus
+from random_text import random_corpus  # pyright: ignore[reportMissingImports]
 
 from pmlm_dist.checkpoint.resume import RunState
 from pmlm_dist.config import DataConfig
@@ -170,7 +170,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     with charged_kernels(table, places, computed_pairs(on_host)), Charged(table, places):
         micro_batch()
     with Charged(update, None, "update"):
-        engine.optimizer.step()  # pyright: ignore[reportOptionalMemberAccess]
+        optimizer: Any = engine.optimizer
+        optimizer.step()
     by_class = {**table.by_class, "update": update.total.scaled(1 / options.accumulation)}
     total = sum(by_class.values(), Row())
     flops = options.micro_batch * training_flops(
