@@ -63,7 +63,7 @@ THIRD_PARTIES = {
     "sacrebleu": ("downstream/tasks/overlap.py",),
     "sklearn": ("downstream/tasks/scores.py", "downstream/embed.py"),
     "scipy": ("downstream/tasks/scores.py",),
-    "triton": ("model/triton_kernels.py",),
+    "triton": ("model/triton_kernels.py", "model/elementwise_kernels.py", "parallel/cross_entropy_kernel.py"),
     "zstandard": ("corpus/input/",),
     "rich": ("corpus/prepare/mpi.py", "commands/inspect.py", "planning/report.py"),
     "matplotlib": ("commands/inspect.py", "commands/plot.py"),

@@ -91,7 +91,7 @@ def test_local_rank_flag_of_deepspeed_is_ignored(flags: list[str]):
         (["--trian.seed", "3"], "--train.seed"),
         (["--train.steps", "many"], "--train.steps"),
         (["--train.steps", "1.5"], "--train.steps"),
-        (["--model.attention", "flash"], "'fused', 'reference'"),
+        (["--model.attention", "flash"], "'auto', 'fused'"),
         (["--masking.rate"], "--masking.rate"),
     ],
 )
