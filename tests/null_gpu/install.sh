@@ -23,7 +23,7 @@ if [[ ! -e $folder/.installed ]]; then
         echo "the CUDA build of torch $torch cannot be downloaded here: nothing was tested" >&2
         exit 69
     fi
-    "$folder/bin/pip" install --quiet --editable "$here/../.."
+    "$folder/bin/pip" install --quiet --editable "$here/../..[generation]"
     "$here/build.sh" "$folder/bin/python"
     touch "$folder/.installed"
 elif [[ ! -e $here/build/libnullcuda.so ]]; then
