@@ -33,10 +33,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what `make test-quick` leaves out and what this machine cannot run; start the longest files first."""
     mark_further_cases(items)
-    interpreted = [item for item in items if item.get_closest_marker("interpreter")]
-    reason = why_no_interpreter() if interpreted else None
-    for item in interpreted if reason else ():
-        item.add_marker(pytest.mark.skip(reason=str(reason)))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     reason = why_no_gpu() if gpu_tests else None
     for item in gpu_tests if reason else ():
@@ -58,15 +54,6 @@ def mark_further_cases(items: list[pytest.Item]) -> None:
     for of_test in cases.values():
         for item in of_test[: len(of_test) // 2] + of_test[len(of_test) // 2 + 1 :]:
             item.add_marker(pytest.mark.full)
-
-
-def why_no_interpreter() -> str | None:
-    """Return why the kernels cannot run in Triton's interpreter in this environment."""
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
-        return None
-    return f"the interpreter of Triton {triton.__version__} fails with current NumPy (int() of an array); 3.7 does not"
 
 
 def why_no_gpu() -> str | None:

@@ -101,6 +101,26 @@ def _slots(pointer, first, count, BLOCK: tl.constexpr, BEYOND: tl.constexpr):
 
 
 @triton.jit
+def _of_slots(order_ptr, position_ptr, sample, first, count, BLOCK: tl.constexpr, ORDER_BEYOND: tl.constexpr):
+    """Order and position of the slots `first`.. of a sample."""
+    order = _slots(order_ptr + sample * count, first, count, BLOCK, ORDER_BEYOND)
+    return order, _slots(position_ptr + sample * count, first, count, BLOCK, 0)
+
+
+@triton.jit
+def _own_list(counts_ptr, lists_ptr, sample, size):
+    """Counts and list (see `block_lists`) of this program's block."""
+    row = sample * tl.num_programs(0) + tl.program_id(0)
+    return counts_ptr + 2 * row, lists_ptr + row * size
+
+
+@triton.jit
+def _listed(lists_ptr, number, size, RULE: tl.constexpr):
+    """Block `number` of those that need the rule, which a list holds from its end, or of the others."""
+    return tl.load(lists_ptr + (size - 1 - number if RULE else number))
+
+
+@triton.jit
 def _scores(
     q, k, distance, bias_ptr, reach, q_order, k_order, scale, HAS_BIAS: tl.constexpr, RULE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -138,24 +158,20 @@ def attend(
         kv_bias_ptr += 2 * head * HEAD_DIM
     first, key_blocks = block * Q_BLOCK, tl.cdiv(num_keys, K_BLOCK)
     q = _rows(q_ptr + sample * q_sample + head * q_head, q_bias_ptr, first, num_queries, q_row, HEAD_DIM, Q_BLOCK)
-    q_order = _slots(q_order_ptr + sample * num_queries, first, num_queries, Q_BLOCK, 0)
-    q_position = _slots(q_position_ptr + sample * num_queries, first, num_queries, Q_BLOCK, 0)
+    q_order, q_position = _of_slots(q_order_ptr, q_position_ptr, sample, first, num_queries, Q_BLOCK, 0)
     k_ptr = kv_ptr + sample * kv_sample + head * kv_head
     if HAS_BIAS:
         bias_ptr += head * (2 * reach + 1)
     seed += tl.program_id(1)
-    row = sample * tl.num_programs(0) + block
-    counts_ptr += 2 * row
-    lists_ptr += row * key_blocks
+    counts_ptr, lists_ptr = _own_list(counts_ptr, lists_ptr, sample, key_blocks)
     mixed = tl.zeros([Q_BLOCK, HEAD_DIM], tl.float32)
     highest = tl.full([Q_BLOCK], _NO_SCORE, tl.float32)
     total = tl.zeros([Q_BLOCK], tl.float32)
     for RULE in tl.static_range(2):
         for number in range(tl.load(counts_ptr + RULE)):
-            k_first = tl.load(lists_ptr + (key_blocks - 1 - number if RULE else number)) * K_BLOCK
+            k_first = _listed(lists_ptr, number, key_blocks, RULE) * K_BLOCK
             k = _rows(k_ptr, kv_bias_ptr, k_first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
-            k_order = _slots(k_order_ptr + sample * num_keys, k_first, num_keys, K_BLOCK, _INVISIBLE)
-            k_position = _slots(k_position_ptr + sample * num_keys, k_first, num_keys, K_BLOCK, 0)
+            k_order, k_position = _of_slots(k_order_ptr, k_position_ptr, sample, k_first, num_keys, K_BLOCK, _INVISIBLE)
             distance = k_position[None, :] - q_position[:, None]
             scores = _scores(q, k, distance, bias_ptr, reach, q_order, k_order, scale, HAS_BIAS, RULE, PRECISION)
             new_highest = tl.maximum(highest, tl.max(scores, 1))
@@ -221,23 +237,19 @@ def query_gradients(
     rows = first + tl.arange(0, Q_BLOCK)
     tl.store(delta_ptr + tl.program_id(1) * num_queries + rows, delta, rows < num_queries)
     lse = _slots(lse_ptr + tl.program_id(1) * num_queries, first, num_queries, Q_BLOCK, float("inf"))
-    q_order = _slots(q_order_ptr + sample * num_queries, first, num_queries, Q_BLOCK, 0)
-    q_position = _slots(q_position_ptr + sample * num_queries, first, num_queries, Q_BLOCK, 0)
+    q_order, q_position = _of_slots(q_order_ptr, q_position_ptr, sample, first, num_queries, Q_BLOCK, 0)
     k_ptr = kv_ptr + sample * kv_sample + head * kv_head
     if HAS_BIAS:
         bias_ptr += head * (2 * reach + 1)
     seed += tl.program_id(1)
-    row = sample * tl.num_programs(0) + block
-    counts_ptr += 2 * row
-    lists_ptr += row * key_blocks
+    counts_ptr, lists_ptr = _own_list(counts_ptr, lists_ptr, sample, key_blocks)
     q_gradient = tl.zeros([Q_BLOCK, HEAD_DIM], tl.float32)
     run_sums = tl.zeros([RUNS], tl.float32)
     for RULE in tl.static_range(2):
         for number in range(tl.load(counts_ptr + RULE)):
-            k_first = tl.load(lists_ptr + (key_blocks - 1 - number if RULE else number)) * K_BLOCK
+            k_first = _listed(lists_ptr, number, key_blocks, RULE) * K_BLOCK
             k = _rows(k_ptr, kv_bias_ptr, k_first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
-            k_order = _slots(k_order_ptr + sample * num_keys, k_first, num_keys, K_BLOCK, _INVISIBLE)
-            k_position = _slots(k_position_ptr + sample * num_keys, k_first, num_keys, K_BLOCK, 0)
+            k_order, k_position = _of_slots(k_order_ptr, k_position_ptr, sample, k_first, num_keys, K_BLOCK, _INVISIBLE)
             distance = k_position[None, :] - q_position[:, None]
             scores = _scores(q, k, distance, bias_ptr, reach, q_order, k_order, scale, HAS_BIAS, RULE, PRECISION)
             weights = tl.exp2(scores - lse[:, None])
@@ -278,27 +290,23 @@ def key_gradients(
     k_ptr = kv_ptr + sample * kv_sample + head * kv_head
     k = _rows(k_ptr, kv_bias_ptr, first, num_keys, kv_row, HEAD_DIM, K_BLOCK)
     v = _rows(k_ptr, kv_bias_ptr, first, num_keys, kv_row, HEAD_DIM, K_BLOCK, HEAD_DIM)
-    k_order = _slots(k_order_ptr + sample * num_keys, first, num_keys, K_BLOCK, _INVISIBLE)
-    k_position = _slots(k_position_ptr + sample * num_keys, first, num_keys, K_BLOCK, 0)
+    k_order, k_position = _of_slots(k_order_ptr, k_position_ptr, sample, first, num_keys, K_BLOCK, _INVISIBLE)
     if HAS_BIAS:
         bias_ptr += head * (2 * reach + 1)
     seed += tl.program_id(1)
-    row = sample * tl.num_programs(0) + block
-    counts_ptr += 2 * row
-    lists_ptr += row * query_blocks
+    counts_ptr, lists_ptr = _own_list(counts_ptr, lists_ptr, sample, query_blocks)
     k_gradient = tl.zeros([K_BLOCK, HEAD_DIM], tl.float32)
     v_gradient = tl.zeros([K_BLOCK, HEAD_DIM], tl.float32)
     for RULE in tl.static_range(2):
         for number in range(tl.load(counts_ptr + RULE)):
-            q_first = tl.load(lists_ptr + (query_blocks - 1 - number if RULE else number)) * Q_BLOCK
+            q_first = _listed(lists_ptr, number, query_blocks, RULE) * Q_BLOCK
             q = _rows(
                 q_ptr + sample * q_sample + head * q_head, q_bias_ptr, q_first, num_queries, q_row, HEAD_DIM, Q_BLOCK
             )
             out_gradient = _rows(out_gradient_ptr + offset, None, q_first, num_queries, row_stride, HEAD_DIM, Q_BLOCK)
             lse = _slots(lse_ptr + tl.program_id(1) * num_queries, q_first, num_queries, Q_BLOCK, float("inf"))
             delta = _slots(delta_ptr + tl.program_id(1) * num_queries, q_first, num_queries, Q_BLOCK, 0.0)
-            q_order = _slots(q_order_ptr + sample * num_queries, q_first, num_queries, Q_BLOCK, 0)
-            q_position = _slots(q_position_ptr + sample * num_queries, q_first, num_queries, Q_BLOCK, 0)
+            q_order, q_position = _of_slots(q_order_ptr, q_position_ptr, sample, q_first, num_queries, Q_BLOCK, 0)
             distance = k_position[None, :] - q_position[:, None]
             scores = _scores(q, k, distance, bias_ptr, reach, q_order, k_order, scale, HAS_BIAS, RULE, PRECISION)
             weights = tl.exp2(scores - lse[:, None])

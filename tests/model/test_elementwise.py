@@ -14,8 +14,6 @@ from pmlm_dist.model.elementwise import ResidualNorm, bias_gelu, residual_norm
 
 EPS = 1e-6
 
-pytestmark = pytest.mark.interpreter
-
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,6 @@ def check_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-4 * float(tensor.abs().max()), msg=name)
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("relative_bias", [True, False])
 @pytest.mark.parametrize("objectives", [("ae", "par"), ("ae",), ("par",), None], ids=str)
 def test_states_and_gradients_equal_reference(objectives, relative_bias):
@@ -74,7 +73,6 @@ def test_states_and_gradients_equal_reference(objectives, relative_bias):
     check_equal(actual, expected)
 
 
-@pytest.mark.interpreter
 def test_activation_checkpointing_changes_nothing():
     batch = random_batch(batch=2)
     check_equal(
@@ -82,7 +80,6 @@ def test_activation_checkpointing_changes_nothing():
     )
 
 
-@pytest.mark.interpreter
 def test_fp16_error_is_comparable_to_reference():
     """Triton's interpreter cannot multiply bf16; tests/gpu has that comparison."""
     case = random_case(0, batch=2, queries=40, slots=40, steps=2)
@@ -93,7 +90,6 @@ def test_fp16_error_is_comparable_to_reference():
     assert 0 < float((mixed.double() - exact).abs().max()) < 0.01
 
 
-@pytest.mark.interpreter
 def test_distances_beyond_the_table_share_its_end():
     batch = random_batch(batch=2)
     far = dataclasses.replace(batch, positions_BT=batch.positions_BT * 20)
@@ -162,7 +158,6 @@ def group_of(case: Case) -> triton_attention.BlockGroup:
     return block_group(case.inputs, rows_BQ=case.rows_BQ, relative_bias=case.bias)
 
 
-@pytest.mark.interpreter
 def test_one_tensor_equals_separate_ones():
     case = random_case(3, batch=2, queries=40, slots=40, steps=2)
     separate = attention_triton(case.q_QBHD, case.kv_TBH2D, (group_of(case),), dropout=0.0)
@@ -175,7 +170,6 @@ def close(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.interpreter
 @settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**20),
@@ -199,7 +193,6 @@ def _factors(out_ptr, seed, num_keys, dropout, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.program_id(0) * BLOCK * BLOCK + rows[:, None] * BLOCK + rows[None, :], kept)
 
 
-@pytest.mark.interpreter
 def test_dropout_equals_longhand_with_the_same_numbers():
     case, dropout = random_case(0, batch=2, queries=30, slots=29, steps=2), 0.3
     torch.manual_seed(5)
@@ -213,7 +206,6 @@ def test_dropout_equals_longhand_with_the_same_numbers():
     close(case.gradients(mixed), case.gradients(case.longhand(kept_BHQT.double())))
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("of_keys", [False, True])
 def test_block_lists_hold_the_blocks_with_visible_pairs(of_keys):
     batch = random_batch(batch=3, length=40, masking=MaskingConfig(rate=0.4))
@@ -243,7 +235,6 @@ def _rule(q_ptr, k_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + pairs, seen.to(tl.int32))
 
 
-@pytest.mark.interpreter
 def test_rule_of_the_kernels_is_the_visibility_rule():
     orders = torch.tensor([triton_kernels.INVISIBLE, *range(-7, 8)], dtype=torch.int32)
     q_order, k_order = (t.contiguous() for t in torch.cartesian_prod(orders[1:], orders).t())
@@ -274,7 +265,6 @@ def logits_per_rank(tp: int) -> Tensor:
         return logits_of(model, random_batch(batch=1))
 
 
-@pytest.mark.interpreter
 @pytest.mark.distributed
 def test_tensor_parallel_logits_equal_single_rank():
     (expected,) = run_world(logits_per_rank, 1, 1)
@@ -307,8 +297,10 @@ def test_compiled_kernels_spill_little_and_have_no_atomics(capability):
     )
     assert result.returncode == 0, result.stderr
     resources = json.loads(result.stdout)
+    is_old = triton.__version__.startswith("3.6.")  # its compiler spills 24 bytes more
+    most = {80: 64 if is_old else 40, 90: 16}[capability]
     assert resources.keys() == {"attend", "query_gradients", "key_gradients"}
     for name, of_kernel in resources.items():
-        assert of_kernel["spilled_bytes"] <= (64 if capability == 80 else 16), (name, of_kernel)
+        assert of_kernel["spilled_bytes"] <= most, (name, of_kernel)
         assert of_kernel["atomics"] == 0, (name, of_kernel)
         assert of_kernel["shared_bytes"] <= 100 * 1024, (name, of_kernel)  # two blocks of threads fit a multiprocessor
