@@ -33,6 +33,19 @@ class BlockList:
 
 
 @dataclass(frozen=True)
+class Runs:
+    """Intervals of distances with one bucket, for distances of -`reach`..`reach`; farther ones belong to the ends."""
+
+    reach: int
+    run_N: Tensor
+    """Run of each distance, int32."""
+    start_R: Tensor
+    """First distance of each run, int32."""
+    one_hot_RU: Tensor
+    """1 where a run has a bucket, fp32, R rounded up to a power of two."""
+
+
+@dataclass(frozen=True)
 class BlockGroup:
     """Queries against all slots."""
 
@@ -46,20 +59,7 @@ class BlockGroup:
     """By head and run [H, R], in fp32: the tensor that the gradient is of. None without relative bias."""
     bias_HN: Tensor | None
     """The same by distance, for the kernels."""
-    runs: "Runs | None"
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Intervals of distances with one bucket, for distances of -`reach`..`reach`; farther ones belong to the ends."""
-
-    reach: int
-    run_N: Tensor
-    """Run of each distance, int32."""
-    start_R: Tensor
-    """First distance of each run, int32."""
-    one_hot_RU: Tensor
-    """1 where a run has a bucket, fp32, R rounded up to a power of two."""
+    runs: Runs | None
 
 
 @cache
